@@ -1,0 +1,152 @@
+"""The order of data: which windows of tokens make up step s, and which of them this rank reads.
+
+The sample at global position p of step s is a pure function of (data fingerprint, seed, s, p). It does not depend on the
+number of ranks, on the micro batch or on what was read before, so a resized job sees the same batches and two runs of one
+experiment are paired. Legend: B = sequences of the global batch, T = sequence length, W = ranks.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from inheritune.config import UserError
+from inheritune.rundir import read_json
+
+
+class Tokens:
+    """One split of a prepared data set, read from memory-mapped shards as one long stream."""
+
+    def __init__(self, folder: str | Path, split: str):
+        self.folder = Path(folder)
+        manifest = self.folder / "manifest.json"
+        if not manifest.is_file():
+            raise UserError(f"{self.folder} holds no prepared data (no manifest.json); run 'python -m inheritune prepare EXPERIMENT'")
+        self.manifest = read_json(manifest)
+        self.fingerprint: str = self.manifest["fingerprint"]
+        self.vocab_size: int = self.manifest["tokenizer"]["vocab_size"]
+        dtype = np.dtype(self.manifest["dtype"])
+        self._shards = []
+        for shard in self.manifest["splits"][split]["shards"]:
+            path = self.folder / shard["file"]
+            size = path.stat().st_size if path.is_file() else -1
+            if size != shard["tokens"] * dtype.itemsize:
+                raise UserError(f"token shard {path} has {size} bytes, its manifest says {shard['tokens'] * dtype.itemsize}; "
+                                f"delete {manifest} and run 'prepare' again")
+            self._shards.append(np.memmap(path, dtype=dtype, mode="r"))
+        self._ends = np.cumsum([len(s) for s in self._shards]) if self._shards else np.zeros(0, np.int64)
+        self.n_tokens = int(self._ends[-1]) if self._shards else 0
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens [start, start + count) of the stream, across shard borders.  -> (count,) int64"""
+        out = np.empty(count, np.int64)
+        filled, shard = 0, int(np.searchsorted(self._ends, start, side="right"))
+        while filled < count:
+            offset = start + filled - (int(self._ends[shard - 1]) if shard else 0)
+            piece = self._shards[shard][offset : offset + count - filled]
+            out[filled : filled + len(piece)] = piece
+            filled, shard = filled + len(piece), shard + 1
+        return out
+
+    def n_windows(self, length: int) -> int:
+        """Windows of `length` tokens and their targets at stride `length` (each reads length + 1 tokens)."""
+        return max(0, (self.n_tokens - 1) // length)
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(key: tuple, n_windows: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=_philox_key(key))).permutation(n_windows)
+
+
+def _philox_key(key: tuple) -> int:
+    return xxhash.xxh3_128_intdigest(repr(key).encode())
+
+
+class Order:
+    """Start of every sample, by sampling rule:
+
+    random_windows: drawn with replacement from all starts, by a counter-based generator (the paper's OpenWebText);
+    one_pass: window s * B + p of the non-overlapping windows, no window twice (FineWeb); epochs:k: the same windows in a
+    new random order each epoch, at most k times (the 1B-token study)."""
+
+    def __init__(self, tokens: Tokens, sampling: str, sequence_length: int, batch_sequences: int, seed: int):
+        self.tokens, self.length, self.batch = tokens, sequence_length, batch_sequences
+        self.kind, _, epochs = sampling.partition(":")
+        self.epochs = int(epochs) if epochs else 1
+        self.key = (tokens.fingerprint, seed)
+        self.n_windows = tokens.n_windows(sequence_length)
+        if self.n_windows < 1:
+            raise UserError(f"the training text of {tokens.folder} has {tokens.n_tokens} tokens, fewer than one window of "
+                            f"{sequence_length} + 1; shorten data.sequence_length or prepare more text")
+
+    def check_steps(self, steps: int) -> None:
+        """Raises UserError if `steps` steps need more windows than the sampling rule may read."""
+        available = self.n_windows * self.epochs
+        if self.kind != "random_windows" and steps * self.batch > available:
+            raise UserError(f"{steps} steps of {self.batch} sequences need {steps * self.batch} windows, but the data has "
+                            f"{self.n_windows} ({self.epochs} epoch(s)): at most {available // self.batch} steps; prepare "
+                            f"more tokens (data.max_tokens) or allow more epochs (data.sampling)")
+
+    def starts(self, step: int) -> np.ndarray:
+        """First token of each sample of step `step` (from 0).  -> (B,) int64"""
+        if self.kind == "random_windows":
+            generator = np.random.Generator(np.random.Philox(key=_philox_key(self.key), counter=[0, 0, 0, step]))
+            return generator.integers(0, self.tokens.n_tokens - self.length, size=self.batch)
+        index = np.arange(step * self.batch, (step + 1) * self.batch)
+        if self.kind == "epochs":
+            epoch = index // self.n_windows
+            for number in np.unique(epoch):
+                of_epoch = epoch == number
+                order = _epoch_order((*self.key, int(number)), self.n_windows)
+                index[of_epoch] = order[index[of_epoch] % self.n_windows]
+        return index * self.length
+
+
+@dataclass(frozen=True)
+class Share:
+    """How one global batch is cut over ranks and micro steps. All ranks run the same number of micro steps; a rank with
+    less than its place fills up with sequences of weight zero."""
+
+    first: int
+    """Global position of this rank's first sequence."""
+    count: int
+    """Sequences of this rank."""
+    micro_batch: int
+    accumulation: int
+
+    @classmethod
+    def of(cls, batch: int, rank: int, world: int, micro_ceiling: int) -> "Share":
+        """Shares differ by at most one sequence; the micro batch is at most `micro_ceiling`, and even over the steps.
+
+        Raises UserError if there are more ranks than sequences."""
+        if world > batch:
+            raise UserError(f"{world} ranks for a batch of {batch} sequences: at least one would have nothing to do; "
+                            f"use at most {batch} ranks")
+        small, larger = divmod(batch, world)
+        largest = small + (larger > 0)
+        accumulation = -(-largest // micro_ceiling)
+        return cls(first=rank * small + min(rank, larger), count=small + (rank < larger),
+                   micro_batch=-(-largest // accumulation), accumulation=accumulation)
+
+    def describe(self, batch: int, world: int, micro_ceiling: int, length: int) -> str:
+        """The arithmetic in one line, e.g. '20 sequences x 64 tokens = 1280 tokens: 3 ranks x 4 micro batch x 2 steps ...'"""
+        padded = world * self.micro_batch * self.accumulation - batch
+        line = (f"{batch} sequences x {length} tokens = {batch * length} tokens a step: {world} rank(s) x {self.micro_batch} "
+                f"micro batch x {self.accumulation} accumulation")
+        line += f", {padded} of them padding of weight zero" if padded else ""
+        return line + (f" (micro batch capped below {micro_ceiling} by the share)" if self.micro_batch < micro_ceiling else "")
+
+
+def read_share(order: Order, step: int, share: Share) -> tuple[np.ndarray, np.ndarray]:
+    """This rank's part of step `step`: tokens (A, M, T + 1) int64 and weights (A, M) float32, for A accumulation steps of
+    M sequences; padding repeats the rank's first window with weight zero."""
+    starts = order.starts(step)[share.first : share.first + share.count]
+    windows = np.stack([order.tokens.read(int(start), order.length + 1) for start in starts])
+    places = share.accumulation * share.micro_batch
+    weights = np.zeros(places, np.float32)
+    weights[: share.count] = 1.0
+    padded = np.concatenate([windows, np.repeat(windows[:1], places - share.count, axis=0)])
+    shape = (share.accumulation, share.micro_batch)
+    return padded.reshape(*shape, order.length + 1), weights.reshape(shape)

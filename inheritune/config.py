@@ -1,0 +1,486 @@
+"""Experiments: typed, strict, in one YAML file each (recipes/<experiment>.yaml).
+
+`load_experiment("quickstart")` reads and checks the whole file and reports every problem at once, with the path of the
+key and the nearest valid name. `Experiment.plan_run("random_4")` gives one run with its overrides merged in. What changes
+the mathematics of a run lives here and nowhere else; memory and speed live in ds_configs/ (engine.py).
+"""
+
+import difflib
+import math
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RECIPES = REPOSITORY / "recipes"
+
+PARTS = ("token_embedding", "position_embedding", "blocks", "final_norm", "head")
+MODULES = ("attn", "mlp", "norms")
+
+
+class UserError(Exception):
+    """A user's mistake: printed as one sentence without a traceback, exit code 2."""
+
+
+def nearest(name: str, valid) -> str:
+    """The end of a sentence that refuses `name`: the closest valid name, or all of them."""
+    valid = [str(v) for v in valid]
+    close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    return "valid names: " + ", ".join(sorted(valid)) if valid else "nothing is valid here"
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors, values do not change after loading, `from:` in YAML is `from_` in Python."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, use_attribute_docstrings=True)
+
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class ValidationSplit(Strict):
+    """Which documents are held out: a random `fraction`, or the whole first shard (`first_shard: true`)."""
+
+    fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    seed: int = 2357
+    """Seed of the random fraction; 2357 is nanoGPT's, used by the paper (FACTS section 5)."""
+    first_shard: bool = False
+
+    @model_validator(mode="after")
+    def _one_kind(self):
+        if (self.fraction is None) == (not self.first_shard):
+            raise ValueError("give either 'fraction' or 'first_shard: true'")
+        return self
+
+
+class Data(Strict):
+    """Documents, how they become tokens, and in which order the tokens are read."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    source: Literal["embedded", "files", "hub"]
+    """embedded: the Python standard library's text; files: local globs; hub: a pinned data set on the Hub."""
+    files: list[str] | dict[str, list[str]] = []
+    """Globs (source: files) or file names inside the data set (source: hub); a mapping names groups for `weights`."""
+    weights: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Share of each group of `files` in the tokens read; they need not add up to one."""
+    repo: str | None = None
+    revision: str | None = None
+    """Commit of the Hub data set: a branch name would let the data change under an experiment."""
+    text_key: str = "text"
+    """Key (JSONL) or column (parquet) that holds a document's text."""
+    tokenizer: str
+    """gpt2, bpe:N (trained on the source), a sentencepiece .model file, or a Hugging Face tokenizer folder or id."""
+    tokenizer_revision: str | None = None
+    end_of_text: Literal["append", "prepend"] = "append"
+    validation: ValidationSplit
+    shard_tokens: Positive = 100_000_000
+    max_tokens: Positive | None = None
+    """Stop reading after about this many tokens (train and validation together)."""
+    sequence_length: Positive
+    sampling: Annotated[str, Field(pattern=r"^(random_windows|one_pass|epochs:[1-9][0-9]*)$")]
+
+    @model_validator(mode="after")
+    def _complete(self):
+        if self.source != "embedded" and not self.files:
+            raise ValueError(f"'files' is needed for source: {self.source}")
+        if self.source == "hub" and not (self.repo and self.revision):
+            raise ValueError("'repo' and 'revision' (a commit) are needed for source: hub")
+        groups = set(self.files) if isinstance(self.files, dict) else set()
+        if set(self.weights) != groups and self.weights:
+            raise ValueError(f"'weights' names {sorted(self.weights)}, 'files' names {sorted(groups)}")
+        return self
+
+    def preparation(self) -> dict:
+        """The keys that decide the bytes of the shards (not how windows are read from them): what the data hash covers."""
+        return self.model_dump(mode="json", exclude={"sequence_length", "sampling"})
+
+
+MODEL_SIZES: dict[str, dict] = yaml.safe_load((Path(__file__).parent / "sizes.yaml").read_text(encoding="utf-8"))
+
+
+class Model(Strict):
+    """The reference's shape: a named `size` (sizes.yaml), any of whose numbers may be replaced."""
+
+    size: str
+    family: Literal["gpt2", "llama"]
+    layers: Positive
+    width: Positive
+    heads: Positive
+    kv_heads: Positive
+    """Key and value heads (grouped-query attention); Llama only."""
+    mlp_width: Positive
+    positions: Positive
+    vocab_size: Positive
+    norm_eps: float = 1.0e-5
+    tied_head: bool
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_size(cls, raw):
+        size = raw.get("size") if isinstance(raw, dict) else None
+        if size not in MODEL_SIZES:
+            raise ValueError(f"unknown model size '{size}'; {nearest(size, MODEL_SIZES)}")
+        merged = {**MODEL_SIZES[size], **raw}
+        merged.setdefault("kv_heads", merged["heads"])
+        merged.setdefault("mlp_width", 4 * merged["width"])
+        merged.setdefault("tied_head", merged["family"] == "gpt2")
+        return merged
+
+    @model_validator(mode="after")
+    def _divides(self):
+        if self.width % self.heads:
+            raise ValueError(f"width ({self.width}) is not a multiple of heads ({self.heads})")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads ({self.heads}) is not a multiple of kv_heads ({self.kv_heads})")
+        if self.family == "gpt2" and self.kv_heads != self.heads:
+            raise ValueError("GPT-2 has no grouped-query attention: leave out kv_heads")
+        return self
+
+
+class Train(Strict):
+    """Optimization. FACTS section 6 has the paper's values."""
+
+    steps: Positive
+    batch_tokens: Positive
+    """Global batch in tokens: sequences x sequence_length; any number of GPUs divides it (batches.py)."""
+    lr: Annotated[float, Field(gt=0)]
+    min_lr: Annotated[float, Field(ge=0)] = 1.0e-5
+    warmup_steps: Count = 2000
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1.0e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest gradient norm (of the mean gradient); 0 turns clipping off."""
+    precision: Literal["fp32", "bf16_autocast", "bf16"] = "bf16_autocast"
+    """bf16_autocast keeps fp32 masters and accumulation (what the paper's code did); a CPU run uses fp32 instead."""
+    deepspeed: str = "ds_configs/zero3.json"
+    eval_every: Positive = 1000
+    eval_windows: Positive = 400
+    """Validation windows for the curve; nested in final_windows."""
+    final_windows: Positive = 4096
+    """Validation windows at a stage's end, for tables and the stop rule of growth."""
+    log_every: Positive = 10
+    checkpoint_every: Positive = 1000
+    keep_last: Positive = 2
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    wandb_project: str = "inheritune"
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) is more than steps ({self.steps})")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr ({self.min_lr}) is above lr ({self.lr})")
+        if self.eval_windows > self.final_windows:
+            raise ValueError(f"eval_windows ({self.eval_windows}) must be nested in final_windows ({self.final_windows})")
+        return self
+
+
+RESUMABLE_KEYS = ("eval_every", "log_every", "checkpoint_every", "keep_last", "wandb", "wandb_project", "deepspeed")
+"""Keys of `train` that may differ when a run is resumed: none of them changes a step."""
+
+
+class Inherit(Strict):
+    """Weights copied from `source`: another run of the file, a local checkpoint, or a Hub id."""
+
+    source: str
+    revision: str | None = None
+    layers: str | list[Count]
+    """Half-open range 'a:b' (0:16 are the first 16; ':16', '-4:' work too), or a list of block indices."""
+    parts: list[Literal[PARTS]] = list(PARTS)
+    modules: list[Literal[MODULES]] = list(MODULES)
+
+
+class External(Strict):
+    """A finished model of others, only evaluated or analyzed."""
+
+    source: str
+    revision: str | None = None
+
+
+class Init(Strict):
+    """Where a run's first weights come from: exactly one of these."""
+
+    random: bool = False
+    inherit: Inherit | None = None
+    external: External | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _word(cls, value):
+        return {"random": True} if value == "random" else value
+
+    @model_validator(mode="after")
+    def _one_kind(self):
+        if sum((self.random, self.inherit is not None, self.external is not None)) != 1:
+            raise ValueError("give exactly one of: random, inherit, external")
+        return self
+
+
+class Grow(Strict):
+    """Growth by stages (paper, Algorithm 1): add `by` layers until parity with the source or `max_layers`."""
+
+    by: Positive = 2
+    margin: float = 0.01
+    """Parity: the upper end of the 95% interval of (ours - reference) is at or below this many nats."""
+    max_layers: Positive
+    from_: Annotated[Literal["reference", "previous"], Field(alias="from")] = "reference"
+    """reference: every stage restarts from the reference's first layers, as in the paper; previous: keeps what was trained."""
+
+
+class Run(Strict):
+    """One model of the experiment."""
+
+    init: Init
+    layers: Positive | None = None
+    """Blocks of a random model; an inherited one has as many as it copies."""
+    train: dict[str, Any] = {}
+    """Keys of `train` that differ in this run."""
+    grow: Grow | None = None
+    compare: str | None = None
+    """Run whose validation loss this one is compared with (default: the source, if it is a run of the file)."""
+    keep_at: list[Positive] = []
+    """Steps whose weights are kept as at_<step>/."""
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.grow and not self.init.inherit:
+            raise ValueError("'grow' needs 'init: {inherit: ...}'")
+        if self.layers and not self.init.random:
+            raise ValueError("'layers' belongs to a random run; an inherited one has as many layers as it copies")
+        return self
+
+
+class TableRow(Strict):
+    """A row of the experiment's own table: a label for a run (a grown run gives one row per stage)."""
+
+    run: str
+    label: str
+
+
+class Experiment(Strict):
+    """A whole file. `name` is the file's stem; `rehearsal` is set by `rehearse`."""
+
+    name: str
+    rehearsal: bool = False
+    about: str = ""
+    paper: list[TableRow] = []
+    """Rows of the experiment's table, in order; the first is the reference."""
+    data: Data
+    model: Model
+    train: Train
+    runs: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], Run]
+
+    @field_validator("runs")
+    @classmethod
+    def _has_runs(cls, runs):
+        if not runs:
+            raise ValueError("at least one run is needed")
+        return runs
+
+    @model_validator(mode="after")
+    def _references_exist(self):
+        problems = []
+        if self.data.sequence_length > self.model.positions:
+            problems.append(
+                f"data.sequence_length ({self.data.sequence_length}) is beyond the model's {self.model.positions} positions; "
+                f"shorten it or set model.positions"
+            )
+        for row in self.paper:
+            if row.run not in self.runs:
+                problems.append(f"paper: unknown run '{row.run}'; {nearest(row.run, self.runs)}")
+        for name, run in self.runs.items():
+            if run.compare and run.compare not in self.runs:
+                problems.append(f"runs.{name}.compare: unknown run '{run.compare}'; {nearest(run.compare, self.runs)}")
+            try:
+                train = self.train_of(run)
+            except ValidationError as error:
+                problems.extend(_sentences(error, Train, f"runs.{name}.train."))
+                continue
+            if train.batch_tokens % self.data.sequence_length:
+                problems.append(
+                    f"runs.{name}: batch_tokens ({train.batch_tokens}) is not a multiple of sequence_length "
+                    f"({self.data.sequence_length}); the nearest is "
+                    f"{max(1, round(train.batch_tokens / self.data.sequence_length)) * self.data.sequence_length}"
+                )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def train_of(self, run: Run) -> Train:
+        """The experiment's `train` with the run's own keys put over it."""
+        return Train.model_validate({**self.train.model_dump(), **run.train})
+
+    def run(self, name: str) -> Run:
+        """The run called `name`. Raises UserError with the nearest name."""
+        if name not in self.runs:
+            raise UserError(f"experiment '{self.name}' has no run '{name}'; {nearest(name, self.runs)}")
+        return self.runs[name]
+
+    def reference_of(self, run: Run) -> str | None:
+        """Name of the run that `run` is compared with, or None."""
+        source = run.init.inherit.source if run.init.inherit else None
+        return run.compare or (source if source in self.runs else None)
+
+
+def parse_layers(layers: str | list[int], n_source: int) -> list[int]:
+    """Block indices meant by `layers` in a model of `n_source` blocks: a half-open range 'a:b' (Python's rules for
+    negative and missing ends), one index, or a list. Raises UserError if it is empty, out of range or malformed."""
+    if isinstance(layers, str):
+        try:
+            ends = [int(end) if end.strip() else None for end in layers.split(":")]
+        except ValueError:
+            ends = []
+        if len(ends) not in (1, 2) or ends == [None]:
+            raise UserError(f"layers '{layers}' is neither a half-open range such as 0:16 nor a list such as 0,2,4")
+        low, high = (ends[0], ends[0] + 1) if len(ends) == 1 else ends
+        low = 0 if low is None else low + n_source if low < 0 else low
+        high = n_source if high is None else high + n_source if high < 0 else high
+        indices = list(range(low, high))
+    else:
+        indices = [int(index) for index in layers]
+    if not indices:
+        raise UserError(f"layers {layers} selects no layer; a range is half-open: 0:16 are the first 16")
+    wrong = [index for index in indices if not 0 <= index < n_source]
+    if wrong:
+        raise UserError(f"layers {layers} asks for layer {wrong[0]}, but the source has {n_source} layers (0 to {n_source - 1})")
+    return indices
+
+
+def resolve_path(path: str) -> Path:
+    """A path of an experiment file: absolute, or relative to the current folder, or to the repository."""
+    given = Path(os.path.expandvars(path)).expanduser()
+    return given if given.is_absolute() or given.exists() else REPOSITORY / given
+
+
+def load_experiment(name: str, rehearse: bool | None = None) -> Experiment:
+    """Read recipes/<name>.yaml, or the YAML file at path `name`; rehearsed if asked for or if REHEARSE=1.
+
+    Raises UserError with every problem of the file in one message."""
+    path = Path(name) if str(name).endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+        raise UserError(f"no experiment '{name}' ({path} is missing); {nearest(name, known)}")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must hold a mapping with data, model, train and runs, not {type(raw).__name__}")
+    raw.setdefault("name", path.stem)
+    experiment = validate(Experiment, raw, str(path))
+    if rehearse if rehearse is not None else os.environ.get("REHEARSE", "0") not in ("", "0"):
+        experiment = rehearsal(experiment)
+    return experiment
+
+
+def validate(model: type[BaseModel], raw: dict, where: str):
+    """`model` made from `raw`; pydantic's problems become one UserError that names `where`."""
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_sentences(error, model))) from None
+
+
+def _sentences(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
+    """One sentence per problem, with the path of the key and, for an unknown key, the nearest valid one."""
+    sentences = []
+    for problem in error.errors():
+        path = prefix + ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            owner = _model_at(model, problem["loc"][:-1])
+            valid = [field.alias or name for name, field in owner.model_fields.items()] if owner else []
+            message = f"unknown key; {nearest(problem['loc'][-1], valid)}"
+        elif problem["type"] != "value_error" and problem["type"] != "missing":
+            message += f" (got {problem['input']!r})"
+        sentences.append(f"{path}: {message}" if path else message)
+    return sentences
+
+
+def _model_at(model, path):
+    """The pydantic class that the key path leads to, through optional fields, unions and mappings; None if unclear."""
+    for part in path:
+        fields = {field.alias or name: field for name, field in getattr(model, "model_fields", {}).items()}
+        annotation = fields[part].annotation if part in fields else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        classes = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if annotation is not None and classes:
+            model = classes[0]
+        elif annotation is not None:
+            model = annotation
+    return model if isinstance(model, type) and issubclass(model, BaseModel) else None
+
+
+# --- rehearsal -----------------------------------------------------------------------------------------------------------
+
+REHEARSAL_STEPS = 24
+REHEARSAL_SEQUENCES = 21  # divides by neither 2 nor 4 ranks
+
+
+def rehearsal_count(layers: int) -> int:
+    """Layer count or range end of the rehearsal: a third, rounded up, so that 12, 14, 16 of 24 become 4, 5, 6 of 8."""
+    return math.ceil(layers / 3)
+
+
+def rehearsal(experiment: Experiment) -> Experiment:
+    """The same experiment shrunk to two CPU cores in minutes: about a third of the layers, width 64, 24 steps of 21
+    sequences, the embedded corpus in several shards. Every layer count, range and list goes through one map; runs keep
+    their names, starts and growth. Marked `rehearsal`, so that nothing mistakes its numbers for results."""
+    raw = experiment.model_dump(mode="json", by_alias=True)
+    heads, length = 5 if experiment.model.heads % 2 else 4, 64  # an odd head count stays odd
+
+    def shrink_steps(steps: int) -> int:
+        return max(1, round(steps * REHEARSAL_STEPS / experiment.train.steps))
+
+    def shrink_train(train: dict, whole: bool) -> dict:
+        small = dict(train)
+        if "steps" in small:
+            small["steps"] = shrink_steps(small["steps"])
+        if whole or "batch_tokens" in small:
+            small["batch_tokens"] = REHEARSAL_SEQUENCES * length
+        if whole or "warmup_steps" in small:
+            small["warmup_steps"] = 4
+        if whole:
+            small.update(precision="fp32", deepspeed="ds_configs/cpu.json", lr=max(experiment.train.lr, 1e-3),
+                         eval_every=8, eval_windows=40, final_windows=80, log_every=1, checkpoint_every=8)
+        for key in ("eval_every", "checkpoint_every"):
+            if not whole and key in small:
+                small[key] = min(8, small[key])
+        return small
+
+    raw["rehearsal"] = True
+    raw["data"] = Data(
+        name="rehearsal", source="embedded", tokenizer="bpe:1024", end_of_text=experiment.data.end_of_text,
+        validation=ValidationSplit(fraction=0.05), shard_tokens=100_000, max_tokens=600_000, sequence_length=length,
+        sampling=experiment.data.sampling,
+    ).model_dump(mode="json")
+    raw["model"] = {"size": f"{experiment.model.family}_tiny", "layers": rehearsal_count(experiment.model.layers),
+                    "width": 16 * heads, "heads": heads, "positions": length, "vocab_size": 1024,
+                    "tied_head": experiment.model.tied_head}
+    raw["train"] = shrink_train(raw["train"], whole=True)
+    for run in raw["runs"].values():
+        run["train"] = shrink_train(run["train"], whole=False)
+        run["keep_at"] = sorted({shrink_steps(step) for step in run["keep_at"]})
+        if run["layers"]:
+            run["layers"] = rehearsal_count(run["layers"])
+        if run["grow"]:
+            run["grow"]["by"] = rehearsal_count(run["grow"]["by"])
+            run["grow"]["max_layers"] = rehearsal_count(run["grow"]["max_layers"])
+        if run["init"]["inherit"]:
+            run["init"]["inherit"]["layers"] = _rehearsal_layers(run["init"]["inherit"]["layers"])
+    return validate(Experiment, raw, f"rehearsal of {experiment.name}")
+
+
+def _rehearsal_layers(layers: str | list[int]) -> str | list[int]:
+    if isinstance(layers, list):
+        return sorted({index // 3 for index in layers})
+    ends = [end.strip() for end in layers.split(":")]
+    return ":".join(str(int(math.copysign(rehearsal_count(abs(int(end))), int(end)))) if end else "" for end in ends)

@@ -1,0 +1,158 @@
+"""Models: Hugging Face GPT-2 and Llama configurations of the paper's shapes, the architecture table, counts and FLOPs.
+
+The paper's GPT-2 (FACTS section 4) is a plain HF GPT-2 with `scale_attn_by_inverse_layer_idx` and with biases held at
+zero: its config carries `frozen_zero_biases`, which every slice of it inherits. A public GPT-2 lacks the mark and keeps
+its trainable biases and standard scaling.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import xxhash
+import yaml
+
+from inheritune.config import Model, UserError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One family's row of architectures.yaml."""
+
+    name: str
+    layers: str
+    base_prefix: str
+    block: str
+    parts: dict[str, list[str]]
+    modules: dict[str, list[str]]
+    residual: list[str] = field(default_factory=list)
+    buffers: list[str] = field(default_factory=list)
+    per_layer: list[str] = field(default_factory=list)
+
+    def split_name(self, name: str) -> tuple[int, str] | None:
+        """(block index, name inside the block) of a tensor, or None for one outside the blocks."""
+        prefix, suffix = self.block.split("{i}")
+        if not name.startswith(prefix):
+            return None
+        index, _, rest = name[len(prefix):].partition(suffix)
+        return int(index), rest
+
+    def part_of(self, name: str) -> tuple[str, str | None]:
+        """(part, module) that a tensor belongs to, e.g. ('blocks', 'attn') or ('head', None).
+
+        Raises UserError for a tensor that the table does not place."""
+        inside = self.split_name(name)
+        if inside is None:
+            for part, names in self.parts.items():
+                if name in names:
+                    return part, None
+        else:
+            for module, prefixes in self.modules.items():
+                if any(inside[1].startswith(prefix) for prefix in prefixes):
+                    return "blocks", module
+        raise UserError(f"tensor {name} has no place in the architecture table of {self.name} (inheritune/architectures.yaml)")
+
+
+_TABLE = yaml.safe_load((Path(__file__).parent / "architectures.yaml").read_text(encoding="utf-8"))
+
+
+def architecture(model_type: str) -> Architecture:
+    """The table's row for a config's model_type. Raises UserError with the known families."""
+    if model_type not in _TABLE:
+        raise UserError(f"model family '{model_type}' is not in the architecture table; known: {', '.join(sorted(_TABLE))}; "
+                        f"to add one, describe its tensor names in inheritune/architectures.yaml")
+    return Architecture(name=model_type, **_TABLE[model_type])
+
+
+def hf_config(model: Model, layers: int | None = None):
+    """Hugging Face configuration of `model`, `layers` blocks deep (default: the reference's depth)."""
+    from transformers import GPT2Config, LlamaConfig
+
+    layers = layers or model.layers
+    if model.family == "gpt2":
+        return GPT2Config(
+            vocab_size=model.vocab_size, n_positions=model.positions, n_embd=model.width, n_layer=layers,
+            n_head=model.heads, n_inner=model.mlp_width, activation_function="gelu_new", layer_norm_epsilon=model.norm_eps,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, scale_attn_by_inverse_layer_idx=True,
+            tie_word_embeddings=model.tied_head, use_cache=False, bos_token_id=None, eos_token_id=None,
+            frozen_zero_biases=True, architectures=["GPT2LMHeadModel"],
+        )
+    return LlamaConfig(
+        vocab_size=model.vocab_size, max_position_embeddings=model.positions, hidden_size=model.width,
+        num_hidden_layers=layers, num_attention_heads=model.heads, num_key_value_heads=model.kv_heads,
+        intermediate_size=model.mlp_width, rms_norm_eps=model.norm_eps, tie_word_embeddings=model.tied_head, use_cache=False,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None, architectures=["LlamaForCausalLM"],
+    )
+
+
+def build(config, attention: str = "sdpa") -> torch.nn.Module:
+    """A model of `config` in fp32 whose weights are not initialized yet, biases frozen where the config says so.
+
+    Built on the current default device; inside `deepspeed.zero.Init` its parameters are partitioned as they are made."""
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    architecture(config.model_type)
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    model.tie_weights()
+    if getattr(config, "frozen_zero_biases", False):
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.requires_grad_(False)
+    return model
+
+
+def count_parameters(config) -> int:
+    """Trainable parameters, a tied head counted once, biases held at zero not counted (FACTS section 4); meta device."""
+    with torch.device("meta"):
+        model = build(config)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def flops_per_token(config, sequence_length: int) -> float:
+    """Training FLOPs (forward and backward) per token: 6 per matrix parameter plus 12 L d T for attention's two products.
+
+    The count of PaLM (appendix B) and nanoGPT: full T x T attention, embeddings look-ups free, the head's product counted."""
+    with torch.device("meta"):
+        model = build(config)
+    matrices = sum(p.numel() for p in linear_weights(model).values())
+    table = architecture(config.model_type)
+    head = model.get_output_embeddings().weight
+    if config.tie_word_embeddings:  # linear_weights leaves the tied head to the embedding
+        matrices += head.numel()
+    layers = getattr(config, table.layers)
+    return 6.0 * matrices + 12.0 * layers * config.hidden_size * sequence_length
+
+
+def linear_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """{name: parameter} of the weights that are decayed: those of linear layers, a head tied to the embedding left out
+    (FACTS section 4: embeddings, the tied head and norms are not decayed)."""
+    from transformers.pytorch_utils import Conv1D
+
+    embedding = model.get_input_embeddings().weight
+    return {
+        f"{name}.weight": module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and module.weight is not embedding
+    }
+
+
+def seeded(*parts) -> torch.Generator:
+    """A CPU generator keyed by `parts`: the same on every rank, whatever was drawn before."""
+    return torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(repr(parts).encode()) & (2**63 - 1))
+
+
+def fresh_tensor(name: str, shape: tuple[int, ...], config, seed: int) -> torch.Tensor:
+    """Initial fp32 value of one tensor, from a generator keyed by (seed, name, shape): norms one, biases zero, the rest
+    N(0, 0.02), for projections onto the residual stream N(0, 0.02 / sqrt(2 layers)) (FACTS section 4)."""
+    table = architecture(config.model_type)
+    if name.endswith(".bias"):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    std = getattr(config, "initializer_range", 0.02)
+    if any(name.endswith(suffix) for suffix in table.residual):
+        std /= math.sqrt(2 * getattr(config, table.layers))
+    return torch.randn(shape, generator=seeded(seed, name, tuple(shape))) * std
