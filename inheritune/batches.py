@@ -23,7 +23,9 @@ class Tokens:
         self.folder = Path(folder)
         manifest = self.folder / "manifest.json"
         if not manifest.is_file():
-            raise UserError(f"{self.folder} holds no prepared data (no manifest.json); run 'python -m inheritune prepare EXPERIMENT'")
+            raise UserError(
+                f"{self.folder} holds no prepared data (no manifest.json); run 'python -m inheritune prepare EXPERIMENT'"
+            )
         self.manifest = read_json(manifest)
         self.fingerprint: str = self.manifest["fingerprint"]
         self.vocab_size: int = self.manifest["tokenizer"]["vocab_size"]
@@ -33,8 +35,10 @@ class Tokens:
             path = self.folder / shard["file"]
             size = path.stat().st_size if path.is_file() else -1
             if size != shard["tokens"] * dtype.itemsize:
-                raise UserError(f"token shard {path} has {size} bytes, its manifest says {shard['tokens'] * dtype.itemsize}; "
-                                f"delete {manifest} and run 'prepare' again")
+                raise UserError(
+                    f"token shard {path} has {size} bytes, its manifest says {shard['tokens'] * dtype.itemsize}; "
+                    f"delete {manifest} and run 'prepare' again"
+                )
             self._shards.append(np.memmap(path, dtype=dtype, mode="r"))
         self._ends = np.cumsum([len(s) for s in self._shards]) if self._shards else np.zeros(0, np.int64)
         self.n_tokens = int(self._ends[-1]) if self._shards else 0
@@ -78,16 +82,20 @@ class Order:
         self.key = (tokens.fingerprint, seed)
         self.n_windows = tokens.n_windows(sequence_length)
         if self.n_windows < 1:
-            raise UserError(f"the training text of {tokens.folder} has {tokens.n_tokens} tokens, fewer than one window of "
-                            f"{sequence_length} + 1; shorten data.sequence_length or prepare more text")
+            raise UserError(
+                f"the training text of {tokens.folder} has {tokens.n_tokens} tokens, fewer than one window of "
+                f"{sequence_length} + 1; shorten data.sequence_length or prepare more text"
+            )
 
     def check_steps(self, steps: int) -> None:
         """Raises UserError if `steps` steps need more windows than the sampling rule may read."""
         available = self.n_windows * self.epochs
         if self.kind != "random_windows" and steps * self.batch > available:
-            raise UserError(f"{steps} steps of {self.batch} sequences need {steps * self.batch} windows, but the data has "
-                            f"{self.n_windows} ({self.epochs} epoch(s)): at most {available // self.batch} steps; prepare "
-                            f"more tokens (data.max_tokens) or allow more epochs (data.sampling)")
+            raise UserError(
+                f"{steps} steps of {self.batch} sequences need {steps * self.batch} windows, but the data has "
+                f"{self.n_windows} ({self.epochs} epoch(s)): at most {available // self.batch} steps; prepare "
+                f"more tokens (data.max_tokens) or allow more epochs (data.sampling)"
+            )
 
     def starts(self, step: int) -> np.ndarray:
         """First token of each sample of step `step` (from 0).  -> (B,) int64"""
@@ -122,19 +130,27 @@ class Share:
 
         Raises UserError if there are more ranks than sequences."""
         if world > batch:
-            raise UserError(f"{world} ranks for a batch of {batch} sequences: at least one would have nothing to do; "
-                            f"use at most {batch} ranks")
+            raise UserError(
+                f"{world} ranks for a batch of {batch} sequences: at least one would have nothing to do; "
+                f"use at most {batch} ranks"
+            )
         small, larger = divmod(batch, world)
         largest = small + (larger > 0)
         accumulation = -(-largest // micro_ceiling)
-        return cls(first=rank * small + min(rank, larger), count=small + (rank < larger),
-                   micro_batch=-(-largest // accumulation), accumulation=accumulation)
+        return cls(
+            first=rank * small + min(rank, larger),
+            count=small + (rank < larger),
+            micro_batch=-(-largest // accumulation),
+            accumulation=accumulation,
+        )
 
     def describe(self, batch: int, world: int, micro_ceiling: int, length: int) -> str:
         """The arithmetic in one line, e.g. '20 sequences x 64 tokens = 1280 tokens: 3 ranks x 4 micro batch x 2 steps ...'"""
         padded = world * self.micro_batch * self.accumulation - batch
-        line = (f"{batch} sequences x {length} tokens = {batch * length} tokens a step: {world} rank(s) x {self.micro_batch} "
-                f"micro batch x {self.accumulation} accumulation")
+        line = (
+            f"{batch} sequences x {length} tokens = {batch * length} tokens a step: {world} rank(s) x {self.micro_batch} "
+            f"micro batch x {self.accumulation} accumulation"
+        )
         line += f", {padded} of them padding of weight zero" if padded else ""
         return line + (f" (micro batch capped below {micro_ceiling} by the share)" if self.micro_batch < micro_ceiling else "")
 

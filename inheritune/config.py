@@ -350,7 +350,7 @@ def parse_layers(layers: str | list[int], n_source: int) -> list[int]:
         raise UserError(f"layers {layers} selects no layer; a range is half-open: 0:16 are the first 16")
     wrong = [index for index in indices if not 0 <= index < n_source]
     if wrong:
-        raise UserError(f"layers {layers} asks for layer {wrong[0]}, but the source has {n_source} layers (0 to {n_source - 1})")
+        raise UserError(f"layers {layers} asks for layer {wrong[0]}; the source has {n_source} layers (0 to {n_source - 1})")
     return indices
 
 
@@ -449,8 +449,16 @@ def rehearsal(experiment: Experiment) -> Experiment:
         if whole or "warmup_steps" in small:
             small["warmup_steps"] = 4
         if whole:
-            small.update(precision="fp32", deepspeed="ds_configs/cpu.json", lr=max(experiment.train.lr, 1e-3),
-                         eval_every=8, eval_windows=40, final_windows=80, log_every=1, checkpoint_every=8)
+            small.update(
+                precision="fp32",
+                deepspeed="ds_configs/cpu.json",
+                lr=max(experiment.train.lr, 1e-3),
+                eval_every=8,
+                eval_windows=40,
+                final_windows=80,
+                log_every=1,
+                checkpoint_every=8,
+            )
         for key in ("eval_every", "checkpoint_every"):
             if not whole and key in small:
                 small[key] = min(8, small[key])
@@ -458,13 +466,25 @@ def rehearsal(experiment: Experiment) -> Experiment:
 
     raw["rehearsal"] = True
     raw["data"] = Data(
-        name="rehearsal", source="embedded", tokenizer="bpe:1024", end_of_text=experiment.data.end_of_text,
-        validation=ValidationSplit(fraction=0.05), shard_tokens=100_000, max_tokens=600_000, sequence_length=length,
+        name="rehearsal",
+        source="embedded",
+        tokenizer="bpe:1024",
+        end_of_text=experiment.data.end_of_text,
+        validation=ValidationSplit(fraction=0.05),
+        shard_tokens=100_000,
+        max_tokens=600_000,
+        sequence_length=length,
         sampling=experiment.data.sampling,
     ).model_dump(mode="json")
-    raw["model"] = {"size": f"{experiment.model.family}_tiny", "layers": rehearsal_count(experiment.model.layers),
-                    "width": 16 * heads, "heads": heads, "positions": length, "vocab_size": 1024,
-                    "tied_head": experiment.model.tied_head}
+    raw["model"] = {
+        "size": f"{experiment.model.family}_tiny",
+        "layers": rehearsal_count(experiment.model.layers),
+        "width": 16 * heads,
+        "heads": heads,
+        "positions": length,
+        "vocab_size": 1024,
+        "tied_head": experiment.model.tied_head,
+    }
     raw["train"] = shrink_train(raw["train"], whole=True)
     for run in raw["runs"].values():
         run["train"] = shrink_train(run["train"], whole=False)

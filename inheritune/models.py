@@ -35,7 +35,7 @@ class Architecture:
         prefix, suffix = self.block.split("{i}")
         if not name.startswith(prefix):
             return None
-        index, _, rest = name[len(prefix):].partition(suffix)
+        index, _, rest = name[len(prefix) :].partition(suffix)
         return int(index), rest
 
     def part_of(self, name: str) -> tuple[str, str | None]:
@@ -60,8 +60,10 @@ _TABLE = yaml.safe_load((Path(__file__).parent / "architectures.yaml").read_text
 def architecture(model_type: str) -> Architecture:
     """The table's row for a config's model_type. Raises UserError with the known families."""
     if model_type not in _TABLE:
-        raise UserError(f"model family '{model_type}' is not in the architecture table; known: {', '.join(sorted(_TABLE))}; "
-                        f"to add one, describe its tensor names in inheritune/architectures.yaml")
+        raise UserError(
+            f"model family '{model_type}' is not in the architecture table; known: {', '.join(sorted(_TABLE))}; "
+            f"to add one, describe its tensor names in inheritune/architectures.yaml"
+        )
     return Architecture(name=model_type, **_TABLE[model_type])
 
 
@@ -72,17 +74,40 @@ def hf_config(model: Model, layers: int | None = None):
     layers = layers or model.layers
     if model.family == "gpt2":
         return GPT2Config(
-            vocab_size=model.vocab_size, n_positions=model.positions, n_embd=model.width, n_layer=layers,
-            n_head=model.heads, n_inner=model.mlp_width, activation_function="gelu_new", layer_norm_epsilon=model.norm_eps,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, scale_attn_by_inverse_layer_idx=True,
-            tie_word_embeddings=model.tied_head, use_cache=False, bos_token_id=None, eos_token_id=None,
-            frozen_zero_biases=True, architectures=["GPT2LMHeadModel"],
+            vocab_size=model.vocab_size,
+            n_positions=model.positions,
+            n_embd=model.width,
+            n_layer=layers,
+            n_head=model.heads,
+            n_inner=model.mlp_width,
+            activation_function="gelu_new",
+            layer_norm_epsilon=model.norm_eps,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            scale_attn_by_inverse_layer_idx=True,
+            tie_word_embeddings=model.tied_head,
+            use_cache=False,
+            bos_token_id=None,
+            eos_token_id=None,
+            frozen_zero_biases=True,
+            architectures=["GPT2LMHeadModel"],
         )
     return LlamaConfig(
-        vocab_size=model.vocab_size, max_position_embeddings=model.positions, hidden_size=model.width,
-        num_hidden_layers=layers, num_attention_heads=model.heads, num_key_value_heads=model.kv_heads,
-        intermediate_size=model.mlp_width, rms_norm_eps=model.norm_eps, tie_word_embeddings=model.tied_head, use_cache=False,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None, architectures=["LlamaForCausalLM"],
+        vocab_size=model.vocab_size,
+        max_position_embeddings=model.positions,
+        hidden_size=model.width,
+        num_hidden_layers=layers,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.kv_heads,
+        intermediate_size=model.mlp_width,
+        rms_norm_eps=model.norm_eps,
+        tie_word_embeddings=model.tied_head,
+        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        architectures=["LlamaForCausalLM"],
     )
 
 

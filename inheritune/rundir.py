@@ -11,6 +11,7 @@ size and xxh3-128 hash of every file they speak for.
 import errno
 import json
 import os
+import platform
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,9 +30,7 @@ def data_dir(experiment: Experiment) -> Path:
     """Folder of the experiment's token shards, shared by all experiments with the same data section."""
     key = json.dumps(experiment.data.preparation(), sort_keys=True)
     if experiment.data.source == "embedded":
-        import sys
-
-        key += "python %d.%d.%d" % sys.version_info[:3]  # the corpus is this Python's standard library
+        key += f"python {platform.python_version()}"  # the corpus is this Python's standard library
     return root() / "data" / f"{experiment.data.name}-{xxhash.xxh3_128_hexdigest(key.encode())[:12]}"
 
 
@@ -120,8 +119,9 @@ def disk_error(error: OSError, path: Path) -> Exception:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = next(p for p in (path, *path.parents) if p.is_dir())
         free = shutil.disk_usage(where).free
-        return UserError(f"no space left while writing {path} ({free / 1e6:.0f} MB free); "
-                         f"free some, or set INHERITUNE_ROOT to a larger disk")
+        return UserError(
+            f"no space left while writing {path} ({free / 1e6:.0f} MB free); free some, or set INHERITUNE_ROOT to a larger disk"
+        )
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return UserError(f"cannot write {path}: {os.strerror(error.errno)}; set INHERITUNE_ROOT to a folder you own")
     return error
