@@ -158,8 +158,8 @@ class Train(Strict):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest gradient norm (of the mean gradient); 0 turns clipping off."""
-    precision: Literal["fp32", "bf16_autocast", "bf16"] = "bf16_autocast"
-    """bf16_autocast keeps fp32 masters and accumulation (what the paper's code did); a CPU run uses fp32 instead."""
+    precision: Literal["auto", "fp32", "bf16_autocast", "bf16"] = "auto"
+    """bf16_autocast keeps fp32 masters and accumulation (what the paper's code did); auto: that on a GPU, fp32 on a CPU."""
     deepspeed: str = "ds_configs/zero3.json"
     eval_every: Positive = 1000
     eval_windows: Positive = 400

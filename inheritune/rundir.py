@@ -86,6 +86,11 @@ class RunDir:
     def is_done(self) -> bool:
         return self.done.is_file()
 
+    def weights(self) -> Path:
+        """final/ of this finished run; of a grown one, that of the stage which its DONE names."""
+        done = read_json(self.done)
+        return self.stage(done["stage"]).final if "stage" in done else self.final
+
 
 # --- writing --------------------------------------------------------------------------------------------------------------
 

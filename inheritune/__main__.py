@@ -1,0 +1,180 @@
+"""python -m inheritune VERB: the command line. Verbs import what they need when they run, so that --help is instant.
+
+python-fire calls a verb before it looks at the flags it does not know, and returns what a verb returns on every rank; so
+flags are checked here first, and verbs return nothing.
+"""
+
+import inspect
+import os
+import sys
+
+from inheritune.config import UserError, nearest
+
+
+class Verbs:
+    """Inheritune: small language models from the first layers of larger ones (arXiv 2404.08634).
+
+    EXPERIMENT is the name of a file in recipes/ (quickstart) or the path of a YAML file. Runs and data lie under
+    $INHERITUNE_ROOT. REHEARSE=1, or --rehearse, runs any experiment in small."""
+
+    def prepare(self, experiment, workers=None, rehearse=None):
+        """Turn the experiment's documents into token shards under data/. A killed prepare goes on where it was."""
+        from inheritune.config import load_experiment
+        from inheritune.prepare import prepare
+
+        prepare(load_experiment(experiment, rehearse), workers)
+
+    def train(self, experiment, run, seed=0, stage=None, ds=None, procs=1, rehearse=None):
+        """Train one run (or --stage N of a grown run) to its end; goes on from the last checkpoint if there is one.
+
+        Start it with srun, torchrun or deepspeed on many GPUs, or give --procs N for N processes on this machine."""
+        from inheritune.train import train
+
+        train(experiment, run, seed, stage, ds, rehearse)
+
+    def inherit(self, source, layers, out, parts=None, modules=None, seed=0, revision=None):
+        """Write an HF checkpoint of the chosen layers of SOURCE, e.g. --layers 0:16 for the first 16 (half-open).
+
+        SOURCE: a folder with safetensors, .bin or DeepSpeed ZeRO shards, or a Hub id. PARTS: any of token_embedding,
+        position_embedding, blocks, final_norm, head; MODULES: any of attn, mlp, norms. The rest starts fresh."""
+        from inheritune.inherit import run_inherit
+
+        run_inherit(source, layers, out, parts, modules, seed, revision)
+
+    def analyze(self, model, data, out=None, sequences=100, length=100, seed=0):
+        """Measure attention rank and column mass per layer; draw them; suggest how many layers to inherit.
+
+        MODEL: an HF checkpoint or id; DATA: an experiment (its prepared data) or a folder that prepare wrote."""
+        from inheritune.attention import run_analyze
+
+        run_analyze(model, data, out, sequences, length, seed)
+
+    def grow(self, experiment, run, seed=0, procs=1, ds=None, rehearse=None):
+        """Everything a grown run needs, in order: data, reference, stage 1, stage 2 ... until parity or the last stage."""
+        from inheritune.stages import grow
+
+        grow(experiment, run, seed, procs, ds, rehearse)
+
+    def evaluate(self, experiment, run=None, model=None, seed=0, out=None, rehearse=None):
+        """Validation loss of a finished run, or of any checkpoint (--model), on the experiment's fixed windows."""
+        from inheritune.evaluate import evaluate
+
+        evaluate(experiment, run, model, seed, out, rehearse)
+
+    def table(self, item, seed=0, rehearse=None):
+        """The table of an experiment: ours, with intervals and the verdict in words."""
+        from inheritune.tables import table
+
+        table(item, seed, rehearse)
+
+    def figure(self, item, seed=0, rehearse=None):
+        """The plots of an experiment: loss curves, MaxRank and column mass per layer."""
+        from inheritune.figures import figure
+
+        figure(item, seed, rehearse)
+
+
+def main(argv: list[str]) -> int:
+    """Run one verb. Exit code 0, or 2 for a user's mistake, told in one sentence."""
+    verbs = {name: f for name, f in inspect.getmembers(Verbs, inspect.isfunction) if not name.startswith("_")}
+    try:
+        if not argv or argv[0] in ("-h", "--help", "help"):
+            print(overview(verbs))
+            return 0
+        verb = argv[0]
+        if verb not in verbs:
+            raise UserError(f"unknown verb '{verb}'; {nearest(verb, verbs)}")
+        if "-h" in argv or "--help" in argv:
+            print(f"python -m inheritune {verb} {usage(verbs[verb])}\n\n{inspect.getdoc(verbs[verb])}")
+            return 0
+        arguments = bind(verb, verbs[verb], argv[1:])
+        return run(verb, arguments, argv)
+    except UserError as error:
+        if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0:
+            print(f"inheritune: {error}", file=sys.stderr)
+        return 2
+
+
+def bind(verb: str, function, argv: list[str]) -> dict:
+    """{argument: value} of a verb's command line, every flag checked, values typed by python-fire's parser.
+
+    Raises UserError for an unknown, repeated or missing argument."""
+    from fire.parser import DefaultParseValue
+
+    parameters = {name: p for name, p in inspect.signature(function).parameters.items() if name != "self"}
+    positional = [name for name, p in parameters.items() if p.default is p.empty]
+    found, rest = {}, list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            if name == "local_rank":  # the deepspeed launcher adds it; the environment says the same
+                continue
+            if name not in parameters:
+                flags = [f"--{p.replace('_', '-')}" for p in parameters]
+                raise UserError(f"{verb} has no flag --{name}; {nearest('--' + name, flags)}")
+            if name == "rehearse" and not equals:
+                value = "True"
+            elif not equals:
+                value = rest.pop(0) if rest and not rest[0].startswith("--") else ""
+        else:
+            name, value = next((p for p in positional if p not in found), None), word
+            if name is None:
+                raise UserError(
+                    f"{verb} takes no further argument '{word}'; usage: python -m inheritune {verb} {usage(function)}"
+                )
+        if not value:
+            raise UserError(f"{verb}: --{name} needs a value")
+        if name in found:
+            raise UserError(f"{verb}: --{name} is given twice")
+        # names, paths and layer ranges stay text: fire would read 1e3 as a number and 0:4 as a slice
+        number = name in ("seed", "stage", "procs", "workers", "sequences", "length", "rehearse")
+        found[name] = DefaultParseValue(value) if number else value
+        if number and not isinstance(found[name], int):
+            raise UserError(f"{verb}: --{name} takes a whole number (got '{value}')")
+        if name in ("procs", "workers", "sequences", "length", "stage") and found[name] < 1:
+            raise UserError(f"{verb}: --{name} must be at least 1 (got {value})")
+    missing = [name for name in positional if name not in found]
+    if missing:
+        raise UserError(f"{verb} needs {missing[0].upper()}; usage: python -m inheritune {verb} {usage(function)}")
+    return found
+
+
+def run(verb: str, arguments: dict, argv: list[str]) -> int:
+    """Call the verb through Fire, or start it as several processes where --procs asks for them."""
+    from inheritune import dist
+
+    if verb == "train" and arguments.get("procs", 1) > 1 and not dist.launched():
+        return dist.launch(argv, arguments["procs"])
+    import fire
+
+    try:
+        fire.Fire(Verbs(), command=[verb, *(f"--{name}={value!r}" for name, value in arguments.items())], name="inheritune")
+    finally:
+        if "torch" in sys.modules:
+            dist.stop()
+    return 0
+
+
+def usage(function) -> str:
+    """E.g. 'EXPERIMENT --run RUN [--seed 0]'."""
+    words = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name != "self":
+            flag = name.replace("_", "-")
+            shown = "" if parameter.default is None else f" {parameter.default}"
+            words.append(
+                f"{name.upper()}" if parameter.default is parameter.empty else f"[--{flag}{shown or ' ' + name.upper()}]"
+            )
+    return " ".join(words)
+
+
+def overview(verbs: dict) -> str:
+    lines = [inspect.getdoc(Verbs), "", "python -m inheritune VERB ... (VERB --help tells more)", ""]
+    lines += [f"  {name:10} {inspect.getdoc(function).splitlines()[0]}" for name, function in verbs.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,197 @@
+"""The DeepSpeed engine: parameter groups, learning rate, the JSON, building the model and giving it weights.
+
+ds_configs/*.json hold what changes memory and speed. What changes the mathematics belongs to the experiment and is put in
+here; a JSON that sets it too is refused, so that each number has one home.
+"""
+
+import math
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from inheritune.config import Train, UserError, nearest, resolve_path
+from inheritune.dist import rank
+from inheritune.models import architecture, build, linear_weights
+
+OWNED = {
+    "optimizer": "train.lr, betas, eps, weight_decay",
+    "scheduler": "train.schedule, warmup_steps, min_lr",
+    "gradient_clipping": "train.clip",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+    "torch_autocast": "train.precision",
+    "data_types": "train.precision",
+    "prescale_gradients": "train.precision",
+    "train_batch_size": "train.batch_tokens",
+    "gradient_accumulation_steps": "train.batch_tokens and the number of ranks",
+}
+"""DeepSpeed keys that the experiment decides, and where."""
+
+
+def load_json(path: str | Path) -> dict:
+    """A DeepSpeed JSON (comments allowed). Raises UserError if it is missing, malformed or sets what the experiment owns."""
+    import hjson
+
+    file = resolve_path(str(path))
+    if not file.is_file():
+        known = sorted(p.name for p in file.parent.glob("*.json")) if file.parent.is_dir() else []
+        raise UserError(f"DeepSpeed JSON {path} does not exist; {nearest(file.name, known)}")
+
+    def refuse_twice(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice:
+            raise UserError(f"{path} sets '{twice}' twice; keep one")
+        return dict(pairs)
+
+    try:
+        settings = hjson.loads(file.read_text(encoding="utf-8"), object_pairs_hook=refuse_twice)
+    except (hjson.HjsonDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} must hold a JSON object, not {type(settings).__name__}")
+    for key in settings:
+        if key in OWNED:
+            raise UserError(f"{path} sets '{key}', which belongs to the experiment ({OWNED[key]}); remove it from the JSON")
+    ours = settings.get("inheritune", {})
+    for key in ours:
+        if key not in ("activation_checkpointing", "compile"):
+            raise UserError(
+                f"{path}: unknown key '{key}' in 'inheritune'; {nearest(key, ['activation_checkpointing', 'compile'])}"
+            )
+    micro = settings.get("train_micro_batch_size_per_gpu")
+    if not isinstance(micro, int) or micro < 1:
+        raise UserError(f"{path}: train_micro_batch_size_per_gpu must be a positive number of sequences (got {micro!r})")
+    return settings
+
+
+def deepspeed_config(settings: dict, train: Train, micro_batch: int, accumulation: int) -> dict:
+    """The whole configuration for `deepspeed.initialize`: the JSON's settings plus what the experiment owns.
+
+    Raises UserError for pure bf16 at ZeRO 0, where DeepSpeed's accumulation ends elsewhere than at ZeRO 1 to 3."""
+    config = {key: value for key, value in settings.items() if key != "inheritune"}
+    config["train_micro_batch_size_per_gpu"] = micro_batch
+    config["gradient_accumulation_steps"] = accumulation
+    config["gradient_clipping"] = train.clip
+    config["zero_allow_untested_optimizer"] = True
+    config["zero_force_ds_cpu_optimizer"] = False  # offload too takes torch's fused AdamW: nothing is compiled
+    stage = zero_stage(settings)
+    if train.precision == "bf16_autocast":
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    elif train.precision == "bf16":
+        if stage == 0:
+            raise UserError("train.precision: bf16 is not exact at ZeRO 0; use a ZeRO 1, 2 or 3 JSON, or bf16_autocast")
+        config["bf16"] = {"enabled": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def zero_stage(settings: dict) -> int:
+    return int(settings.get("zero_optimization", {}).get("stage", 0))
+
+
+def resolve_precision(train: Train, device) -> Train:
+    """`train` with precision `auto` decided: bf16_autocast on a GPU, fp32 on the CPU (where bf16 products are slower)."""
+    chosen = "bf16_autocast" if device.type == "cuda" else "fp32"
+    return train.model_copy(update={"precision": chosen}) if train.precision == "auto" else train
+
+
+def learning_rate(step: int, train: Train) -> float:
+    """Learning rate of step `step` (the first is 1): linear warm-up to lr, then cosine (or linear) to min_lr at the end."""
+    if step <= train.warmup_steps:
+        return train.lr * step / train.warmup_steps
+    if train.schedule == "constant" or train.steps == train.warmup_steps:
+        return train.lr
+    progress = min(1.0, (step - train.warmup_steps) / (train.steps - train.warmup_steps))
+    falling = 0.5 * (1 + math.cos(math.pi * progress)) if train.schedule == "cosine" else 1 - progress
+    return train.min_lr + falling * (train.lr - train.min_lr)
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """AdamW's two groups: weights of linear layers are decayed, embeddings, a tied head, norms and biases are not."""
+    decayed = {id(p) for p in linear_weights(model).values()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if id(p) in decayed], "weight_decay": weight_decay},
+        {"params": [p for p in trained if id(p) not in decayed], "weight_decay": 0.0},
+    ]
+
+
+def start_engine(hf_config, weights, settings: dict, train: Train, micro_batch: int, accumulation: int):
+    """Build the model of `hf_config`, fill it from `weights` (sources.Source; None leaves it empty, for a checkpoint to
+    fill) and wrap it in a DeepSpeed engine. At ZeRO 3 no rank ever holds the whole model."""
+    import deepspeed
+
+    config = deepspeed_config(settings, train, micro_batch, accumulation)
+    stage = zero_stage(settings)
+    with deepspeed.zero.Init(config_dict_or_path=config) if stage == 3 else nullcontext():
+        model = build(hf_config)
+    if weights is not None:
+        fill(model, weights, stage)
+    ours = settings.get("inheritune", {})
+    if ours.get("activation_checkpointing"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if ours.get("compile"):
+        for block in blocks(model):
+            block.compile()  # in place: torch.compile(block) would rename its parameters
+    groups = parameter_groups(model, train.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return engine
+
+
+def blocks(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """The model's list of transformer blocks."""
+    return model.get_submodule(architecture(model.config.model_type).block.removesuffix(".{i}."))
+
+
+def fill(model: torch.nn.Module, weights, stage: int) -> None:
+    """Copy every parameter from `weights`, one at a time; at ZeRO 3 rank 0 reads and the others take their partitions."""
+    import deepspeed
+
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=stage == 3):
+            if stage < 3 or rank() == 0:
+                with torch.no_grad():
+                    parameter.copy_(weights.tensor(name))
+
+
+def full_parameters(engine):
+    """Yield (name, fp32 CPU tensor) of every parameter, a tied one once, from the fp32 masters. Every rank must iterate;
+    all but rank 0 get None for the tensor. One parameter is whole at a time."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    partitioned = engine.zero_optimization_stage() == 3
+    for name, parameter in engine.module.named_parameters():
+        master = safe_get_full_fp32_param(parameter) if parameter.dtype != torch.float32 and parameter.requires_grad else None
+        with deepspeed.zero.GatheredParameters([parameter], enabled=partitioned):
+            value = parameter if master is None else master
+            yield name, value.detach().float().cpu().clone() if rank() == 0 else None
+
+
+def set_learning_rate(engine, lr: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def gradient_norm(engine) -> float | None:
+    """Norm of the step's mean gradient before clipping, where DeepSpeed does not keep it (fp32 at ZeRO 0); call between
+    the last backward, which has averaged the gradients over ranks, and step()."""
+    if engine.zero_optimization_stage() > 0:
+        return None
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
+_PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "A6000": 154.8, "L40S": 362.0, "RTX 4090": 165.2, "V100": 125.0}
+"""Dense bf16 (V100: fp16) matrix rates of the vendors' data sheets, in TFLOP/s."""
+
+
+def peak_flops(device) -> float | None:
+    """The GPU's dense 16-bit matrix rate in FLOP/s, or None if it is not a known GPU."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rate * 1e12 for part, rate in _PEAK_TFLOPS.items() if part in name), None)

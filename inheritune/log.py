@@ -1,0 +1,130 @@
+"""What a run says and records: the rank-0 log, metrics.jsonl (the record), its W&B mirror, provenance.json.
+
+Nothing ever reads a log to learn a number: tables and plots come from metrics.jsonl and results.json.
+"""
+
+import json
+import logging
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+
+from inheritune.config import REPOSITORY, Experiment
+from inheritune.dist import rank, world
+from inheritune.rundir import RunDir, read_json, read_jsonl, write_json, write_text
+
+logger = logging.getLogger("inheritune")
+
+
+def setup(run_dir: RunDir | None = None) -> None:
+    """Rank 0 speaks on the terminal and in the run's train.log; the other ranks only warn."""
+    logger.handlers.clear()
+    logger.propagate = False
+    logger.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
+    screen = logging.StreamHandler(sys.stdout)
+    screen.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(screen)
+    if run_dir is not None and rank() == 0:
+        run_dir.path.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(run_dir.log, encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        logger.addHandler(file)
+
+
+class Metrics:
+    """Rank 0's writer of metrics.jsonl: one row per logged step (`loss` ...) or evaluation (`val_loss`).
+
+    Rows after `step`, the step that the run resumes from, are moved to metrics.discarded.jsonl: no step has two rows."""
+
+    def __init__(self, run_dir: RunDir, step: int, mirror=None):
+        rows = read_jsonl(run_dir.metrics)
+        kept = [row for row in rows if row["step"] <= step]
+        if len(kept) < len(rows):
+            with open(run_dir.discarded_metrics, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows[len(kept) :])
+        write_text(run_dir.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = open(run_dir.metrics, "a", encoding="utf-8")  # noqa: SIM115 - open for the run's length
+        self._mirror = mirror
+
+    def add(self, row: dict) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._mirror is not None:
+            self._mirror.log(row)
+
+    def sync(self) -> None:
+        """Bring the rows to disk: before a checkpoint says that these steps are behind us."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+        if self._mirror is not None:
+            self._mirror.finish()
+
+
+def start_wandb(run_dir: RunDir, experiment: Experiment, run: str, mode: str, project: str):
+    """The W&B run that mirrors this run folder (one id per folder, so a requeued job continues it), or None.
+
+    W&B never stops a run: where it cannot start, the run goes on without it and says so."""
+    if mode == "disabled":
+        return None
+    import wandb
+
+    if not run_dir.wandb_id.is_file():
+        write_text(run_dir.wandb_id, wandb.util.generate_id())
+    try:
+        mirror = wandb.init(
+            project=project,
+            id=run_dir.wandb_id.read_text(),
+            resume="allow",
+            mode=mode,
+            dir=run_dir.path,
+            name=f"{experiment.name}/{run}",
+            config=experiment.model_dump(mode="json"),
+            settings=wandb.Settings(silent=True),
+        )
+    except (wandb.errors.Error, OSError) as error:
+        logger.warning("W&B could not start (%s); the run goes on, metrics.jsonl is the record", error)
+        return None
+    mirror.define_metric("*", step_metric="step")  # rows are told apart by our step: a resumed run may log one again
+    return mirror
+
+
+def record_provenance(run_dir: RunDir, **facts) -> None:
+    """Add this start of the run to provenance.json: when, where, which code and versions, and `facts` (data, parents)."""
+    starts = read_json(run_dir.provenance)["starts"] if run_dir.provenance.is_file() else []
+    starts.append(
+        {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": sys.argv,
+            "host": socket.gethostname(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "ranks": world(),
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            "git_commit": git_commit(),
+            "python": platform.python_version(),
+            "versions": {name: _version(name) for name in ("torch", "deepspeed", "transformers", "numpy")},
+            **facts,
+        }
+    )
+    write_json(run_dir.provenance, {"starts": starts})
+
+
+def git_commit() -> str | None:
+    """Commit of the repository, with '+changes' where files differ from it; None outside a git checkout."""
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    if head.returncode:
+        return None
+    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=REPOSITORY, capture_output=True, check=False).stdout
+    return head.stdout.strip() + ("+changes" if changed.strip() else "")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

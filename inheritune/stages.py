@@ -1,0 +1,148 @@
+"""`grow EXPERIMENT --run NAME`: stage after stage until parity or the last stage (paper, Algorithm 1).
+
+`next_action` is a pure function of the files on disk; `grow` runs each action as its own process and asks again. So a
+crash costs one step, a restart is the same command, and the growth logic is tested in milliseconds. Nothing here imports
+torch: it runs on a batch host.
+"""
+
+import sys
+from dataclasses import dataclass
+
+from inheritune.config import Experiment, Grow, UserError, load_experiment, parse_layers
+from inheritune.dist import launch
+from inheritune.rundir import RunDir, data_dir, read_json, write_json
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a finished stage left: its depth and the paired difference to the reference, in nats."""
+
+    layers: int
+    difference: dict
+    paper_rule: bool
+    train_flops: float
+
+
+@dataclass(frozen=True)
+class Action:
+    """What comes next: `prepare`, `train` (a run, or a stage of the grown run) or `finish`."""
+
+    verb: str
+    run: str = ""
+    stage: int | None = None
+    verdict: dict | None = None
+
+
+def stage_depths(first: int, grow: Grow) -> list[int]:
+    """Layers of each stage: the inherited ones, then `by` more each time, at most max_layers.
+
+    Raises UserError if max_layers is below the first stage."""
+    if grow.max_layers < first:
+        raise UserError(f"grow.max_layers ({grow.max_layers}) is below the {first} layers of the first stage")
+    depths = list(range(first, grow.max_layers, grow.by))
+    return [*depths, grow.max_layers]
+
+
+def parity(difference: dict, margin: float) -> bool:
+    """The stop rule: the upper end of the 95% interval of (ours - reference) is at or below `margin` nats."""
+    return difference["high"] <= margin
+
+
+def next_action(depths: list[int], grow: Grow, reference_done: bool, data_ready: bool, reference: str, run: str,
+                stages: list[StageResult]) -> Action:  # fmt: skip
+    """What to do next, given what is finished (pure). The stop rule looks at each stage once, after its full schedule."""
+    if not data_ready:
+        return Action("prepare")
+    if not reference_done:
+        return Action("train", run=reference)
+    if stages and (parity(stages[-1].difference, grow.margin) or len(stages) == len(depths)):
+        reached = parity(stages[-1].difference, grow.margin)
+        # without parity the chosen stage is the best one, which need not be the deepest
+        best = len(stages) if reached else min(range(len(stages)), key=lambda i: stages[i].difference["mean"]) + 1
+        return Action("finish", run=run, stage=best, verdict=_verdict(stages, best, reached, grow))
+    return Action("train", run=run, stage=len(stages) + 1)
+
+
+def _verdict(stages: list[StageResult], best: int, reached: bool, grow: Grow) -> dict:
+    by_paper = next((i + 1 for i, stage in enumerate(stages) if stage.paper_rule), None)
+    return {
+        "stage": best,
+        "layers": stages[best - 1].layers,
+        "parity": reached,
+        "margin": grow.margin,
+        "difference": stages[best - 1].difference,
+        "paper_rule_stage": by_paper,
+        "train_flops_of_all_stages": sum(stage.train_flops for stage in stages),
+        "note": "the interval covers the choice of validation windows, not of seeds: one seed can stop by luck",
+    }
+
+
+def read_stages(root: RunDir, n_stages: int) -> list[StageResult]:
+    """Results of the finished stages, in order, up to the first unfinished one."""
+    found = []
+    for number in range(1, n_stages + 1):
+        stage = root.stage(number)
+        if not stage.is_done():
+            break
+        results = read_json(stage.results)
+        if "difference" not in results:
+            raise UserError(f"{stage.results} holds no difference to the reference; run evaluate, or train the stage again")
+        found.append(StageResult(results["layers"], results["difference"], results["paper_rule"], results["train_flops"]))
+    return found
+
+
+def grow(experiment: str, run: str, seed: int = 0, procs: int = 1, ds: str | None = None, rehearse=None) -> None:
+    """Do everything that `run` still needs: data, reference, stages, verdict. `procs` processes each, or srun's tasks."""
+    loaded = load_experiment(experiment, rehearse)
+    spec = loaded.run(run)
+    if not spec.grow:
+        raise UserError(f"run '{run}' of {loaded.name} has no 'grow' section; use train")
+    reference = loaded.reference_of(spec)
+    if not reference:
+        raise UserError(f"run '{run}' grows until it reaches a reference: give it 'compare: RUN'")
+    first = parse_layers(spec.init.inherit.layers, loaded.model.layers)
+    if first != list(range(len(first))):
+        raise UserError(f"run '{run}' grows, so it must inherit the first layers, '0:n' (got {spec.init.inherit.layers})")
+    depths = stage_depths(len(first), spec.grow)
+    root = RunDir.of(loaded, run, seed)
+    done_before = None
+    while not root.is_done():
+        action = next_action(
+            depths, spec.grow, RunDir.of(loaded, reference, seed).is_done(), (data_dir(loaded) / "manifest.json").is_file(),
+            reference, run, read_stages(root, len(depths)),
+        )  # fmt: skip
+        if action == done_before:
+            raise RuntimeError(f"{action} ended without an error but left no result")
+        if action.verb == "finish":
+            write_json(root.done, action.verdict)
+        else:
+            _run(action, experiment, seed, procs, ds, loaded)
+        done_before = action
+    print(sentence(read_json(root.done), loaded, run, reference))
+
+
+def sentence(verdict: dict, experiment: Experiment, run: str, reference: str) -> str:
+    """The verdict in words, whichever way it came out."""
+    gap = verdict["difference"]
+    size = f"{verdict['layers']} of {experiment.model.layers} layers"
+    numbers = f"{gap['mean']:+.4f} nats, 95% interval {gap['low']:+.4f} to {gap['high']:+.4f} over {gap['n']} windows, one seed"
+    mark = "REHEARSAL, not a result: " if experiment.rehearsal else ""
+    if verdict["parity"]:
+        return f"{mark}{run} reached {reference}'s validation loss with {size} ({numbers}; margin {verdict['margin']})."
+    failed = f"{run} did not reach {reference}'s validation loss; its best stage has {size}"
+    return f"{mark}{failed} ({numbers}; margin {verdict['margin']})."
+
+
+def _run(action: Action, experiment: str, seed: int, procs: int, ds: str | None, loaded: Experiment) -> None:
+    """Run one action to its end; if it fails, whose reason it has printed, leave with its exit code."""
+    verb = [action.verb, experiment]
+    if action.verb == "train":
+        verb += ["--run", action.run, "--seed", str(seed)]
+        verb += ["--stage", str(action.stage)] if action.stage else []
+        verb += ["--ds", ds] if ds else []
+    verb += ["--rehearse"] if loaded.rehearsal else []
+    print(f"$ python -m inheritune {' '.join(verb)}", flush=True)
+    code = launch(verb, procs if action.verb == "train" else 1)
+    if code:
+        print(f"grow stops: this step ended with code {code}; the same grow command goes on from there", file=sys.stderr)
+        raise SystemExit(code)

@@ -1,0 +1,405 @@
+"""`train EXPERIMENT --run NAME`: one run (or one stage of a grown run), from its start to final/ and DONE.
+
+Reading order: train -> prepare_start -> Trainer.fit. The loop shows DeepSpeed's forward, backward and step. A finished run
+is a no-op; an interrupted one goes on from its newest complete checkpoint, with the same bits at the same world size.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import yaml
+from tqdm import tqdm
+
+from inheritune import checkpoint, dist, validate
+from inheritune.batches import Order, Share, Tokens, read_share
+from inheritune.config import RESUMABLE_KEYS, Experiment, Run, Train, UserError, load_experiment, parse_layers
+from inheritune.engine import (
+    gradient_norm,
+    learning_rate,
+    load_json,
+    peak_flops,
+    resolve_precision,
+    set_learning_rate,
+    start_engine,
+    zero_stage,
+)
+from inheritune.inherit import extend, inherit, write_random
+from inheritune.log import Metrics, logger, record_provenance, setup, start_wandb
+from inheritune.models import count_parameters, flops_per_token, hf_config
+from inheritune.rundir import RunDir, data_dir, hash_folder, read_json, write_json, write_text
+from inheritune.sources import open_source
+from inheritune.tokens import check_vocabulary
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained: a run of an experiment with one seed, or stage `stage` (from 1) of a grown run."""
+
+    experiment: Experiment
+    name: str
+    seed: int = 0
+    stage: int | None = None
+
+    @property
+    def run(self) -> Run:
+        return self.experiment.run(self.name)
+
+    @property
+    def settings(self) -> Train:
+        return self.experiment.train_of(self.run)
+
+    @property
+    def root(self) -> RunDir:
+        return RunDir.of(self.experiment, self.name, self.seed)
+
+    @property
+    def dir(self) -> RunDir:
+        return self.root.stage(self.stage) if self.stage else self.root
+
+    def sibling(self, name: str) -> RunDir:
+        return RunDir.of(self.experiment, name, self.seed)
+
+    def title(self) -> str:
+        mark = "REHEARSAL " if self.experiment.rehearsal else ""
+        stage = f" stage {self.stage}" if self.stage else ""
+        return f"{mark}{self.experiment.name}/{self.name}{stage} seed {self.seed}"
+
+    def resolved(self, train: Train) -> dict:
+        """What experiment.yaml of the run folder holds: everything that decides this run, its `train` as resolved."""
+        return {
+            "experiment": self.experiment.name,
+            "rehearsal": self.experiment.rehearsal,
+            "run_name": self.name,
+            "seed": self.seed,
+            "stage": self.stage,
+            "data": self.experiment.data.model_dump(mode="json"),
+            "model": self.experiment.model.model_dump(mode="json"),
+            "train": train.model_dump(mode="json"),
+            "run": self.run.model_dump(mode="json", by_alias=True, exclude={"train"}),
+        }
+
+
+def train(experiment: str, run: str, seed: int = 0, stage: int | None = None, ds: str | None = None, rehearse=None) -> None:
+    """Train `run` of `experiment` on the ranks of this launch; see the module's docstring."""
+    job = Job(load_experiment(experiment, rehearse), run, seed, stage)
+    if job.run.init.external:
+        raise UserError(
+            f"run '{run}' is a finished model of others ({job.run.init.external.source}); only evaluate or analyze it"
+        )
+    if job.run.grow and not stage:
+        raise UserError(f"run '{run}' grows by stages; use 'grow {experiment} --run {run}', or give --stage N")
+    if stage and not job.run.grow:
+        raise UserError(f"run '{run}' has no 'grow' section, so it has no stage {stage}; leave out --stage")
+    if job.dir.is_done():
+        print(f"{job.title()} is finished: {job.dir.final}") if dist.rank() == 0 else None
+        return
+    train_job(job, ds)
+
+
+def train_job(job: Job, ds: str | None = None) -> None:
+    """Train `job` with the DeepSpeed JSON `ds` (default: the experiment's)."""
+    settings = load_json(ds or job.settings.deepspeed)
+    tokens = Tokens(data_dir(job.experiment), "train")
+    check_vocabulary(tokens.vocab_size, job.experiment.model.vocab_size, f"model.vocab_size of {job.experiment.name}")
+    dist.start()
+    trainer = Trainer(job, settings, tokens)
+    trainer.fit()
+
+
+def prepare_start(job: Job):
+    """The checkpoint that the job starts from, made by rank 0 if it is not there yet.  -> its folder"""
+    inherited = job.run.init.inherit
+    if inherited is None:
+        layers = job.run.layers or job.experiment.model.layers
+        folder = job.dir.seed_checkpoint(layers)
+        if not (folder / "inherited.json").is_file():
+            write_random(hf_config(job.experiment.model, layers), folder, seed=job.seed)
+        return folder
+    folder = job.dir.init
+    if (folder / "inherited.json").is_file():
+        return folder
+    source = source_of(job)
+    common = {"out": folder, "seed": job.seed}
+    if not job.stage:
+        inherit(
+            source, inherited.layers, parts=inherited.parts, modules=inherited.modules, revision=inherited.revision, **common
+        )
+        return folder
+    layers = stage_layers(job)
+    if job.run.grow.from_ == "previous" and job.stage > 1:
+        before = job.root.stage(job.stage - 1)
+        if not before.is_done():
+            raise UserError(f"stage {job.stage} continues stage {job.stage - 1}, which is not finished; train that one first")
+        extend(before.final, source, layers - job.run.grow.by, layers, **common)
+    else:
+        inherit(source, f"0:{layers}", parts=inherited.parts, modules=inherited.modules, revision=inherited.revision, **common)
+    return folder
+
+
+def source_of(job: Job) -> str:
+    """Path or id that an inherited run copies from. Raises UserError if it is a run of the file that is not finished."""
+    source = job.run.init.inherit.source
+    return str(finished_weights(job.experiment, source, job.seed)) if source in job.experiment.runs else source
+
+
+def finished_weights(experiment: Experiment, name: str, seed: int):
+    """final/ of a finished run; of a grown one, of the stage that its DONE names."""
+    folder = RunDir.of(experiment, name, seed)
+    if not folder.is_done():
+        verb = "grow" if experiment.run(name).grow else "train"
+        raise UserError(
+            f"run '{name}' of {experiment.name} (seed {seed}) is not finished; first: "
+            f"python -m inheritune {verb} {experiment.name} --run {name}"
+        )
+    return folder.weights()
+
+
+def stage_layers(job: Job) -> int:
+    """Depth of the job's stage: the inherited range, plus `by` for each stage after the first."""
+    depth = job.experiment.model.layers
+    first = parse_layers(job.run.init.inherit.layers, depth)
+    return min(len(first) + (job.stage - 1) * job.run.grow.by, job.run.grow.max_layers)
+
+
+class Trainer:
+    """One job on this launch's ranks: its data, engine and record."""
+
+    def __init__(self, job: Job, settings: dict, tokens: Tokens):
+        self.job, self.settings, self.tokens = job, settings, tokens
+        self.device = dist.device()
+        self.train = resolve_precision(job.settings, self.device)
+        data = job.experiment.data
+        self.length = data.sequence_length
+        self.batch = self.train.batch_tokens // self.length
+        self.order = Order(tokens, data.sampling, self.length, self.batch, job.seed)
+        self.order.check_steps(self.train.steps)
+        self.val_tokens = Tokens(tokens.folder, "val")
+        self.val_starts = validate.final_windows(self.val_tokens, self.length, self.train.final_windows)
+        ceiling = settings["train_micro_batch_size_per_gpu"]
+        self.share = Share.of(self.batch, dist.rank(), dist.world(), ceiling)
+        self.arithmetic = self.share.describe(self.batch, dist.world(), ceiling, self.length)
+
+    def fit(self) -> None:
+        """Everything from the start checkpoint to DONE."""
+        job, run_dir = self.job, self.job.dir
+        dist.on_rank0(self._check_same_experiment)
+        dist.on_rank0(self._check_reference)
+        resume = checkpoint.find(run_dir)
+        if resume is not None:
+            checkpoint.check_shape(run_dir, resume, self.settings)
+        start = dist.on_rank0(prepare_start, job)
+        setup(run_dir)
+        dist.on_rank0(self._record_start, start, resume)
+        logger.info("%s on %d rank(s), %s, ZeRO %s", job.title(), dist.world(), self.device, zero_stage(self.settings))
+        logger.info("%s", self.arithmetic)
+
+        source = open_source(str(start))
+        accumulation = self.share.accumulation
+        self.engine = start_engine(
+            source.config, source if resume is None else None, self.settings, self.train, self.share.micro_batch, accumulation
+        )
+        state = {"step": 0, "tokens": 0, "data": self.tokens.fingerprint}
+        if resume is not None:
+            state = checkpoint.restore(self.engine, run_dir, resume)
+            logger.info("resumed at step %d of %d", state["step"], self.train.steps)
+        self._open_record(state["step"] if resume is not None else -1)
+        if resume is None:
+            self._evaluate(0, 0)
+        self._loop(state)
+        self._finish(state, source.config)
+
+    def _loop(self, state: dict) -> None:
+        """Forward, backward, step; log, evaluate, save. `state` is all that must survive a restart beside the engine."""
+        engine, train, share = self.engine, self.train, self.share
+        device, step_tokens = self.device, self.batch * self.length
+        # DeepSpeed averages over ranks and accumulation steps; this makes it the mean over the step's real tokens
+        scale = dist.world() * share.accumulation / step_tokens
+        engine.train()
+        bar = tqdm(
+            total=train.steps, initial=state["step"], desc="training", unit="step", disable=dist.rank() != 0, mininterval=1,
+            leave=False, dynamic_ncols=True,
+        )  # fmt: skip
+        t0, steps_since = time.perf_counter(), 0
+        for step in range(state["step"] + 1, train.steps + 1):
+            windows, weights = (torch.from_numpy(a).to(device) for a in read_share(self.order, step - 1, share))
+            lr = learning_rate(step, train)
+            set_learning_rate(engine, lr)
+            loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+            for window, weight in zip(windows, weights, strict=True):  # (M, T + 1), (M,)
+                logits = engine(input_ids=window[:, :-1], use_cache=False).logits  # (M, T, V)
+                losses = validate.token_losses(logits, window[:, 1:]).sum(dim=1) @ weight
+                engine.backward(losses * scale)
+                loss_sum += losses.detach()
+                norm = gradient_norm(engine) if engine.is_gradient_accumulation_boundary() else None
+                engine.step()
+            state["step"], state["tokens"] = step, step * step_tokens
+            bar.update()
+            steps_since += 1
+
+            if step % train.log_every == 0 or step == train.steps:
+                loss = float(dist.all_sum(loss_sum)) / step_tokens
+                if not math.isfinite(loss):
+                    raise RuntimeError(f"loss is {loss} at step {step}: stopped; the last checkpoint is whole")
+                seconds = (time.perf_counter() - t0) / steps_since
+                self._log_step(state, loss, lr, engine.get_global_grad_norm() if norm is None else norm, seconds)
+                bar.set_postfix_str(f"loss {loss:.3f}, {step_tokens / seconds:,.0f} tokens/s")
+                t0, steps_since = time.perf_counter(), 0
+            pause = time.perf_counter()
+            if step % train.eval_every == 0 and step < train.steps:
+                self._evaluate(step, state["tokens"])
+            if step in self.job.run.keep_at:
+                checkpoint.export_weights(engine, self.job.dir.kept(step), self.tokens.folder / "tokenizer")
+            if step % train.checkpoint_every == 0 and step < train.steps:
+                self.metrics.sync() if self.metrics else None
+                checkpoint.save(engine, self.job.dir, step, state, self.settings, train.keep_last)
+            t0 += time.perf_counter() - pause  # a step's time is that of training
+        bar.close()
+
+    def _finish(self, state: dict, config) -> None:
+        """final/, the validation of the finished model on all windows, results.json, DONE."""
+        run_dir, train = self.job.dir, self.train
+        losses = self._evaluate(state["step"], state["tokens"], final=True)
+        checkpoint.export_weights(self.engine, run_dir.final, self.tokens.folder / "tokenizer")
+        dist.on_rank0(self._write_results, losses, config)
+        logger.info("%s: finished, validation loss %.4f after %d steps", self.job.title(), losses.mean(), train.steps)
+        if self.metrics:
+            self.metrics.close()
+
+    def _evaluate(self, step: int, tokens_seen: int, final: bool = False) -> np.ndarray:
+        """Validation on the curve's windows (all of them at the end); a row of metrics.jsonl.  -> per-window losses"""
+        curve = validate.curve_windows(len(self.val_starts), self.train.eval_windows)
+        starts = self.val_starts if final else self.val_starts[curve]
+        losses = validate.window_losses(self.engine, self.val_tokens, self.length, starts, self.device)
+        on_curve = validate.interval(losses[curve] if final else losses)
+        if self.metrics:
+            self.metrics.add({"step": step, "tokens": tokens_seen, "val_loss": on_curve["mean"], "val_windows": on_curve["n"]})
+            self.job.dir.validation.mkdir(exist_ok=True)
+            np.save(self.job.dir.losses(step), losses)
+        return losses
+
+    def _log_step(self, state: dict, loss: float, lr: float, norm, seconds: float) -> None:
+        flops = self.flops_per_token * self.batch * self.length / seconds
+        peak = peak_flops(self.device)
+        memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else _resident_bytes()
+        if self.metrics:
+            self.metrics.add(
+                {
+                    "step": state["step"],
+                    "tokens": state["tokens"],
+                    "loss": loss,
+                    "lr": lr,
+                    "grad_norm": None if norm is None else float(norm),
+                    "step_s": round(seconds, 5),
+                    "tokens_per_s": round(self.batch * self.length / seconds, 1),
+                    "mfu": round(flops / (peak * dist.world()), 4) if peak else None,
+                    "peak_memory_gb": round(memory / 1e9, 3),
+                    "skipped_steps": self.engine.skipped_steps,
+                }
+            )
+
+    def _check_reference(self) -> None:
+        """Raises UserError now, not after the training, if the result could not be compared with the reference."""
+        here = {"data_fingerprint": self.tokens.fingerprint, "precision": self.train.precision}
+        compare(self.job, np.zeros(len(self.val_starts)), here)
+
+    def _check_same_experiment(self) -> None:
+        """Raises UserError if the run folder belongs to another experiment or other data than asked for now."""
+        run_dir = self.job.dir
+        if not run_dir.experiment.is_file():
+            return
+        before, now = yaml.safe_load(run_dir.experiment.read_text(encoding="utf-8")), self.job.resolved(self.train)
+        differences = _differences(before, yaml.safe_load(yaml.safe_dump(now)))
+        differences = [d for d in differences if d[0].removeprefix("train.") not in RESUMABLE_KEYS]
+        if differences:
+            key, old, new = differences[0]
+            raise UserError(
+                f"{run_dir.path} was started with {key} = {old}, now it is {new}; go back to it, or start a run of another name"
+            )
+        if run_dir.provenance.is_file():
+            data = read_json(run_dir.provenance)["starts"][0]["data_fingerprint"]
+            if data != self.tokens.fingerprint:
+                raise UserError(
+                    f"{run_dir.path} was trained on data {data}, {self.tokens.folder} now holds {self.tokens.fingerprint}; "
+                    f"restore that data or start a run of another name"
+                )
+
+    def _record_start(self, start, resume: int | None) -> None:
+        run_dir = self.job.dir
+        write_text(run_dir.experiment, yaml.safe_dump(self.job.resolved(self.train), sort_keys=False))
+        record_provenance(
+            run_dir,
+            data_fingerprint=self.tokens.fingerprint,
+            start=str(start),
+            start_source=read_json(start / "inherited.json").get("source"),
+            resumed_at=resume,
+            device=str(self.device),
+            precision=self.train.precision,
+            deepspeed=self.settings,
+            batch=self.arithmetic,
+        )
+
+    def _open_record(self, step: int) -> None:
+        job = self.job
+        self.flops_per_token = flops_per_token(self.engine.module.config, self.length)
+        self.metrics = None
+        if dist.rank() == 0:
+            mirror = start_wandb(job.dir, job.experiment, job.name, self.train.wandb, self.train.wandb_project)
+            self.metrics = Metrics(job.dir, step, mirror)
+
+    def _write_results(self, losses: np.ndarray, config) -> None:
+        job, run_dir = self.job, self.job.dir
+        results = {
+            "experiment": job.experiment.name,
+            "rehearsal": job.experiment.rehearsal,
+            "run": job.name,
+            "stage": job.stage,
+            "seed": job.seed,
+            "layers": config.num_hidden_layers,
+            "parameters": count_parameters(config),
+            "steps": self.train.steps,
+            "tokens": self.train.steps * self.train.batch_tokens,
+            "train_flops": self.flops_per_token * self.train.steps * self.train.batch_tokens,
+            "precision": self.train.precision,
+            "data_fingerprint": self.tokens.fingerprint,
+            "validation": validate.interval(losses),
+        }
+        results.update(compare(job, losses, results))
+        write_json(run_dir.results, results)
+        write_json(run_dir.done, {"final": hash_folder(run_dir.final)})
+
+
+def compare(job: Job, losses: np.ndarray, results: dict) -> dict:
+    """{compared_with, difference, paper_rule} of per-window `losses` and the job's reference, if that one is finished;
+    else {}. The paper's own rule (last value at or below the reference's last) is recorded beside the paired interval.
+
+    Raises UserError if the two were measured on other data, windows or precision."""
+    name = job.experiment.reference_of(job.run)
+    if not name or not job.sibling(name).is_done():
+        return {}
+    reference = job.sibling(name)
+    theirs = read_json(reference.results)
+    for key in ("data_fingerprint", "precision"):
+        if theirs[key] != results[key]:
+            raise UserError(
+                f"{reference.path} was measured with {key} {theirs[key]}, this run with {results[key]}: no comparison"
+            )
+    difference = validate.paired_difference(losses, np.load(reference.losses(theirs["steps"])))
+    return {"compared_with": name, "difference": difference, "paper_rule": difference["mean"] <= 0}
+
+
+def _differences(before, now, path: str = "") -> list[tuple[str, object, object]]:
+    """(key path, old, new) wherever two nested dicts differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [*before, *(key for key in now if key not in before)]
+        return [d for key in keys for d in _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))]
+    return [] if before == now else [(path, before, now)]
+
+
+def _resident_bytes() -> int:
+    """Largest resident memory of this process so far (Linux counts it in KiB)."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

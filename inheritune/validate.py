@@ -1,0 +1,90 @@
+"""Validation on one fixed set of windows, the same for every run of an experiment, with per-window losses.
+
+Because the windows are shared, differences between two models are paired: much of a window's difficulty cancels. The
+interval covers the choice of windows, not the choice of seeds. (The paper evaluates 400 random windows each time; the
+noise of one such evaluation, 0.007 to 0.026 nats, exceeds several of its gaps: FACTS section 8.)
+"""
+
+import math
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from inheritune.batches import Tokens
+from inheritune.config import UserError
+from inheritune.dist import all_sum, rank, world
+
+EVAL_BATCH = 8
+"""Windows per forward, fixed: then a window's loss does not move with the number of ranks or the micro batch."""
+
+Z95 = 1.959963984540054
+
+
+def final_windows(tokens: Tokens, length: int, count: int) -> np.ndarray:
+    """Starts of min(all, count) evenly spaced, non-overlapping windows of the validation text.  -> (n,) int64
+
+    Raises UserError if the text is shorter than one window."""
+    available = tokens.n_windows(length)
+    if available < 1:
+        raise UserError(
+            f"the validation text of {tokens.folder} has {tokens.n_tokens} tokens, fewer than one window of {length} + 1; "
+            f"hold out more (data.validation.fraction) or shorten data.sequence_length"
+        )
+    n = min(available, count)
+    return (np.arange(n) * available // n) * length
+
+
+def curve_windows(n_final: int, count: int) -> np.ndarray:
+    """Indices of the `count` of the final windows that the loss curve uses, evenly spaced among them.  -> (m,) int64"""
+    m = min(n_final, count)
+    return np.arange(m) * n_final // m
+
+
+def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of every token in nats, in fp32.  logits (B, T, V), targets (B, T) -> (B, T)"""
+    losses = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view_as(targets)
+
+
+@torch.no_grad()
+def window_losses(model, tokens: Tokens, length: int, starts: np.ndarray, device) -> np.ndarray:
+    """Mean loss in nats per token of each window, on every rank.  -> (len(starts),) float64
+
+    Batch j goes to rank j mod W; a rank without one repeats a batch, since under ZeRO-3 all ranks must run the same number
+    of forwards. `model` is an engine or a module; it is left in the mode it was in."""
+    training = model.training
+    model.eval()
+    losses = torch.zeros(len(starts), dtype=torch.float64, device=device)
+    n_batches = math.ceil(len(starts) / EVAL_BATCH)
+    rounds = tqdm(
+        range(math.ceil(n_batches / world())), desc="validating", unit="batch", leave=False, disable=rank() != 0, mininterval=1
+    )
+    for turn in rounds:
+        batch = turn * world() + rank()
+        chosen = slice(min(batch, n_batches - 1) * EVAL_BATCH, (min(batch, n_batches - 1) + 1) * EVAL_BATCH)
+        windows = torch.from_numpy(np.stack([tokens.read(int(s), length + 1) for s in starts[chosen]])).to(device)
+        logits = model(input_ids=windows[:, :-1], use_cache=False).logits  # (8, T, V)
+        if batch < n_batches:
+            losses[chosen] = token_losses(logits, windows[:, 1:]).double().mean(dim=1)
+    model.train(training)
+    return all_sum(losses).cpu().numpy()
+
+
+def interval(values: np.ndarray) -> dict:
+    """Mean of per-window values with its 95% interval over windows: {mean, low, high, n}."""
+    mean = float(np.mean(values))
+    half = Z95 * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(values)}
+
+
+def paired_difference(ours: np.ndarray, reference: np.ndarray) -> dict:
+    """Mean of (ours - reference) over the shared windows with its 95% interval.
+
+    Raises UserError if the two were measured on different numbers of windows."""
+    if len(ours) != len(reference):
+        raise UserError(
+            f"{len(ours)} validation windows here, {len(reference)} in the reference: the two cannot be paired; "
+            f"evaluate both with the same data and train.final_windows"
+        )
+    return interval(ours - reference)

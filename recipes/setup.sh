@@ -1,0 +1,58 @@
+# Sourced by quickstart.sh and tests/run.sh: an environment with requirements.txt (and the files given as arguments).
+#   An active virtual or conda environment is used as it is. Otherwise .venv is made once, under $INHERITUNE_ROOT (a scratch
+#   file system) or in the repository, and reused for as long as the requirements stay the same.
+# shellcheck shell=bash
+set -euo pipefail
+
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
+
+setup_environment() {
+  local venv wanted files=("$repository/requirements.txt" "$@") options=()
+  if [ -n "${VIRTUAL_ENV:-}" ] || [ -n "${CONDA_PREFIX:-}" ]; then
+    python - "${files[@]}" <<'PY' || exit 2
+import importlib.metadata as m, re, sys
+lines = [line.split("#")[0].strip() for path in sys.argv[1:] for line in open(path)]
+wrong = []
+for name, pin in (re.match(r"([\w.-]+)(?:\[.*?\])?==(\S+)", line).groups() for line in lines if line):
+    try:
+        have = m.version(name).split("+")[0]
+    except m.PackageNotFoundError:
+        have = "missing"
+    if have == "missing":
+        wrong.append(f"{name}=={pin} ({have})")
+    elif have != pin:
+        print(f"note: the active environment has {name} {have}, this repository is tested with {pin}")
+if wrong:
+    sys.exit(f"the active environment {sys.prefix} lacks {', '.join(wrong)}; install them with "
+             f"'pip install {' '.join('-r ' + p for p in sys.argv[1:])}', or deactivate it and a .venv is made for you")
+PY
+    return
+  fi
+  python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "Python 3.11 or newer is needed (found $(python3 --version 2>&1)); put one first on the PATH" >&2
+    exit 2
+  }
+  venv="${INHERITUNE_ROOT:-$repository}/.venv"
+  wanted=$(cat "${files[@]}" | cksum | tr ' ' -)
+  if [ ! -f "$venv/ready-$wanted" ]; then
+    echo "Setting up $venv (once; 2 to 4 minutes, about 2 GB) ..."
+    [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
+    for file in "${files[@]}"; do options+=(-r "$file"); done
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${options[@]}"
+    touch "$venv/ready-$wanted"
+  fi
+  # shellcheck disable=SC1091
+  source "$venv/bin/activate"
+}
+
+# A GPU that the installed torch cannot use must not end in silent training on the CPU.
+check_gpu() {
+  command -v nvidia-smi > /dev/null || return 0
+  [ "${DS_ACCELERATOR:-}" = cpu ] && return 0
+  python -c 'from inheritune.config import UserError
+from inheritune.dist import device
+import sys
+try: print("device:", device())
+except UserError as error: sys.exit(str(error))' || exit 2
+}

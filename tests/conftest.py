@@ -1,0 +1,112 @@
+"""Shared by the tests: a small experiment, its prepared data made by hand, and a launcher for several ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+os.environ["DS_ACCELERATOR"] = "cpu"  # these tests are about the code, not about a GPU that may be there
+
+
+@pytest.fixture(autouse=True)
+def own_root(tmp_path, monkeypatch):
+    """Every test has its own $INHERITUNE_ROOT: nothing is read from or left in the checkout."""
+    monkeypatch.setenv("INHERITUNE_ROOT", str(tmp_path / "root"))
+    monkeypatch.delenv("REHEARSE", raising=False)
+    return tmp_path / "root"
+
+
+def experiment_dict(**changes) -> dict:
+    """A valid experiment in small: 4-layer GPT-2, 20 sequences of 32 tokens a step. `changes` replace whole sections."""
+    raw = {
+        "paper": [{"run": "reference", "label": "reference"}, {"run": "grown", "label": "Inheritune"}],
+        "data": {
+            "name": "tiny",
+            "source": "embedded",
+            "tokenizer": "bpe:300",
+            "validation": {"fraction": 0.05},
+            "sequence_length": 32,
+            "sampling": "random_windows",
+        },
+        "model": {"size": "gpt2_tiny", "layers": 4, "width": 32, "heads": 2, "positions": 32, "vocab_size": 320},
+        "train": {
+            "steps": 6,
+            "batch_tokens": 640,
+            "lr": 1e-3,
+            "min_lr": 1e-4,
+            "warmup_steps": 2,
+            "precision": "fp32",
+            "deepspeed": "ds_configs/cpu.json",
+            "eval_every": 3,
+            "eval_windows": 8,
+            "final_windows": 16,
+            "log_every": 1,
+            "checkpoint_every": 2,
+        },  # fmt: skip
+        "runs": {
+            "reference": {"init": "random"},
+            "grown": {"init": {"inherit": {"source": "reference", "layers": "0:2"}}, "grow": {"by": 1, "max_layers": 3}},
+        },
+    }
+    raw.update(changes)
+    return raw
+
+
+def write_experiment(folder: Path, raw: dict, name: str = "small") -> str:
+    """Write `raw` as an experiment file; returns its path, as the verbs take it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+    return str(path)
+
+
+def write_tokens(folder: Path, train_shards=(3000, 2500, 1500), val_tokens=1200, vocab=300, fingerprint="tiny") -> Path:
+    """A prepared data folder with random tokens, in the form that `prepare` leaves."""
+    generator = np.random.default_rng(0)
+    splits = {}
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    for split, sizes in (("train", train_shards), ("val", (val_tokens,))):
+        shards = []
+        for number, size in enumerate(sizes):
+            # a random walk over the vocabulary: something can be learned from it
+            tokens = np.cumsum(generator.integers(0, 7, size=size)) % vocab
+            tokens.astype("<u2").tofile(folder / f"{split}_{number:05d}.bin")
+            shards.append({"file": f"{split}_{number:05d}.bin", "tokens": size})
+        splits[split] = {"tokens": sum(sizes), "documents": 1, "shards": shards}
+    manifest = {"fingerprint": fingerprint, "dtype": "uint16", "splits": splits, "tokenizer": {"vocab_size": vocab}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture
+def small(tmp_path, own_root):
+    """Path of a small experiment whose data is prepared (random tokens)."""
+    from inheritune.config import load_experiment
+    from inheritune.rundir import data_dir
+
+    path = write_experiment(tmp_path / "recipes", experiment_dict())
+    write_tokens(data_dir(load_experiment(path)))
+    return path
+
+
+def run_verb(*words, check=True, procs=1, **environment) -> subprocess.CompletedProcess:
+    """`python -m inheritune WORDS` as a user runs it; with check, a failure shows what it printed."""
+    words = [str(w) for w in words] + (["--procs", str(procs)] if procs > 1 else [])
+    done = subprocess.run(
+        [sys.executable, "-m", "inheritune", *words],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env={**os.environ, **{k: str(v) for k, v in environment.items()}},
+        check=False,
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Sets everything up and runs the tests:  bash tests/run.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=recipes/setup.sh
+source recipes/setup.sh
+setup_environment tests/requirements.txt
+bpe=${INHERITUNE_ROOT:-$PWD}/data/gpt2-bpe
+export INHERITUNE_GPT2_BPE="${INHERITUNE_GPT2_BPE:-$bpe}"
+bash tests/fetch_gpt2_bpe.sh "$INHERITUNE_GPT2_BPE" || echo "the tests of the gpt2 tokenizer are skipped: its ranks could not be fetched"
+ruff check .
+ruff format --check .
+exec python -m pytest "$@"

@@ -1,0 +1,149 @@
+"""Models: counts against the paper, logits against an independent plain GPT-2, initialization."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from inheritune.config import Model, UserError
+from inheritune.models import architecture, build, count_parameters, flops_per_token, fresh_tensor, hf_config, linear_weights
+
+
+def model_of(size, **changes):
+    return Model.model_validate({"size": size, **changes})
+
+
+def paper_sizes():
+    sizes = {("GPT-2 XLarge", 1600): "gpt2_xl", ("GPT-2 Large", 1280): "gpt2_large", ("GPT-2 Large-dagger", 1280): "gpt2_large_fineweb",
+             ("GPT-2 Medium", 1024): "gpt2_medium", ("GPT-2 Small", 768): "gpt2_small"}  # fmt: skip
+    with open(REPOSITORY / "recipes" / "paper" / "table_model_configs.csv") as file:
+        for row in csv.DictReader(file):
+            size = sizes.get((row["model_family"], int(row["hidden_size"])))
+            if size:
+                yield pytest.param(
+                    size, int(row["layers"]), int(row["params_computed_tied_no_bias"]), id=f"{size}-{row['layers']}"
+                )
+
+
+@pytest.mark.parametrize(("size", "layers", "parameters"), paper_sizes())
+def test_gpt2_counts_are_the_papers(size, layers, parameters):
+    assert count_parameters(hf_config(model_of(size), layers)) == parameters
+
+
+@pytest.mark.parametrize(
+    ("size", "layers", "billions"),  # FACTS section 9
+    [("openllama_3b", 26, 3.426), ("openllama_3b", 13, 1.816), ("openllama_7b", 6, 1.476), ("openllama_7b", 7, 1.679)],
+)
+def test_llama_counts_are_the_papers(size, layers, billions):
+    assert round(count_parameters(hf_config(model_of(size), layers)) / 1e9, 3) == billions
+
+
+def test_other_llama_shapes():
+    # both embeddings, and per block 4 d^2 + 3 d m and two norms, and the last norm
+    for size, layers, d, m in (
+        ("openllama_7b", 32, 4096, 11008),
+        ("openllama_13b", 40, 5120, 13824),
+        ("llama2_7b", 32, 4096, 11008),
+    ):
+        assert count_parameters(hf_config(model_of(size))) == 2 * 32000 * d + layers * (4 * d * d + 3 * d * m + 2 * d) + d
+
+
+def test_flops_are_six_per_matrix_parameter_plus_attention():
+    config = hf_config(model_of("gpt2_medium"))
+    matrices = 24 * 12 * 1024**2 + 50304 * 1024  # four projections and a 4x MLP, and the (tied) head's product
+    assert flops_per_token(config, 1024) == 6 * matrices + 12 * 24 * 1024 * 1024
+
+
+def plain_gpt2(weights: dict, tokens: np.ndarray, layers: int, heads: int) -> np.ndarray:
+    """FACTS section 4 written out in numpy float64: no biases, attention logits divided by sqrt(d_head) and (layer + 1)."""
+
+    def norm(x, gain):
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * gain
+
+    (length,) = tokens.shape
+    w = {name: value.astype(np.float64) for name, value in weights.items()}
+    x = w["transformer.wte.weight"][tokens] + w["transformer.wpe.weight"][:length]
+    width = x.shape[-1]
+    for i in range(layers):
+        p = f"transformer.h.{i}."
+        q, k, v = np.split(norm(x, w[p + "ln_1.weight"]) @ w[p + "attn.c_attn.weight"], 3, axis=-1)
+        out = np.zeros_like(x)
+        for h in range(heads):
+            cut = slice(h * width // heads, (h + 1) * width // heads)
+            scores = q[:, cut] @ k[:, cut].T / math.sqrt(width // heads) / (i + 1)
+            scores[np.triu_indices(length, 1)] = -np.inf
+            scores = np.exp(scores - scores.max(-1, keepdims=True))
+            out[:, cut] = scores / scores.sum(-1, keepdims=True) @ v[:, cut]
+        x = x + out @ w[p + "attn.c_proj.weight"]
+        hidden = norm(x, w[p + "ln_2.weight"]) @ w[p + "mlp.c_fc.weight"]
+        hidden = 0.5 * hidden * (1 + np.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
+        x = x + hidden @ w[p + "mlp.c_proj.weight"]
+    return norm(x, w["transformer.ln_f.weight"]) @ w["transformer.wte.weight"].T
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_logits_equal_an_independent_implementation(attention):
+    config = hf_config(model_of("gpt2_tiny", layers=5, width=60, heads=5))
+    model = build(config, attention)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(fresh_tensor(name, parameter.shape, config, seed=0))
+            if name.endswith("weight"):
+                parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    model = model.double().eval()
+    tokens = np.random.default_rng(0).integers(0, 1024, 50)
+    weights = {name: value.detach().numpy() for name, value in model.named_parameters()}
+    with torch.no_grad():
+        ours = model(torch.from_numpy(tokens)[None]).logits[0].numpy()
+    theirs = plain_gpt2(weights, tokens, layers=5, heads=5)
+    assert np.abs(ours - theirs).max() < 1e-10
+    assert np.abs(ours).max() > 0.1  # not trivially equal
+
+
+def test_biases_are_frozen_zeros_in_the_papers_gpt2_only():
+    from transformers import GPT2Config
+
+    paper = build(hf_config(model_of("gpt2_tiny")))
+    assert all(p.requires_grad != name.endswith(".bias") for name, p in paper.named_parameters())
+    public = build(GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=100, n_positions=16))
+    assert all(p.requires_grad for p in public.parameters())
+
+
+def test_only_linear_weights_are_decayed():
+    tied = build(hf_config(model_of("gpt2_tiny", layers=1)))
+    assert sorted(linear_weights(tied)) == [
+        f"transformer.h.0.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
+    untied = build(hf_config(model_of("llama_tiny", layers=1)))
+    assert "lm_head.weight" in linear_weights(untied) and len(linear_weights(untied)) == 8
+
+
+def test_initialization_follows_the_paper():
+    config = hf_config(model_of("gpt2_tiny", width=256, layers=8))
+    embedding = fresh_tensor("transformer.wte.weight", (1024, 256), config, seed=0)
+    projection = fresh_tensor("transformer.h.3.mlp.c_proj.weight", (1024, 256), config, seed=0)
+    assert abs(float(embedding.std()) - 0.02) < 2e-4 and abs(float(projection.std()) - 0.02 / 4) < 5e-5
+    assert torch.equal(fresh_tensor("transformer.ln_f.weight", (256,), config, 0), torch.ones(256))
+    assert torch.equal(fresh_tensor("transformer.ln_f.bias", (256,), config, 0), torch.zeros(256))
+    # keyed by seed, name and shape, not by what was drawn before
+    assert torch.equal(embedding, fresh_tensor("transformer.wte.weight", (1024, 256), config, seed=0))
+    assert not torch.equal(embedding, fresh_tensor("transformer.wte.weight", (1024, 256), config, seed=1))
+    assert not torch.equal(embedding, fresh_tensor("lm_head.weight", (1024, 256), config, seed=0))
+
+
+def test_unknown_family_is_refused_with_the_list():
+    with pytest.raises(UserError, match="family 'mamba' is not in the architecture table; known: gpt2, llama"):
+        architecture("mamba")
+
+
+def test_every_tensor_of_both_families_has_a_part():
+    for size in ("gpt2_tiny", "llama_tiny"):
+        model = build(hf_config(model_of(size, layers=2)))
+        table = architecture(model.config.model_type)
+        parts = {table.part_of(name) for name in model.state_dict()}
+        assert {("blocks", m) for m in ("attn", "mlp", "norms")} | {("token_embedding", None), ("final_norm", None)} <= parts
+        with pytest.raises(UserError, match="has no place"):
+            table.part_of("transformer.unknown.weight")
