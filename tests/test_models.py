@@ -17,8 +17,13 @@ def model_of(size, **changes):
 
 
 def paper_sizes():
-    sizes = {("GPT-2 XLarge", 1600): "gpt2_xl", ("GPT-2 Large", 1280): "gpt2_large", ("GPT-2 Large-dagger", 1280): "gpt2_large_fineweb",
-             ("GPT-2 Medium", 1024): "gpt2_medium", ("GPT-2 Small", 768): "gpt2_small"}  # fmt: skip
+    sizes = {
+        ("GPT-2 XLarge", 1600): "gpt2_xl",
+        ("GPT-2 Large", 1280): "gpt2_large",
+        ("GPT-2 Large-dagger", 1280): "gpt2_large_fineweb",
+        ("GPT-2 Medium", 1024): "gpt2_medium",
+        ("GPT-2 Small", 768): "gpt2_small",
+    }
     with open(REPOSITORY / "recipes" / "paper" / "table_model_configs.csv") as file:
         for row in csv.DictReader(file):
             size = sizes.get((row["model_family"], int(row["hidden_size"])))
@@ -28,7 +33,7 @@ def paper_sizes():
                 )
 
 
-@pytest.mark.parametrize(("size", "layers", "parameters"), paper_sizes())
+@pytest.mark.parametrize(("size", "layers", "parameters"), list(paper_sizes()))
 def test_gpt2_counts_are_the_papers(size, layers, parameters):
     assert count_parameters(hf_config(model_of(size), layers)) == parameters
 

@@ -1,0 +1,207 @@
+"""Training: same seed, same loss, whatever the ZeRO stage and the number of ranks; checked against a plain PyTorch loop.
+
+The runs have two decay groups, gradient accumulation, shares that do not divide, several data shards and a clip that binds
+on every step. That each of these matters here is shown by breaking it in the plain loop: the losses then part.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, experiment_dict, write_experiment, write_tokens
+
+from inheritune.batches import Order, Tokens
+from inheritune.config import load_experiment
+from inheritune.engine import learning_rate
+from inheritune.models import build, linear_weights
+from inheritune.rundir import RunDir, data_dir, read_jsonl
+from inheritune.sources import open_source
+
+STEPS = 50
+TRAIN = {
+    "steps": STEPS, "batch_tokens": 20 * 32, "lr": 3e-3, "min_lr": 3e-4, "warmup_steps": 5, "clip": 0.5, "weight_decay": 0.5,
+    "eval_every": 25, "eval_windows": 8, "final_windows": 16, "log_every": 1, "checkpoint_every": 1000,
+}  # fmt: skip
+FAMILIES = {
+    "gpt2_tied": {"size": "gpt2_tiny", "layers": 3, "width": 32, "heads": 2, "positions": 32, "vocab_size": 320},
+    "gpt2_untied": {
+        "size": "gpt2_tiny", "layers": 2, "width": 32, "heads": 2, "positions": 32, "vocab_size": 320, "tied_head": False
+    },
+    "llama_tied": {
+        "size": "llama_tiny", "layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "mlp_width": 48, "vocab_size": 320,
+        "tied_head": True,
+    },
+    "llama_untied": {"size": "llama_tiny", "layers": 2, "width": 32, "heads": 2, "mlp_width": 48, "vocab_size": 320},
+}  # fmt: skip
+STAGES = (0, 1, 2, 3)
+BF16 = ("gpt2_tied", "llama_untied")
+
+
+def write_family(root, family: str) -> str:
+    """An experiment with a run for each ZeRO stage (fp32, and bf16_autocast for some families) and its data."""
+    for stage in STAGES:
+        settings = {"train_micro_batch_size_per_gpu": 3, "zero_optimization": {"stage": stage}}
+        if stage == 3:
+            settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # really partition these tiny parameters
+        (root / f"zero{stage}.json").write_text(json.dumps(settings))
+    runs = {}
+    for stage in STAGES:
+        ds = {"deepspeed": str(root / f"zero{stage}.json")}
+        runs[f"fp32_{stage}"] = {"init": "random", "train": {**ds, "precision": "fp32"}}
+        if family in BF16:
+            runs[f"bf16_{stage}"] = {"init": "random", "train": {**ds, "precision": "bf16_autocast"}}
+    path = write_experiment(root, experiment_dict(model=FAMILIES[family], train=TRAIN, runs=runs, paper=[]), family)
+    folder = data_dir(load_experiment(path))
+    if not folder.exists():
+        write_tokens(folder)
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """{(family, precision, stage, ranks): run folder} of every combination, one launch per number of ranks."""
+    runs = {}
+    for ranks in (1, 2, 3):
+        root = tmp_path_factory.mktemp(f"ranks{ranks}")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("INHERITUNE_ROOT", str(root))
+            words = []
+            for family in FAMILIES:
+                path = write_family(root, family)
+                experiment = load_experiment(path)
+                for name in experiment.runs:
+                    words.append(f"{path}:{name}")
+                    precision, stage = name.split("_")
+                    runs[family, precision, int(stage), ranks] = RunDir.of(experiment, name)
+            launch(["tests/train_many.py", *words], ranks, INHERITUNE_ROOT=root)
+    return runs
+
+
+def launch(command: list[str], ranks: int, **environment) -> None:
+    """Run a Python program under torchrun, as a user's launcher would."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command]
+    paths = {"PYTHONPATH": str(REPOSITORY), **{k: str(v) for k, v in environment.items()}}
+    done = subprocess.run(run, cwd=REPOSITORY, env={**os.environ, **paths}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+def losses_of(run: RunDir, key: str = "loss") -> np.ndarray:
+    return np.array([row[key] for row in read_jsonl(run.metrics) if key in row])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_seed_same_loss_in_fp32(trained, family):
+    runs = {key: run for key, run in trained.items() if key[:2] == (family, "fp32")}
+    assert len(runs) == 12
+    first = losses_of(runs[family, "fp32", 0, 1])
+    assert len(first) == STEPS and first[-1] < first[0] - 0.3  # it learns
+    for key, run in runs.items():
+        assert np.abs(losses_of(run) - first).max() < 1e-5, key
+        assert np.abs(losses_of(run, "val_loss") - losses_of(runs[family, "fp32", 0, 1], "val_loss")).max() < 1e-5, key
+        norms = losses_of(run, "grad_norm")
+        assert np.abs(norms / losses_of(runs[family, "fp32", 0, 1], "grad_norm") - 1).max() < 1e-3, key
+        assert norms.min() > TRAIN["clip"], "the clip must bind on every step for this test to see it"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", BF16)
+def test_same_seed_same_loss_in_bf16_autocast(trained, family):
+    first = losses_of(trained[family, "bf16", 0, 1])
+    assert np.abs(first - losses_of(trained[family, "fp32", 0, 1])).max() > 1e-6  # it is another precision
+    for key, run in trained.items():
+        if key[:2] == (family, "bf16"):
+            assert np.abs(losses_of(run) - first).max() < 5e-4, key
+
+
+def plain_losses(run: RunDir, experiment, broken: str = "") -> np.ndarray:
+    """The same training written out by hand in PyTorch: one big batch, autograd, torch.optim.AdamW, no DeepSpeed.
+
+    `broken` changes one thing, to show that the comparison would see it."""
+    train = experiment.train_of(experiment.runs["fp32_0"])
+    tokens = Tokens(data_dir(experiment), "train")
+    if broken == "one shard":
+        tokens._shards, tokens._ends = tokens._shards[:1], tokens._ends[:1]
+        tokens.n_tokens = int(tokens._ends[-1])
+    order = Order(tokens, "random_windows", 32, 20, seed=0)
+    source = open_source(str(run.seed_checkpoint(experiment.model.layers)))
+    model = build(source.config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(source.tensor(name))
+    decayed = {id(p) for p in linear_weights(model).values()}
+    trained = [p for p in model.parameters() if p.requires_grad or broken == "trained biases"]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    groups = [
+        {"params": [p for p in trained if id(p) in decayed], "weight_decay": train.weight_decay},
+        {"params": [p for p in trained if id(p) not in decayed], "weight_decay": 0.0},
+    ]
+    if broken == "one decay group":
+        groups[1]["weight_decay"] = train.weight_decay
+    optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps)
+    losses = []
+    for step in range(STEPS):
+        windows = torch.from_numpy(np.stack([tokens.read(int(s), 33) for s in order.starts(step)]))
+        if broken == "padding has weight":
+            windows = torch.cat([windows, windows[:1]])
+        logits = model(input_ids=windows[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+        optimizer.zero_grad()
+        (loss * (7 if broken == "sum over accumulation" else 1)).backward()
+        if broken != "no clip":
+            torch.nn.utils.clip_grad_norm_(trained, train.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step if broken == "schedule off by one" else step + 1, train)
+        if broken == "sum over accumulation":  # as in the released code: the clip then acts on another scale
+            pass
+        optimizer.step()
+        losses.append(float(loss))
+    return np.array(losses)
+
+
+@pytest.fixture
+def family_root(trained, monkeypatch):
+    """Points $INHERITUNE_ROOT at the runs of one rank; returns (run, experiment) of a family."""
+
+    def of(family):
+        run = trained[family, "fp32", 0, 1]
+        root = run.path.parents[3]
+        monkeypatch.setenv("INHERITUNE_ROOT", str(root))
+        return run, load_experiment(str(root / f"{family}.yaml"))
+
+    return of
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_engine_equals_a_plain_loop(family_root, family):
+    run, experiment = family_root(family)
+    assert np.abs(plain_losses(run, experiment) - losses_of(run)).max() < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "broken",
+    ["one decay group", "no clip", "padding has weight", "schedule off by one", "one shard", "trained biases"],
+)
+def test_comparison_sees_each_of_these_broken(family_root, broken):
+    run, experiment = family_root("gpt2_tied")
+    assert np.abs(plain_losses(run, experiment, broken) - losses_of(run)).max() > 1e-4
+
+
+def test_learning_rate_is_the_written_out_one():
+    train = load_experiment("quickstart").train.model_copy(
+        update={"lr": 1.0, "min_lr": 0.1, "warmup_steps": 4, "steps": 12, "schedule": "cosine"}
+    )
+    expected = [0.25, 0.5, 0.75, 1.0] + [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(1, 9)]
+    assert np.allclose([learning_rate(step, train) for step in range(1, 13)], expected, rtol=1e-12)
+    assert learning_rate(12, train) == pytest.approx(0.1)
+    linear = train.model_copy(update={"schedule": "linear"})
+    assert learning_rate(8, linear) == pytest.approx(0.55)
+    assert learning_rate(12, train.model_copy(update={"schedule": "constant"})) == 1.0
