@@ -29,7 +29,7 @@ def save(engine, run_dir: RunDir, step: int, state: dict, settings: dict, keep_l
     temporary = target.with_name(f".{target.name}.tmp")
     on_rank0(_prepare, temporary, target)
     try:
-        engine.save_checkpoint(str(temporary), tag=TAG, client_state=state, save_latest=False)
+        engine.save_checkpoint(str(temporary), tag=TAG, client_state={"run": dict(state)}, save_latest=False)
         torch.save(_generators(), temporary / f"rng_{rank():05d}.pt")
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its zip writer
         problem = disk_error(error, target) if isinstance(error, OSError) else error
@@ -92,7 +92,7 @@ def check_shape(run_dir: RunDir, step: int, settings: dict) -> None:
 def restore(engine, run_dir: RunDir, step: int) -> dict:
     """Load checkpoint `step` (model, optimizer, random generators) into the engine; returns the run's `state`."""
     folder = run_dir.checkpoint(step)
-    path, state = engine.load_checkpoint(str(folder), tag=TAG)
+    path, client = engine.load_checkpoint(str(folder), tag=TAG)
     if path is None:  # DeepSpeed only warns
         raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}, although its marker is there")
     generators = torch.load(folder / f"rng_{rank():05d}.pt", weights_only=True)
@@ -100,7 +100,7 @@ def restore(engine, run_dir: RunDir, step: int) -> dict:
     if "cuda" in generators and torch.cuda.is_available():
         torch.cuda.set_rng_state(generators["cuda"])
     barrier()
-    return state
+    return client["run"]
 
 
 def _generators() -> dict:
@@ -119,6 +119,7 @@ def export_weights(engine, folder: Path, tokenizer: Path) -> None:
             pass
     else:
         with replacing(folder) as temporary:
+            temporary.mkdir()
             writer = CheckpointWriter(temporary, config, {name: (shape, torch.float32) for name, shape in shapes.items()})
             for name, value in full_parameters(engine):
                 writer.add(name, value)

@@ -13,6 +13,8 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 
+from tqdm import tqdm
+
 from inheritune.config import REPOSITORY, Experiment
 from inheritune.dist import rank, world
 from inheritune.rundir import RunDir, read_json, read_jsonl, write_json, write_text
@@ -33,6 +35,12 @@ def setup(run_dir: RunDir | None = None) -> None:
         file = logging.FileHandler(run_dir.log, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         logger.addHandler(file)
+
+
+def progress(steps=None, desc: str = "", unit: str = "it", **options) -> tqdm:
+    """A tqdm bar on rank 0's terminal; nothing in a log file, where lines of the logger tell the progress."""
+    hidden = True if rank() else None  # None: tqdm hides itself where there is no terminal
+    return tqdm(steps, desc=desc, unit=unit, leave=False, disable=hidden, mininterval=0.5, dynamic_ncols=True, **options)
 
 
 class Metrics:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import yaml
-from tqdm import tqdm
 
 from inheritune import checkpoint, dist, validate
 from inheritune.batches import Order, Share, Tokens, read_share
@@ -27,7 +26,7 @@ from inheritune.engine import (
     zero_stage,
 )
 from inheritune.inherit import extend, inherit, write_random
-from inheritune.log import Metrics, logger, record_provenance, setup, start_wandb
+from inheritune.log import Metrics, logger, progress, record_provenance, setup, start_wandb
 from inheritune.models import count_parameters, flops_per_token, hf_config
 from inheritune.rundir import RunDir, data_dir, hash_folder, read_json, write_json, write_text
 from inheritune.sources import open_source
@@ -105,8 +104,8 @@ def train_job(job: Job, ds: str | None = None) -> None:
     tokens = Tokens(data_dir(job.experiment), "train")
     check_vocabulary(tokens.vocab_size, job.experiment.model.vocab_size, f"model.vocab_size of {job.experiment.name}")
     dist.start()
-    trainer = Trainer(job, settings, tokens)
-    trainer.fit()
+    setup()
+    Trainer(job, settings, tokens).fit()
 
 
 def prepare_start(job: Job):
@@ -180,6 +179,7 @@ class Trainer:
         self.val_starts = validate.final_windows(self.val_tokens, self.length, self.train.final_windows)
         ceiling = settings["train_micro_batch_size_per_gpu"]
         self.share = Share.of(self.batch, dist.rank(), dist.world(), ceiling)
+        self.pace = "the start"
         self.arithmetic = self.share.describe(self.batch, dist.world(), ceiling, self.length)
 
     def fit(self) -> None:
@@ -218,10 +218,7 @@ class Trainer:
         # DeepSpeed averages over ranks and accumulation steps; this makes it the mean over the step's real tokens
         scale = dist.world() * share.accumulation / step_tokens
         engine.train()
-        bar = tqdm(
-            total=train.steps, initial=state["step"], desc="training", unit="step", disable=dist.rank() != 0, mininterval=1,
-            leave=False, dynamic_ncols=True,
-        )  # fmt: skip
+        bar = progress(desc="training", unit="step", total=train.steps, initial=state["step"])
         t0, steps_since = time.perf_counter(), 0
         for step in range(state["step"] + 1, train.steps + 1):
             windows, weights = (torch.from_numpy(a).to(device) for a in read_share(self.order, step - 1, share))
@@ -246,6 +243,7 @@ class Trainer:
                 seconds = (time.perf_counter() - t0) / steps_since
                 self._log_step(state, loss, lr, engine.get_global_grad_norm() if norm is None else norm, seconds)
                 bar.set_postfix_str(f"loss {loss:.3f}, {step_tokens / seconds:,.0f} tokens/s")
+                self.pace = f"{step_tokens / seconds:,.0f} tokens/s, {(train.steps - step) * seconds / 60:.1f} min left"
                 t0, steps_since = time.perf_counter(), 0
             pause = time.perf_counter()
             if step % train.eval_every == 0 and step < train.steps:
@@ -278,6 +276,7 @@ class Trainer:
             self.metrics.add({"step": step, "tokens": tokens_seen, "val_loss": on_curve["mean"], "val_windows": on_curve["n"]})
             self.job.dir.validation.mkdir(exist_ok=True)
             np.save(self.job.dir.losses(step), losses)
+        logger.info("step %d of %d: validation loss %.4f (%s)", step, self.train.steps, on_curve["mean"], self.pace)
         return losses
 
     def _log_step(self, state: dict, loss: float, lr: float, norm, seconds: float) -> None:

@@ -9,11 +9,11 @@ import math
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from inheritune.batches import Tokens
 from inheritune.config import UserError
 from inheritune.dist import all_sum, rank, world
+from inheritune.log import progress
 
 EVAL_BATCH = 8
 """Windows per forward, fixed: then a window's loss does not move with the number of ranks or the micro batch."""
@@ -57,9 +57,7 @@ def window_losses(model, tokens: Tokens, length: int, starts: np.ndarray, device
     model.eval()
     losses = torch.zeros(len(starts), dtype=torch.float64, device=device)
     n_batches = math.ceil(len(starts) / EVAL_BATCH)
-    rounds = tqdm(
-        range(math.ceil(n_batches / world())), desc="validating", unit="batch", leave=False, disable=rank() != 0, mininterval=1
-    )
+    rounds = progress(range(math.ceil(n_batches / world())), "validating", "batch")
     for turn in rounds:
         batch = turn * world() + rank()
         chosen = slice(min(batch, n_batches - 1) * EVAL_BATCH, (min(batch, n_batches - 1) + 1) * EVAL_BATCH)

@@ -45,7 +45,7 @@ BF16 = ("gpt2_tied", "llama_untied")
 def write_family(root, family: str) -> str:
     """An experiment with a run for each ZeRO stage (fp32, and bf16_autocast for some families) and its data."""
     for stage in STAGES:
-        settings = {"train_micro_batch_size_per_gpu": 3, "zero_optimization": {"stage": stage}}
+        settings = {"train_micro_batch_size_per_gpu": 5, "zero_optimization": {"stage": stage}}
         if stage == 3:
             settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # really partition these tiny parameters
         (root / f"zero{stage}.json").write_text(json.dumps(settings))
@@ -119,10 +119,9 @@ def test_same_seed_same_loss_in_bf16_autocast(trained, family):
             assert np.abs(losses_of(run) - first).max() < 5e-4, key
 
 
-def plain_losses(run: RunDir, experiment, broken: str = "") -> np.ndarray:
+def plain_loop(run: RunDir, experiment, broken: str = "") -> tuple[np.ndarray, np.ndarray]:
     """The same training written out by hand in PyTorch: one big batch, autograd, torch.optim.AdamW, no DeepSpeed.
-
-    `broken` changes one thing, to show that the comparison would see it."""
+    -> losses, gradient norms before clipping. `broken` changes one thing, to show that the comparison would see it."""
     train = experiment.train_of(experiment.runs["fp32_0"])
     tokens = Tokens(data_dir(experiment), "train")
     if broken == "one shard":
@@ -145,24 +144,24 @@ def plain_losses(run: RunDir, experiment, broken: str = "") -> np.ndarray:
     if broken == "one decay group":
         groups[1]["weight_decay"] = train.weight_decay
     optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps)
-    losses = []
+    losses, norms = [], []
     for step in range(STEPS):
         windows = torch.from_numpy(np.stack([tokens.read(int(s), 33) for s in order.starts(step)]))
         if broken == "padding has weight":
             windows = torch.cat([windows, windows[:1]])
+        if broken == "last micro batch only":
+            windows = windows[-3:]
         logits = model(input_ids=windows[:, :-1], use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
         optimizer.zero_grad()
         (loss * (7 if broken == "sum over accumulation" else 1)).backward()
-        if broken != "no clip":
-            torch.nn.utils.clip_grad_norm_(trained, train.clip)
+        clip = math.inf if broken == "no clip" else train.clip
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, clip)))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step if broken == "schedule off by one" else step + 1, train)
-        if broken == "sum over accumulation":  # as in the released code: the clip then acts on another scale
-            pass
         optimizer.step()
         losses.append(float(loss))
-    return np.array(losses)
+    return np.array(losses), np.array(norms)
 
 
 @pytest.fixture
@@ -178,21 +177,26 @@ def family_root(trained, monkeypatch):
     return of
 
 
+def distance(run: RunDir, experiment, broken: str = "") -> float:
+    """Largest difference between the engine's record and the plain loop, in loss and (relatively) in gradient norm."""
+    losses, norms = plain_loop(run, experiment, broken)
+    return max(np.abs(losses - losses_of(run)).max(), np.abs(norms / losses_of(run, "grad_norm") - 1).max() / 10)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_engine_equals_a_plain_loop(family_root, family):
-    run, experiment = family_root(family)
-    assert np.abs(plain_losses(run, experiment) - losses_of(run)).max() < 1e-5
+    assert distance(*family_root(family)) < 1e-5
+
+
+BREAKAGES = ["one decay group", "no clip", "padding has weight", "schedule off by one", "one shard", "trained biases",
+             "last micro batch only", "sum over accumulation"]  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "broken",
-    ["one decay group", "no clip", "padding has weight", "schedule off by one", "one shard", "trained biases"],
-)
+@pytest.mark.parametrize("broken", BREAKAGES)
 def test_comparison_sees_each_of_these_broken(family_root, broken):
-    run, experiment = family_root("gpt2_tied")
-    assert np.abs(plain_losses(run, experiment, broken) - losses_of(run)).max() > 1e-4
+    assert distance(*family_root("gpt2_tied"), broken) > 1e-4
 
 
 def test_learning_rate_is_the_written_out_one():
