@@ -46,8 +46,8 @@ class Source:
         else:
             if data.source == "hub" and not re.fullmatch("[0-9a-f]{40}", data.revision):
                 raise UserError(
-                    f"data.revision: '{data.revision}' is no commit of {data.repo}; write the 40 digits that the Hub shows under "
-                    f"'Files and versions', so that the data cannot change under the experiment"
+                    f"data.revision: '{data.revision}' is no commit of {data.repo}; write the 40 digits that the Hub shows "
+                    f"under 'Files and versions', so that the data cannot change under the experiment"
                 )
             patterns = data.files if isinstance(data.files, dict) else {"": data.files}
             find = _local_files if data.source == "files" else _hub_listing(data, folder)
