@@ -180,10 +180,11 @@ def _hub_listing(data: Data, folder: Path) -> Callable[[str], list[str]]:
 
     def names() -> list[str]:
         import huggingface_hub
+        from huggingface_hub import constants
 
         if kept.is_file():
             return read_json(kept)
-        if huggingface_hub.constants.HF_HUB_OFFLINE:
+        if constants.HF_HUB_OFFLINE:
             with _hub_errors(data, "its listing"):
                 cache = Path(
                     huggingface_hub.snapshot_download(
@@ -284,6 +285,9 @@ def read_batches(source: Source, group: str, start: tuple[int, int], batch_bytes
             batch.places.append((index, line))
             batch.size += len(raw or b"") + 64  # so that empty documents fill a batch too
             batch.end = (index, done)
+        if batch is not None and _suffix(names[index]) not in (".txt", ".py"):  # the next file may have to be downloaded first
+            yield batch
+            batch = None
     if batch is not None:
         yield batch
 

@@ -20,11 +20,11 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -145,15 +145,16 @@ def _pool(workers: int, data: Data, tokenizer_dir: Path):
 def _encode(kind: str, raws: list[bytes | None]) -> tuple[np.ndarray, np.ndarray, list[tuple[int, str]]]:
     """Ids of the batch, end of text included; tokens of each document, 0 if unusable; (document, defect) of those."""
     tokenizer, data = _worker
-    texts, bad, lengths = [], [], np.zeros(len(raws), np.int64)
+    texts, used, bad = [], [], []
     for index, raw in enumerate(raws):
         try:
             texts.append(parse(kind, raw, data.text_key))
-            lengths[index] = 1
+            used.append(index)
         except Unusable as defect:
             bad.append((index, str(defect)))
     rows, end = tokenizer.encode_batch(texts), np.array([tokenizer.end_of_text])
-    lengths[lengths > 0] += [len(row) for row in rows]
+    lengths = np.zeros(len(raws), np.int64)
+    lengths[used] = [len(row) + 1 for row in rows]
     parts = [part for row in rows for part in ((end, row) if data.end_of_text == "prepend" else (row, end))]
     ids = np.concatenate(parts, dtype=tokenizer.dtype, casting="unsafe") if parts else np.zeros(0, tokenizer.dtype)
     return ids, lengths, bad
@@ -161,15 +162,23 @@ def _encode(kind: str, raws: list[bytes | None]) -> tuple[np.ndarray, np.ndarray
 
 def _encoded(batches: Iterator[Batch], pool: Executor, window: int) -> Iterator[tuple[Batch, tuple]]:
     """Each batch with its result, in order; at most `window` are under way, so memory does not grow with the data."""
-    waiting = deque()
-    for batch in batches:
-        waiting.append((batch, pool.submit(_encode, batch.kind, batch.raws)))
-        batch.raws = []
-        if len(waiting) >= window:
+    waiting, more, failure = deque(), True, None
+    while more or waiting:
+        while more and len(waiting) < window:
+            try:
+                batch = next(batches, None)
+            except UserError as error:  # in reading ahead: what comes before it may be all that is wanted
+                batch, failure = None, error
+            if batch is None:
+                more = False
+            else:
+                waiting.append((batch, pool.submit(_encode, batch.kind, batch.raws)))
+                batch.raws = []
+        if waiting:
             batch, future = waiting.popleft()
             yield batch, future.result()
-    for batch, future in waiting:
-        yield batch, future.result()
+    if failure:
+        raise failure
 
 
 # --- writing --------------------------------------------------------------------------------------------------------------
@@ -313,7 +322,7 @@ class _Job:
     def _sample(self) -> Iterator[str]:
         """Training documents for a tokenizer: the first 50 MB, each group with its share if there are weights. (With
         `first_shard` they hold the validation text too: which tokens that is, is only known once there are tokens.)"""
-        weights, left = self.data.weights, BPE_SAMPLE_BYTES
+        weights, left, read, defects = self.data.weights, BPE_SAMPLE_BYTES, 0, Counter()
         for group in self.source.groups:
             if weights:
                 left = BPE_SAMPLE_BYTES * weights[group] / sum(weights.values())
@@ -321,12 +330,19 @@ class _Job:
             for batch in read_batches(self.source, group, (0, 0), BATCH_BYTES):
                 for raw in batch.raws:
                     if left > 0 and (self.heldout is None or not self.heldout[number]):
-                        with suppress(Unusable):
+                        try:
                             yield parse(batch.kind, raw, self.data.text_key)
-                            left -= len(raw)
+                            left, read = left - len(raw), read + 1
+                        except Unusable as defect:
+                            defects[str(defect)] += 1
                     number += 1
                 if left <= 0:
                     break
+        if not read:
+            raise self._empty(defects)
+
+    def _empty(self, defects: dict[str, int]) -> UserError:
+        return UserError(f"{self.data.name}: empty corpus, no usable document ({_list(defects) or 'no document at all'})")
 
     def run(self, pool: Executor, window: int) -> None:
         """Encode and write all that is left, then the manifest."""
@@ -394,9 +410,9 @@ class _Job:
 
     def _finish(self) -> None:
         """Check that there is text, close the shards, write the manifest and drop the progress file."""
-        defects = ", ".join(f"{entry['count']} {defect}" for defect, entry in self.bad.items())
+        defects = {defect: entry["count"] for defect, entry in self.bad.items()}
         if not self.tokens:
-            raise UserError(f"{self.data.name}: empty corpus, no usable document ({defects or 'no documents at all'})")
+            raise self._empty(defects)
         for name, split in self.splits.items():
             if not split.tokens:
                 raise UserError(
@@ -429,7 +445,11 @@ class _Job:
         write_json(self.folder / "manifest.json", manifest)
         remove(self.progress_file)
         if self.bad:
-            log.warning("%s: documents left out: %s; examples are in manifest.json", self.folder, defects)
+            log.warning("%s: documents left out: %s; examples are in manifest.json", self.folder, _list(defects))
+
+
+def _list(defects: dict[str, int]) -> str:
+    return ", ".join(f"{count} {defect}" for defect, count in defects.items())
 
 
 class _Progress:
