@@ -54,10 +54,12 @@ def prepare(experiment: Experiment, workers: int | None = None) -> Path:
     disk is full; started again it goes on where it stopped."""
     data, folder = experiment.data, data_dir(experiment)
     workers = workers or len(os.sched_getaffinity(0))
+    if _is_prepared(folder):  # asked without the lock first: the folder may belong to someone else
+        return folder
     with _locked(folder):
         if _is_prepared(folder):
-            log.info("%s is already prepared", folder)
             return folder
+        remove(folder / "manifest.json")
         job = _Job(data, folder, Source(data, folder))
         with _pool(workers, data, job.tokenizer_dir) as pool:
             try:
@@ -71,7 +73,7 @@ def prepare(experiment: Experiment, workers: int | None = None) -> Path:
 
 
 def _is_prepared(folder: Path) -> bool:
-    """Whether the manifest is there and each shard has the size that it says; a manifest that lies is removed."""
+    """Whether the manifest is there and each shard has the size that it says."""
     if not (folder / "manifest.json").is_file():
         return False
     manifest = read_json(folder / "manifest.json")
@@ -79,8 +81,8 @@ def _is_prepared(folder: Path) -> bool:
         path = folder / shard["file"]
         if not path.is_file() or path.stat().st_size != shard["bytes"]:
             log.warning("%s is missing or has another size than manifest.json says: preparing again", path)
-            remove(folder / "manifest.json")
             return False
+    log.info("%s is already prepared", folder)
     return True
 
 

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -183,28 +184,67 @@ def _save_backend(backend, folder: Path, end_of_text: str, **special) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-class BpeTokenizer(Tokenizer):
-    """A byte-level BPE of ours, reopened from the folder that `train_bpe` filled."""
+class FastTokenizer(Tokenizer):
+    """One of the tokenizers library ('fast' in transformers), opened from its saved folder: bpe:N or any of the Hub.
+
+    transformers is not asked again: it takes seconds and, with torch, half a gigabyte in every worker process."""
+
+    FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
     def __init__(self, name: str, folder: Path):
         from tokenizers import Tokenizer as Backend
 
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise UserError(f"tokenizer '{name}' is trained by 'prepare', but {path} is missing; run 'prepare' first")
-        self._backend = Backend.from_file(str(path))
+        if not all((folder / file).is_file() for file in self.FILES[:2]):
+            raise UserError(
+                f"tokenizer '{name}': {folder} holds no tokenizer.json and tokenizer_config.json; run 'prepare' first"
+            )
+        self._files = {file: (folder / file).read_bytes() for file in self.FILES if (folder / file).is_file()}
+        self._backend = Backend.from_buffer(self._files["tokenizer.json"])
+        self._backend.no_truncation()
+        self._backend.no_padding()
         self._backend.encode_special_tokens = True  # "<|endoftext|>" in a document is ordinary text
-        self.name, self.vocab_size = name, self._backend.get_vocab_size()
-        self.end_of_text = self._backend.token_to_id(END_OF_TEXT)
+        end = json.loads(self._files["tokenizer_config.json"]).get("eos_token")
+        end = end["content"] if isinstance(end, dict) else end
+        if end is None or self._backend.token_to_id(end) is None:
+            raise UserError(f"tokenizer '{name}' has no end-of-text (EOS) token, which separates documents; use one that has")
+        self.name, self.vocab_size = name, max(self._backend.get_vocab().values()) + 1
+        self.end_of_text = self._backend.token_to_id(end)
 
     def encode_batch(self, texts):
         return [np.array(row.ids, np.uint32) for row in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _content(self):
-        return _backend_content(self._backend)
+        parts = json.loads(self._backend.to_str())  # padding, truncation, templates and decoding do not decide ids
+        added = [(token["id"], token["content"]) for token in parts["added_tokens"]]
+        return json.dumps([parts["model"], parts["normalizer"], parts["pre_tokenizer"], added]).encode()
 
     def save(self, folder):
-        _save_backend(self._backend, folder, END_OF_TEXT)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, content in self._files.items():
+            (folder / file).write_bytes(content)
+
+
+def _open_pretrained(name: str, revision: str | None) -> FastTokenizer:
+    """The tokenizer in a folder, of the Hub's cache or of the Hub, by transformers, without code from elsewhere."""
+    from transformers import AutoTokenizer
+
+    local = resolve_path(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            local if local.is_dir() else name, revision=None if local.is_dir() else revision
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"tokenizer '{name}' is no folder here and cannot be loaded from the Hub or its cache ({_first_line(error)}); "
+            f"run 'fetch' where there is internet, or set HF_HOME to a cache that has it"
+        ) from None
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"tokenizer '{name}' ({type(tokenizer).__name__}) has no 'fast' form (tokenizer.json); use one that has"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return FastTokenizer(name, Path(folder))
 
 
 def train_bpe(name: str, texts: Iterable[str], folder: Path) -> None:
@@ -237,70 +277,21 @@ def bpe_size(name: str) -> int | None:
     return int(name[4:])
 
 
-def _backend_content(backend) -> bytes:
-    """What of a tokenizers.Tokenizer decides ids; padding, truncation, templates and decoding do not."""
-    parts = json.loads(backend.to_str())
-    added = [(token["id"], token["content"]) for token in parts["added_tokens"]]
-    return json.dumps([parts["model"], parts["normalizer"], parts["pre_tokenizer"], added]).encode()
-
-
-class HuggingFaceTokenizer(Tokenizer):
-    """Any tokenizer of the Hub or of a folder that transformers opens without code from elsewhere."""
-
-    def __init__(self, name: str, revision: str | None = None, folder: Path | None = None):
-        from transformers import AutoTokenizer
-
-        local = resolve_path(name)
-        place = folder or (local if local.is_dir() else name)
-        try:
-            self._hf = AutoTokenizer.from_pretrained(str(place), revision=None if isinstance(place, Path) else revision)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"tokenizer '{name}' is no folder here and cannot be loaded from the Hub or its cache ({reason}); run 'fetch' "
-                f"where there is internet, or set HF_HOME to a cache that has it"
-            ) from None
-        if self._hf.eos_token_id is None:
-            raise UserError(f"tokenizer '{name}' has no end-of-text (EOS) token, which separates documents; use one that has")
-        self.name, self.vocab_size, self.end_of_text = name, len(self._hf), self._hf.eos_token_id
-        self._backend = getattr(self._hf, "backend_tokenizer", None)
-        if self._backend is not None:
-            self._backend.no_truncation()
-            self._backend.no_padding()
-            self._backend.encode_special_tokens = True
-
-    def encode_batch(self, texts):
-        if self._backend is not None:
-            return [np.array(row.ids, np.uint32) for row in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
-        rows = [self._hf.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False) for text in texts]
-        return [np.array(row, np.uint32) for row in rows]
-
-    def _content(self):
-        if self._backend is not None:
-            return _backend_content(self._backend)
-        return json.dumps([type(self._hf).__name__, sorted(self._hf.get_vocab().items())]).encode()
-
-    def save(self, folder):
-        self._hf.save_pretrained(folder)
-
-
 # --- sentencepiece --------------------------------------------------------------------------------------------------------
 
 
 class SentencePieceTokenizer(Tokenizer):
     """A .model file, encoded by the sentencepiece library itself: converted tokenizers are known to differ (OpenLLaMA)."""
 
-    def __init__(self, name: str, folder: Path | None = None):
+    def __init__(self, name: str, revision: str | None = None, folder: Path | None = None):
         import sentencepiece
 
-        path = folder / "tokenizer.model" if folder else resolve_path(name)
-        if not path.is_file():
-            raise UserError(f"tokenizer model {path} is missing; give the path of a sentencepiece .model file")
+        path = folder / "tokenizer.model" if folder else _model_file(name, revision)
         self._model = path.read_bytes()
         try:
             self._sp = sentencepiece.SentencePieceProcessor(model_proto=self._model)
         except RuntimeError as error:
-            raise UserError(f"{path} is not a sentencepiece model ({str(error).splitlines()[0]})") from None
+            raise UserError(f"{path} is not a sentencepiece model ({_first_line(error)})") from None
         if self._sp.eos_id() < 0:
             raise UserError(f"{path} has no end-of-text (</s>) piece, which separates documents; use a model that has")
         self.name, self.vocab_size, self.end_of_text = name, self._sp.vocab_size(), self._sp.eos_id()
@@ -360,6 +351,30 @@ class SentencePieceTokenizer(Tokenizer):
         return backend
 
 
+def _model_file(name: str, revision: str | None) -> Path:
+    """A .model file here, or 'owner/repository/file.model' on the Hub (or in its cache)."""
+    path, parts = resolve_path(name), name.split("/", 2)
+    if path.is_file():
+        return path
+    if len(parts) < 3 or Path(name).is_absolute():
+        raise UserError(f"tokenizer model {path} is missing; give the path of a sentencepiece .model file")
+    from httpx import HTTPError
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(hf_hub_download("/".join(parts[:2]), parts[2], revision=revision))
+    except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
+        raise UserError(
+            f"tokenizer model {name} is missing here and cannot be had from the Hub or its cache ({_first_line(error)}); "
+            f"run 'fetch' where there is internet, or set HF_HOME to a cache that has it"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
 # --- by name --------------------------------------------------------------------------------------------------------------
 
 
@@ -368,15 +383,15 @@ def load_tokenizer(data: Data, folder: Path | None = None) -> Tokenizer:
 
     Raises UserError if it cannot be found, has no end of text, or is a bpe:N that is not trained yet (no folder)."""
     name = data.tokenizer
-    if bpe_size(name) is not None:
-        if folder is None:
-            raise UserError(f"tokenizer '{name}' is trained by 'prepare'; open it from the prepared data's tokenizer/ folder")
-        return BpeTokenizer(name, folder)
     if name == "gpt2":
         return Gpt2Tokenizer(folder)
     if name.endswith(".model"):
-        return SentencePieceTokenizer(name, folder)
-    return HuggingFaceTokenizer(name, data.tokenizer_revision, folder)
+        return SentencePieceTokenizer(name, data.tokenizer_revision, folder)
+    if folder is not None:
+        return FastTokenizer(name, folder)
+    if bpe_size(name) is not None:
+        raise UserError(f"tokenizer '{name}' is trained by 'prepare'; open it from the prepared data's tokenizer/ folder")
+    return _open_pretrained(name, data.tokenizer_revision)
 
 
 def check_vocabulary(tokenizer_size: int, model_size: int, where: str) -> None:

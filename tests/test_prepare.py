@@ -91,7 +91,7 @@ def test_embedded_corpus_comes_back_as_it_was(caplog):
     assert manifest["python"] == sys.version.split()[0] and "PSF" in manifest["licence"]
     assert manifest["tokenizer"] | {"fingerprint": ""} == {
         "name": "bpe:300",
-        "class": "BpeTokenizer",
+        "class": "FastTokenizer",
         "vocab_size": 300,
         "end_of_text": 299,
         "fingerprint": "",

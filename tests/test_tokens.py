@@ -148,7 +148,7 @@ def test_sentencepiece_conversion_with_other_ids_is_not_kept(sentencepiece_model
 def test_any_hugging_face_folder(tmp_path):
     train_bpe("bpe:300", [Path(__file__).read_text()], tmp_path / "hf")
     ours = load_tokenizer(data(str(tmp_path / "hf")))
-    assert (ours.kind, ours.vocab_size, ours.end_of_text) == ("HuggingFaceTokenizer", 300, 299)
+    assert (ours.kind, ours.vocab_size, ours.end_of_text) == ("FastTokenizer", 300, 299)
     ids = lists(ours.encode_batch(TEXTS))
     assert ids == lists(load_tokenizer(data("bpe:300"), tmp_path / "hf").encode_batch(TEXTS))
     ours.save(tmp_path / "saved")
@@ -164,11 +164,29 @@ def test_two_tokenizers_never_share_a_fingerprint(sentencepiece_models, tmp_path
     train_bpe("bpe:300", [Path(__file__).read_text()], tmp_path / "a")
     train_bpe("bpe:301", [Path(__file__).read_text()], tmp_path / "b")
     loaded = [load_tokenizer(data("bpe:300"), tmp_path / "a"), load_tokenizer(data("bpe:301"), tmp_path / "b")]
-    loaded += [
-        load_tokenizer(data(str(tmp_path / "a"))),
-        *(load_tokenizer(data(str(p))) for p in sentencepiece_models.values()),
-    ]
+    assert load_tokenizer(data(str(tmp_path / "a"))).fingerprint == loaded[0].fingerprint  # one tokenizer by two names
+    loaded += [load_tokenizer(data(str(path))) for path in sentencepiece_models.values()]
     assert len({tokenizer.fingerprint for tokenizer in loaded}) == len(loaded)
+
+
+def test_sentencepiece_model_of_the_hub_comes_from_its_cache(sentencepiece_models, tmp_path):
+    snapshot = tmp_path / "hub" / "models--someone--llama" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "tokenizer.model").write_bytes(sentencepiece_models["llama"].read_bytes())
+    code = (
+        "import sys; from inheritune.config import Data, UserError; from inheritune.tokens import load_tokenizer\n"
+        "try: print(load_tokenizer(Data.model_validate_json(sys.argv[1])).fingerprint)\n"
+        "except UserError as error: print(error)"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    outputs = []
+    for name in ("someone/llama/tokenizer.model", "someone/llama/other.model"):
+        wanted = data(name).model_copy(update={"tokenizer_revision": "0" * 40})
+        command = [sys.executable, "-c", code, wanted.model_dump_json()]
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+        outputs.append(done.stdout.strip())
+    assert outputs[0] == load_tokenizer(data(str(sentencepiece_models["llama"]))).fingerprint
+    assert "other.model is missing here and cannot be had from the Hub" in outputs[1] and "HF_HOME" in outputs[1]
 
 
 def test_refusals(tmp_path):
