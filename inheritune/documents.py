@@ -26,7 +26,8 @@ import xxhash
 import zstandard
 
 from inheritune.config import REPOSITORY, Data, Experiment, UserError, nearest
-from inheritune.rundir import data_dir, disk_error, read_json, write_json
+from inheritune.rundir import data_dir, read_json, write_json
+from inheritune.tokens import hub_errors
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +169,7 @@ def _hub_file(data: Data, name: str) -> Path:
     """Path of one file of the data set in the Hub's cache, downloaded if it is not there."""
     import huggingface_hub
 
-    with _hub_errors(data, name):
+    with hub_errors(f"{name} of {data.repo}@{data.revision}"):
         return Path(huggingface_hub.hf_hub_download(data.repo, name, repo_type="dataset", revision=data.revision))
 
 
@@ -185,7 +186,7 @@ def _hub_listing(data: Data, folder: Path) -> Callable[[str], list[str]]:
         if kept.is_file():
             return read_json(kept)
         if constants.HF_HUB_OFFLINE:
-            with _hub_errors(data, "its listing"):
+            with hub_errors(f"the listing of {data.repo}@{data.revision}"):
                 cache = Path(
                     huggingface_hub.snapshot_download(
                         data.repo, repo_type="dataset", revision=data.revision, local_files_only=True
@@ -194,7 +195,7 @@ def _hub_listing(data: Data, folder: Path) -> Callable[[str], list[str]]:
             found = sorted(path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.is_file())
             log.warning("offline: %s@%s is taken to be the %d files in %s", data.repo, data.revision, len(found), cache)
             return found
-        with _hub_errors(data, "its listing"):
+        with hub_errors(f"the listing of {data.repo}@{data.revision}"):
             found = huggingface_hub.HfApi().list_repo_files(data.repo, repo_type="dataset", revision=data.revision)
         write_json(kept, sorted(found))
         return sorted(found)
@@ -211,25 +212,6 @@ def _hub_listing(data: Data, folder: Path) -> Callable[[str], list[str]]:
         return found
 
     return find
-
-
-@contextmanager
-def _hub_errors(data: Data, name: str):
-    """What the Hub's library raises, as one sentence that names the way out."""
-    from httpx import HTTPError
-    from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        yield
-    except (HfHubHTTPError, HTTPError, OSError) as error:
-        if getattr(error, "errno", None):
-            raise disk_error(error, Path(constants.HF_HUB_CACHE)) from error
-        raise UserError(
-            f"{data.repo}@{data.revision}: {name} is neither in the cache ({constants.HF_HUB_CACHE}) nor can it be had "
-            f"from the Hub ({str(error).strip().splitlines()[0]}); run 'python -m inheritune fetch' where there is internet, "
-            f"or set HF_HOME to a cache that has it"
-        ) from None
 
 
 def fetch_documents(experiment: Experiment) -> list[Path]:

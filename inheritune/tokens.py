@@ -6,12 +6,14 @@ spelling of a special token inside a document is encoded as ordinary characters,
 """
 
 import base64
+import errno
 import json
 import logging
 import os
 import re
 import tempfile
 from collections.abc import Iterable
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -19,7 +21,7 @@ import numpy as np
 import xxhash
 
 from inheritune.config import Data, UserError, resolve_path
-from inheritune.rundir import root
+from inheritune.rundir import disk_error, root
 
 log = logging.getLogger(__name__)
 
@@ -229,15 +231,10 @@ def _open_pretrained(name: str, revision: str | None) -> FastTokenizer:
     from transformers import AutoTokenizer
 
     local = resolve_path(name)
-    try:
+    with hub_errors(f"tokenizer '{name}'"):
         tokenizer = AutoTokenizer.from_pretrained(
             local if local.is_dir() else name, revision=None if local.is_dir() else revision
         )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"tokenizer '{name}' is no folder here and cannot be loaded from the Hub or its cache ({_first_line(error)}); "
-            f"run 'fetch' where there is internet, or set HF_HOME to a cache that has it"
-        ) from None
     if not tokenizer.is_fast:
         raise UserError(
             f"tokenizer '{name}' ({type(tokenizer).__name__}) has no 'fast' form (tokenizer.json); use one that has"
@@ -358,17 +355,10 @@ def _model_file(name: str, revision: str | None) -> Path:
         return path
     if len(parts) < 3 or Path(name).is_absolute():
         raise UserError(f"tokenizer model {path} is missing; give the path of a sentencepiece .model file")
-    from httpx import HTTPError
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
 
-    try:
+    with hub_errors(f"tokenizer model '{name}'"):
         return Path(hf_hub_download("/".join(parts[:2]), parts[2], revision=revision))
-    except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
-        raise UserError(
-            f"tokenizer model {name} is missing here and cannot be had from the Hub or its cache ({_first_line(error)}); "
-            f"run 'fetch' where there is internet, or set HF_HOME to a cache that has it"
-        ) from None
 
 
 def _first_line(error: Exception) -> str:
@@ -376,6 +366,24 @@ def _first_line(error: Exception) -> str:
 
 
 # --- by name --------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def hub_errors(what: str):
+    """What the Hub's libraries raise while they look for `what`, as one sentence that names the way out."""
+    from httpx2 import HTTPError  # what huggingface-hub speaks through
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise disk_error(error, Path(constants.HF_HUB_CACHE)) from error
+        raise UserError(
+            f"{what} is neither in the cache ({constants.HF_HUB_CACHE}) nor can it be had from the Hub ({_first_line(error)}); "
+            f"run 'python -m inheritune fetch' where there is internet, or set HF_HOME to a cache that has it"
+        ) from None
 
 
 def load_tokenizer(data: Data, folder: Path | None = None) -> Tokenizer:
