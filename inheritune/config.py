@@ -75,7 +75,8 @@ class Data(Strict):
     text_key: str = "text"
     """Key (JSONL) or column (parquet) that holds a document's text."""
     tokenizer: str
-    """gpt2, bpe:N (trained on the source), a sentencepiece .model file, or a Hugging Face tokenizer folder or id."""
+    """gpt2, bpe:N (trained on the source), a sentencepiece .model file (a path, or owner/repository/file.model on the Hub),
+    or a Hugging Face tokenizer folder or id."""
     tokenizer_revision: str | None = None
     end_of_text: Literal["append", "prepend"] = "append"
     validation: ValidationSplit

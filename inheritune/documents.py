@@ -1,0 +1,308 @@
+"""Documents: which files a data section names, the documents in them, in order, and the text of each.
+
+`Source` lists the files (the embedded corpus, local globs, a pinned data set of the Hub, downloaded file by file as reading
+goes). `read_batches` streams their documents as raw bytes, `parse` makes text of one or says why it cannot be used.
+"""
+
+import fnmatch
+import glob
+import gzip
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import sysconfig
+import tokenize
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import xxhash
+import zstandard
+
+from inheritune.config import REPOSITORY, Data, Experiment, UserError, nearest
+from inheritune.rundir import data_dir, read_json, write_json
+from inheritune.tokens import hub_errors
+
+log = logging.getLogger(__name__)
+
+KINDS = {".txt": "text", ".py": "python", ".parquet": "text"} | dict.fromkeys((".jsonl", ".jsonl.gz", ".jsonl.zst"), "json")
+NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+class Source:
+    """The files of a data section, in order, by group (one group without a name unless `data.files` is a mapping)."""
+
+    def __init__(self, data: Data, folder: Path):
+        """`folder` keeps the listing of a Hub data set, so that a machine without internet sees the same files."""
+        self.data = data
+        self.groups: dict[str, list[str]] = {}
+        if data.source == "embedded":
+            self.groups[""] = _standard_library()
+        else:
+            if data.source == "hub" and not re.fullmatch("[0-9a-f]{40}", data.revision):
+                raise UserError(
+                    f"data.revision: '{data.revision}' is no commit of {data.repo}; write the 40 digits that the Hub shows "
+                    f"under 'Files and versions', so that the data cannot change under the experiment"
+                )
+            patterns = data.files if isinstance(data.files, dict) else {"": data.files}
+            find = _local_files if data.source == "files" else _hub_listing(data, folder)
+            for group in sorted(patterns):  # the hash of the data section does not see the order of the keys
+                self.groups[group] = list(dict.fromkeys(name for pattern in patterns[group] for name in find(pattern)))
+        for name in itertools.chain(*self.groups.values()):
+            _suffix(name)
+
+    def path(self, name: str) -> Path:
+        """The file on this machine; a file of the Hub is downloaded when it is first asked for."""
+        if self.data.source == "embedded":
+            return Path(sysconfig.get_path("stdlib")) / name
+        return _hub_file(self.data, name) if self.data.source == "hub" else Path(name)
+
+    def describe(self, name: str) -> dict:
+        """The file's entry in the manifest."""
+        entry = {"name": name, "bytes": self.path(name).stat().st_size}
+        return entry | ({"revision": self.data.revision} if self.data.source == "hub" else {})
+
+    def state(self) -> str:
+        """A hash that changes when the documents do: names with sizes, or names with the commit of a Hub data set."""
+        local = self.data.source != "hub"
+        names = {group: [self.describe(n) if local else n for n in names] for group, names in self.groups.items()}
+        return xxhash.xxh3_128_hexdigest(json.dumps([names, self.data.revision]).encode())
+
+    def documents(self, name: str) -> Iterator[tuple[int, bytes | None]]:
+        """(line or row from 1, raw bytes) of each document of a file, in order. Raises UserError if the file is damaged."""
+        path, suffix = self.path(name), _suffix(name)
+        try:
+            if suffix == ".parquet":
+                yield from _parquet_rows(path, self.data.text_key)
+            elif KINDS[suffix] == "json":
+                with _open_lines(path, suffix) as file:
+                    yield from ((number, line) for number, line in enumerate(file, 1) if not line.isspace())
+            else:
+                yield 1, path.read_bytes()
+        except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+            raise UserError(f"{path} is cut off or damaged ({error}); fetch or copy it again") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+
+    def count(self, name: str) -> int:
+        """Documents in a file, usable or not."""
+        if _suffix(name) == ".parquet":
+            with _open_parquet(self.path(name)) as file:
+                return file.metadata.num_rows
+        return sum(1 for _ in self.documents(name)) if KINDS[_suffix(name)] == "json" else 1
+
+
+def _suffix(name: str) -> str:
+    suffix = next((suffix for suffix in sorted(KINDS, key=len, reverse=True) if name.endswith(suffix)), None)
+    if suffix is None:
+        raise UserError(f"{name}: documents are read from {', '.join(KINDS)} files only; convert it, or narrow data.files")
+    return suffix
+
+
+def _standard_library() -> list[str]:
+    """The .py files of this Python's standard library, tests and installed packages left out."""
+    stdlib, found = sysconfig.get_path("stdlib"), []
+    for folder, subfolders, names in os.walk(stdlib):
+        subfolders[:] = [name for name in subfolders if name not in NOT_LIBRARY]
+        found += [os.path.relpath(os.path.join(folder, name), stdlib) for name in names if name.endswith(".py")]
+    return sorted(found)
+
+
+def _local_files(pattern: str) -> list[str]:
+    """Sorted files that match, from the current folder or else from the repository."""
+    given = os.path.expanduser(os.path.expandvars(pattern))
+    for base in (os.getcwd(), REPOSITORY):
+        names = sorted(n for n in glob.glob(os.path.join(base, given), recursive=True) if os.path.isfile(n))
+        if names:
+            return names
+    raise UserError(f"data.files: '{pattern}' matches no file, neither from {os.getcwd()} nor from {REPOSITORY}")
+
+
+def _open_lines(path: Path, suffix: str):
+    """A buffered reader of the bytes of a JSONL file, unpacked if need be."""
+    if suffix.endswith(".gz"):
+        return gzip.open(path, "rb")
+    if suffix.endswith(".zst"):
+        unpacked = zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True)  # noqa: SIM115
+        return io.BufferedReader(unpacked, 1 << 20)
+    return open(path, "rb", buffering=1 << 20)
+
+
+def _parquet_rows(path: Path, key: str) -> Iterator[tuple[int, bytes | None]]:
+    """Rows of one text column as bytes (invalid UTF-8 is then one bad document, not the end), a few hundred at a time."""
+    import pyarrow as pa
+
+    with _open_parquet(path) as file:
+        schema, row = file.schema_arrow, 0
+        if key not in schema.names:
+            raise UserError(f"{path} has no column '{key}' (data.text_key); {nearest(key, schema.names)}")
+        if schema.field(key).type not in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
+            raise UserError(f"{path}: column '{key}' (data.text_key) holds {schema.field(key).type}, not text")
+        for batch in file.iter_batches(batch_size=256, columns=[key]):
+            for raw in batch.column(0).cast(pa.large_binary()).to_pylist():
+                row += 1
+                yield row, raw
+
+
+@contextmanager
+def _open_parquet(path: Path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            yield file
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path} is no whole parquet file ({str(error).splitlines()[0]}); fetch or copy it again") from None
+
+
+# --- the Hub --------------------------------------------------------------------------------------------------------------
+
+
+def _hub_file(data: Data, name: str) -> Path:
+    """Path of one file of the data set in the Hub's cache, downloaded if it is not there."""
+    import huggingface_hub
+
+    with hub_errors(f"{name} of {data.repo}@{data.revision}"):
+        return Path(huggingface_hub.hf_hub_download(data.repo, name, repo_type="dataset", revision=data.revision))
+
+
+def _hub_listing(data: Data, folder: Path) -> Callable[[str], list[str]]:
+    """A function from a pattern to the sorted names it matches. The names come from the listing kept in `folder`, else
+    from the Hub (and are kept); a name without a wildcard needs neither. Offline and never listed, the names in the cache
+    must do, which is said: a part of them gives other data."""
+    kept = folder / "hub_files.json"
+
+    def names() -> list[str]:
+        import huggingface_hub
+        from huggingface_hub import constants
+
+        if kept.is_file():
+            return read_json(kept)
+        if constants.HF_HUB_OFFLINE:
+            with hub_errors(f"the listing of {data.repo}@{data.revision}"):
+                cache = Path(
+                    huggingface_hub.snapshot_download(
+                        data.repo, repo_type="dataset", revision=data.revision, local_files_only=True
+                    )
+                )
+            found = sorted(path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.is_file())
+            log.warning("offline: %s@%s is taken to be the %d files in %s", data.repo, data.revision, len(found), cache)
+            return found
+        with hub_errors(f"the listing of {data.repo}@{data.revision}"):
+            found = huggingface_hub.HfApi().list_repo_files(data.repo, repo_type="dataset", revision=data.revision)
+        write_json(kept, sorted(found))
+        return sorted(found)
+
+    def find(pattern: str) -> list[str]:
+        if not glob.has_magic(pattern):
+            return [pattern]
+        listed = names()
+        found = [name for name in listed if fnmatch.fnmatchcase(name, pattern)]
+        if not found:
+            raise UserError(
+                f"data.files: '{pattern}' matches none of the {len(listed)} files of {data.repo} at {data.revision}"
+            )
+        return found
+
+    return find
+
+
+def fetch_documents(experiment: Experiment) -> list[Path]:
+    """Download what `prepare` will read from the Hub, for a machine without internet: every file, or, with max_tokens and
+    no random split (which must count all documents), the first files of each group with enough text. Returns their paths."""
+    data = experiment.data
+    source = Source(data, data_dir(experiment))
+    if data.source != "hub":
+        return []
+    share, total, paths = data.weights, sum(data.weights.values()), []
+    for group, names in source.groups.items():
+        needed, have = math.inf, 0
+        if data.max_tokens and not data.validation.fraction:
+            needed = 8 * data.max_tokens * (share[group] / total if share else 1)  # bytes of text; English has 4 to 5 a token
+        for name in names:
+            if have > needed:
+                break
+            paths.append(source.path(name))
+            # packed text shrinks to a third or less; in parquet that holds for the other columns with it
+            have += paths[-1].stat().st_size * (1 if name.endswith((".jsonl", ".txt")) else 2)
+    return paths
+
+
+# --- batches and texts -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """Consecutive documents of one group and kind."""
+
+    group: str
+    kind: str
+    raws: list[bytes | None] = field(default_factory=list)
+    places: list[tuple[int, int]] = field(default_factory=list)
+    """(index of the file in its group, line) of each document."""
+    size: int = 0
+    end: tuple[int, int] = (0, 0)
+    """Where the next batch starts: (index of the file, documents of it that are read)."""
+
+
+def read_batches(source: Source, group: str, start: tuple[int, int], batch_bytes: int) -> Iterator[Batch]:
+    """The group's documents from `start` on. Cut by size alone, so a start at an earlier batch's end gives the same rest."""
+    names, batch = source.groups[group], None
+    for index in range(start[0], len(names)):
+        kind, done = KINDS[_suffix(names[index])], start[1] if index == start[0] else 0
+        for line, raw in itertools.islice(source.documents(names[index]), done, None):
+            if batch is not None and (batch.size >= batch_bytes or batch.kind != kind):
+                yield batch
+                batch = None
+            batch = batch or Batch(group, kind)
+            done += 1
+            batch.raws.append(raw)
+            batch.places.append((index, line))
+            batch.size += len(raw or b"") + 64  # so that empty documents fill a batch too
+            batch.end = (index, done)
+        if batch is not None and _suffix(names[index]) not in (".txt", ".py"):  # the next file may have to be downloaded first
+            yield batch
+            batch = None
+    if batch is not None:
+        yield batch
+
+
+class Unusable(Exception):
+    """A document that is left out; the text is the kind of defect that the manifest counts."""
+
+
+def parse(kind: str, raw: bytes | None, key: str) -> str:
+    """The document's text. Raises Unusable."""
+    if not raw:
+        raise Unusable("empty text")
+    try:
+        encoding = tokenize.detect_encoding(io.BytesIO(raw).readline)[0] if kind == "python" else "utf-8"
+        text = raw.decode(encoding)
+    except (UnicodeDecodeError, SyntaxError):  # SyntaxError: a coding line that names no encoding
+        raise Unusable("not UTF-8") from None
+    if kind == "json":
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError):
+            raise Unusable("invalid JSON") from None
+        if not isinstance(row, dict):
+            raise Unusable("not a JSON object")
+        if key not in row:
+            raise Unusable(f"no key '{key}'")
+        text = row[key]
+        if not isinstance(text, str):
+            raise Unusable(f"'{key}' is not text")
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half of a surrogate pair, written as \ud83d
+            raise Unusable("not UTF-8") from None
+    if not text:
+        raise Unusable("empty text")
+    return text

@@ -1,0 +1,211 @@
+"""Tokenizers: the ids of each kind against another library's, saved folders, fingerprints, refusals."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from inheritune.config import REPOSITORY, Data, UserError
+from inheritune.tokens import LETTERS, PROBE, bpe_size, check_vocabulary, load_tokenizer, train_bpe
+
+TEXTS = [PROBE, "", " ", "hello  world", "<|endoftext|> in a text </s><s>", "x" * 3000 + "\n" * 50]
+TEXTS.append((REPOSITORY / "inheritune" / "config.py").read_text())
+
+
+def data(tokenizer: str) -> Data:
+    return Data(
+        name="t", source="embedded", tokenizer=tokenizer, validation={"fraction": 0.1}, sequence_length=8, sampling="one_pass"
+    )
+
+
+def lists(rows) -> list[list[int]]:
+    return [row.tolist() for row in rows]
+
+
+@pytest.fixture
+def gpt2_bpe(monkeypatch) -> Path:
+    """A folder with GPT-2's BPE, set as INHERITUNE_GPT2_BPE."""
+    folder = Path(os.environ.get("INHERITUNE_GPT2_BPE") or REPOSITORY.parent / "shared" / "data" / "gpt2-bpe")
+    if not any((folder / name).is_file() for name in ("gpt2.tiktoken", "encoder.json")):
+        pytest.skip(f"no GPT-2 BPE in {folder}: run tests/fetch_gpt2_bpe.sh and set INHERITUNE_GPT2_BPE")
+    monkeypatch.setenv("INHERITUNE_GPT2_BPE", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_models(tmp_path_factory) -> dict[str, Path]:
+    """Tiny models trained here: Llama's kind (BPE, bytes as fallback), with sentencepiece's own normalization, unigram."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    (folder / "text").write_text("".join(path.read_text() for path in sorted((REPOSITORY / "inheritune").glob("*.py"))))
+    plain = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    kinds = {"llama": {"model_type": "bpe", **plain}, "open_llama": {"model_type": "bpe"}, "unigram": {"model_type": "unigram"}}
+    for name, options in kinds.items():
+        sentencepiece.SentencePieceTrainer.train(
+            input=folder / "text", model_prefix=folder / name, vocab_size=600, byte_fallback=True, minloglevel=2, **options
+        )
+    return {name: folder / f"{name}.model" for name in kinds}
+
+
+def test_gpt2_ids_are_those_of_the_tokenizers_library(gpt2_bpe, tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoTokenizer
+
+    ours = load_tokenizer(data("gpt2"))
+    assert (ours.vocab_size, ours.end_of_text, ours.dtype) == (50257, 50256, "<u2")
+    ours.save(tmp_path)
+    ids = lists(ours.encode_batch(TEXTS))
+    assert ids[3] == [31373, 220, 995]  # "hello", " ", " world"
+    assert 50256 not in ids[4]
+    reopened = load_tokenizer(data("gpt2"), tmp_path)
+    assert lists(reopened.encode_batch(TEXTS)) == ids and reopened.fingerprint == ours.fingerprint
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert saved(TEXTS[:4])["input_ids"] == ids[:4] and saved.eos_token_id == 50256 and len(saved) == 50257
+    assert saved.decode(ids[0]) == PROBE
+    if (gpt2_bpe / "vocab.bpe").is_file():  # OpenAI's own merges, not those worked out from the ranks
+        encoder = json.loads((gpt2_bpe / "encoder.json").read_text())
+        merges = [tuple(line.split()) for line in (gpt2_bpe / "vocab.bpe").read_text().split("\n")[1:-1]]
+        theirs = Tokenizer(models.BPE(encoder, merges))
+        theirs.pre_tokenizer, theirs.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        assert [row.ids for row in theirs.encode_batch(TEXTS)] == ids
+        assert [tuple(m) for m in json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"]] == merges
+
+
+def test_gpt2_from_either_form_of_its_files_is_one_tokenizer(gpt2_bpe, tmp_path, monkeypatch):
+    ours = load_tokenizer(data("gpt2"))
+    spelled = {"".join(LETTERS[b] for b in token): rank for token, rank in ours._ranks.items()} | {"<|endoftext|>": 50256}
+    (tmp_path / "encoder.json").write_text(json.dumps(spelled))
+    monkeypatch.setenv("INHERITUNE_GPT2_BPE", str(tmp_path))
+    assert load_tokenizer(data("gpt2")).fingerprint == ours.fingerprint
+    (tmp_path / "encoder.json").write_text(json.dumps({token: rank for token, rank in spelled.items() if rank != 40000}))
+    with pytest.raises(UserError, match="is not GPT-2's vocabulary"):
+        load_tokenizer(data("gpt2"))
+    monkeypatch.setenv("INHERITUNE_GPT2_BPE", str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="holds neither gpt2.tiktoken nor encoder.json"):
+        load_tokenizer(data("gpt2"))
+
+
+def test_trained_bpe_is_the_same_each_time_and_reopens_anywhere(tmp_path):
+    from transformers import AutoTokenizer
+
+    texts = [path.read_text() for path in sorted((REPOSITORY / "inheritune").glob("*.py"))]
+    train_bpe("bpe:512", iter(texts), tmp_path / "one")
+    code = (
+        "import sys; from pathlib import Path; from inheritune.tokens import train_bpe; "
+        "train_bpe('bpe:512', [p.read_text() for p in sorted(Path(sys.argv[1]).glob('*.py'))], Path(sys.argv[2]))"
+    )
+    command = [sys.executable, "-c", code, REPOSITORY / "inheritune", tmp_path / "two"]
+    subprocess.run(command, check=True, cwd=REPOSITORY, env={**os.environ, "RAYON_NUM_THREADS": "1", "PYTHONHASHSEED": "7"})
+    assert (tmp_path / "one/tokenizer.json").read_bytes() == (tmp_path / "two/tokenizer.json").read_bytes()
+    ours = load_tokenizer(data("bpe:512"), tmp_path / "one")
+    assert (ours.vocab_size, ours.end_of_text) == (512, 511)
+    ids = lists(ours.encode_batch(TEXTS))
+    assert all(511 not in row for row in ids)
+    saved = AutoTokenizer.from_pretrained(tmp_path / "one")
+    assert saved(TEXTS[:4])["input_ids"] == ids[:4] and saved.decode(ids[0]) == PROBE
+    ours.save(tmp_path / "again")
+    assert load_tokenizer(data("bpe:512"), tmp_path / "again").fingerprint == ours.fingerprint
+    train_bpe("bpe:512", iter(texts[:3]), tmp_path / "other")
+    assert load_tokenizer(data("bpe:512"), tmp_path / "other").fingerprint != ours.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["llama", "open_llama", "unigram"])
+def test_sentencepiece_ids_are_its_own_and_a_saved_folder_has_the_same(sentencepiece_models, kind, tmp_path, caplog):
+    import sentencepiece
+    from transformers import AutoTokenizer
+
+    path = sentencepiece_models[kind]
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    ours = load_tokenizer(data(str(path)))
+    ids = lists(ours.encode_batch(TEXTS))
+    assert ids == reference.encode(TEXTS)
+    assert (ours.vocab_size, ours.end_of_text) == (600, reference.eos_id())
+    ours.save(tmp_path)
+    reopened = load_tokenizer(data(str(path)), tmp_path)
+    assert reopened.fingerprint == ours.fingerprint and lists(reopened.encode_batch(TEXTS)) == ids
+    assert (tmp_path / "tokenizer.json").is_file(), caplog.text
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    plain = [0, 1, 2, 3, 5, 6]  # transformers takes the "</s>" of text 4 for the end of text
+    assert saved([TEXTS[i] for i in plain])["input_ids"] == [ids[i] for i in plain]
+    assert saved.eos_token_id == ours.end_of_text
+
+
+def test_sentencepiece_conversion_with_other_ids_is_not_kept(sentencepiece_models, tmp_path, monkeypatch, caplog):
+    from inheritune.tokens import SentencePieceTokenizer
+
+    path = sentencepiece_models["llama"]
+    monkeypatch.setattr(SentencePieceTokenizer, "_converted", lambda self: None)  # a kind of model without counterpart
+    load_tokenizer(data(str(path))).save(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.txt", "tokenizer.model"]
+    assert "gives other ids" in caplog.text
+
+
+def test_any_hugging_face_folder(tmp_path):
+    train_bpe("bpe:300", [Path(__file__).read_text()], tmp_path / "hf")
+    ours = load_tokenizer(data(str(tmp_path / "hf")))
+    assert (ours.kind, ours.vocab_size, ours.end_of_text) == ("FastTokenizer", 300, 299)
+    ids = lists(ours.encode_batch(TEXTS))
+    assert ids == lists(load_tokenizer(data("bpe:300"), tmp_path / "hf").encode_batch(TEXTS))
+    ours.save(tmp_path / "saved")
+    reopened = load_tokenizer(data("moved/away"), tmp_path / "saved")
+    assert lists(reopened.encode_batch(TEXTS)) == ids and reopened.fingerprint == ours.fingerprint
+    config = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
+    (tmp_path / "hf/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": config["tokenizer_class"]}))
+    with pytest.raises(UserError, match=r"no end-of-text \(EOS\) token"):
+        load_tokenizer(data(str(tmp_path / "hf")))
+
+
+def test_two_tokenizers_never_share_a_fingerprint(sentencepiece_models, tmp_path):
+    train_bpe("bpe:300", [Path(__file__).read_text()], tmp_path / "a")
+    train_bpe("bpe:301", [Path(__file__).read_text()], tmp_path / "b")
+    loaded = [load_tokenizer(data("bpe:300"), tmp_path / "a"), load_tokenizer(data("bpe:301"), tmp_path / "b")]
+    assert load_tokenizer(data(str(tmp_path / "a"))).fingerprint == loaded[0].fingerprint  # one tokenizer by two names
+    loaded += [load_tokenizer(data(str(path))) for path in sentencepiece_models.values()]
+    assert len({tokenizer.fingerprint for tokenizer in loaded}) == len(loaded)
+
+
+def test_sentencepiece_model_of_the_hub_comes_from_its_cache(sentencepiece_models, tmp_path):
+    snapshot = tmp_path / "hub" / "models--someone--llama" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "tokenizer.model").write_bytes(sentencepiece_models["llama"].read_bytes())
+    code = (
+        "import sys; from inheritune.config import Data, UserError; from inheritune.tokens import load_tokenizer\n"
+        "try: print(load_tokenizer(Data.model_validate_json(sys.argv[1])).fingerprint)\n"
+        "except UserError as error: print(error)"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    outputs = []
+    for name in ("someone/llama/tokenizer.model", "someone/llama/other.model"):
+        wanted = data(name).model_copy(update={"tokenizer_revision": "0" * 40})
+        command = [sys.executable, "-c", code, wanted.model_dump_json()]
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+        outputs.append(done.stdout.strip())
+    assert outputs[0] == load_tokenizer(data(str(sentencepiece_models["llama"]))).fingerprint
+    assert "other.model' is neither in the cache" in outputs[1] and "HF_HOME" in outputs[1]
+
+
+def test_refusals(tmp_path):
+    for name in ("bpe:", "bpe:2k", "bpe:256"):
+        with pytest.raises(UserError, match="write bpe:N with N above 257"):
+            bpe_size(name)
+    with pytest.raises(UserError, match="is trained by 'prepare'"):
+        load_tokenizer(data("bpe:512"))
+    with pytest.raises(UserError, match="yields only"):
+        train_bpe("bpe:5000", ["a short text"], tmp_path / "short")
+    with pytest.raises(UserError, match="nothing.model is missing"):
+        load_tokenizer(data(str(tmp_path / "nothing.model")))
+    (tmp_path / "broken.model").write_bytes(b"no model")
+    with pytest.raises(UserError, match="is not a sentencepiece model"):
+        load_tokenizer(data(str(tmp_path / "broken.model")))
+    check_vocabulary(50257, 50304, "recipe")
+    with pytest.raises(UserError, match="recipe: the tokenizer has 50257 ids, the model's vocabulary only 50256"):
+        check_vocabulary(50257, 50256, "recipe")
+
+
+def test_what_workers_are_given_can_be_pickled():
+    assert pickle.loads(pickle.dumps(data("gpt2"))) == data("gpt2")
