@@ -101,8 +101,7 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
     for name, (code, shape, begin, *end) in entries.items():
         if code not in DTYPES:
             raise UserError(
-                f"tensor {name} in {path} has dtype {code}, but only float weights ({', '.join(DTYPES)}) can be sliced; "
-                f"use an unquantized checkpoint"
+                f"tensor {name} in {path} has dtype {code}, not one of {', '.join(DTYPES)}; use unquantized weights"
             )
         dtype, count = DTYPES[code], math.prod(shape)
         if begin != position or end != [begin + count * dtype.itemsize]:
@@ -124,8 +123,8 @@ class _Plain:
         self.arguments = arguments
 
 
-# DeepSpeed's optimizer shards name three classes of its own. The unpickler gets stand-ins: no code of the file's choice
-# runs, and DeepSpeed (seconds to import) is not needed to read its checkpoints.
+# DeepSpeed's optimizer shards name a few classes of its own. The unpickler gets stand-ins, so that no code of the file's
+# choice runs.
 _STANDINS = [
     (type("LossScaler", (_Plain,), {}), "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (type("DynamicLossScaler", (_Plain,), {}), "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
@@ -245,60 +244,65 @@ def _rank_files(folder: Path, kind: str) -> list[Path]:
 def read_deepspeed(folder: Path) -> dict[str, Stored]:
     """The fp32 masters in a folder that `engine.save_checkpoint` wrote, ZeRO 0 to 3, any number of ranks.
 
-    ZeRO 1 and 2: each parameter group is one vector, cut into one partition per rank. ZeRO 3: each parameter is cut into
-    equal parts (the last one padded), and a rank's parts follow each other through its flat groups. ZeRO 0: whole tensors.
-    (Layout: deepspeed/utils/zero_to_fp32.py.) Raises UserError for missing ranks, tensor parallelism and lost masters."""
+    Frozen parameters have no master: at ZeRO 0 to 2 they lie in the module's state (DeepSpeed's own zero_to_fp32 loses
+    them at ZeRO 1), at ZeRO 3 in fragments. Raises UserError for missing ranks, tensor parallelism and lost masters."""
     model_files = _rank_files(folder, "model") or [folder / "mp_rank_00_model_states.pt"]
     if not model_files[0].is_file():
         raise UserError(f"{folder} lacks {model_files[0].name}; the checkpoint is incomplete, use another one")
     models = [load_skeleton(path) for path in model_files]
-    optim_files = _rank_files(folder, "optim")
-    groups = models[0].get("param_shapes")
+    groups, n_ranks = models[0].get("param_shapes"), models[0].get("dp_world_size")
+    whole = {n: t for n, t in models[0]["module"].items() if t.dtype in DTYPE_NAMES and t.numel()}
+    stored = {n: Stored(tuple(t.shape), torch.float32, (_extent(model_files[0], t),)) for n, t in whole.items()}
     if groups is None:  # ZeRO 0: the module itself is the master
-        tensors = {n: t for n, t in models[0]["module"].items() if t.dtype in DTYPE_NAMES}
-        half = [n for n, t in tensors.items() if t.dtype in (torch.float16, torch.bfloat16)]
-        if half:
-            raise UserError(f"{folder} holds {half[0]} in half precision without fp32 masters (ZeRO 0); inherit from final/")
-        return {n: Stored(tuple(t.shape), t.dtype, (_extent(model_files[0], t),)) for n, t in tensors.items()}
+        rounded = [name for name, tensor in whole.items() if tensor.element_size() < 4]
+        if rounded:
+            raise UserError(f"{folder} holds {rounded[0]} in half precision without its fp32 master; inherit from final/")
+        return stored
+
+    optim_files = _rank_files(folder, "optim")
     states = [load_skeleton(path)["optimizer_state_dict"] for path in optim_files]
-    counts = states[0].get("partition_count", 1) if states else 1
-    n_ranks = max(counts) if isinstance(counts, (list, tuple)) else counts
-    if len(states) != n_ranks:
-        raise UserError(f"{folder} has the optimizer states of {len(states)} ranks, but {n_ranks} saved it; use another one")
-    stage = int(states[0].get("zero_stage", 1))
-    if stage == 3 and len(models) != n_ranks:
-        raise UserError(f"{folder} has the model states of {len(models)} ranks, but {n_ranks} saved it; use another one")
-
-    def flat(rank: int, key: str) -> list[Extent]:
-        return [_extent(optim_files[rank], tensor) for tensor in states[rank][key]]
-
-    stored = {}
+    stage = int(states[0].get("zero_stage", 1)) if states else 0
+    for kind, files in (("optimizer", optim_files), ("model", model_files if stage == 3 else optim_files)):
+        if len(files) != n_ranks:
+            raise UserError(f"{folder} has the {kind} states of {len(files)} ranks, but {n_ranks} saved it; use another one")
+    key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+    if key not in states[0]:
+        raise UserError(f"{folder} holds no fp32 masters ({key}); inherit from final/")
+    parts = [[_extent(path, t) for t in state[key]] for path, state in zip(optim_files, states, strict=True)]
     if stage == 3:
-        parts, position = [flat(rank, "fp32_flat_groups") for rank in range(n_ranks)], 0
-        for name, shape in ((name, shape) for group in groups for name, shape in group.items()):
-            count = math.prod(shape)
-            part = math.ceil(count / n_ranks)
-            extents = [extent for rank in parts for extent in cut(rank, position, part)]
-            stored[name] = Stored(tuple(shape), torch.float32, cut(extents, 0, count))
-            position += part
-        if any(sum(extent.count for extent in rank) != position for rank in parts):
-            raise UserError(
-                f"{folder}: the ranks' flat groups do not add up to {position} elements; it is damaged, use another"
-            )
+        trained = _stage_3({n: shape for group in groups for n, shape in group.items()}, parts, folder)
+        fragments = [m["frozen_param_fragments"] or {} for m in models]
+        frozen = [[_extent(path, t) for t in f.values()] for path, f in zip(model_files, fragments, strict=True)]
+        stored = trained | _stage_3(models[0]["frozen_param_shapes"] or {}, frozen, folder)
     else:
-        parts = [flat(rank, "single_partition_of_fp32_groups") for rank in range(n_ranks)]
-        paddings = states[0].get("param_alignment_paddings")
-        for g, group in enumerate(groups):
-            vector, position = [rank[g] for rank in parts], 0
-            for i, (name, shape) in enumerate(group.items()):
-                stored[name] = Stored(tuple(shape), torch.float32, cut(vector, position, math.prod(shape)))
-                position += math.prod(shape) + (paddings[g][i] if paddings else 0)
-    fragments = [model.get("frozen_param_fragments") or {} for model in models]
-    for name, shape in (models[0].get("frozen_param_shapes") or {}).items():
-        extents = [_extent(path, part[name]) for path, part in zip(model_files, fragments, strict=True)]
+        stored |= _stages_1_and_2(groups, parts, states[0].get("param_alignment_paddings"))
+    return stored | {name: stored[owner] for name, owner in models[0]["shared_params"].items()}
+
+
+def _stage_3(shapes: dict[str, Shape], parts: list[list[Extent]], folder: Path) -> dict[str, Stored]:
+    """Each parameter is cut into equal parts, the last one padded; a rank's parts follow each other through `parts[rank]`."""
+    stored, position = {}, 0
+    for name, shape in shapes.items():
+        part = math.ceil(math.prod(shape) / len(parts))
+        extents = [extent for rank in parts for extent in cut(rank, position, part)]
         stored[name] = Stored(tuple(shape), torch.float32, cut(extents, 0, math.prod(shape)))
-    shared = models[0].get("shared_params") or {}
-    return stored | {name: stored[owner] for name, owner in dict(shared).items() if owner in stored}
+        position += part
+    if any(sum(extent.count for extent in rank) != position for rank in parts):
+        raise UserError(
+            f"{folder} is damaged: the parts of a rank do not add up to {position} elements; use another checkpoint"
+        )
+    return stored
+
+
+def _stages_1_and_2(groups: list[dict], parts: list[list[Extent]], paddings: list | None) -> dict[str, Stored]:
+    """Each parameter group is one vector, parameter after parameter; `parts[rank]` has one partition of each vector."""
+    stored = {}
+    for g, group in enumerate(groups):
+        vector, position = [rank[g] for rank in parts], 0
+        for i, (name, shape) in enumerate(group.items()):
+            stored[name] = Stored(tuple(shape), torch.float32, cut(vector, position, math.prod(shape)))
+            position += math.prod(shape) + (paddings[g][i] if paddings else 0)
+    return stored
 
 
 # --- any source -----------------------------------------------------------------------------------------------------------
