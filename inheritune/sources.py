@@ -6,6 +6,7 @@ safetensors and .bin, one per rank and sub-group in a ZeRO checkpoint. Nothing i
 unpickled freely. `CheckpointWriter` is the way back: an ordinary Hugging Face checkpoint, one tensor in memory at a time.
 """
 
+import copy
 import json
 import math
 import os
@@ -141,11 +142,10 @@ def load_skeleton(path: Path):
         with torch.serialization.safe_globals(_STANDINS):
             return torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError ... for one and the same damage
-        reason = " ".join(str(error).split())[:200]
-        unsafe = re.search(r"GLOBAL ([\w.]+)", reason)
-        if unsafe:
+        reason = " ".join(str(error).split())
+        if unsafe := re.search(r"GLOBAL ([\w.]+)", reason):
             raise UserError(f"{path} asks to run {unsafe[1]} while it is read, which is refused; use safetensors") from None
-        raise UserError(f"{path} cannot be read as a torch file ({reason}); it is cut off or damaged: copy it again") from None
+        raise UserError(f"{path} cannot be read as a torch file ({reason[:150]}); cut off or damaged: copy it again") from None
 
 
 def _extent(path: Path, tensor: torch.Tensor) -> Extent:
@@ -319,8 +319,8 @@ class Source:
     ):
         self.origin, self.revision, self.folder, self.kind = origin, revision, folder, kind
         self.config_path = config_path
-        self.config_hash = rundir.hash_file(config_path)
         self.config = load_config(config_path)
+        self.config_hash = rundir.hash_file(config_path)
         self.table = architecture(self.config.model_type)
         shapes = tensor_shapes(self.config, config_path)
         self._stored = _named(stored, self.table, self.config.tie_word_embeddings, folder)
@@ -426,8 +426,8 @@ def tensor_shapes(config, where="the config") -> dict[str, Shape]:
     Raises UserError (naming `where`) if no model can be built from the config."""
     try:
         with torch.device("meta"):
-            state = build(config).state_dict()
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+            state = build(copy.deepcopy(config)).state_dict()  # building sets the attention kind of the object it is given
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise UserError(f"{where} describes no possible model: {' '.join(str(error).split())}") from None
     heads = architecture(config.model_type).parts["head"] if config.tie_word_embeddings else ()
     return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in heads}
@@ -450,7 +450,7 @@ def load_config(path: Path):
     raw.pop("auto_map", None)  # a known family needs no code of its own
     try:
         return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except (ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
         raise UserError(f"{path} is not a valid {raw['model_type']} config: {' '.join(str(error).split())}") from None
 
 

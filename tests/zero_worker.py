@@ -1,8 +1,8 @@
 """Real DeepSpeed checkpoints to read back: `torchrun --nproc-per-node R tests/zero_worker.py OUT`.
 
 Trains a tiny paper GPT-2 (frozen biases, tied head) and a tiny Llama (untied) for two steps with the two parameter groups
-of training, at ZeRO 0 to 3, and leaves in OUT/<model>_zero<stage>_ranks<R>/ the checkpoint (config.json beside the tag's
-files) and truth.pt, the engine's own fp32 weights. Widths are odd, so that partitions need padding."""
+of training, at ZeRO 0 to 3, and leaves in OUT/<kind>_zero<stage>_ranks<R>/ the checkpoint (config.json beside the tag's
+files) and, beside it, <folder>.truth, the engine's own fp32 weights. Widths are odd, so that partitions need padding."""
 
 import os
 import sys
@@ -12,40 +12,10 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 import deepspeed
 import torch
-
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for half a minute
-
-from transformers import LlamaConfig
+from tiny_models import config_of
 
 from inheritune import models
-from inheritune.config import Model
 from inheritune.sources import write_config
-
-GPT2 = models.hf_config(
-    Model(
-        size="gpt2_medium",
-        family="gpt2",
-        layers=3,
-        width=15,
-        heads=3,
-        kv_heads=3,
-        mlp_width=33,
-        positions=12,
-        vocab_size=61,
-    )
-)
-LLAMA = LlamaConfig(
-    vocab_size=61,
-    hidden_size=18,
-    intermediate_size=27,
-    num_hidden_layers=3,
-    num_attention_heads=3,
-    num_key_value_heads=1,
-    max_position_embeddings=12,
-    tie_word_embeddings=False,
-    bos_token_id=None,
-    eos_token_id=None,
-)
 
 
 def true_weights(engine, stage: int) -> dict[str, torch.Tensor]:
@@ -62,7 +32,7 @@ def true_weights(engine, stage: int) -> dict[str, torch.Tensor]:
     return weights
 
 
-def save(out: Path, label: str, config, stage: int) -> None:
+def save(out: Path, kind: str, config, stage: int) -> None:
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     model = models.build(config, "eager")
     for name, parameter in model.named_parameters():
@@ -83,7 +53,7 @@ def save(out: Path, label: str, config, stage: int) -> None:
         ids = torch.randint(0, 61, (2, 12), generator=models.seeded(step, rank))
         engine.backward(engine(input_ids=ids, labels=ids).loss)
         engine.step()
-    folder = out / f"{label}_zero{stage}_ranks{world}"
+    folder = out / f"{kind}_zero{stage}_ranks{world}"
     engine.save_checkpoint(str(folder.parent), tag=folder.name)
     weights = true_weights(engine, stage)
     if rank == 0:
@@ -93,8 +63,9 @@ def save(out: Path, label: str, config, stage: int) -> None:
 
 
 if __name__ == "__main__":
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for half a minute
     deepspeed.init_distributed("gloo")
     for stage in (0, 1, 2, 3):
-        for label, config in (("gpt2", GPT2), ("llama", LLAMA)):
-            save(Path(sys.argv[1]), label, config, stage)
+        for kind in ("paper", "llama"):
+            save(Path(sys.argv[1]), kind, config_of(kind, layers=3), stage)
     torch.distributed.destroy_process_group()
