@@ -19,8 +19,8 @@ import xxhash
 
 from inheritune import rundir
 from inheritune.config import MODULES, PARTS, UserError, nearest, parse_layers
-from inheritune.models import architecture, fresh_tensor
-from inheritune.sources import TOKENIZER_FILES, Source, open_source, tensor_shapes, write_checkpoint
+from inheritune.models import architecture, fresh_tensor, tensor_shapes
+from inheritune.sources import TOKENIZER_FILES, Source, open_source, write_checkpoint
 
 MANIFEST = "inherited.json"
 
@@ -211,7 +211,7 @@ def _write(out: Path, config, origins: dict[str, Origin], about: dict, seed: int
         for name in (*TOKENIZER_FILES, "generation_config.json"):
             if beside and (beside / name).is_file():
                 shutil.copyfile(beside / name, folder / name)
-                written["files"][name] = {"bytes": (folder / name).stat().st_size, "xxh3": rundir.hash_file(folder / name)}
+                written["files"] |= rundir.hash_folder(folder, only=(name,))
         tensors = {name: _record(origin, written["tensors"][name]["xxh3"], seed) for name, origin in origins.items()}
         manifest = {**about, "tensors": tensors, "files": written["files"]}
         rundir.write_json(folder / MANIFEST, manifest)

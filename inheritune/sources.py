@@ -6,7 +6,6 @@ safetensors and .bin, one per rank and sub-group in a ZeRO checkpoint. Nothing i
 unpickled freely. `CheckpointWriter` is the way back: an ordinary Hugging Face checkpoint, one tensor in memory at a time.
 """
 
-import copy
 import json
 import math
 import os
@@ -19,26 +18,20 @@ from pathlib import Path
 import torch
 import xxhash
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from inheritune import rundir
 from inheritune.config import UserError
-from inheritune.models import Architecture, architecture, build
+from inheritune.models import Architecture, architecture, load_config, tensor_shapes, write_config
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-)
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+TOKENIZER_FILES += ["vocab.json", "merges.txt", "tokenizer.model"]
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 
 Shape = tuple[int, ...]
+Specs = dict[str, tuple[Shape, torch.dtype]]
 
 
 @dataclass(frozen=True)
@@ -56,7 +49,8 @@ class Stored:
     """Where a tensor lies: its extents, one after the other, are its elements in row-major order."""
 
     shape: Shape
-    dtype: torch.dtype
+    dtype: torch.dtype | None
+    """None for what is no float: such a tensor is either a buffer, which nobody reads, or refused."""
     extents: tuple[Extent, ...]
 
 
@@ -81,7 +75,7 @@ def cut(extents: list[Extent], start: int, count: int) -> tuple[Extent, ...]:
 def read_safetensors(path: Path) -> dict[str, Stored]:
     """The header of one safetensors file (8 bytes of length, JSON, data), checked against the file's size.
 
-    Raises UserError if the file is cut off, has a header that cannot be true, or holds a dtype other than a float."""
+    Raises UserError if the file is cut off or its header cannot be true."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         first = file.read(8)
@@ -93,22 +87,18 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
             header.pop("__metadata__", None)
             entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
             entries = dict(sorted(entries.items(), key=lambda entry: entry[1][2:]))
-            numbers_ok = all(isinstance(n, int) and n >= 0 for e in entries.values() for n in (*e[1], *e[2:]))
+            numbers_ok = all(len(e) == 4 and all(type(n) is int and n >= 0 for n in (*e[1], *e[2:])) for e in entries.values())
         except (ValueError, KeyError, TypeError, AttributeError):
             numbers_ok = False
     if not numbers_ok:
         raise UserError(f"{path} has a damaged safetensors header; download it again")
     stored, position = {}, 0
-    for name, (code, shape, begin, *end) in entries.items():
-        if code not in DTYPES:
-            raise UserError(
-                f"tensor {name} in {path} has dtype {code}, not one of {', '.join(DTYPES)}; use unquantized weights"
-            )
-        dtype, count = DTYPES[code], math.prod(shape)
-        if begin != position or end != [begin + count * dtype.itemsize]:
+    for name, (code, shape, begin, end) in entries.items():
+        dtype, count = DTYPES.get(code), math.prod(shape)
+        if begin != position or end < begin or (dtype and end != begin + count * dtype.itemsize):
             raise UserError(f"{path} has a damaged safetensors header (tensor {name}); download it again")
-        stored[name] = Stored(shape, dtype, (Extent(path, 8 + length + begin, count, dtype),))
-        position = end[0]
+        stored[name] = Stored(shape, dtype, (Extent(path, 8 + length + begin, count, dtype),) if dtype else ())
+        position = end
     if size != 8 + length + position:
         raise UserError(f"{path} has {size} bytes, its header describes {8 + length + position}: cut off; download it again")
     return stored
@@ -174,9 +164,7 @@ def read_bin(path: Path) -> dict[str, Stored]:
 def _read_folder(folder: Path, stem: str, suffix: str, read: Callable[[Path], dict[str, Stored]]) -> dict[str, Stored] | None:
     """Tensors of `stem`.`suffix`, or of the shards listed in its index; None if the folder has neither."""
     single, index = folder / f"{stem}{suffix}", folder / f"{stem}{suffix}.index.json"
-    present = {
-        p.name for p in folder.glob(f"{stem}*{suffix}") if re.fullmatch(r"(-\d+-of-\d+)?", p.name[len(stem) : -len(suffix)])
-    }
+    present = {p.name for p in folder.iterdir() if re.fullmatch(rf"{stem}(-\d+-of-\d+)?\{suffix}", p.name)}
     if not present and not index.exists():
         return None
     if single.exists() and not index.exists():
@@ -220,9 +208,7 @@ def _tag_folder(folder: Path) -> Path | None:
             raise UserError(f"{folder / 'latest'} names '{latest}', which holds no DeepSpeed files; give the tag's own folder")
         return folder / latest
     if len(tags) > 1:
-        raise UserError(
-            f"{folder} holds {len(tags)} DeepSpeed checkpoints ({tags[0].name} ... {tags[-1].name}); name one of them"
-        )
+        raise UserError(f"{folder} holds {len(tags)} DeepSpeed checkpoints, {tags[0].name} to {tags[-1].name}; name one")
     return tags[0] if tags else None
 
 
@@ -250,6 +236,8 @@ def read_deepspeed(folder: Path) -> dict[str, Stored]:
     if not model_files[0].is_file():
         raise UserError(f"{folder} lacks {model_files[0].name}; the checkpoint is incomplete, use another one")
     models = [load_skeleton(path) for path in model_files]
+    if not isinstance(models[0], dict) or not isinstance(models[0].get("module"), dict):
+        raise UserError(f"{model_files[0]} holds no whole model (pipeline parallelism is not supported); export it first")
     groups, n_ranks = models[0].get("param_shapes"), models[0].get("dp_world_size")
     whole = {n: t for n, t in models[0]["module"].items() if t.dtype in DTYPE_NAMES and t.numel()}
     stored = {n: Stored(tuple(t.shape), torch.float32, (_extent(model_files[0], t),)) for n, t in whole.items()}
@@ -288,9 +276,7 @@ def _stage_3(shapes: dict[str, Shape], parts: list[list[Extent]], folder: Path) 
         stored[name] = Stored(tuple(shape), torch.float32, cut(extents, 0, math.prod(shape)))
         position += part
     if any(sum(extent.count for extent in rank) != position for rank in parts):
-        raise UserError(
-            f"{folder} is damaged: the parts of a rank do not add up to {position} elements; use another checkpoint"
-        )
+        raise UserError(f"{folder} is damaged: a rank's parts do not add up to {position} elements; use another checkpoint")
     return stored
 
 
@@ -317,8 +303,8 @@ class Source:
     def __init__(
         self, origin: str, revision: str | None, folder: Path, config_path: Path, kind: str, stored: dict[str, Stored]
     ):
-        self.origin, self.revision, self.folder, self.kind = origin, revision, folder, kind
-        self.config_path = config_path
+        self.origin, self.revision, self.kind = origin, revision, kind
+        self.folder, self.config_path = folder, config_path
         self.config = load_config(config_path)
         self.config_hash = rundir.hash_file(config_path)
         self.table = architecture(self.config.model_type)
@@ -326,21 +312,19 @@ class Source:
         self._stored = _named(stored, self.table, self.config.tie_word_embeddings, folder)
         missing = [name for name in shapes if name not in self._stored]
         extra = [name for name in self._stored if name not in shapes]
-        of = f"{config_path} describes ({getattr(self.config, self.table.layers)} layers)"
+        n = getattr(self.config, self.table.layers)
         if missing:
             raise UserError(
-                f"{folder} lacks tensor {missing[0]} ({len(missing)} missing) of the model that {of}; download it again"
+                f"{folder} lacks tensor {missing[0]} (and {len(missing) - 1} more); {config_path} describes {n} layers"
             )
         if extra:
-            raise UserError(
-                f"{folder} holds tensor {extra[0]} ({len(extra)} such), which the model that {of} has not; fix the config"
-            )
+            raise UserError(f"{folder} holds {extra[0]} (and {len(extra) - 1} more), unknown to {config_path} of {n} layers")
         for name, shape in shapes.items():
+            if self._stored[name].dtype is None:
+                raise UserError(f"tensor {name} in {folder} is not of floats ({', '.join(DTYPES)}); use unquantized weights")
             if self._stored[name].shape != shape:
-                raise UserError(
-                    f"tensor {name} in {self.file_of(name)} has shape {self._stored[name].shape}, "
-                    f"but {config_path} implies {shape}; fix the config"
-                )
+                where = f"tensor {name} in {folder / self.file_of(name)} has shape {self._stored[name].shape}"
+                raise UserError(f"{where}, but config.json implies {shape}; put the config of these weights beside them")
         self._names = list(shapes)
 
     def names(self) -> list[str]:
@@ -413,45 +397,8 @@ def _named(stored: dict[str, Stored], table: Architecture, tied: bool, folder: P
         if place is not None:
             other = named.setdefault(embedding, place)
             if other != place and not torch.equal(read_tensor(other), read_tensor(place)):
-                raise UserError(
-                    f"{folder}: {head} and {embedding} differ, but the config says they are one (tie_word_embeddings); "
-                    f"set it to false in config.json"
-                )
+                raise UserError(f"{folder}: {head} and {embedding} differ; set tie_word_embeddings to false in config.json")
     return named
-
-
-def tensor_shapes(config, where="the config") -> dict[str, Shape]:
-    """{name: shape} of every tensor of a checkpoint of `config`, in the model's order; a tied head is left out.
-
-    Raises UserError (naming `where`) if no model can be built from the config."""
-    try:
-        with torch.device("meta"):
-            state = build(copy.deepcopy(config)).state_dict()  # building sets the attention kind of the object it is given
-    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-        raise UserError(f"{where} describes no possible model: {' '.join(str(error).split())}") from None
-    heads = architecture(config.model_type).parts["head"] if config.tie_word_embeddings else ()
-    return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in heads}
-
-
-def load_config(path: Path):
-    """The transformers configuration in `path`, by the classes of transformers alone (code beside it is never run).
-
-    Raises UserError for a family outside the architecture table, a quantized or an encoder-decoder model."""
-    from transformers import CONFIG_MAPPING
-
-    raw = rundir.read_json(path)
-    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
-        raise UserError(f"{path} names no 'model_type'; it is not a Hugging Face model config")
-    if raw.get("quantization_config") is not None:
-        raise UserError(f"{path} describes a quantized model (quantization_config); inherit from the unquantized weights")
-    if raw.get("is_encoder_decoder"):
-        raise UserError(f"{path} describes an encoder-decoder ({raw['model_type']}); only decoder-only models can be sliced")
-    architecture(raw["model_type"])
-    raw.pop("auto_map", None)  # a known family needs no code of its own
-    try:
-        return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
-    except (ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
-        raise UserError(f"{path} is not a valid {raw['model_type']} config: {' '.join(str(error).split())}") from None
 
 
 def open_source(path_or_id: str | Path, revision: str | None = None) -> Source:
@@ -500,10 +447,7 @@ def _download(repo: str, revision: str | None) -> Path:
                 break
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(
-            f"source '{repo}' is no folder here and could not be had from the Hub or its cache ({reason}); "
-            f"check the name, or download it on a machine with internet first"
-        ) from None
+        raise UserError(f"'{repo}' is no folder here and cannot be had from the Hub ({reason}); download it first") from None
     return folder
 
 
@@ -516,9 +460,7 @@ class CheckpointWriter:
     `specs` is {name: (shape, dtype)} in the order in which `add` will be called. With folder=None nothing is written, so
     that ranks other than 0 can take part in gathering the tensors with the same code."""
 
-    def __init__(
-        self, folder: Path | None, config, specs: dict[str, tuple[Shape, torch.dtype]], max_shard_bytes: int = 2 << 30
-    ):
+    def __init__(self, folder: Path | None, config, specs: Specs, max_shard_bytes: int = 2 << 30):
         self.folder, self.config, self.specs = folder, config, specs
         self.tensors: dict[str, dict] = {}
         self.files: dict[str, dict] = {}
@@ -531,9 +473,8 @@ class CheckpointWriter:
                 shards, used = [*shards, []], 0
             shards[-1].append(name)
             used += size
-        self._file_of = {
-            name: f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i, shard in enumerate(shards, 1) for name in shard
-        }
+        files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        self._file_of = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
 
     def _open(self, file: str) -> None:
         """Begin a shard with its header."""
@@ -570,7 +511,7 @@ class CheckpointWriter:
         if self.folder is None:
             return
         shape, dtype = self.specs[name]
-        assert tuple(tensor.shape) == shape and tensor.dtype == dtype, (
+        assert (tuple(tensor.shape), tensor.dtype) == (shape, dtype), (
             f"{name}: {tensor.shape} {tensor.dtype}, not {shape} {dtype}"
         )
         file = self._file_of[name]
@@ -591,27 +532,13 @@ class CheckpointWriter:
         index = {"metadata": {"total_size": total}, "weight_map": self._file_of}
         rundir.write_json(self.folder / "model.safetensors.index.json", index)
         write_config(self.folder / "config.json", self.config, next(iter(self.specs.values()))[1])
-        for name in ("model.safetensors.index.json", "config.json"):
-            path = self.folder / name
-            self.files[name] = {"bytes": path.stat().st_size, "xxh3": rundir.hash_file(path)}
+        self.files |= rundir.hash_folder(self.folder, only=("model.safetensors.index.json", "config.json"))
         return {"tensors": self.tensors, "files": self.files}
 
 
-def write_config(path: Path, config, dtype: torch.dtype) -> None:
-    """config.json of a causal language model stored in `dtype`."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    config = type(config).from_dict(config.to_dict())  # the caller's object stays as it is
-    config.dtype = dtype
-    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
-    rundir.write_text(path, config.to_json_string())
-
-
-def write_checkpoint(
-    folder: Path, config, specs, tensor_of: Callable[[str], torch.Tensor], max_shard_bytes: int = 2 << 30
-) -> dict:
+def write_checkpoint(folder: Path, config, specs: Specs, tensor_of: Callable[[str], torch.Tensor], **options) -> dict:
     """Write the tensors of `specs`, each asked of `tensor_of` when its turn comes; the record of CheckpointWriter.close."""
-    writer = CheckpointWriter(folder, config, specs, max_shard_bytes)
+    writer = CheckpointWriter(folder, config, specs, **options)
     for name in specs:
         writer.add(name, tensor_of(name))
     return writer.close()

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from inheritune import rundir
 from inheritune.config import MODULES, REPOSITORY, UserError
 from inheritune.inherit import extend, inherit, write_random
-from inheritune.models import architecture, fresh_tensor
-from inheritune.sources import open_source, tensor_shapes
+from inheritune.models import architecture, fresh_tensor, tensor_shapes
+from inheritune.sources import open_source
 
 KINDS = ("paper", "public", "llama", "llama_tied")
 

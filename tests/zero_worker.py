@@ -15,7 +15,6 @@ import torch
 from tiny_models import config_of
 
 from inheritune import models
-from inheritune.sources import write_config
 
 
 def true_weights(engine, stage: int) -> dict[str, torch.Tensor]:
@@ -57,7 +56,7 @@ def save(out: Path, kind: str, config, stage: int) -> None:
     engine.save_checkpoint(str(folder.parent), tag=folder.name)
     weights = true_weights(engine, stage)
     if rank == 0:
-        write_config(folder / "config.json", config, torch.float32)
+        models.write_config(folder / "config.json", config, torch.float32)
         torch.save(weights, out / f"{folder.name}.truth")
     engine.destroy()
 
