@@ -228,4 +228,4 @@ def fresh_tensor(name: str, shape: tuple[int, ...], config, seed: int) -> torch.
     std = getattr(config, "initializer_range", 0.02)
     if any(name.endswith(suffix) for suffix in table.residual):
         std /= math.sqrt(2 * getattr(config, table.layers))
-    return torch.randn(shape, generator=seeded(seed, name, tuple(shape))) * std
+    return torch.randn(shape, generator=seeded(seed, name, tuple(shape))).mul_(std)
