@@ -5,6 +5,7 @@ zero: its config carries `frozen_zero_biases`, which every slice of it inherits.
 its trainable biases and standard scaling.
 """
 
+import copy
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,9 @@ from pathlib import Path
 import torch
 import xxhash
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 
+from inheritune import rundir
 from inheritune.config import Model, UserError
 
 
@@ -119,6 +122,7 @@ def build(config, attention: str = "sdpa") -> torch.nn.Module:
     from transformers.initialization import no_init_weights
 
     architecture(config.model_type)
+    config = copy.deepcopy(config)  # from_config writes the attention kind into the object that it is given
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     model.tie_weights()
@@ -127,6 +131,50 @@ def build(config, attention: str = "sdpa") -> torch.nn.Module:
             if name.endswith(".bias"):
                 parameter.requires_grad_(False)
     return model
+
+
+def tensor_shapes(config, where="the config") -> dict[str, tuple[int, ...]]:
+    """{name: shape} of every tensor of a checkpoint of `config`, in the model's order; a tied head is left out.
+
+    Raises UserError (naming `where`) if no model can be built from the config."""
+    try:
+        with torch.device("meta"):
+            state = build(config).state_dict()
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise UserError(f"{where} describes no possible model: {' '.join(str(error).split())}") from None
+    heads = architecture(config.model_type).parts["head"] if config.tie_word_embeddings else ()
+    return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in heads}
+
+
+def load_config(path: Path):
+    """The transformers configuration in `path`, by the classes of transformers alone (code beside it is never run).
+
+    Raises UserError for a family outside the architecture table, a quantized or an encoder-decoder model."""
+    from transformers import CONFIG_MAPPING
+
+    raw = rundir.read_json(path)
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+        raise UserError(f"{path} names no 'model_type'; it is not a Hugging Face model config")
+    if raw.get("quantization_config") is not None:
+        raise UserError(f"{path} describes a quantized model (quantization_config); inherit from the unquantized weights")
+    if raw.get("is_encoder_decoder"):
+        raise UserError(f"{path} describes an encoder-decoder ({raw['model_type']}); only decoder-only models can be sliced")
+    architecture(raw["model_type"])
+    raw.pop("auto_map", None)  # a known family needs no code of its own
+    try:
+        return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    except (ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
+        raise UserError(f"{path} is not a valid {raw['model_type']} config: {' '.join(str(error).split())}") from None
+
+
+def write_config(path: Path, config, dtype: torch.dtype) -> None:
+    """config.json of a causal language model stored in `dtype`."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = copy.deepcopy(config)
+    config.dtype = dtype
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    rundir.write_text(path, config.to_json_string())
 
 
 def count_parameters(config) -> int:
@@ -180,4 +228,4 @@ def fresh_tensor(name: str, shape: tuple[int, ...], config, seed: int) -> torch.
     std = getattr(config, "initializer_range", 0.02)
     if any(name.endswith(suffix) for suffix in table.residual):
         std /= math.sqrt(2 * getattr(config, table.layers))
-    return torch.randn(shape, generator=seeded(seed, name, tuple(shape))) * std
+    return torch.randn(shape, generator=seeded(seed, name, tuple(shape))).mul_(std)

@@ -1,0 +1,250 @@
+"""Surgery: new checkpoints out of blocks of old ones, described by the architecture table and done one tensor at a time.
+
+`inherit` keeps chosen blocks of a source (paper, section 3), `extend` lengthens a trained model by blocks of its
+reference (growth with `from: previous`), `write_random` writes the random start. All three say, for every tensor of the
+target, where it comes from (`Origin`), and `_write` does the rest: an ordinary Hugging Face checkpoint and
+`inherited.json`, which lists each tensor as copied (from which file, with which hash) or fresh (how). Sources are only
+read. A target appears under its name whole or not at all.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+
+from inheritune import rundir
+from inheritune.config import MODULES, PARTS, UserError, nearest, parse_layers
+from inheritune.models import architecture, fresh_tensor, tensor_shapes
+from inheritune.sources import TOKENIZER_FILES, Source, open_source, write_checkpoint
+
+MANIFEST = "inherited.json"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where one tensor of a target comes from: `name` in `source`, or a fresh value (source None); stored as `dtype`."""
+
+    dtype: torch.dtype
+    source: Source | None = None
+    name: str = ""
+
+
+def inherit(
+    source: str | Path,
+    layers: str | int | Sequence[int],
+    out: str | Path,
+    parts: Sequence[str] = PARTS,
+    modules: Sequence[str] = MODULES,
+    seed: int = 0,
+    revision: str | None = None,
+) -> dict:
+    """Write the blocks `layers` of `source` (a folder or a Hub id) to `out`; returns the manifest.
+
+    `parts` names what is copied and `modules` limits it inside the blocks; the rest is that of the random model of this
+    depth and `seed`. A tied head is one tensor with the token embedding, copied if either is named. Every tensor keeps
+    the source's dtype (fp32 for a DeepSpeed checkpoint). Doing the same again changes nothing.
+
+    Raises UserError for unknown names, layers out of range, a source that cannot be used, an `out` that holds something
+    else, and a disk without room; then nothing is written."""
+    parts, modules = _chosen(parts, PARTS, "parts"), _chosen(modules, MODULES, "modules")
+    opened = open_source(source, revision)
+    table, tied = opened.table, bool(opened.config.tie_word_embeddings)
+    indices = parse_layers(str(layers) if isinstance(layers, int) else layers, getattr(opened.config, table.layers))
+    config = cut_config(opened.config, indices)
+
+    origins = {}
+    for name in tensor_shapes(config):
+        part, module = table.part_of(name)
+        copied = part in parts and (module is None or module in modules)
+        copied |= tied and part == "token_embedding" and "head" in parts
+        inside = table.split_name(name)
+        from_name = name if inside is None else table.block.format(i=indices[inside[0]]) + inside[1]
+        dtype = opened.dtype(from_name)
+        origins[name] = Origin(dtype, opened, from_name) if copied else Origin(dtype)
+    about = {
+        "kind": "inherit",
+        **_identity(opened),
+        "layers": indices,
+        "parts": parts,
+        "modules": modules,
+        "seed": seed,
+        "tied_head": tied,
+        "moved_blocks": _moved(config, indices),
+    }
+    return _write(Path(out), config, origins, about, seed, opened.config_path.parent)
+
+
+def write_random(config, out: str | Path, seed: int = 0) -> dict:
+    """Write the random start of `config` (a transformers configuration) to `out`: every tensor fresh, fp32.
+
+    Returns the manifest. Raises UserError as `inherit` does."""
+    origins = {name: Origin(torch.float32) for name in tensor_shapes(config)}
+    described = {key: value for key, value in config.to_dict().items() if key not in _INCIDENTAL}
+    digest = xxhash.xxh3_128_hexdigest(json.dumps(described, sort_keys=True, default=str).encode())
+    about = {
+        "kind": "random",
+        "config": digest,
+        "layers": getattr(config, architecture(config.model_type).layers),
+        "seed": seed,
+    }
+    return _write(Path(out), config, origins, about, seed, None)
+
+
+def extend(previous: str | Path, reference: str | Path, layers_from: int, layers_to: int, out: str | Path) -> dict:
+    """Write to `out` the model `previous` (of `layers_from` blocks), continued by the blocks [layers_from, layers_to) of
+    `reference`, in `previous`'s dtype; returns the manifest. Embeddings, final norm and head are `previous`'s.
+
+    Raises UserError if the two are not the same model but for depth, and as `inherit` does."""
+    old, new = open_source(previous), open_source(reference)
+    if old.config.model_type != new.config.model_type:
+        raise UserError(
+            f"{previous} is a {old.config.model_type} and {reference} a {new.config.model_type}: they cannot be joined"
+        )
+    n_old, n_new = getattr(old.config, old.table.layers), getattr(new.config, new.table.layers)
+    if n_old != layers_from:
+        raise UserError(f"{previous} has {n_old} layers, not {layers_from}; give the stage that is to be extended")
+    if not layers_from < layers_to <= n_new:
+        raise UserError(f"cannot extend {layers_from} layers to {layers_to}: {reference} has {n_new}")
+    of_depth = {old.table.layers, *old.table.per_layer, *_INCIDENTAL}
+    ours, theirs = old.config.to_dict(), new.config.to_dict()
+    differing = sorted(key for key in ours.keys() | theirs.keys() if key not in of_depth and ours.get(key) != theirs.get(key))
+    if differing:
+        key = differing[0]
+        raise UserError(
+            f"{previous} and {reference} differ in {key} ({ours.get(key)} and {theirs.get(key)}), so they cannot be joined"
+        )
+    config = cut_config(new.config, range(layers_to))
+    origins = {}
+    for name in tensor_shapes(config):
+        inside = old.table.split_name(name)
+        source = old if inside is None or inside[0] < layers_from else new
+        origins[name] = Origin(old.dtype(old.table.parts["token_embedding"][0]), source, name)
+    about = {
+        "kind": "extend",
+        "previous": _identity(old),
+        "reference": _identity(new),
+        "layers": list(range(layers_to)),
+        "layers_from": layers_from,
+        "moved_blocks": _moved(config, range(layers_to)),
+    }
+    return _write(Path(out), config, origins, about, 0, old.config_path.parent)
+
+
+# Config keys that say nothing about what the model computes.
+_INCIDENTAL = ("dtype", "architectures", "transformers_version", "_name_or_path", "use_cache")
+
+
+def cut_config(config, layers: Sequence[int]):
+    """A copy of `config` with the blocks `layers`: the depth set, lists with one entry per block cut alike."""
+    table, raw = architecture(config.model_type), config.to_dict()
+    raw[table.layers] = len(layers)
+    for key in table.per_layer:
+        if isinstance(raw.get(key), list):
+            raw[key] = [raw[key][i] for i in layers]
+    return type(config).from_dict(raw)
+
+
+def _chosen(names: str | Sequence[str], valid: Sequence[str], what: str) -> list[str]:
+    """`names` in the order of `valid`. Raises UserError for an unknown one and for none."""
+    names = names.split(",") if isinstance(names, str) else list(names)
+    for name in names:
+        if name not in valid:
+            raise UserError(f"{what}: unknown name '{name}'; {nearest(name, valid)}")
+    if not names:
+        raise UserError(f"{what} is empty, so nothing would be copied; leave it out to copy everything")
+    return [name for name in valid if name in names]
+
+
+def _identity(source: Source) -> dict:
+    """What tells a source from another one, and from itself after it was written anew."""
+    return {
+        "source": source.origin,
+        "revision": source.revision,
+        "source_kind": source.kind,
+        "source_config": source.config_hash,
+        "source_files": source.files(),
+    }
+
+
+def _moved(config, layers: Sequence[int]) -> dict:
+    """Which blocks compute something else than in the source because their index changed."""
+    moved = [{"block": i, "source_block": layer} for i, layer in enumerate(layers) if i != layer]
+    if not getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        return {"changed": False, "blocks": [], "meaning": "a block computes the same at any index of this model"}
+    meaning = "every block keeps its index and computes what it did in the source"
+    if moved:
+        meaning = "attention logits are divided by (index + 1), so these blocks attend otherwise than they did in the source"
+    return {"changed": bool(moved), "blocks": moved, "meaning": meaning}
+
+
+def _write(out: Path, config, origins: dict[str, Origin], about: dict, seed: int, beside: Path | None) -> dict:
+    """Write the checkpoint that `origins` describes, tokenizer files from the folder `beside`, and the manifest, last.
+
+    `about` is what the manifest says besides its tensors and files; an `out` that says the same is left as it is."""
+    about = json.loads(json.dumps(about))  # as it will be read again: tuples are lists
+    if finished := _finished(out, about):
+        print(f"{out}: already there")
+        return finished
+    shapes = tensor_shapes(config)
+    specs = {name: (shape, origins[name].dtype) for name, shape in shapes.items()}
+    for name, origin in origins.items():
+        if origin.source and origin.source.shape(origin.name) != shapes[name]:
+            raise UserError(
+                f"{name} would need shape {shapes[name]}, the source's {origin.name} has {origin.source.shape(origin.name)}"
+            )
+    _check_room(out, sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values()))
+
+    def tensor_of(name: str) -> torch.Tensor:
+        origin = origins[name]
+        if origin.source:
+            return origin.source.tensor(origin.name).to(origin.dtype)
+        return fresh_tensor(name, shapes[name], config, seed).to(origin.dtype)
+
+    with rundir.replacing(out) as folder:
+        folder.mkdir(parents=True)
+        written = write_checkpoint(folder, config, specs, tensor_of)
+        for name in (*TOKENIZER_FILES, "generation_config.json"):
+            if beside and (beside / name).is_file():
+                shutil.copyfile(beside / name, folder / name)
+                written["files"] |= rundir.hash_folder(folder, only=(name,))
+        tensors = {name: _record(origin, written["tensors"][name]["xxh3"], seed) for name, origin in origins.items()}
+        manifest = {**about, "tensors": tensors, "files": written["files"]}
+        rundir.write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def _record(origin: Origin, xxh3: str, seed: int) -> dict:
+    """The manifest's row of one tensor. `xxh3` is the hash of the target's bytes: the source's too, unless it was cast."""
+    if origin.source is None:
+        return {"fresh": f"fresh_tensor with seed {seed}, as in the random model of this depth", "xxh3": xxh3}
+    row = {"file": str(origin.source.folder / origin.source.file_of(origin.name)), "tensor": origin.name, "xxh3": xxh3}
+    stored = origin.source.dtype(origin.name)
+    return {"copied": row if stored == origin.dtype else {**row, "cast": f"{stored} to {origin.dtype}"}}
+
+
+def _finished(out: Path, about: dict) -> dict | None:
+    """The manifest in `out` if it is this very surgery, whole; None if `out` is free. Raises UserError if it is taken."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    manifest = rundir.read_json(out / MANIFEST) if (out / MANIFEST).is_file() else {}
+    differing = sorted(key for key, value in about.items() if manifest.get(key) != value)
+    if differing:
+        what = f"another surgery (its {differing[0]} differs)" if manifest else "something else"
+        raise UserError(f"{out} already holds {what}; choose another folder, or delete it")
+    rundir.check_files(out, manifest["files"])
+    return manifest
+
+
+def _check_room(out: Path, need: int) -> None:
+    """Raises UserError if the disk of `out` has not `need` bytes and a little for headers and configs."""
+    where = next(path for path in out.absolute().parents if path.is_dir())
+    free = shutil.disk_usage(where).free
+    if free < need + (16 << 20):
+        raise UserError(
+            f"{out} needs {need / 1e6:.0f} MB, {where} has {free / 1e6:.0f} MB free; free some, or choose another disk"
+        )

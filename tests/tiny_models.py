@@ -1,0 +1,49 @@
+"""Tiny real models for tests: the paper's GPT-2, a public GPT-2, and Llama with grouped queries, tied or not."""
+
+import torch
+from transformers import GPT2Config, LlamaConfig
+
+from inheritune import models
+from inheritune.config import Model
+
+
+def config_of(kind: str, layers: int = 4):
+    """Configuration by name: paper, public, llama (untied) or llama_tied. Odd sizes, so that nothing divides by chance."""
+    if kind == "paper":
+        sizes = {"layers": layers, "width": 15, "heads": 3, "mlp_width": 33, "positions": 12, "vocab_size": 61}
+        return models.hf_config(Model(size="gpt2_tiny", **sizes))
+    no_tokens = {"bos_token_id": None, "eos_token_id": None}
+    if kind == "public":
+        return GPT2Config(vocab_size=61, n_positions=12, n_embd=15, n_layer=layers, n_head=3, **no_tokens)
+    return LlamaConfig(
+        vocab_size=61,
+        hidden_size=24,
+        intermediate_size=27,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=12,
+        tie_word_embeddings=kind == "llama_tied",
+        **no_tokens,
+    )
+
+
+def random_model(config, seed: int = 1) -> torch.nn.Module:
+    """A model of `config` in evaluation mode whose every tensor differs from every fresh one (frozen biases stay zero)."""
+    model = models.build(config, "eager").eval()
+    for name, parameter in model.named_parameters():
+        values = torch.randn(parameter.shape, generator=models.seeded(seed, name)) * 0.3
+        parameter.data.copy_(values if parameter.requires_grad else torch.zeros_like(values))
+    return model
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors a checkpoint of `model` lists: a tied head is left out."""
+    tied = model.config.tie_word_embeddings
+    return {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    """Logits of two fixed sequences."""
+    with torch.no_grad():
+        return model(torch.randint(0, 61, (2, 12), generator=models.seeded("ids"))).logits  # (2, 12, 61)
