@@ -32,7 +32,7 @@ def _figure(path: Path, width: float, height: float, rehearsal: bool):
         yield figure
         if rehearsal:
             figure.text(
-                0.5, 0.5, "REHEARSAL", fontsize=min(8 * width, 13 * height), color="#B00000", alpha=0.3, rotation=25,
+                0.5, 0.5, "REHEARSAL", fontsize=min(8 * width, 13 * height), color="#B00000", alpha=0.18, rotation=25,
                 weight="bold", ha="center", va="center", zorder=10,
                 path_effects=[patheffects.withStroke(linewidth=2, foreground="white")],
             )  # fmt: skip
@@ -261,7 +261,7 @@ def plot_loss_curves(
         axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:.4g}"))
-        axes.set_xlim(0, longest * 1.01)
+        axes.set_xlim(0, max(1, longest) * 1.01)
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
         axes.xaxis.set_major_formatter(
             FuncFormatter(lambda step, _: f"{step / 1000:g}K" if longest >= 10_000 and step else f"{step:g}")
