@@ -6,13 +6,14 @@ import json
 import numpy as np
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from inheritune import attention
 from inheritune.attention import TAUS, analyze, approximate_rank, column_mass, suggest_layers, watch_attention
 from inheritune.batches import Tokens
-from inheritune.config import UserError
-from inheritune.rundir import read_jsonl
+from inheritune.config import UserError, load_experiment
+from inheritune.rundir import RunDir, read_jsonl
 
 VOCAB, LENGTH, HEADS = 64, 24, 4
 
@@ -406,3 +407,14 @@ def test_the_verb(data, tmp_path, monkeypatch, capsys):
     assert attention.run_analyze(str(run / "final"), str(data), str(tmp_path / "o"), 4, LENGTH) == tmp_path / "o"
     with pytest.raises(UserError, match="no experiment"):
         attention.run_analyze(str(run / "final"), "no_such_experiment")
+
+
+def test_a_rehearsal_is_marked_and_as_short_as_its_sequences(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("INHERITUNE_ROOT", str(tmp_path))
+    experiment = load_experiment("quickstart", rehearse=True)
+    run = RunDir.of(experiment, "reference")
+    make_gpt2(n_positions=64).save_pretrained(run.final)
+    run.experiment.write_text(yaml.safe_dump(experiment.model_dump(mode="json", by_alias=True)))
+    assert attention.run_analyze(str(run.final), str(data), sequences=3) == run.path
+    header = read_jsonl(run.attention)[0]
+    assert header["rehearsal"] is True and header["length"] == 64
