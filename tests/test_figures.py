@@ -1,0 +1,119 @@
+"""Figures: written from rows alone, the same bytes for the same rows, without torch."""
+
+import json
+import struct
+import subprocess
+import sys
+
+import pytest
+
+from inheritune import figures
+from inheritune.config import UserError
+
+
+def make_rows(n_layers=6, n_heads=3, maps=True, rehearsal=False):
+    """What analyze writes, with made-up numbers."""
+    rows = [{"kind": "header", "model": "runs/e/seed0/reference/final", "rehearsal": rehearsal}]
+    for layer in range(n_layers):
+        ranks = [max(1.0, 9.0 / (layer + 1) + head) for head in range(n_heads)]
+        rows.append(
+            {
+                "kind": "layer",
+                "layer": layer,
+                "rank": {"0.9": ranks},
+                "max_rank": {"0.8": max(ranks) - 0.5, "0.9": max(ranks)},
+                "max_rank_std": {"0.8": 0.2, "0.9": 0.4},
+                "avg_mass": {"0.9": 12.0 - layer},
+                "avg_mass_std": {"0.9": 1.0},
+            }
+        )
+    causal = [[1 / (i + 1) if j <= i else 0.0 for j in range(5)] for i in range(5)]
+    if maps:
+        rows += [{"kind": "map", "layer": layer, "head": 1, "sequences": 3, "mean": causal} for layer in (0, 2, 5)]
+    return rows
+
+
+def make_curve(steps, start, end, batch=1000):
+    """Rows of metrics.jsonl, training rows (no val_loss) among them."""
+    rows = [{"step": 5, "tokens": 5 * batch, "loss": 9.0}]
+    for step in range(0, steps + 1, 10):
+        rows.append({"step": step, "tokens": step * batch, "val_loss": end + (start - end) * 0.9**step})
+    return rows
+
+
+def png_size(path):
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and data.rstrip().endswith(b"IEND\xaeB`\x82")
+    assert b"Software" not in data and b"matplotlib" not in data
+    return struct.unpack(">II", data[16:24])
+
+
+DRAWN = {
+    "max_rank": lambda path, **how: figures.plot_max_rank([("ours", make_rows()), ("full", make_rows(12))], path, **how),
+    "taus": lambda path, **how: figures.plot_tau_ablation(make_rows(), path, "reference", **how),
+    "avg_mass": lambda path, **how: figures.plot_avg_mass([("ours", make_rows())], path, **how),
+    "heat_map": lambda path, **how: figures.plot_heat_map(make_rows(30, 30), path, "reference", **how),
+    "maps": lambda path, **how: figures.plot_attention_maps(make_rows(), path, "reference", **how),
+    "loss": lambda path, **how: figures.plot_loss_curves(
+        [("a", make_curve(100, 8, 3)), ("b", make_curve(200, 8, 2.9))], path, reference_loss=3.01, **how
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_same_rows_same_bytes(name, tmp_path):
+    for file in ("one", "two"):
+        DRAWN[name](tmp_path / "new folder" / f"{file}.png")
+    one, two = (tmp_path / "new folder" / f"{file}.png" for file in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    assert min(png_size(one)) > 250
+    DRAWN[name](tmp_path / "three.png", rehearsal=True)
+    assert (tmp_path / "three.png").read_bytes() != one.read_bytes(), "REHEARSAL is written across"
+
+
+def test_all_figures_of_a_model_without_torch(tmp_path):
+    (tmp_path / "attention.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(rehearsal=True)))
+    code = (
+        "import sys; from inheritune.figures import plot_attention; paths = plot_attention(sys.argv[1])\n"
+        "assert all(path.is_file() for path in paths) and len(paths) == 5\n"
+        "assert not {'torch', 'transformers', 'inheritune.attention', 'matplotlib.pyplot'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert len(list(tmp_path.glob("*.png"))) == 5
+    (tmp_path / "attention.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(maps=False)))
+    assert [path.name for path in figures.plot_attention(tmp_path)][-1] == "rank_heat_map.png"
+
+
+def test_rows_read_off_the_paper_have_no_deviation(tmp_path):
+    rows = [{"kind": "layer", "layer": layer, "max_rank": {"0.9": 3.0}} for layer in range(2, 24)]
+    figures.plot_max_rank([("paper", rows)], tmp_path / "paper.png")
+    assert png_size(tmp_path / "paper.png")
+
+
+def test_edges(tmp_path):
+    """One layer, one head, one evaluation, equal losses, all ranks 1."""
+    one = [{**row, "rank": {"0.9": [1.0]}, "max_rank": {"0.9": 1.0}} for row in make_rows(1, 1, maps=False)]
+    figures.plot_heat_map(one, tmp_path / "heat.png")
+    figures.plot_max_rank([("one", one)], tmp_path / "rank.png")
+    flat = [{"step": step, "tokens": step * 64, "val_loss": 3.0} for step in (0, 5)]
+    figures.plot_loss_curves([("flat", flat)], tmp_path / "flat.png")
+    figures.plot_loss_curves([("start", flat[:1])], tmp_path / "start.png", smooth=10)
+    figures.plot_loss_curves([("none", [{"step": 7, "val_loss": 3.0}])], tmp_path / "no_tokens.png")
+    assert len(list(tmp_path.glob("*.png"))) == 5
+
+
+def test_trailing_mean():
+    assert figures.trailing_mean([4.0, 2.0, 6.0, 1.0], 2) == [4.0, 3.0, 4.0, 3.5]
+    assert figures.trailing_mean([4.0, 2.0], 1) == [4.0, 2.0]
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(UserError, match="analyze"):
+        figures.plot_attention(tmp_path)
+    with pytest.raises(UserError, match="no layer rows"):
+        figures.plot_max_rank([("x", [{"kind": "header"}])], tmp_path / "x.png")
+    with pytest.raises(UserError, match="no attention maps"):
+        figures.plot_attention_maps(make_rows(maps=False), tmp_path / "x.png")
+    with pytest.raises(UserError, match="run 'x' has no validation loss"):
+        figures.plot_loss_curves([("x", [{"step": 1, "loss": 2.0}])], tmp_path / "x.png")
+    assert not list(tmp_path.iterdir())
