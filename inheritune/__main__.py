@@ -20,8 +20,10 @@ class Verbs:
     def prepare(self, experiment, workers=None, rehearse=None):
         """Turn the experiment's documents into token shards under data/. A killed prepare goes on where it was."""
         from inheritune.config import load_experiment
+        from inheritune.log import setup
         from inheritune.prepare import prepare
 
+        setup()
         prepare(load_experiment(experiment, rehearse), workers)
 
     def train(self, experiment, run, seed=0, stage=None, ds=None, procs=1, rehearse=None):
@@ -37,17 +39,25 @@ class Verbs:
 
         SOURCE: a folder with safetensors, .bin or DeepSpeed ZeRO shards, or a Hub id. PARTS: any of token_embedding,
         position_embedding, blocks, final_norm, head; MODULES: any of attn, mlp, norms. The rest starts fresh."""
-        from inheritune.inherit import run_inherit
+        from inheritune.config import MODULES, PARTS
+        from inheritune.inherit import inherit
 
-        run_inherit(source, layers, out, parts, modules, seed, revision)
+        def split(words, default):
+            return words.split(",") if words else default
+
+        chosen = [int(index) for index in layers.split(",")] if "," in layers else layers
+        inherit(source, chosen, out, split(parts, PARTS), split(modules, MODULES), seed, revision)
+        print(f"wrote {out}: layers {layers} of {source}")
 
     def analyze(self, model, data, out=None, sequences=100, length=100, seed=0):
         """Measure attention rank and column mass per layer; draw them; suggest how many layers to inherit.
 
         MODEL: an HF checkpoint or id; DATA: an experiment (its prepared data) or a folder that prepare wrote."""
         from inheritune.attention import run_analyze
+        from inheritune.figures import plot_attention
 
-        run_analyze(model, data, out, sequences, length, seed)
+        folder = run_analyze(model, data, out, sequences, length, seed)
+        print("plots:", *(path.relative_to(folder) for path in plot_attention(folder)), "in", folder)
 
     def grow(self, experiment, run, seed=0, procs=1, ds=None, rehearse=None):
         """Everything a grown run needs, in order: data, reference, stage 1, stage 2 ... until parity or the last stage."""
@@ -71,7 +81,7 @@ class Verbs:
         """The plots of an experiment: loss curves, MaxRank and column mass per layer."""
         from inheritune.figures import figure
 
-        figure(item, seed, rehearse)
+        print("\n".join(str(path) for path in figure(item, seed, rehearse)))
 
 
 def main(argv: list[str]) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from tqdm import tqdm
 
 from inheritune.batches import Tokens
@@ -373,27 +374,34 @@ def run_analyze(
 ) -> Path:
     """The verb: measure, write attention.jsonl, print the table. Returns the folder, for figures.plot_attention.
 
-    `data` is an experiment or a folder of prepared data. `out` is by default the run folder that holds `model` if that is
-    a run's final/, else runs/analysis/<model>. In a rehearsal, whose models are short, `length` is cut to its sequences."""
+    `model` is an HF checkpoint, a Hub id, or the folder of a finished run (a grown one means its chosen stage). `data` is
+    an experiment or a folder of prepared data. `out` is by default the run folder that holds the weights, else
+    runs/analysis/<model>. In a rehearsal, whose models are short, `length` is cut to its sequences."""
+    if RunDir(model).is_done():
+        model = str(RunDir(model).weights())
     run = RunDir(Path(model).resolve().parent)
     is_final = Path(model).resolve() == run.final and run.final.is_dir()
-    prepared = (Path(data) / "manifest.json").is_file()
-    experiments = [] if prepared else [load_experiment(data)]
+    if (Path(data) / "manifest.json").is_file():
+        experiment, prepared = None, Path(data)
+    else:
+        experiment = load_experiment(data)
+        prepared = data_dir(experiment)
+    rehearsal = experiment is not None and experiment.rehearsal
     if is_final and run.experiment.is_file():
-        experiments.append(load_experiment(str(run.experiment), rehearse=False))
-    rehearsals = [experiment for experiment in experiments if experiment.rehearsal]
-    length = min([length, *(experiment.data.sequence_length for experiment in rehearsals)])
-    tokens = Tokens(data if prepared else data_dir(experiments[0]), "val")
+        rehearsal |= bool(yaml.safe_load(run.experiment.read_text(encoding="utf-8")).get("rehearsal"))
+    if experiment is not None and rehearsal:
+        length = min(length, experiment.data.sequence_length)
+    tokens = Tokens(prepared, "val")
 
     rows = analyze(model, tokens, sequences, length, seed, maps, revision=revision, progress=True)
-    rows[0]["rehearsal"] = bool(rehearsals)
+    rows[0]["rehearsal"] = rehearsal
     if out:
         folder = Path(out)
     elif is_final:
         folder = run.path
     else:  # a local folder by its last two names (at_00010000 alone would not say whose), a Hub id by both of its own
         name = "--".join((Path(model).resolve() if Path(model).exists() else Path(model)).parts[-2:])
-        folder = root() / "runs" / ("rehearsal/analysis" if rehearsals else "analysis") / name
+        folder = root() / "runs" / ("rehearsal/analysis" if rehearsal else "analysis") / name
     write_text(RunDir(folder).attention, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
     print(describe(rows))
     return folder

@@ -7,8 +7,9 @@ figure. Rows count layers and heads from 0; the figures count from 1, as the pap
 from contextlib import contextmanager
 from pathlib import Path
 
-from inheritune.config import UserError
+from inheritune.config import UserError, load_experiment
 from inheritune.rundir import RunDir, read_jsonl, replacing
+from inheritune.tables import entries, validation_curve
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B")
 """Okabe and Ito's palette, which colour-blind readers can tell apart; markers and dashes differ too."""
@@ -278,3 +279,28 @@ def plot_loss_curves(
             second.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axes.set_title(title)
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, title="run (last loss)", alignment="left")
+
+
+def figure(item: str, seed: int = 0, rehearse: bool | None = None) -> list[Path]:
+    """The verb: loss curves of the experiment's finished runs, and rank and mass of those that were analyzed, drawn into
+    the seed's folder. Returns the paths.
+
+    Raises UserError if no run is finished."""
+    experiment = load_experiment(item, rehearse)
+    found = entries(experiment, seed)
+    if not found:
+        raise UserError(f"no run of {experiment.name} (seed {seed}) is finished: nothing to draw")
+    folder = found[0].folder.path.parent
+    losses = [(_title(entry), validation_curve(entry.folder)) for entry in found]
+    plot_loss_curves(losses, folder / "loss.png", losses[0][1][-1]["val_loss"], rehearsal=experiment.rehearsal)
+    paths = [folder / "loss.png"]
+    analyzed = [(_title(entry), read_jsonl(entry.folder.attention)) for entry in found if entry.folder.attention.is_file()]
+    if analyzed:
+        plot_max_rank(analyzed, folder / "max_rank.png", rehearsal=experiment.rehearsal)
+        plot_avg_mass(analyzed, folder / "avg_mass.png", rehearsal=experiment.rehearsal)
+        paths += [folder / "max_rank.png", folder / "avg_mass.png"]
+    return paths
+
+
+def _title(entry) -> str:
+    return f"{entry.label}, {entry.results['layers']} layers"

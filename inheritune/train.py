@@ -128,13 +128,14 @@ def prepare_start(job: Job):
         )
         return folder
     layers = stage_layers(job)
-    if job.run.grow.from_ == "previous" and job.stage > 1:
+    if job.stage and job.stage > 1 and job.run.grow.from_ == "previous":
         before = job.root.stage(job.stage - 1)
         if not before.is_done():
             raise UserError(f"stage {job.stage} continues stage {job.stage - 1}, which is not finished; train that one first")
-        extend(before.final, source, layers - job.run.grow.by, layers, **common)
+        depth = stage_layers(job)
+        extend(before.final, source, depth - job.run.grow.by, depth, folder)
     else:
-        inherit(source, f"0:{layers}", parts=inherited.parts, modules=inherited.modules, revision=inherited.revision, **common)
+        inherit(source, layers, folder, inherited.parts, inherited.modules, job.seed, inherited.revision)
     return folder
 
 
