@@ -1,0 +1,241 @@
+"""The command line as a user meets it: mistakes are one sentence with exit code 2 and leave nothing behind; the shape of
+the package (imports in order, sizes)."""
+
+import ast
+import io
+import json
+import re
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment, write_tokens
+
+from inheritune.config import load_experiment
+from inheritune.rundir import data_dir
+
+# DESIGN: a file imports only from files before it; documents holds the readers that prepare and fetch share
+ORDER = """
+config rundir dist log tokens documents prepare batches models sources inherit attention validate engine checkpoint train
+evaluate stages tables figures
+""".split()  # noqa: SIM905 - a list to read
+CORE_EXCLUDES = {"prepare", "documents", "evaluate", "tables", "figures", "stages"}
+
+
+def refused(*words, **environment) -> str:
+    done = run_verb(*words, check=False, **environment)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    lines = [line for line in done.stderr.splitlines() if line.startswith("inheritune: ")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["trian", "quickstart"], "unknown verb 'trian'; did you mean 'train'?"),
+        (["train", "quickstart", "--rum", "reference"], "train has no flag --rum; did you mean '--run'?"),
+        (["train", "quickstart"], "train needs RUN"),
+        (["train", "quickstrat", "--run", "reference"], "did you mean 'quickstart'?"),
+        (["train", "quickstart", "--run", "refrence"], "has no run 'refrence'; did you mean 'reference'?"),
+        (["train", "quickstart", "--run", "reference", "--seed", "one"], "--seed takes a whole number (got 'one')"),
+        (["train", "quickstart", "--run", "reference", "--seed", "1", "--seed", "2"], "--seed is given twice"),
+        (["train", "quickstart", "--run", "reference", "--ds"], "--ds needs a value"),
+        (["train", "quickstart", "--run", "reference", "extra"], "takes no further argument 'extra'"),
+        (["train", "quickstart", "--run", "inheritune"], "grows by stages; use 'grow quickstart --run inheritune'"),
+        (["train", "quickstart", "--run", "reference", "--stage", "1"], "has no 'grow' section"),
+        (["grow", "quickstart", "--run", "reference"], "has no 'grow' section; use train"),
+        (["train", "quickstart", "--run", "reference", "--ds", "ds_configs/zero4.json"], "did you mean"),
+        (["train", "quickstart", "--run", "reference"], "holds no prepared data"),
+        (["table", "quickstart"], "run 'reference' of quickstart (seed 0) is not finished"),
+        (["figure", "quickstart"], "nothing to draw"),
+        (["evaluate", "quickstart"], "either --run NAME or --model CHECKPOINT"),
+        (["inherit", "--source", "/nowhere", "--layers", "0:2", "--out", "x"], "/nowhere"),
+        (["analyze", "--model", "/nowhere", "--data", "quickstart"], ""),
+    ],
+    ids=lambda value: "-".join(value)[:60] if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_sentence(words, says, own_root):
+    assert says in refused(*words)
+    assert not own_root.exists() or not any(own_root.iterdir())  # nothing written
+
+
+def test_help_names_every_verb():
+    text = run_verb("--help").stdout
+    for verb in ("prepare", "train", "inherit", "analyze", "grow", "evaluate", "table", "figure"):
+        assert f"  {verb} " in text
+        assert run_verb(verb, "--help").stdout.startswith(f"python -m inheritune {verb}")
+    assert "torch" not in run_verb_imports()
+
+
+def run_verb_imports() -> str:
+    """Modules that --help loads."""
+    code = "import sys; from inheritune.__main__ import main; main(['--help']); print('LOADED', *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    return done.stdout.split("LOADED")[1].split()
+
+
+JSON_MISTAKES = [
+    ({"gradient_clipping": 1.0}, "sets 'gradient_clipping', which belongs to the experiment (train.clip)"),
+    ({"bf16": {"enabled": True}}, "sets 'bf16', which belongs to the experiment (train.precision)"),
+    ({"train_batch_size": 8}, "sets 'train_batch_size', which belongs to the experiment"),
+    ({"optimizer": {"type": "Adam"}}, "sets 'optimizer', which belongs to the experiment"),
+    ({"train_micro_batch_size_per_gpu": "auto"}, "must be a positive number of sequences (got 'auto')"),
+    ({"inheritune": {"compiel": True}}, "unknown key 'compiel' in 'inheritune'; did you mean 'compile'?"),
+]
+
+
+@pytest.mark.parametrize(("extra", "says"), JSON_MISTAKES, ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")
+def test_key_of_the_experiment_in_the_deepspeed_json_is_refused(tmp_path, extra, says):
+    from inheritune.config import UserError
+    from inheritune.engine import load_json
+
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}, **extra}))
+    with pytest.raises(UserError) as caught:
+        load_json(path)
+    assert says in str(caught.value)
+
+
+def test_damaged_deepspeed_json_is_refused(tmp_path):
+    from inheritune.config import UserError
+    from inheritune.engine import load_json
+
+    (tmp_path / "twice.json").write_text('{"train_micro_batch_size_per_gpu": 2, "train_micro_batch_size_per_gpu": 4}')
+    with pytest.raises(UserError, match="sets 'train_micro_batch_size_per_gpu' twice"):
+        load_json(tmp_path / "twice.json")
+    (tmp_path / "cut.json").write_text('{"train_micro_batch_size_per_gpu": [')
+    with pytest.raises(UserError, match="not valid JSON"):
+        load_json(tmp_path / "cut.json")
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "ds_configs").glob("*.json")), ids=lambda p: p.stem)
+def test_every_shipped_json_loads(path):
+    from inheritune.engine import deepspeed_config, load_json
+
+    train = load_experiment("quickstart").train
+    config = deepspeed_config(load_json(path), train, 2, 3)
+    assert config["gradient_clipping"] == train.clip and config["gradient_accumulation_steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model": {"vocab_size": 200}}, "300"),
+        (
+            {"data": {"sequence_length": 4096}, "model": {"positions": 4096}, "train": {"batch_tokens": 8192}},
+            "fewer than one window",
+        ),
+        ({"data": {"sampling": "one_pass"}, "train": {"steps": 1000}}, "at most 10 steps"),
+    ],
+    ids=["vocabulary", "short corpus", "too few windows"],
+)
+def test_data_that_does_not_fit_is_refused_before_anything_is_written(tmp_path, own_root, change, says):
+    raw = experiment_dict()
+    for section, keys in change.items():
+        raw[section].update(keys)
+    path = write_experiment(tmp_path, raw)
+    write_tokens(data_dir(load_experiment(path)))
+    assert says in refused("train", path, "--run", "reference")
+    assert not (own_root / "runs").exists()
+
+
+def test_unfinished_source_is_refused_with_the_command(small):
+    assert "first: python -m inheritune train small --run reference" in refused(
+        "train", small, "--run", "grown", "--stage", "1"
+    )
+
+
+def test_mistake_on_several_ranks_is_told_once(tmp_path):
+    raw = experiment_dict()
+    raw["train"]["batch_tokens"] = 32  # one sequence for two ranks
+    path = write_experiment(tmp_path, raw)
+    write_tokens(data_dir(load_experiment(path)))
+    assert "2 ranks for a batch of 1 sequences" in refused("train", path, "--run", "reference", "--procs", "2")
+
+
+# --- the package ----------------------------------------------------------------------------------------------------------
+
+
+def imports(path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    names = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+    names |= {
+        f"inheritune.{a.name}"
+        for n in ast.walk(tree)
+        if isinstance(n, ast.ImportFrom) and n.module == "inheritune"
+        for a in n.names
+    }
+    return {n.split(".")[1] for n in names if n.startswith("inheritune.")}
+
+
+def code_lines(path) -> int:
+    """Lines that hold code: no blanks, comments or docstrings."""
+    source = path.read_text()
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in (
+            tokenize.COMMENT,
+            tokenize.NL,
+            tokenize.NEWLINE,
+            tokenize.INDENT,
+            tokenize.DEDENT,
+            tokenize.ENDMARKER,
+        ):
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            lines -= set(range(node.lineno, node.end_lineno + 1))
+    return len(lines)
+
+
+def test_imports_follow_the_order_of_the_design():
+    modules = {p.stem for p in (REPOSITORY / "inheritune").glob("*.py")} - {"__init__", "__main__"}
+    assert modules == set(ORDER)
+    for position, module in enumerate(ORDER):
+        later = imports(REPOSITORY / "inheritune" / f"{module}.py") - set(ORDER[:position])
+        assert not later, f"{module} imports {later}"
+
+
+def test_main_imports_lazily():
+    tree = ast.parse((REPOSITORY / "inheritune" / "__main__.py").read_text())
+    top = [n.module for n in tree.body if isinstance(n, ast.ImportFrom)]
+    assert top == ["inheritune.config"]
+
+
+def test_sizes_stay_readable():
+    sizes = {p.stem: code_lines(p) for p in (REPOSITORY / "inheritune").glob("*.py")}
+    assert max(sizes.values()) <= 500, sizes
+    assert sum(n for name, n in sizes.items() if name not in CORE_EXCLUDES) < 3000, sizes
+    assert sum(sizes.values()) < 5500, sizes
+
+
+# --- documents ------------------------------------------------------------------------------------------------------------
+
+
+def test_links_files_and_commands_of_the_readme_exist():
+    text = (REPOSITORY / "README.md").read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (REPOSITORY / target).exists(), target
+    for script in re.findall(r"bash ((?:recipes|tests|slurm)/[\w./]+)", text):
+        assert (REPOSITORY / script).is_file(), script
+    for verb in re.findall(r"python -m inheritune ([a-z]+)", text):
+        assert run_verb(verb, "--help").returncode == 0
+
+
+def test_shell_is_clean():
+    scripts = [str(p) for p in REPOSITORY.rglob("*.sh") if ".venv" not in p.parts]
+    assert len(scripts) >= 4
+    done = subprocess.run(["shellcheck", "-x", *scripts], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    assert done.returncode == 0, done.stdout
+    assert all("set -euo pipefail" in Path(script).read_text() for script in scripts)
+
+
+def test_yaml_of_the_recipes_is_what_the_tests_think():
+    assert {"quickstart", "gpt2_medium_owt"} <= {p.stem for p in (REPOSITORY / "recipes").glob("*.yaml")}
+    for path in (REPOSITORY / "recipes").glob("*.yaml"):
+        assert isinstance(yaml.safe_load(path.read_text()), dict)
