@@ -1,4 +1,4 @@
-"""The main job end to end, through the command line: reference, growth, verdict, table and figures; then what a restart does."""
+"""The main job end to end, through the command line: reference, growth, verdict, table, figures; what a restart does."""
 
 import json
 import shutil
