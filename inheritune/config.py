@@ -235,6 +235,20 @@ class Grow(Strict):
     from_: Annotated[Literal["reference", "previous"], Field(alias="from")] = "reference"
     """reference: every stage restarts from the reference's first layers, as in the paper; previous: keeps what was trained."""
 
+    def depths(self, inherited: str | list[int], n_source: int) -> list[int]:
+        """Layers of each stage: the inherited first ones of `n_source`, then `by` more each time, at most max_layers.
+
+        Raises UserError if these are not the first layers, or max_layers is below them or above the source."""
+        first = parse_layers(inherited, n_source)
+        if first != list(range(len(first))):
+            raise UserError(f"a run that grows must inherit the first layers, '0:n' (got {inherited})")
+        if not len(first) <= self.max_layers <= n_source:
+            raise UserError(
+                f"grow.max_layers ({self.max_layers}) must lie between the first stage's {len(first)} layers and "
+                f"the source's {n_source}"
+            )
+        return [*range(len(first), self.max_layers, self.by), self.max_layers]
+
 
 class Run(Strict):
     """One model of the experiment."""
@@ -333,15 +347,21 @@ class Experiment(Strict):
 
 def parse_layers(layers: str | list[int], n_source: int) -> list[int]:
     """Block indices meant by `layers` in a model of `n_source` blocks: a half-open range 'a:b' (Python's rules for
-    negative and missing ends), one index, or a list. Raises UserError if it is empty, out of range or malformed."""
+    negative and missing ends), or a list. Raises UserError if it is empty, out of range or malformed; a lone number too,
+    because it could mean the first n as well as block n."""
     if isinstance(layers, str):
         try:
             ends = [int(end) if end.strip() else None for end in layers.split(":")]
         except ValueError:
             ends = []
-        if len(ends) not in (1, 2) or ends == [None]:
+        if len(ends) == 1 and ends != [None]:
+            raise UserError(
+                f"layers '{layers}' could mean the first {layers} (write 0:{layers}) or block {layers} alone "
+                f"(write {layers}:{ends[0] + 1})"
+            )
+        if len(ends) != 2:
             raise UserError(f"layers '{layers}' is neither a half-open range such as 0:16 nor a list such as 0,2,4")
-        low, high = (ends[0], ends[0] + 1) if len(ends) == 1 else ends
+        low, high = ends
         low = 0 if low is None else low + n_source if low < 0 else low
         high = n_source if high is None else high + n_source if high < 0 else high
         indices = list(range(low, high))

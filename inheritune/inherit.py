@@ -36,7 +36,7 @@ class Origin:
 
 def inherit(
     source: str | Path,
-    layers: str | int | Sequence[int],
+    layers: str | Sequence[int],
     out: str | Path,
     parts: Sequence[str] = PARTS,
     modules: Sequence[str] = MODULES,
@@ -54,7 +54,7 @@ def inherit(
     parts, modules = _chosen(parts, PARTS, "parts"), _chosen(modules, MODULES, "modules")
     opened = open_source(source, revision)
     table, tied = opened.table, bool(opened.config.tie_word_embeddings)
-    indices = parse_layers(str(layers) if isinstance(layers, int) else layers, getattr(opened.config, table.layers))
+    indices = parse_layers(layers if isinstance(layers, str) else list(layers), getattr(opened.config, table.layers))
     config = cut_config(opened.config, indices)
 
     origins = {}

@@ -8,7 +8,7 @@ torch: it runs on a batch host.
 import sys
 from dataclasses import dataclass
 
-from inheritune.config import Experiment, Grow, UserError, load_experiment, parse_layers
+from inheritune.config import Experiment, Grow, UserError, load_experiment
 from inheritune.dist import launch
 from inheritune.rundir import RunDir, data_dir, read_json, write_json
 
@@ -31,16 +31,6 @@ class Action:
     run: str = ""
     stage: int | None = None
     verdict: dict | None = None
-
-
-def stage_depths(first: int, grow: Grow) -> list[int]:
-    """Layers of each stage: the inherited ones, then `by` more each time, at most max_layers.
-
-    Raises UserError if max_layers is below the first stage."""
-    if grow.max_layers < first:
-        raise UserError(f"grow.max_layers ({grow.max_layers}) is below the {first} layers of the first stage")
-    depths = list(range(first, grow.max_layers, grow.by))
-    return [*depths, grow.max_layers]
 
 
 def parity(difference: dict, margin: float) -> bool:
@@ -100,10 +90,7 @@ def grow(experiment: str, run: str, seed: int = 0, procs: int = 1, ds: str | Non
     reference = loaded.reference_of(spec)
     if not reference:
         raise UserError(f"run '{run}' grows until it reaches a reference: give it 'compare: RUN'")
-    first = parse_layers(spec.init.inherit.layers, loaded.model.layers)
-    if first != list(range(len(first))):
-        raise UserError(f"run '{run}' grows, so it must inherit the first layers, '0:n' (got {spec.init.inherit.layers})")
-    depths = stage_depths(len(first), spec.grow)
+    depths = spec.grow.depths(spec.init.inherit.layers, loaded.model.layers)
     root = RunDir.of(loaded, run, seed)
     done_before = None
     while not root.is_done():

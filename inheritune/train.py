@@ -14,7 +14,7 @@ import yaml
 
 from inheritune import checkpoint, dist, validate
 from inheritune.batches import Order, Share, Tokens, read_share
-from inheritune.config import RESUMABLE_KEYS, Experiment, Run, Train, UserError, load_experiment, parse_layers
+from inheritune.config import RESUMABLE_KEYS, Experiment, Run, Train, UserError, load_experiment
 from inheritune.engine import (
     gradient_norm,
     learning_rate,
@@ -127,15 +127,21 @@ def prepare_start(job: Job):
             source, inherited.layers, parts=inherited.parts, modules=inherited.modules, revision=inherited.revision, **common
         )
         return folder
-    layers = stage_layers(job)
-    if job.stage and job.stage > 1 and job.run.grow.from_ == "previous":
-        before = job.root.stage(job.stage - 1)
-        if not before.is_done():
-            raise UserError(f"stage {job.stage} continues stage {job.stage - 1}, which is not finished; train that one first")
-        depth = stage_layers(job)
-        extend(before.final, source, depth - job.run.grow.by, depth, folder)
-    else:
-        inherit(source, layers, folder, inherited.parts, inherited.modules, job.seed, inherited.revision)
+    layers = inherited.layers
+    if job.stage:
+        depths = job.run.grow.depths(inherited.layers, job.experiment.model.layers)
+        if job.stage > len(depths):
+            raise UserError(f"run '{job.name}' has stages 1 to {len(depths)} ({depths} layers), no stage {job.stage}")
+        layers = f"0:{depths[job.stage - 1]}"
+        if job.stage > 1 and job.run.grow.from_ == "previous":
+            before = job.root.stage(job.stage - 1)
+            if not before.is_done():
+                raise UserError(
+                    f"stage {job.stage} continues stage {job.stage - 1}, which is not finished; train that one first"
+                )
+            extend(before.final, source, depths[job.stage - 2], depths[job.stage - 1], folder)
+            return folder
+    inherit(source, layers, folder, inherited.parts, inherited.modules, job.seed, inherited.revision)
     return folder
 
 
@@ -155,13 +161,6 @@ def finished_weights(experiment: Experiment, name: str, seed: int):
             f"python -m inheritune {verb} {experiment.name} --run {name}"
         )
     return folder.weights()
-
-
-def stage_layers(job: Job) -> int:
-    """Depth of the job's stage: the inherited range, plus `by` for each stage after the first."""
-    depth = job.experiment.model.layers
-    first = parse_layers(job.run.init.inherit.layers, depth)
-    return min(len(first) + (job.stage - 1) * job.run.grow.by, job.run.grow.max_layers)
 
 
 class Trainer:

@@ -59,7 +59,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-LAYERS = {"0:6": range(6), ":3": [0, 1, 2], "-2:": [4, 5], "2:5": [2, 3, 4], (0, 5, 3): [0, 5, 3], 1: [1]}
+LAYERS = {"0:6": range(6), ":3": [0, 1, 2], "-2:": [4, 5], "2:5": [2, 3, 4], (0, 5, 3): [0, 5, 3], "1:2": [1]}
 
 
 @pytest.mark.parametrize("layers", LAYERS, ids=str)

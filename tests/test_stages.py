@@ -3,7 +3,7 @@
 import pytest
 
 from inheritune.config import Grow, UserError
-from inheritune.stages import Action, StageResult, next_action, parity, stage_depths
+from inheritune.stages import Action, StageResult, next_action, parity
 
 GROW = Grow(by=2, max_layers=16, margin=0.01)
 
@@ -17,11 +17,13 @@ def plan(stages, reference_done=True, data_ready=True, depths=(12, 14, 16)):
 
 
 def test_depths_follow_the_paper():
-    assert stage_depths(12, GROW) == [12, 14, 16]
-    assert stage_depths(18, Grow(by=2, max_layers=18)) == [18]
-    assert stage_depths(4, Grow(by=3, max_layers=8)) == [4, 7, 8]
-    with pytest.raises(UserError, match="below the 18 layers"):
-        stage_depths(18, GROW)
+    assert GROW.depths("0:12", 24) == [12, 14, 16]
+    assert Grow(by=2, max_layers=18).depths(":18", 36) == [18]
+    assert Grow(by=3, max_layers=8).depths("0:4", 8) == [4, 7, 8]
+    with pytest.raises(UserError, match="between the first stage's 18 layers and the source's 36"):
+        GROW.depths("0:18", 36)
+    with pytest.raises(UserError, match="must inherit the first layers"):
+        GROW.depths("12:24", 24)
 
 
 def test_data_then_reference_then_stages():
