@@ -90,7 +90,9 @@ def load_model(model: str, revision: str | None = None) -> torch.nn.Module:
 
     Raises UserError if it cannot be loaded; never runs code that comes with a model."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     if not Path(model).is_dir() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
         raise UserError(f"there is no model folder {model}; give a folder with config.json, or a Hub id such as owner/name")
     try:
@@ -197,7 +199,7 @@ def analyze(
             sums[layer, head] = sums[layer, head] + shown.double().sum(dim=0).cpu().numpy()
         bar.update(len(A_BHTT))
 
-    bar = tqdm(total=n_layers * n_sequences, desc="attention", unit=" maps of all heads", disable=not progress)
+    bar = tqdm(total=n_layers * n_sequences, desc="attention", unit=" maps", leave=False, disable=None if progress else True)
     with bar, watch_attention(loaded, length, measure), torch.inference_mode():
         for first in range(0, n_sequences, batch):
             ids_BT = windows_NT[first : first + batch].to(loaded.device)

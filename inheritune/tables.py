@@ -107,7 +107,8 @@ def verdict(experiment: Experiment, found: list[Entry]) -> str:
     chosen = next(e for e in grown if e.results["stage"] == decision["stage"]) if decision else grown[-1]
     gap = chosen.results["difference"]
     size = f"{chosen.results['layers']} of the reference's {reference['layers']} layers"
-    reached = "matches" if decision and decision["parity"] else "does not reach"
+    margin = experiment.run(next(row.run for row in experiment.paper if experiment.run(row.run).grow)).grow.margin
+    reached = "reaches" if gap["high"] <= margin else "does not reach"
     text = (
         f"{mark}With {size}, Inheritune {reached} the reference's validation loss: {gap['mean']:+.4f} nats "
         f"({gap['low']:+.4f} to {gap['high']:+.4f})"
@@ -118,6 +119,8 @@ def verdict(experiment: Experiment, found: list[Entry]) -> str:
             side = "above" if other > 0 else "below"
             shape = f"{entry.results['layers']} layers, {entry.results['steps']} steps"
             text += f"; the {entry.label} ({shape}) ends {abs(other):.4f} {side} it"
+            if entry.results.get("difference", {"high": margin + 1})["high"] <= margin:
+                text += " and reaches the reference's loss too"
     return text + "."
 
 

@@ -1,0 +1,68 @@
+"""Ranks and devices: what is said about a GPU that torch cannot use; several processes end together."""
+
+import os
+
+import pytest
+from conftest import REPOSITORY, run_verb
+
+from inheritune import dist
+
+
+@pytest.fixture
+def gpu_machine(tmp_path, monkeypatch):
+    """A machine whose nvidia-smi reports a driver for CUDA 12.4."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho '| NVIDIA-SMI 550.54   Driver Version: 550.54   CUDA Version: 12.4 |'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+
+
+def test_gpu_that_torch_cannot_use_is_named_with_versions_and_the_way_out(gpu_machine):
+    sentence = dist.unused_gpu("2.13.0+cpu", None)
+    assert "driver 550.54, CUDA up to 12.4" in sentence and "torch 2.13.0+cpu (built for the CPU only)" in sentence
+    assert "wheel index cu124" in sentence and "DS_ACCELERATOR=cpu" in sentence
+
+
+def test_hidden_gpus_and_machines_without_any_are_fine(gpu_machine, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert dist.unused_gpu("2.13.0+cpu", None) is None
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert dist.unused_gpu("2.13.0+cpu", None) is None
+
+
+def test_training_is_refused_there_instead_of_using_the_cpu(gpu_machine, small):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU that torch can use")
+    done = run_verb("train", small, "--run", "reference", check=False)
+    assert done.returncode == 2 and "this machine has a GPU (driver 550.54" in done.stderr
+
+
+def test_ranks_come_from_sruns_tasks(tmp_path, monkeypatch):
+    control = tmp_path / "scontrol"
+    control.write_text("#!/bin/sh\nprintf 'node3\\nnode4\\n'\n")
+    control.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    task = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "node[3-4]", "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0"}
+    for name, value in {**task, "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    try:
+        dist._find_peers()
+        assert [os.environ[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")] == ["3", "4", "1", "node3"]
+        assert dist.launched() and dist.world() == 4
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def test_first_failing_process_ends_the_others_with_its_code(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    assert dist.launch(["train", "quickstart", "--run", "nothing"], 2) == 2
+    assert dist.launch(["--help"], 2) == 0
