@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from importlib.metadata import PackageNotFoundError, version
 
 from tqdm import tqdm
@@ -83,14 +84,14 @@ def start_wandb(run_dir: RunDir, experiment: Experiment, run: str, mode: str, pr
     import wandb
 
     if not run_dir.wandb_id.is_file():
-        write_text(run_dir.wandb_id, wandb.util.generate_id())
+        write_text(run_dir.wandb_id, uuid.uuid4().hex[:12])
     try:
         mirror = wandb.init(
             project=project,
             id=run_dir.wandb_id.read_text(),
             resume="allow",
             mode=mode,
-            dir=run_dir.path,
+            dir=str(run_dir.path),
             name=f"{experiment.name}/{run}",
             config=experiment.model_dump(mode="json"),
             settings=wandb.Settings(silent=True),
