@@ -86,6 +86,7 @@ class Verbs:
 
 def main(argv: list[str]) -> int:
     """Run one verb. Exit code 0, or 2 for a user's mistake, told in one sentence."""
+    argv = [word for word in argv if not word.startswith("--local_rank=")]  # the deepspeed launcher's; so says the environment
     verbs = {name: f for name, f in inspect.getmembers(Verbs, inspect.isfunction) if not name.startswith("_")}
     try:
         if not argv or argv[0] in ("-h", "--help", "help"):
@@ -119,8 +120,6 @@ def bind(verb: str, function, argv: list[str]) -> dict:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             name = name.replace("-", "_")
-            if name == "local_rank":  # the deepspeed launcher adds it; the environment says the same
-                continue
             if name not in parameters:
                 flags = [f"--{p.replace('_', '-')}" for p in parameters]
                 raise UserError(f"{verb} has no flag --{name}; {nearest('--' + name, flags)}")

@@ -7,6 +7,7 @@ on every step. That each of these matters here is shown by breaking it in the pl
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -24,7 +25,7 @@ from inheritune.sources import open_source
 
 STEPS = 50
 TRAIN = {
-    "steps": STEPS, "batch_tokens": 20 * 32, "lr": 3e-3, "min_lr": 3e-4, "warmup_steps": 5, "clip": 0.5, "weight_decay": 0.5,
+    "steps": STEPS, "batch_tokens": 20 * 32, "lr": 3e-3, "min_lr": 3e-4, "warmup_steps": 5, "clip": 0.1, "weight_decay": 0.5,
     "eval_every": 25, "eval_windows": 8, "final_windows": 16, "log_every": 1, "checkpoint_every": 1000,
 }  # fmt: skip
 FAMILIES = {
@@ -209,3 +210,49 @@ def test_learning_rate_is_the_written_out_one():
     linear = train.model_copy(update={"schedule": "linear"})
     assert learning_rate(8, linear) == pytest.approx(0.55)
     assert learning_rate(12, train.model_copy(update={"schedule": "constant"})) == 1.0
+
+
+@pytest.mark.slow
+def test_activation_checkpointing_and_compile_leave_the_losses_alone(tmp_path, own_root):
+    blocks = {"plain": {}, "checkpointing": {"activation_checkpointing": True}}
+    if shutil.which("g++"):  # inductor compiles C++ on a CPU
+        blocks["compiled"] = {"compile": True}
+    raw = experiment_dict(paper=[], runs={})
+    for name, block in blocks.items():
+        settings = {"train_micro_batch_size_per_gpu": 5, "zero_optimization": {"stage": 1}, "inheritune": block}
+        (tmp_path / f"{name}.json").write_text(json.dumps(settings))
+        raw["runs"][name] = {"init": "random", "train": {"deepspeed": str(tmp_path / f"{name}.json")}}
+    path = write_experiment(tmp_path, raw)
+    experiment = load_experiment(path)
+    write_tokens(data_dir(experiment))
+    launch(["tests/train_many.py", *(f"{path}:{name}" for name in blocks)], 1, INHERITUNE_ROOT=own_root)
+    plain = losses_of(RunDir.of(experiment, "plain"))
+    for name in blocks:
+        run = RunDir.of(experiment, name)
+        assert np.abs(losses_of(run) - plain).max() < 1e-5, name
+        names = open_source(str(run.final)).names()  # compiling in place renames nothing
+        assert not any("_orig_mod" in n for n in names)
+
+
+@pytest.mark.slow
+def test_deepspeeds_own_launcher_works(small, own_root):
+    """It adds --local_rank to the command line, which is taken as said by the environment."""
+    launcher = shutil.which("deepspeed")
+    command = [
+        launcher,
+        "--num_gpus",
+        "2",
+        "--master_port",
+        "29871",
+        "--module",
+        "inheritune",
+        "train",
+        small,
+        "--run",
+        "reference",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "INHERITUNE_ROOT": str(own_root)}
+    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    run = RunDir.of(load_experiment(small), "reference")
+    assert run.is_done(), done.stdout[-2000:] + done.stderr[-3000:]
+    assert json.loads(run.provenance.read_text())["starts"][0]["ranks"] == 2
