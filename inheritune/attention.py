@@ -388,22 +388,22 @@ def run_analyze(
     else:
         experiment = load_experiment(data)
         prepared = data_dir(experiment)
-    rehearsal = experiment is not None and experiment.rehearsal
+    described = [experiment.model_dump(mode="json")] if experiment else []
     if is_final and run.experiment.is_file():
-        rehearsal |= bool(yaml.safe_load(run.experiment.read_text(encoding="utf-8")).get("rehearsal"))
-    if experiment is not None and rehearsal:
-        length = min(length, experiment.data.sequence_length)
+        described.append(yaml.safe_load(run.experiment.read_text(encoding="utf-8")))
+    rehearsals = [one["data"]["sequence_length"] for one in described if one["rehearsal"]]
+    length = min([length, *rehearsals])
     tokens = Tokens(prepared, "val")
 
     rows = analyze(model, tokens, sequences, length, seed, maps, revision=revision, progress=True)
-    rows[0]["rehearsal"] = rehearsal
+    rows[0]["rehearsal"] = bool(rehearsals)
     if out:
         folder = Path(out)
     elif is_final:
         folder = run.path
     else:  # a local folder by its last two names (at_00010000 alone would not say whose), a Hub id by both of its own
         name = "--".join((Path(model).resolve() if Path(model).exists() else Path(model)).parts[-2:])
-        folder = root() / "runs" / ("rehearsal/analysis" if rehearsal else "analysis") / name
+        folder = root() / "runs" / ("rehearsal/analysis" if rehearsals else "analysis") / name
     write_text(RunDir(folder).attention, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
     print(describe(rows))
     return folder

@@ -491,9 +491,9 @@ def rehearsal(experiment: Experiment) -> Experiment:
         source="embedded",
         tokenizer="bpe:1024",
         end_of_text=experiment.data.end_of_text,
-        validation=ValidationSplit(fraction=0.05),
+        validation=ValidationSplit(fraction=0.1),
         shard_tokens=100_000,
-        max_tokens=600_000,
+        max_tokens=1_500_000,
         sequence_length=length,
         sampling=experiment.data.sampling,
     ).model_dump(mode="json")
