@@ -136,8 +136,7 @@ def table(item: str, seed: int = 0, rehearse=None) -> None:
     found = entries(experiment, seed)
     if not found or found[0].label != experiment.paper[0].label:
         raise UserError(
-            f"no table yet: run '{experiment.paper[0].run}' of {experiment.name} (seed {seed}) is not finished; "
-            f"see 'status', or train it"
+            f"no table yet: run '{experiment.paper[0].run}' of {experiment.name} (seed {seed}) is not finished; train it first"
         )
     title = f"{'REHEARSAL ' if experiment.rehearsal else ''}{experiment.name}, seed {seed}"
     text = tabulate(make_table(experiment, found), headers=COLUMNS, tablefmt="github", disable_numparse=True)

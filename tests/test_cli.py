@@ -66,7 +66,7 @@ def test_mistakes_are_one_sentence(words, says, own_root):
 
 def test_help_names_every_verb():
     text = run_verb("--help").stdout
-    for verb in ("prepare", "train", "inherit", "analyze", "grow", "evaluate", "table", "figure"):
+    for verb in ("prepare", "fetch", "train", "inherit", "analyze", "grow", "evaluate", "table", "figure"):
         assert f"  {verb} " in text
         assert run_verb(verb, "--help").stdout.startswith(f"python -m inheritune {verb}")
     assert "torch" not in run_verb_imports()
@@ -142,6 +142,15 @@ def test_data_that_does_not_fit_is_refused_before_anything_is_written(tmp_path, 
     write_tokens(data_dir(load_experiment(path)))
     assert says in refused("train", path, "--run", "reference")
     assert not (own_root / "runs").exists()
+
+
+def test_fetch_has_nothing_to_download_for_local_text():
+    assert "0 files of stdlib are in the cache" in run_verb("fetch", "quickstart").stdout
+
+
+def test_fetch_names_the_way_out_where_the_hub_cannot_be_reached(tmp_path):
+    said = refused("fetch", "gpt2_medium_owt", HF_HUB_OFFLINE=1, HF_HOME=tmp_path)
+    assert "HF_HOME" in said
 
 
 def test_unfinished_source_is_refused_with_the_command(small):
