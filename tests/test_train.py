@@ -161,7 +161,7 @@ def plain_loop(run: RunDir, experiment, broken: str = "") -> tuple[np.ndarray, n
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step if broken == "schedule off by one" else step + 1, train)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return np.array(losses), np.array(norms)
 
 
