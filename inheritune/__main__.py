@@ -184,11 +184,13 @@ def usage(function) -> str:
     words = []
     for name, parameter in inspect.signature(function).parameters.items():
         if name != "self":
-            flag = name.replace("_", "-")
-            shown = "" if parameter.default is None else f" {parameter.default}"
-            words.append(
-                f"{name.upper()}" if parameter.default is parameter.empty else f"[--{flag}{shown or ' ' + name.upper()}]"
-            )
+            flag, value = name.replace("_", "-"), name.upper() if parameter.default is None else parameter.default
+            if name in ("experiment", "item"):
+                words.append(name.upper())
+            elif parameter.default is parameter.empty:
+                words.append(f"--{flag} {name.upper()}")
+            else:
+                words.append(f"[--{flag}]" if name == "rehearse" else f"[--{flag} {value}]")
     return " ".join(words)
 
 

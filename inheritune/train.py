@@ -121,12 +121,6 @@ def prepare_start(job: Job):
     if (folder / "inherited.json").is_file():
         return folder
     source = source_of(job)
-    common = {"out": folder, "seed": job.seed}
-    if not job.stage:
-        inherit(
-            source, inherited.layers, parts=inherited.parts, modules=inherited.modules, revision=inherited.revision, **common
-        )
-        return folder
     layers = inherited.layers
     if job.stage:
         depths = job.run.grow.depths(inherited.layers, job.experiment.model.layers)
