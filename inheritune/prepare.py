@@ -8,7 +8,6 @@ section and the documents only: not on the number of workers, nor on how often t
 (`progress.json` says up to which document the files are good; everything after that is cut and redone).
 """
 
-import fcntl
 import itertools
 import json
 import logging
@@ -32,8 +31,19 @@ import xxhash
 from tqdm import tqdm
 
 from inheritune.config import Data, Experiment, UserError
+from inheritune.dist import Stopped, asked_to_stop
 from inheritune.documents import Batch, Source, Unusable, parse, read_batches
-from inheritune.rundir import data_dir, disk_error, hash_file, read_json, remove, replacing, write_json
+from inheritune.rundir import (
+    Lock,
+    data_dir,
+    disk_error,
+    hash_file,
+    read_json,
+    remove,
+    remove_leftovers,
+    replacing,
+    write_json,
+)
 from inheritune.tokens import Tokenizer, bpe_size, load_tokenizer, train_bpe
 
 log = logging.getLogger(__name__)
@@ -56,9 +66,14 @@ def prepare(experiment: Experiment, workers: int | None = None) -> Path:
     workers = workers or len(os.sched_getaffinity(0))
     if _is_prepared(folder):  # asked without the lock first: the folder may belong to someone else
         return folder
-    with _locked(folder):
+    with Lock(folder, wait=math.inf):  # a second prepare of the same data waits here, then finds it done
         if _is_prepared(folder):
             return folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(error, folder) from error
+        remove_leftovers(folder)
         remove(folder / "manifest.json")
         job = _Job(data, folder, Source(data, folder))
         with _pool(workers, data, job.tokenizer_dir) as pool:
@@ -86,27 +101,6 @@ def _is_prepared(folder: Path) -> bool:
     return True
 
 
-@contextmanager
-def _locked(folder: Path):
-    """Hold the folder's lock: a second prepare of the same data waits here, then finds it done."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")  # noqa: SIM115 (closed below; closing gives the lock back)
-    except OSError as error:
-        raise disk_error(error, folder) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("waiting for another process that prepares %s", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:  # Lustre mounted without flock, for one
-            log.warning("%s has no file locks (%s): do not prepare it twice at a time", folder, error.strerror)
-        for left in folder.glob(".*.tmp*"):  # of a killed process
-            remove(left)
-        yield
-
-
 # --- encoding in processes -------------------------------------------------------------------------------------------------
 
 
@@ -119,7 +113,8 @@ def _start_worker(data: Data, tokenizer_dir: Path) -> None:
 
 
 def _start_process(data: Data, tokenizer_dir: Path) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):  # the parent's to answer, who saves and ends us
+        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
     def leave_with_parent():  # a killed parent cannot tell its workers, and they would wait for it for ever
@@ -358,6 +353,9 @@ class _Job:
                 saved = time.monotonic()
             if self.tokens >= limit:
                 break
+            if asked_to_stop():
+                self.save()
+                raise Stopped(f"preparing {self.folder} stopped at {self.tokens} tokens; the same command goes on from there")
         progress.close()
         self._finish()
         spent, tokens = time.monotonic() - start[0], self.tokens - start[1]

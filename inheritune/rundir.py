@@ -3,6 +3,7 @@
     runs/<experiment>/seed<k>/<run>/          (a grown run holds stage1/, stage2/ ... laid out the same way)
         experiment.yaml  provenance.json  metrics.jsonl  train.log  attention.jsonl  results.json  *.png  validation/
         init/  checkpoints/step_00001000/{..., COMPLETE}  at_00010000/  final/  DONE
+        STOP (made by a person: the run saves and leaves)  STOPPED (the last start saved and left before the end)
 
 What has no marker (COMPLETE, DONE, manifest.json) does not exist for a reader: markers are written last and carry the
 size and xxh3-128 hash of every file they speak for.
@@ -10,9 +11,16 @@ size and xxh3-128 hash of every file they speak for.
 
 import errno
 import json
+import math
 import os
 import platform
+import random
 import shutil
+import socket
+import subprocess
+import threading
+import time
+import uuid
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -67,6 +75,8 @@ class RunDir:
     attention = property(lambda self: self.path / "attention.jsonl")
     results = property(lambda self: self.path / "results.json")
     done = property(lambda self: self.path / "DONE")
+    stop = property(lambda self: self.path / "STOP")
+    stopped = property(lambda self: self.path / "STOPPED")
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:08d}"
@@ -101,7 +111,7 @@ def replacing(path: Path):
     removed if the block fails. The rename is atomic, so a reader sees nothing or everything.
 
     Raises UserError when the disk is full."""
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.tmp{socket.gethostname()}-{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
     remove(temporary)
     try:
@@ -168,6 +178,12 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files and folders of killed processes in `folder`; call while holding its lock."""
+    for left in folder.glob(".*.tmp*") if folder.is_dir() else ():
+        remove(left)
+
+
 def _flush(path: Path) -> None:
     """Make a file, or a folder's entries, survive a power cut before a name points at them."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -175,6 +191,135 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# --- one job at a time ----------------------------------------------------------------------------------------------------
+
+
+class Lock:
+    """Keeps two jobs out of what is written at `path`, on any file system that the nodes share; use as a context manager.
+
+    Every contender puts a file of its own, `.NAME.lock.<uuid>`, beside `path` and looks for those of others: the later of
+    two sees the earlier and withdraws. A holder touches its file every `BEAT` seconds from a thread, so that a crash frees
+    the lock: at once where the process can be seen to be gone (same machine), after two silent beats where Slurm says that
+    its job has ended, after `SILENCE` seconds otherwise. (flock would not do: Lustre is often mounted without it.)"""
+
+    BEAT, SILENCE = 10.0, 180.0
+
+    def __init__(self, path: Path, wait: float | None = None):
+        """`wait`: seconds until UserError while another holds the lock (None: $INHERITUNE_LOCK_WAIT, or 120)."""
+        self.path = path
+        self.wait = float(os.environ.get("INHERITUNE_LOCK_WAIT") or 120) if wait is None else wait
+        self.file = path.with_name(f".{path.name}.lock.{uuid.uuid4().hex[:12]}")
+        self._released = threading.Event()
+
+    def acquire(self) -> None:
+        """Take the lock, waiting for another holder. Raises UserError naming it when the wait is over."""
+        deadline, told = time.monotonic() + self.wait, False
+        while (holder := self._try()) is not None:
+            who = f"{holder.get('job') or 'process ' + str(holder.get('pid'))} on {holder.get('host')}"
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{self.path} is being written by {who}, still after {self.wait:.0f} s of waiting; let it finish, or stop "
+                    f"it first; nothing was changed"
+                )
+            if not told:
+                limit = f" up to {self.wait:.0f} s" if math.isfinite(self.wait) else ""
+                print(f"{self.path} is being written by {who}: waiting{limit}", flush=True)
+                told = True
+            time.sleep(random.uniform(0.5, 1.5))  # two that meet do not go on meeting
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def release(self) -> None:
+        self._released.set()
+        self.file.unlink(missing_ok=True)
+
+    def __enter__(self) -> "Lock":
+        self.acquire()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.release()
+
+    def lost(self) -> bool:
+        """Whether another job took this one for dead (after minutes without a beat) and may be writing here."""
+        return not self.file.is_file()
+
+    def _try(self) -> dict | None:
+        """Announce ourselves; None if nobody else is here, else who (and our file is withdrawn)."""
+        me = {"machine": _machine(), "pid": os.getpid(), "born": _born(os.getpid()), "host": node()}
+        if os.environ.get("SLURM_JOB_ID"):
+            me["slurm"] = [os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT") or "0"]
+            me["job"] = f"job {os.environ['SLURM_JOB_ID']}"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file.write_text(json.dumps(me), encoding="utf-8")
+        except OSError as error:
+            raise disk_error(error, self.file) from error
+        now = self.file.stat().st_mtime  # the file server's clock, which the beats of others are measured by
+        for other in self.path.parent.glob(f".{self.path.name}.lock.*"):
+            try:
+                silent, holder = now - other.stat().st_mtime, json.loads(other.read_text(encoding="utf-8"))
+            except FileNotFoundError:
+                continue
+            except ValueError:  # it is being written this moment
+                holder = {}
+            if other != self.file and not self._dead(holder, silent):
+                self.file.unlink(missing_ok=True)
+                return holder
+            if other != self.file:
+                other.unlink(missing_ok=True)
+        return None
+
+    def _dead(self, holder: dict, silent: float) -> bool:
+        if holder.get("machine") == _machine():
+            return _born(holder["pid"]) != holder["born"]
+        if holder.get("slurm") and silent > 2 * self.BEAT and _job_ended(*holder["slurm"]):
+            return True
+        return silent > self.SILENCE
+
+    def _beat(self) -> None:
+        while not self._released.wait(self.BEAT):
+            try:
+                os.utime(self.file)
+            except OSError:  # taken away, or the file server is: `lost` tells
+                continue
+
+
+def _machine() -> str:
+    """Names this machine, since its last start, and the process numbers seen here (a container has its own)."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{boot.read_text().strip() if boot.is_file() else socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+
+
+def _born(pid: int) -> str | None:
+    """Start time of a living process (field 22 of its stat), or None: a number used again is another process."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def node() -> str:
+    """Name of this node, as Slurm calls it where it does."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def _job_ended(job: str, restarts: str) -> bool:
+    """Whether Slurm says that this start of `job` is over; False where it cannot be asked."""
+    if job == os.environ.get("SLURM_JOB_ID"):
+        return restarts != (os.environ.get("SLURM_RESTART_COUNT") or "0")  # an earlier start of our own job
+    try:
+        said = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    fields = dict(word.split("=", 1) for word in said.stdout.split() if "=" in word)
+    if said.returncode or "JobState" not in fields:
+        return "Invalid job id" in said.stderr  # forgotten since it ended
+    return (
+        fields["JobState"] not in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED") or fields.get("Restarts", "0") != restarts
+    )
 
 
 # --- hashes and markers ---------------------------------------------------------------------------------------------------
