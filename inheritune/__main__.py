@@ -5,9 +5,10 @@ flags are checked here first, and verbs return nothing.
 """
 
 import inspect
-import os
 import sys
+import time
 
+from inheritune import dist
 from inheritune.config import UserError, nearest
 
 
@@ -72,11 +73,19 @@ class Verbs:
         folder = run_analyze(model, data, out, sequences, length, seed)
         print("plots:", *(path.relative_to(folder) for path in plot_attention(folder)), "in", folder)
 
-    def grow(self, experiment, run, seed=0, procs=1, ds=None, rehearse=None):
-        """Everything a grown run needs, in order: data, reference, stage 1, stage 2 ... until parity or the last stage."""
+    def grow(self, experiment, run, seed=0, procs=1, ds=None, slot=None, rehearse=None):
+        """Everything a grown run needs, in order: data, reference, stage 1, stage 2 ... until parity or the last stage.
+
+        --slot does only the next of these, as one task of a job array."""
         from inheritune.stages import grow
 
-        grow(experiment, run, seed, procs, ds, rehearse)
+        grow(experiment, run, seed, procs, ds, bool(slot), rehearse)
+
+    def check(self, experiment, run=None, stage=None, seed=0, rehearse=None):
+        """Whether an experiment's file is sound and what --run starts from is there; loads no model and takes no GPU."""
+        from inheritune.stages import check
+
+        check(experiment, run, stage, seed, rehearse)
 
     def evaluate(self, experiment, run=None, model=None, seed=0, out=None, rehearse=None):
         """Validation loss of a finished run, or of any checkpoint (--model), on the experiment's fixed windows."""
@@ -114,9 +123,20 @@ def main(argv: list[str]) -> int:
         arguments = bind(verb, verbs[verb], argv[1:])
         return run(verb, arguments, argv)
     except UserError as error:
-        if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0:
-            print(f"inheritune: {error}", file=sys.stderr)
+        if dist.rank() == 0 or isinstance(error, dist.NodeError):
+            print(f"inheritune: {error}", file=sys.stderr, flush=True)
+            dist.tell_failure(str(error))
+        else:
+            time.sleep(3)  # srun --kill-on-bad-exit would end rank 0 before it has spoken
         return 2
+    except dist.Stopped as stop:
+        if dist.rank() == 0:
+            print(f"inheritune: {stop}", flush=True)
+            dist.tell_more(str(stop)) if stop.again else None
+        return 0
+    except Exception as error:
+        dist.tell_failure(f"{type(error).__name__}: {error}")
+        raise
 
 
 def bind(verb: str, function, argv: list[str]) -> dict:
@@ -136,7 +156,7 @@ def bind(verb: str, function, argv: list[str]) -> dict:
             if name not in parameters:
                 flags = [f"--{p.replace('_', '-')}" for p in parameters]
                 raise UserError(f"{verb} has no flag --{name}; {nearest('--' + name, flags)}")
-            if name == "rehearse" and not equals:
+            if name in ("rehearse", "slot") and not equals:
                 value = "True"
             elif not equals:
                 value = rest.pop(0) if rest and not rest[0].startswith("--") else ""
@@ -151,7 +171,7 @@ def bind(verb: str, function, argv: list[str]) -> dict:
         if name in found:
             raise UserError(f"{verb}: --{name} is given twice")
         # names, paths and layer ranges stay text: fire would read 1e3 as a number and 0:4 as a slice
-        number = name in ("seed", "stage", "procs", "workers", "sequences", "length", "rehearse")
+        number = name in ("seed", "stage", "procs", "workers", "sequences", "length", "rehearse", "slot")
         found[name] = DefaultParseValue(value) if number else value
         if number and not isinstance(found[name], int):
             raise UserError(f"{verb}: --{name} takes a whole number (got '{value}')")
@@ -165,8 +185,8 @@ def bind(verb: str, function, argv: list[str]) -> dict:
 
 def run(verb: str, arguments: dict, argv: list[str]) -> int:
     """Call the verb through Fire, or start it as several processes where --procs asks for them."""
-    from inheritune import dist
-
+    if verb in ("train", "prepare", "grow"):
+        dist.listen()
     if verb == "train" and arguments.get("procs", 1) > 1 and not dist.launched():
         return dist.launch(argv, arguments["procs"])
     import fire
@@ -190,7 +210,7 @@ def usage(function) -> str:
             elif parameter.default is parameter.empty:
                 words.append(f"--{flag} {name.upper()}")
             else:
-                words.append(f"[--{flag}]" if name == "rehearse" else f"[--{flag} {value}]")
+                words.append(f"[--{flag}]" if name in ("rehearse", "slot") else f"[--{flag} {value}]")
     return " ".join(words)
 
 

@@ -4,7 +4,11 @@ COMPLETE marker with the size and hash of every file appear. What has no marker 
 The state of a run beside DeepSpeed's files is one visible dict (`state` of train.py) and each rank's random generators.
 """
 
+import errno
+import os
+import shutil
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,32 +17,38 @@ from inheritune.config import UserError
 from inheritune.dist import barrier, gather, on_rank0, rank, world
 from inheritune.engine import full_parameters, zero_stage
 from inheritune.log import logger
-from inheritune.rundir import RunDir, check_files, disk_error, hash_folder, read_json, remove, replacing, write_json
+from inheritune.rundir import (
+    RunDir,
+    check_files,
+    disk_error,
+    hash_folder,
+    node,
+    read_json,
+    remove,
+    remove_leftovers,
+    replacing,
+    write_json,
+)
 from inheritune.sources import CheckpointWriter
 
 TAG = "deepspeed"  # DeepSpeed's tag: the sub-folder of its files
 MARKER = "COMPLETE"
 
 
-def save(engine, run_dir: RunDir, step: int, state: dict, settings: dict, keep_last: int) -> None:
-    """Write checkpoint `step` on every rank, mark it complete, then delete all but the last `keep_last`.
+def save(engine, run_dir: RunDir, step: int, state: dict, settings: dict, keep_last: int) -> float:
+    """Write checkpoint `step` on every rank, mark it complete, then delete all but the last `keep_last`.  -> seconds taken
 
-    Raises UserError when the disk is full; the checkpoints before it stay."""
+    No rank leaves before it is complete on all. Raises UserError when the disk is full; the checkpoints before it stay."""
     t0 = time.perf_counter()
     target = run_dir.checkpoint(step)
-    temporary = target.with_name(f".{target.name}.tmp")
-    on_rank0(_prepare, temporary, target)
-    try:
+    # named after this process: one that was taken for dead and still writes cannot get into ours
+    temporary = on_rank0(lambda: target.with_name(f".{target.name}.tmp{node()}-{os.getpid()}"))
+    need = checkpoint_bytes(engine)
+    on_rank0(_prepare, temporary, target, need)
+    with _writing(engine) as (write, problems):
         engine.save_checkpoint(str(temporary), tag=TAG, client_state={"run": dict(state)}, save_latest=False)
-        torch.save(_generators(), temporary / f"rng_{rank():05d}.pt")
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its zip writer
-        problem = disk_error(error, target) if isinstance(error, OSError) else error
-    else:
-        problem = None
-    failed = [where for where, bad in enumerate(gather(problem is not None)) if bad]
-    if failed:
-        on_rank0(remove, temporary)
-        raise problem or RuntimeError(f"rank {failed[0]} could not write checkpoint {target}")
+        write(_generators(), str(temporary / f"rng_{rank():05d}.pt"))
+    _agree_on(_explain(problems[0], target) if problems else None, temporary)
     on_rank0(engine.module.config.save_pretrained, temporary)  # so that `inherit` can read this checkpoint
     names = sorted(p.relative_to(temporary).as_posix() for p in temporary.rglob("*") if p.is_file())
     hashes = gather(hash_folder(temporary, only=set(names[rank() :: world()])))
@@ -52,13 +62,68 @@ def save(engine, run_dir: RunDir, step: int, state: dict, settings: dict, keep_l
             remove(run_dir.checkpoint(old))
 
     on_rank0(finish)
-    logger.info("checkpoint of step %d written in %.1f s", step, time.perf_counter() - t0)
+    seconds = time.perf_counter() - t0
+    logger.info("checkpoint of step %d written in %.1f s", step, seconds)
+    return seconds
 
 
-def _prepare(temporary: Path, target: Path) -> None:
-    remove(temporary)
+@contextmanager
+def _writing(engine):
+    """DeepSpeed's writer made to collect its errors: a rank that left save_checkpoint early, on a full disk, would let the
+    others wait in its barriers.  -> (write(state_dict, path), list of errors)"""
+    original, problems = engine.checkpoint_engine.save, []
+
+    def write(state_dict, path):
+        try:
+            original(state_dict, path)
+        except (OSError, RuntimeError) as error:
+            problems.append(error)
+
+    engine.checkpoint_engine.save = write
+    try:
+        yield write, problems
+    finally:
+        engine.checkpoint_engine.save = original
+
+
+def checkpoint_bytes(engine) -> int:
+    """Size of one checkpoint: fp32 masters and two moments of what is trained, and below ZeRO 3 the weights beside them."""
+    parameters = [(getattr(p, "ds_numel", p.numel()), p) for p in engine.module.parameters()]
+    states = sum(12 * n for n, p in parameters if p.requires_grad)
+    return states + (sum(n * p.element_size() for n, p in parameters) if engine.zero_optimization_stage() < 3 else 0)
+
+
+def _prepare(temporary: Path, target: Path, need: int) -> None:
+    remove_leftovers(target.parent)  # ours, and those of killed processes: this job holds the run's lock
     remove(target)  # an earlier attempt that died before its marker
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise disk_error(error, target) from error
+    free = shutil.disk_usage(temporary).free
+    if free < need:
+        remove(temporary)
+        raise UserError(
+            f"checkpoint {target} needs {need / 1e6:.0f} MB, its disk has {free / 1e6:.0f} MB free; the checkpoints before it "
+            f"are whole: free some space and start again, or set train.keep_last lower or INHERITUNE_ROOT to a larger disk"
+        )
+
+
+def _explain(error: Exception, path: Path) -> Exception:
+    """`error` as a UserError if the disk is full: torch's zip writer reports that as a RuntimeError of its own."""
+    if "PytorchStreamWriter" in str(error) or "file write failed" in str(error):
+        return disk_error(OSError(errno.ENOSPC, "no space left"), path)
+    return disk_error(error, path) if isinstance(error, OSError) else error
+
+
+def _agree_on(problem: Exception | None, unfinished: Path) -> None:
+    """Raise on every rank what went wrong on any: the rank itself its own, the others a UserError that says where."""
+    problems = gather(None if problem is None else f"{node()} (rank {rank()}): {problem}")
+    failed = next(filter(None, problems), None)
+    if failed is None:
+        return
+    on_rank0(remove, unfinished)
+    raise problem if problem is not None and not isinstance(problem, UserError) else UserError(failed)
 
 
 def find(run_dir: RunDir) -> int | None:
@@ -111,19 +176,25 @@ def _generators() -> dict:
 
 
 def export_weights(engine, folder: Path, tokenizer: Path) -> None:
-    """Write the fp32 masters as an HF checkpoint with tokenizer, one parameter in memory at a time; all ranks must call."""
+    """Write the fp32 masters as an HF checkpoint with tokenizer, one parameter in memory at a time; all ranks must call.
+
+    Raises UserError on every rank when the disk is full; nothing is left then."""
     config = engine.module.config
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
-    if rank() != 0:
-        for _ in full_parameters(engine):
-            pass
-    else:
-        with replacing(folder) as temporary:
-            temporary.mkdir()
-            writer = CheckpointWriter(temporary, config, {name: (shape, torch.float32) for name, shape in shapes.items()})
-            for name, value in full_parameters(engine):
-                writer.add(name, value)
-            writer.close()
-            for file in tokenizer.iterdir():
-                (temporary / file.name).write_bytes(file.read_bytes())
-    barrier()
+    parameters = full_parameters(engine)
+    problem = None
+    if rank() == 0:
+        try:
+            with replacing(folder) as temporary:
+                temporary.mkdir()
+                writer = CheckpointWriter(temporary, config, {name: (shape, torch.float32) for name, shape in shapes.items()})
+                for name, value in parameters:
+                    writer.add(name, value)
+                writer.close()
+                for file in tokenizer.iterdir():
+                    (temporary / file.name).write_bytes(file.read_bytes())
+        except Exception as error:
+            problem = _explain(error, folder)
+    for _ in parameters:  # gathering needs every rank, also for what rank 0 could not write
+        pass
+    _agree_on(problem, folder.with_name(f".{folder.name}.tmp"))

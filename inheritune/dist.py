@@ -1,4 +1,6 @@
-"""Ranks: joining the process group under srun, torchrun, `deepspeed` or plainly, and the few collectives that are used.
+"""Ranks: joining the process group under srun, torchrun, `deepspeed` or plainly, the few collectives that are used, and what
+a job's script and its ranks tell each other: signals to stop, a file that says there is more to do, a file with the cause of a
+failure.
 
 Nothing here needs a compiler: DeepSpeed's shared-memory CPU collective, the one op it would build at start, is turned off.
 """
@@ -6,14 +8,37 @@ Nothing here needs a compiler: DeepSpeed's shared-memory CPU collective, the one
 import logging
 import os
 import re
+import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
+from datetime import timedelta
+from pathlib import Path
 
 from inheritune.config import REPOSITORY, UserError
+from inheritune.rundir import node
+
+
+class NodeError(UserError):
+    """Something is wrong with this rank's node: printed by this rank, with the node's name."""
+
+    def __init__(self, message: str):
+        super().__init__(f"{node()} (rank {rank()}): {message}")
+
+
+class Stopped(Exception):
+    """The work was saved before its end because a signal or a STOP file asked for it: exit code 0. `again`: there is more to
+    do, and a job's script may go on with it (not after a STOP file, which is a person's)."""
+
+    def __init__(self, message: str, again: bool = True):
+        super().__init__(message)
+        self.again = again
+
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -40,10 +65,158 @@ def start() -> None:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would compile for half a minute, or fail without g++
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if torch.cuda.is_available():
+    if device().type == "cuda":
         torch.cuda.set_device(device())
     if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+        _meet()
+        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+
+
+RENDEZVOUS_S = 300
+"""How long ranks wait for each other at the start: the slowest node's import of torch from a shared disk."""
+
+
+def _meet() -> None:
+    """Join torch's process group, and prove it by one sum over all ranks. Raises NodeError naming the missing nodes."""
+    import torch
+
+    backend = "nccl" if device().type == "cuda" else "gloo"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent holds the store
+            store, *_ = next(torch.distributed.rendezvous("env://", rank(), world()))
+        else:
+            wait = timedelta(seconds=RENDEZVOUS_S)
+            store = torch.distributed.TCPStore(address, port, world(), rank() == 0, wait, wait_for_workers=False)
+        store.set(f"here {rank()}", node())
+        if rank() == 0:
+            _wait_for_all(store)
+            store.set("all here", "")
+        else:  # a little longer than rank 0, which knows who is missing
+            store.wait(["all here"], timedelta(seconds=RENDEZVOUS_S + 30))
+    except torch.distributed.DistError as error:
+        raise NodeError(f"cannot meet the other ranks at {address}:{port} ({str(error).splitlines()[0]})") from None
+    patience = timedelta(minutes=float(os.environ.get("DEEPSPEED_TIMEOUT") or 60))
+    torch.distributed.init_process_group(backend, store=store, rank=rank(), world_size=world(), timeout=patience)
+    done = threading.Event()
+
+    def give_up():  # a sum that hangs cannot be called off: end this rank, and srun ends the others
+        if not done.wait(RENDEZVOUS_S):
+            missing = [r for r in range(world()) if not store.check([f"summed {r}"])]
+            nodes = sorted({store.get(f"here {r}").decode() for r in missing})
+            tell_failure(f"a sum over all ranks hangs; not through: rank(s) {missing} on {', '.join(nodes)}")
+            os._exit(1)
+
+    threading.Thread(target=give_up, daemon=True).start() if rank() == 0 else None
+    ranks = torch.full((1,), float(rank()), device=device())
+    torch.distributed.all_reduce(ranks)
+    got, expected = float(ranks), world() * (world() - 1) / 2
+    store.set(f"summed {rank()}", "")
+    done.set()
+    if got != expected:
+        raise NodeError(f"the sum of the ranks is {got} instead of {expected}: the network or a GPU is broken")
+
+
+def _wait_for_all(store) -> None:
+    """Raises NodeError naming the ranks (with their nodes, where Slurm tells) that do not arrive in time."""
+    deadline = time.monotonic() + RENDEZVOUS_S
+    missing = list(range(world()))
+    while missing:
+        missing = [r for r in missing if not store.check([f"here {r}"])]
+        if missing and time.monotonic() > deadline:
+            hosts = _slurm_hosts()
+            per_node = max(1, world() // max(1, len(hosts)))  # tasks are laid out node by node
+            where = sorted({hosts[min(r // per_node, len(hosts) - 1)] for r in missing}) if hosts else []
+            names = f" on {', '.join(where)}" if where else ""
+            raise NodeError(f"rank(s) {missing}{names} did not arrive at the rendezvous within {RENDEZVOUS_S} s")
+        time.sleep(0.05)
+
+
+def _slurm_hosts() -> list[str]:
+    nodes = os.environ.get("SLURM_STEP_NODELIST")
+    if not nodes:
+        return []
+    said = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    return said.stdout.split()
+
+
+def preflight(folder: Path) -> str:
+    """Compare what the ranks see before anything costs time: one device per rank, room in /dev/shm, `folder` (the prepared
+    data) on every node.  -> one line for the log. Raises UserError naming the nodes that are wrong."""
+    import torch
+
+    cuda = device().type == "cuda"
+    shm = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
+    uuid = str(torch.cuda.get_device_properties(device()).uuid) if cuda else f"cpu of rank {rank()}"
+    seen = gather({"node": node(), "device": uuid, "shm": shm, "data": (folder / "manifest.json").is_file()})
+    problems = []
+    for r, facts in enumerate(seen):
+        if not facts["data"]:
+            problems.append(f"{facts['node']} does not see {folder}: put INHERITUNE_ROOT on a disk that all nodes share")
+        if cuda and world() > 1 and facts["shm"] < 64 << 20:
+            problems.append(f"{facts['node']} has {facts['shm'] >> 20} MB free in /dev/shm, NCCL needs 64 MB or more")
+        twin = next((q for q in range(r) if seen[q]["device"] == facts["device"]), None)
+        if twin is not None:
+            problems.append(
+                f"ranks {twin} and {r} share one GPU on {facts['node']}: start one task per GPU, without --ntasks-per-gpu"
+            )
+    if problems:
+        raise UserError("; ".join(dict.fromkeys(problems)))
+    nodes = len({facts["node"] for facts in seen})
+    least = min(facts["shm"] for facts in seen) / 1e9
+    return (
+        f"preflight: {world()} rank(s) on {nodes} node(s), own device each, a sum over all works, /dev/shm {least:.1f} GB free"
+    )
+
+
+# --- what a job and its ranks tell each other ---------------------------------------------------------------------------
+
+
+_asked: list[str] = []
+
+
+def listen() -> None:
+    """From now on SIGUSR1 (the time limit is near) and SIGTERM (preemption, scancel) ask this process to save and leave.
+    Call first of all: without a handler a signal to the job step ends the process, whatever it is doing."""
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, lambda number, _: _asked.append(signal.Signals(number).name))
+
+
+def asked_to_stop() -> str | None:
+    """The first signal that this process got since `listen`, or None; `agree` makes it one answer for all ranks."""
+    return _asked[0] if _asked else None
+
+
+def agree(reason: str | None) -> str | None:
+    """A reason to stop that any rank has, on every rank; None if none has one. One small collective."""
+    import torch
+
+    if world() == 1:
+        return reason
+    flag = torch.tensor([1.0 if reason else 0.0], device=device())
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return next(filter(None, gather(reason))) if flag.item() else None
+
+
+def tell_more(sentence: str) -> None:
+    """Tell the job's script ($INHERITUNE_JOB, slurm/job.sh) that this start has saved and stopped with work left."""
+    folder = os.environ.get("INHERITUNE_JOB")
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "more").write_text(sentence + "\n", encoding="utf-8")
+
+
+def tell_failure(sentence: str) -> None:
+    """Tell the job's script why this rank failed; the first to fail is the cause, the others only lose their peer."""
+    folder = os.environ.get("INHERITUNE_JOB")
+    line = " ".join(sentence.split())
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        try:
+            with open(Path(folder) / "failure", "x", encoding="utf-8") as file:
+                file.write(f"{node()} rank {rank()}: {line}\n")
+        except FileExistsError:
+            pass
 
 
 def launched() -> bool:
@@ -51,31 +224,38 @@ def launched() -> bool:
     return bool(os.environ.get("RANK")) or int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1
 
 
-def launch(verb: list[str], procs: int) -> int:
-    """Run `python -m inheritune VERB ...` as `procs` processes on this machine, or as srun's tasks inside a Slurm job;
-    returns the exit code of the first that failed, or 0. The others are ended then: they would wait for it for ever."""
+def launch(verb: list[str], procs: int, as_step: bool = True) -> int:
+    """Run `python -m inheritune VERB ...` as `procs` processes on this machine, or (`as_step`) inside a Slurm job as the
+    tasks of $INHERITUNE_LAUNCH (an srun line, slurm/job.sh); returns the exit code of the first that failed, or 0. The
+    others are ended then: they would wait for it for ever. SIGUSR1 and SIGTERM to this process reach the ranks as SIGUSR1
+    (srun would answer a SIGTERM by killing its tasks)."""
     command = [sys.executable, "-m", "inheritune", *verb]
     path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
     common = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // procs)), **os.environ, "PYTHONPATH": path}
     in_batch_script = os.environ.get("SLURM_JOB_ID") and not os.environ.get("SLURM_STEP_NUM_TASKS")
-    if procs > 1 and in_batch_script and shutil.which("srun"):
-        return subprocess.run(["srun", "--kill-on-bad-exit=1", *command], check=False).returncode
-    if procs > 1:
-        common.update(WORLD_SIZE=str(procs), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-    ranks = []
-    for number in range(procs):
-        own = {"RANK": str(number), "LOCAL_RANK": str(number)} if procs > 1 else {}
-        ranks.append(subprocess.Popen(command, env={**common, **own}))
+    listen()
+    if as_step and in_batch_script and os.environ.get("INHERITUNE_LAUNCH"):
+        tasks = [subprocess.Popen([*shlex.split(os.environ["INHERITUNE_LAUNCH"]), *command], env=common)]
+    else:
+        if procs > 1:
+            common.update(WORLD_SIZE=str(procs), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        own = [{"RANK": str(r), "LOCAL_RANK": str(r)} if procs > 1 else {} for r in range(procs)]
+        tasks = [subprocess.Popen(command, env={**common, **mine}) for mine in own]
+    told = 0
     try:
-        while any(process.poll() is None for process in ranks):
-            failed = next((process.returncode for process in ranks if process.poll()), 0)
+        while any(process.poll() is None for process in tasks):
+            failed = next((process.returncode for process in tasks if process.poll()), 0)
             if failed:
                 time.sleep(1)  # let the others say what they know
                 return failed
+            for _ in _asked[told:]:
+                told += 1
+                for process in tasks:
+                    process.send_signal(signal.SIGUSR1) if process.poll() is None else None
             time.sleep(0.05)
-        return next((process.returncode for process in ranks if process.returncode), 0)
+        return next((process.returncode for process in tasks if process.returncode), 0)
     finally:
-        for process in ranks:
+        for process in tasks:
             if process.poll() is None:
                 process.kill()
             process.wait()
@@ -108,7 +288,7 @@ def device():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0) if visible > 1 else 0)
     unused = unused_gpu(torch.__version__, torch.version.cuda)
     if unused:
-        raise UserError(unused)
+        raise NodeError(unused)
     os.environ["DS_ACCELERATOR"] = "cpu"
     return torch.device("cpu")
 
@@ -137,14 +317,12 @@ def _find_peers() -> None:
         return  # torchrun and the deepspeed launcher set them all
     peers = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     if os.environ.get("SLURM_STEP_NUM_TASKS"):  # set inside srun's tasks, not in the batch script
-        nodes = os.environ["SLURM_STEP_NODELIST"]
-        hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
         job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_STEP_ID") or 0)
         peers = {
             "RANK": os.environ["SLURM_PROCID"],
             "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"],
             "LOCAL_RANK": os.environ["SLURM_LOCALID"],
-            "MASTER_ADDR": hosts.stdout.split()[0],
+            "MASTER_ADDR": _slurm_hosts()[0],
             # of the job and the step: two jobs on one node do not meet
             "MASTER_PORT": str(20000 + (job * 61 + step) % 20000),
         }

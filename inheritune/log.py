@@ -47,14 +47,15 @@ def progress(steps=None, desc: str = "", unit: str = "it", **options) -> tqdm:
 class Metrics:
     """Rank 0's writer of metrics.jsonl: one row per logged step (`loss` ...) or evaluation (`val_loss`).
 
-    Rows after `step`, the step that the run resumes from, are moved to metrics.discarded.jsonl: no step has two rows."""
+    Rows after `step`, the step that the run resumes from (-1: from nothing), and evaluations after `evaluated`, the last
+    one that its checkpoint knows of, are moved to metrics.discarded.jsonl: nothing has two rows."""
 
-    def __init__(self, run_dir: RunDir, step: int, mirror=None):
+    def __init__(self, run_dir: RunDir, step: int, evaluated: int = -1, mirror=None):
         rows = read_jsonl(run_dir.metrics)
-        kept = [row for row in rows if row["step"] <= step]
+        kept = [row for row in rows if row["step"] <= (min(step, evaluated) if "val_loss" in row else step)]
         if len(kept) < len(rows):
             with open(run_dir.discarded_metrics, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows[len(kept) :])
+                file.writelines(json.dumps(row) + "\n" for row in rows if row not in kept)
         write_text(run_dir.metrics, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = open(run_dir.metrics, "a", encoding="utf-8")  # noqa: SIM115 - open for the run's length
         self._mirror = mirror

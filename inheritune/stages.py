@@ -8,8 +8,8 @@ torch: it runs on a batch host.
 import sys
 from dataclasses import dataclass
 
-from inheritune.config import Experiment, Grow, UserError, load_experiment
-from inheritune.dist import launch
+from inheritune.config import Experiment, Grow, Run, UserError, load_experiment
+from inheritune.dist import Stopped, asked_to_stop, launch
 from inheritune.rundir import RunDir, data_dir, read_json, write_json
 
 
@@ -31,6 +31,9 @@ class Action:
     run: str = ""
     stage: int | None = None
     verdict: dict | None = None
+
+    def title(self) -> str:
+        return f"{self.verb} {self.run}".strip() + (f" stage {self.stage}" if self.stage else "")
 
 
 def parity(difference: dict, margin: float) -> bool:
@@ -81,8 +84,12 @@ def read_stages(root: RunDir, n_stages: int) -> list[StageResult]:
     return found
 
 
-def grow(experiment: str, run: str, seed: int = 0, procs: int = 1, ds: str | None = None, rehearse=None) -> None:
-    """Do everything that `run` still needs: data, reference, stages, verdict. `procs` processes each, or srun's tasks."""
+def grow(experiment: str, run: str, seed: int = 0, procs: int = 1, ds: str | None = None, slot: bool = False,
+         rehearse=None) -> None:  # fmt: skip
+    """Do everything that `run` still needs: data, reference, stages, verdict; `slot`: only the next of these, as one task
+    of a job array. `procs` processes each, or the tasks of the job's srun line (dist.launch).
+
+    Raises Stopped when asked to leave before the end, or when a slot has done its part and more is to do."""
     loaded = load_experiment(experiment, rehearse)
     spec = loaded.run(run)
     if not spec.grow:
@@ -94,18 +101,75 @@ def grow(experiment: str, run: str, seed: int = 0, procs: int = 1, ds: str | Non
     root = RunDir.of(loaded, run, seed)
     done_before = None
     while not root.is_done():
+        if root.stop.is_file():
+            raise Stopped(f"{run} is not grown further: {root.stop} is there; delete it to go on", again=False)
         action = next_action(
             depths, spec.grow, RunDir.of(loaded, reference, seed).is_done(), (data_dir(loaded) / "manifest.json").is_file(),
             reference, run, read_stages(root, len(depths)),
         )  # fmt: skip
-        if action == done_before:
-            raise RuntimeError(f"{action} ended without an error but left no result")
         if action.verb == "finish":
             write_json(root.done, action.verdict)
-        else:
-            _run(action, experiment, seed, procs, ds, loaded)
+            break
+        if action == done_before:
+            trained = RunDir.of(loaded, action.run, seed) if action.run else root
+            trained = trained.stage(action.stage) if action.stage else trained
+            if asked_to_stop() or trained.stopped.is_file():
+                raise Stopped(f"{run}: stopped within {action.title()}; the same command goes on from there")
+            raise RuntimeError(f"{action.title()} ended without an error but left no result")
+        if done_before and slot:
+            raise Stopped(f"{run}: {done_before.title()} is done; next comes {action.title()}")
+        _run(action, experiment, seed, procs, ds, loaded)
         done_before = action
     print(sentence(read_json(root.done), loaded, run, reference))
+
+
+def check(experiment: str, run: str | None = None, stage: int | None = None, seed: int = 0, rehearse=None) -> None:
+    """Print that the experiment is sound and, for `run` (and `stage` of a grown run), that what it starts from is there.
+
+    Raises UserError naming what is missing, with the commands that make it."""
+    loaded = load_experiment(experiment, rehearse)
+    if run is None:
+        print(f"{loaded.name}: the file is sound; runs: {', '.join(loaded.runs)}")
+        return
+    spec = loaded.run(run)
+    if stage and not spec.grow:
+        raise UserError(f"run '{run}' has no 'grow' section, so it has no stage {stage}; leave out --stage")
+    if not (data_dir(loaded) / "manifest.json").is_file():
+        raise UserError(
+            f"the data of {loaded.name} is not prepared ({data_dir(loaded)}); first: bash slurm/prepare.sh {experiment} "
+            f"(or, without Slurm: python -m inheritune prepare {experiment})"
+        )
+    needed = _unfinished_source(loaded, spec, seed)
+    if needed:
+        raise UserError(_two_ways(loaded, experiment, run, needed, stage))
+    print(f"{loaded.name}/{run}: what it starts from is there")
+
+
+def _unfinished_source(experiment: Experiment, spec: Run, seed: int) -> str | None:
+    """Name of the run of this file that `spec` starts from or is compared with and that is not finished, or None."""
+    source = spec.init.inherit.source if spec.init.inherit else None
+    return source if source in experiment.runs and not RunDir.of(experiment, source, seed).is_done() else None
+
+
+def _two_ways(experiment: Experiment, name: str, run: str, needed: str, stage: int | None) -> str:
+    """What to do while `needed` is not trained: train it and queue this behind it, or start from a public checkpoint."""
+    again = f"bash slurm/train.sh {name} {run}{f' --stage {stage}' if stage else ''}"
+    settings = experiment.train_of(experiment.run(needed))
+    sentence = (
+        f"run '{run}' starts from '{needed}', which is not trained yet ({settings.steps * settings.batch_tokens / 1e9:.1f}B "
+        f"tokens). Either train it and queue this behind it:\n"
+        f"    reference=$(bash slurm/train.sh {name} {needed} | tail -n 1)\n"
+        f"    AFTER=$reference {again}"
+    )
+    public = [
+        other for other, spec in experiment.runs.items()
+        if spec.init.inherit and spec.init.inherit.source not in experiment.runs
+    ]  # fmt: skip
+    if public:
+        source = experiment.runs[public[0]].init.inherit.source
+        again = again.replace(f" {run}", f" {public[0]}", 1)
+        sentence += f"\nor start from the public checkpoint {source}:\n    bash slurm/fetch.sh {name} && {again}"
+    return sentence
 
 
 def sentence(verdict: dict, experiment: Experiment, run: str, reference: str) -> str:
@@ -129,7 +193,7 @@ def _run(action: Action, experiment: str, seed: int, procs: int, ds: str | None,
         verb += ["--ds", ds] if ds else []
     verb += ["--rehearse"] if loaded.rehearsal else []
     print(f"$ python -m inheritune {' '.join(verb)}", flush=True)
-    code = launch(verb, procs if action.verb == "train" else 1)
+    code = launch(verb, procs, as_step=True) if action.verb == "train" else launch(verb, 1, as_step=False)
     if code:
         print(f"grow stops: this step ended with code {code}; the same grow command goes on from there", file=sys.stderr)
-        raise SystemExit(code)
+        raise SystemExit(code if code > 0 else 128 - code)

@@ -5,6 +5,7 @@ is a no-op; an interrupted one goes on from its newest complete checkpoint, with
 """
 
 import math
+import os
 import time
 from dataclasses import dataclass
 
@@ -28,7 +29,17 @@ from inheritune.engine import (
 from inheritune.inherit import extend, inherit, write_random
 from inheritune.log import Metrics, logger, progress, record_provenance, setup, start_wandb
 from inheritune.models import count_parameters, flops_per_token, hf_config
-from inheritune.rundir import RunDir, data_dir, hash_folder, read_json, write_json, write_text
+from inheritune.rundir import (
+    Lock,
+    RunDir,
+    data_dir,
+    hash_folder,
+    node,
+    read_json,
+    remove_leftovers,
+    write_json,
+    write_text,
+)
 from inheritune.sources import open_source
 from inheritune.tokens import check_vocabulary
 
@@ -92,20 +103,29 @@ def train(experiment: str, run: str, seed: int = 0, stage: int | None = None, ds
         raise UserError(f"run '{run}' grows by stages; use 'grow {experiment} --run {run}', or give --stage N")
     if stage and not job.run.grow:
         raise UserError(f"run '{run}' has no 'grow' section, so it has no stage {stage}; leave out --stage")
-    if job.dir.is_done():
-        print(f"{job.title()} is finished: {job.dir.final}") if dist.rank() == 0 else None
-        return
     train_job(job, ds)
 
 
 def train_job(job: Job, ds: str | None = None) -> None:
     """Train `job` with the DeepSpeed JSON `ds` (default: the experiment's)."""
+    if job.dir.is_done():
+        print(f"{job.title()} is finished: {job.dir.final}") if dist.rank() == 0 else None
+        return
     settings = load_json(ds or job.settings.deepspeed)
     tokens = Tokens(data_dir(job.experiment), "train")
     check_vocabulary(tokens.vocab_size, job.experiment.model.vocab_size, f"model.vocab_size of {job.experiment.name}")
     dist.start()
     setup()
-    Trainer(job, settings, tokens).fit()
+    logger.info("%s", dist.preflight(tokens.folder))
+    trainer = Trainer(job, settings, tokens)
+    lock = Lock(job.dir.path)
+    dist.on_rank0(lock.acquire)
+    try:
+        if not dist.on_rank0(job.dir.is_done):  # another job may have finished it while this one waited
+            trainer.fit(lock)
+    finally:
+        if dist.rank() == 0:
+            lock.release()
 
 
 def prepare_start(job: Job):
@@ -114,8 +134,9 @@ def prepare_start(job: Job):
     if inherited is None:
         layers = job.run.layers or job.experiment.model.layers
         folder = job.dir.seed_checkpoint(layers)
-        if not (folder / "inherited.json").is_file():
-            write_random(hf_config(job.experiment.model, layers), folder, seed=job.seed)
+        with Lock(folder):  # runs of one size share it, and may start at the same time
+            if not (folder / "inherited.json").is_file():
+                write_random(hf_config(job.experiment.model, layers), folder, seed=job.seed)
         return folder
     folder = job.dir.init
     if (folder / "inherited.json").is_file():
@@ -174,16 +195,22 @@ class Trainer:
         ceiling = settings["train_micro_batch_size_per_gpu"]
         self.share = Share.of(self.batch, dist.rank(), dist.world(), ceiling)
         self.pace = "the start"
+        self.why: str | None = None  # reason to stop before the end
+        self.next_look = 0.0
         self.arithmetic = self.share.describe(self.batch, dist.world(), ceiling, self.length)
 
-    def fit(self) -> None:
-        """Everything from the start checkpoint to DONE."""
+    def fit(self, lock: Lock) -> None:
+        """Everything from the start checkpoint to DONE. Raises dist.Stopped, with all saved, when asked to leave before."""
         job, run_dir = self.job, self.job.dir
+        self.lock = lock
         dist.on_rank0(self._check_same_experiment)
         dist.on_rank0(self._check_reference)
+        if self._asked_to_stop():
+            raise dist.Stopped(f"{job.title()} did not start: {self.why}", again="STOP" not in self.why)
         resume = checkpoint.find(run_dir)
         if resume is not None:
             checkpoint.check_shape(run_dir, resume, self.settings)
+        dist.on_rank0(remove_leftovers, run_dir.path)
         start = dist.on_rank0(prepare_start, job)
         setup(run_dir)
         dist.on_rank0(self._record_start, start, resume)
@@ -195,26 +222,28 @@ class Trainer:
         self.engine = start_engine(
             source.config, source if resume is None else None, self.settings, self.train, self.share.micro_batch, accumulation
         )
-        state = {"step": 0, "tokens": 0, "data": self.tokens.fingerprint}
+        state = {"step": 0, "tokens": 0, "data": self.tokens.fingerprint, "evaluated": -1}
         if resume is not None:
             state = checkpoint.restore(self.engine, run_dir, resume)
             logger.info("resumed at step %d of %d", state["step"], self.train.steps)
-        self._open_record(state["step"] if resume is not None else -1)
-        if resume is None:
-            self._evaluate(0, 0)
-        self._loop(state)
-        self._finish(state, source.config)
+        self.saved = state["step"] if resume is not None else 0  # step of the newest checkpoint
+        self._open_record(resume, state)
+        if not (self._loop(state) and self._finish(state, source.config)):
+            self._leave(state)
 
-    def _loop(self, state: dict) -> None:
-        """Forward, backward, step; log, evaluate, save. `state` is all that must survive a restart beside the engine."""
+    def _loop(self, state: dict) -> bool:
+        """Forward, backward, step; log, evaluate, save. `state` is all that must survive a restart beside the engine.
+        False when asked to stop before the last step."""
         engine, train, share = self.engine, self.train, self.share
         device, step_tokens = self.device, self.batch * self.length
         # DeepSpeed averages over ranks and accumulation steps; this makes it the mean over the step's real tokens
         scale = dist.world() * share.accumulation / step_tokens
         engine.train()
         bar = progress(desc="training", unit="step", total=train.steps, initial=state["step"])
+        go_on = self._between_steps(state)  # an earlier start may have stopped before what was due at this step
         t0, steps_since = time.perf_counter(), 0
-        for step in range(state["step"] + 1, train.steps + 1):
+        while go_on and state["step"] < train.steps:
+            step = state["step"] + 1
             windows, weights = (torch.from_numpy(a).to(device) for a in read_share(self.order, step - 1, share))
             lr = learning_rate(step, train)
             set_learning_rate(engine, lr)
@@ -240,31 +269,87 @@ class Trainer:
                 self.pace = f"{step_tokens / seconds:,.0f} tokens/s, {(train.steps - step) * seconds / 60:.1f} min left"
                 t0, steps_since = time.perf_counter(), 0
             pause = time.perf_counter()
-            if step % train.eval_every == 0 and step < train.steps:
-                self._evaluate(step, state["tokens"])
-            if step in self.job.run.keep_at:
-                checkpoint.export_weights(engine, self.job.dir.kept(step), self.tokens.folder / "tokenizer")
-            if step % train.checkpoint_every == 0 and step < train.steps:
-                self.metrics.sync() if self.metrics else None
-                checkpoint.save(engine, self.job.dir, step, state, self.settings, train.keep_last)
+            go_on = self._between_steps(state)
             t0 += time.perf_counter() - pause  # a step's time is that of training
         bar.close()
+        return go_on
 
-    def _finish(self, state: dict, config) -> None:
-        """final/, the validation of the finished model on all windows, results.json, DONE."""
+    def _between_steps(self, state: dict) -> bool:
+        """What is due at state["step"]: the curve's validation, kept weights, a checkpoint. False when asked to stop."""
+        step, train, kept = state["step"], self.train, self.job.dir.kept(state["step"])
+        if self._asked_to_stop():
+            return False
+        if step % train.eval_every == 0 and state["evaluated"] < step < train.steps:
+            if self._evaluate(step, state["tokens"]) is None:
+                return False
+            state["evaluated"] = step
+        if step in self.job.run.keep_at and not dist.on_rank0(kept.is_dir):
+            checkpoint.export_weights(self.engine, kept, self.tokens.folder / "tokenizer")
+        if step % train.checkpoint_every == 0 and self.saved < step < train.steps:
+            self._save(state)
+        return True
+
+    def _save(self, state: dict) -> None:
+        if dist.on_rank0(self.lock.lost):
+            raise RuntimeError(f"{self.job.dir.path} was taken over by another job, which took this one for dead: not saving")
+        if self.metrics:
+            self.metrics.sync()
+        seconds = checkpoint.save(self.engine, self.job.dir, state["step"], state, self.settings, self.train.keep_last)
+        self.saved = state["step"]
+        lead = float(os.environ.get("INHERITUNE_LEAD") or math.inf)
+        if seconds > lead / 2:
+            logger.warning(
+                "saving took %.0f s of the %.0f s between the job's signal and its time limit: raise SITE_SIGNAL_LEAD in "
+                "slurm/site.sh to %.0f or more, or the work since the last checkpoint may be lost", seconds, lead, 4 * seconds,
+            )  # fmt: skip
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any rank got a signal, or a STOP file lies in the run's folder; the same on every rank."""
+        reason = dist.asked_to_stop()
+        if reason is None and dist.rank() == 0 and time.monotonic() > self.next_look:
+            self.next_look = time.monotonic() + 1  # a shared disk need not be asked at every step
+            stop = self.job.root.stop
+            reason = f"{stop} is there; delete it to go on" if stop.is_file() else None
+        self.why = dist.agree(reason)
+        return self.why is not None
+
+    def _leave(self, state: dict) -> None:
+        """Save what is not yet saved and end this start. Raises dist.Stopped."""
+        if state["step"] > self.saved:
+            self._save(state)
+        if self.metrics:
+            self.metrics.close()
+        job = self.job
+        what = f"{job.title()} stopped at step {state['step']} of {self.train.steps} ({self.why})"
+        dist.on_rank0(
+            write_json, job.dir.stopped, {"step": state["step"], "why": self.why, "time": time.time(), "node": node()}
+        )
+        logger.info("%s: saved; the same command goes on from there", what)
+        raise dist.Stopped(what)
+
+    def _finish(self, state: dict, config) -> bool:
+        """final/, the validation of the finished model on all windows, results.json, DONE. False when asked to stop."""
         run_dir, train = self.job.dir, self.train
         losses = self._evaluate(state["step"], state["tokens"], final=True)
+        if losses is None:
+            return False
         checkpoint.export_weights(self.engine, run_dir.final, self.tokens.folder / "tokenizer")
         dist.on_rank0(self._write_results, losses, config)
         logger.info("%s: finished, validation loss %.4f after %d steps", self.job.title(), losses.mean(), train.steps)
         if self.metrics:
             self.metrics.close()
+        return True
 
-    def _evaluate(self, step: int, tokens_seen: int, final: bool = False) -> np.ndarray:
-        """Validation on the curve's windows (all of them at the end); a row of metrics.jsonl.  -> per-window losses"""
+    def _evaluate(self, step: int, tokens_seen: int, final: bool = False) -> np.ndarray | None:
+        """Validation on the curve's windows (all of them at the end); a row of metrics.jsonl.  -> per-window losses, or
+        None when asked to stop meanwhile: then nothing is recorded, and the next start validates again."""
         curve = validate.curve_windows(len(self.val_starts), self.train.eval_windows)
         starts = self.val_starts if final else self.val_starts[curve]
-        losses = validate.window_losses(self.engine, self.val_tokens, self.length, starts, self.device)
+        losses = validate.window_losses(
+            self.engine, self.val_tokens, self.length, starts, self.device, stop=self._asked_to_stop
+        )
+        if losses is None:
+            return None
         on_curve = validate.interval(losses[curve] if final else losses)
         if self.metrics:
             self.metrics.add({"step": step, "tokens": tokens_seen, "val_loss": on_curve["mean"], "val_windows": on_curve["n"]})
@@ -321,6 +406,7 @@ class Trainer:
 
     def _record_start(self, start, resume: int | None) -> None:
         run_dir = self.job.dir
+        run_dir.stopped.unlink(missing_ok=True)
         write_text(run_dir.experiment, yaml.safe_dump(self.job.resolved(self.train), sort_keys=False))
         record_provenance(
             run_dir,
@@ -334,13 +420,13 @@ class Trainer:
             batch=self.arithmetic,
         )
 
-    def _open_record(self, step: int) -> None:
+    def _open_record(self, resume: int | None, state: dict) -> None:
         job = self.job
         self.flops_per_token = flops_per_token(self.engine.module.config, self.length)
         self.metrics = None
         if dist.rank() == 0:
             mirror = start_wandb(job.dir, job.experiment, job.name, self.train.wandb, self.train.wandb_project)
-            self.metrics = Metrics(job.dir, step, mirror)
+            self.metrics = Metrics(job.dir, -1 if resume is None else resume, state["evaluated"], mirror)
 
     def _write_results(self, losses: np.ndarray, config) -> None:
         job, run_dir = self.job, self.job.dir

@@ -48,8 +48,9 @@ def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def window_losses(model, tokens: Tokens, length: int, starts: np.ndarray, device) -> np.ndarray:
-    """Mean loss in nats per token of each window, on every rank.  -> (len(starts),) float64
+def window_losses(model, tokens: Tokens, length: int, starts: np.ndarray, device, stop=None) -> np.ndarray | None:
+    """Mean loss in nats per token of each window, on every rank.  -> (len(starts),) float64, or None if `stop`, a function
+    asked after each forward that answers the same on every rank, broke it off.
 
     Batch j goes to rank j mod W; a rank without one repeats a batch, since under ZeRO-3 all ranks must run the same number
     of forwards. `model` is an engine or a module; it is left in the mode it was in."""
@@ -65,6 +66,9 @@ def window_losses(model, tokens: Tokens, length: int, starts: np.ndarray, device
         logits = model(input_ids=windows[:, :-1], use_cache=False).logits  # (8, T, V)
         if batch < n_batches:
             losses[chosen] = token_losses(logits, windows[:, 1:]).double().mean(dim=1)
+        if stop is not None and stop():
+            model.train(training)
+            return None
     model.train(training)
     return all_sum(losses).cpu().numpy()
 
