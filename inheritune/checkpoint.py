@@ -69,21 +69,25 @@ def save(engine, run_dir: RunDir, step: int, state: dict, settings: dict, keep_l
 
 @contextmanager
 def _writing(engine):
-    """DeepSpeed's writer made to collect its errors: a rank that left save_checkpoint early, on a full disk, would let the
+    """DeepSpeed's writers made to collect their errors: a rank that left save_checkpoint early, on a full disk, would let the
     others wait in its barriers.  -> (write(state_dict, path), list of errors)"""
-    original, problems = engine.checkpoint_engine.save, []
+    problems = []
 
-    def write(state_dict, path):
-        try:
-            original(state_dict, path)
-        except (OSError, RuntimeError) as error:
-            problems.append(error)
+    def guarded(function):
+        def call(*args, **kwargs):
+            try:
+                return function(*args, **kwargs)
+            except (OSError, RuntimeError) as error:
+                problems.append(error)
 
-    engine.checkpoint_engine.save = write
+        return call
+
+    writer, script = engine.checkpoint_engine.save, engine._copy_recovery_script
+    engine.checkpoint_engine.save, engine._copy_recovery_script = guarded(writer), guarded(script)
     try:
-        yield write, problems
+        yield engine.checkpoint_engine.save, problems
     finally:
-        engine.checkpoint_engine.save = original
+        engine.checkpoint_engine.save, engine._copy_recovery_script = writer, script
 
 
 def checkpoint_bytes(engine) -> int:
@@ -111,7 +115,7 @@ def _prepare(temporary: Path, target: Path, need: int) -> None:
 
 def _explain(error: Exception, path: Path) -> Exception:
     """`error` as a UserError if the disk is full: torch's zip writer reports that as a RuntimeError of its own."""
-    if "PytorchStreamWriter" in str(error) or "file write failed" in str(error):
+    if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
         return disk_error(OSError(errno.ENOSPC, "no space left"), path)
     return disk_error(error, path) if isinstance(error, OSError) else error
 

@@ -104,7 +104,9 @@ def _meet() -> None:
         if not done.wait(RENDEZVOUS_S):
             missing = [r for r in range(world()) if not store.check([f"summed {r}"])]
             nodes = sorted({store.get(f"here {r}").decode() for r in missing})
-            tell_failure(f"a sum over all ranks hangs; not through: rank(s) {missing} on {', '.join(nodes)}")
+            sentence = f"a sum over all ranks hangs; not through: rank(s) {missing} on {', '.join(nodes)}"
+            print(f"inheritune: {sentence}", file=sys.stderr, flush=True)
+            tell_failure(sentence)
             os._exit(1)
 
     threading.Thread(target=give_up, daemon=True).start() if rank() == 0 else None
@@ -151,7 +153,7 @@ def preflight(folder: Path) -> str:
     seen = gather({"node": node(), "device": uuid, "shm": shm, "data": (folder / "manifest.json").is_file()})
     problems = []
     for r, facts in enumerate(seen):
-        if not facts["data"]:
+        if not facts["data"] and any(other["data"] for other in seen):  # nowhere: it is not prepared, which is said later
             problems.append(f"{facts['node']} does not see {folder}: put INHERITUNE_ROOT on a disk that all nodes share")
         if cuda and world() > 1 and facts["shm"] < 64 << 20:
             problems.append(f"{facts['node']} has {facts['shm'] >> 20} MB free in /dev/shm, NCCL needs 64 MB or more")
@@ -164,9 +166,7 @@ def preflight(folder: Path) -> str:
         raise UserError("; ".join(dict.fromkeys(problems)))
     nodes = len({facts["node"] for facts in seen})
     least = min(facts["shm"] for facts in seen) / 1e9
-    return (
-        f"preflight: {world()} rank(s) on {nodes} node(s), own device each, a sum over all works, /dev/shm {least:.1f} GB free"
-    )
+    return f"preflight: {world()} rank(s) on {nodes} node(s), a device each, a sum over all works, /dev/shm {least:.1f} GB free"
 
 
 # --- what a job and its ranks tell each other ---------------------------------------------------------------------------

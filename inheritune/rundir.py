@@ -317,9 +317,8 @@ def _job_ended(job: str, restarts: str) -> bool:
     fields = dict(word.split("=", 1) for word in said.stdout.split() if "=" in word)
     if said.returncode or "JobState" not in fields:
         return "Invalid job id" in said.stderr  # forgotten since it ended
-    return (
-        fields["JobState"] not in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED") or fields.get("Restarts", "0") != restarts
-    )
+    alive = fields["JobState"] in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
+    return not alive or fields.get("Restarts", "0") != restarts
 
 
 # --- hashes and markers ---------------------------------------------------------------------------------------------------

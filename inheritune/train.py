@@ -112,11 +112,12 @@ def train_job(job: Job, ds: str | None = None) -> None:
         print(f"{job.title()} is finished: {job.dir.final}") if dist.rank() == 0 else None
         return
     settings = load_json(ds or job.settings.deepspeed)
-    tokens = Tokens(data_dir(job.experiment), "train")
-    check_vocabulary(tokens.vocab_size, job.experiment.model.vocab_size, f"model.vocab_size of {job.experiment.name}")
     dist.start()
     setup()
-    logger.info("%s", dist.preflight(tokens.folder))
+    preflight = dist.preflight(data_dir(job.experiment))
+    tokens = Tokens(data_dir(job.experiment), "train")
+    check_vocabulary(tokens.vocab_size, job.experiment.model.vocab_size, f"model.vocab_size of {job.experiment.name}")
+    logger.info("%s", preflight)
     trainer = Trainer(job, settings, tokens)
     lock = Lock(job.dir.path)
     dist.on_rank0(lock.acquire)
@@ -287,6 +288,7 @@ class Trainer:
             checkpoint.export_weights(self.engine, kept, self.tokens.folder / "tokenizer")
         if step % train.checkpoint_every == 0 and self.saved < step < train.steps:
             self._save(state)
+            return not self._asked_to_stop()  # a long save may have used up the time for another step
         return True
 
     def _save(self, state: dict) -> None:
@@ -321,11 +323,9 @@ class Trainer:
             self.metrics.close()
         job = self.job
         what = f"{job.title()} stopped at step {state['step']} of {self.train.steps} ({self.why})"
-        dist.on_rank0(
-            write_json, job.dir.stopped, {"step": state["step"], "why": self.why, "time": time.time(), "node": node()}
-        )
-        logger.info("%s: saved; the same command goes on from there", what)
-        raise dist.Stopped(what)
+        facts = {"step": state["step"], "why": self.why, "time": time.time(), "node": node()}
+        dist.on_rank0(write_json, job.dir.stopped, facts)
+        raise dist.Stopped(f"{what}, all saved; the same command goes on from there", again="STOP" not in self.why)
 
     def _finish(self, state: dict, config) -> bool:
         """final/, the validation of the finished model on all windows, results.json, DONE. False when asked to stop."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,12 @@ def small(tmp_path, own_root):
     path = write_experiment(tmp_path / "recipes", experiment_dict())
     write_tokens(data_dir(load_experiment(path)))
     return path
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def run_verb(*words, check=True, procs=1, **environment) -> subprocess.CompletedProcess:
