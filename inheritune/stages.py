@@ -134,15 +134,17 @@ def check(experiment: str, run: str | None = None, stage: int | None = None, see
     spec = loaded.run(run)
     if stage and not spec.grow:
         raise UserError(f"run '{run}' has no 'grow' section, so it has no stage {stage}; leave out --stage")
-    if not (data_dir(loaded) / "manifest.json").is_file():
-        raise UserError(
-            f"the data of {loaded.name} is not prepared ({data_dir(loaded)}); first: bash slurm/prepare.sh {experiment} "
-            f"(or, without Slurm: python -m inheritune prepare {experiment})"
-        )
+    ready = (data_dir(loaded) / "manifest.json").is_file()
     needed = _unfinished_source(loaded, spec, seed)
-    if needed:
-        raise UserError(_two_ways(loaded, experiment, run, needed, stage))
-    print(f"{loaded.name}/{run}: what it starts from is there")
+    if ready and not needed:
+        print(f"{loaded.name}/{run}: what it starts from is there")
+        return
+    ways = f"{loaded.name}/{run} cannot start yet. "
+    if not ready:
+        fetch = f"bash slurm/fetch.sh {experiment} && " if loaded.data.source == "hub" else ""
+        ways += f"Its data is not prepared ({data_dir(loaded)}); first, on the login node:\n"
+        ways += f"    {fetch}{_again(loaded)}bash slurm/prepare.sh {experiment}\n"
+    raise UserError((ways + (_two_ways(loaded, experiment, run, needed, stage) if needed else "")).rstrip())
 
 
 def _unfinished_source(experiment: Experiment, spec: Run, seed: int) -> str | None:
@@ -151,25 +153,44 @@ def _unfinished_source(experiment: Experiment, spec: Run, seed: int) -> str | No
     return source if source in experiment.runs and not RunDir.of(experiment, source, seed).is_done() else None
 
 
+def _again(experiment: Experiment) -> str:
+    return "REHEARSE=1 " if experiment.rehearsal else ""
+
+
 def _two_ways(experiment: Experiment, name: str, run: str, needed: str, stage: int | None) -> str:
     """What to do while `needed` is not trained: train it and queue this behind it, or start from a public checkpoint."""
-    again = f"bash slurm/train.sh {name} {run}{f' --stage {stage}' if stage else ''}"
+    train = f"{_again(experiment)}bash slurm/train.sh {name}"
+    again = f"{train} {run}{f' --stage {stage}' if stage else ''}"
     settings = experiment.train_of(experiment.run(needed))
     sentence = (
-        f"run '{run}' starts from '{needed}', which is not trained yet ({settings.steps * settings.batch_tokens / 1e9:.1f}B "
-        f"tokens). Either train it and queue this behind it:\n"
-        f"    reference=$(bash slurm/train.sh {name} {needed} | tail -n 1)\n"
-        f"    AFTER=$reference {again}"
+        f"It starts from run '{needed}', which is not trained ({settings.steps * settings.batch_tokens / 1e9:.1f}B tokens"
+        f"{_gpu_hours(experiment, needed)}). Either train that and queue this behind it, with the job number that the first "
+        f"line prints:\n"
+        f"    {train} {needed}\n"
+        f"    {again} -- --dependency=afterok:JOB"
     )
-    public = [
-        other for other, spec in experiment.runs.items()
-        if spec.init.inherit and spec.init.inherit.source not in experiment.runs
-    ]  # fmt: skip
+    sources = {other: spec.init.inherit.source for other, spec in experiment.runs.items() if spec.init.inherit}
+    public = next((other for other, source in sources.items() if source not in experiment.runs), None)
     if public:
-        source = experiment.runs[public[0]].init.inherit.source
-        again = again.replace(f" {run}", f" {public[0]}", 1)
-        sentence += f"\nor start from the public checkpoint {source}:\n    bash slurm/fetch.sh {name} && {again}"
+        sentence += f"\nor start from the public checkpoint {sources[public]}:\n    bash slurm/fetch.sh {name}\n"
+        verb = "grow" if experiment.run(public).grow else "train"
+        sentence += f"    bash slurm/{verb}.sh {name} {public}"
     return sentence
+
+
+def _gpu_hours(experiment: Experiment, run: str) -> str:
+    """E.g. ', about 90 GPU-hours at 40% of the bf16 rate of an H100'; nothing where torch is not at hand (beside an image)."""
+    try:
+        from inheritune.models import flops_per_token, hf_config
+    except ImportError:
+        return ""
+    spec = experiment.run(run)
+    settings = experiment.train_of(spec)
+    per_token = flops_per_token(
+        hf_config(experiment.model, spec.layers or experiment.model.layers), experiment.data.sequence_length
+    )
+    hours = settings.steps * settings.batch_tokens * per_token / (0.4 * 989e12) / 3600
+    return f", about {hours:,.0f} GPU-hours at 40% of the bf16 rate of an H100"
 
 
 def sentence(verdict: dict, experiment: Experiment, run: str, reference: str) -> str:

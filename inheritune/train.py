@@ -301,7 +301,7 @@ class Trainer:
         lead = float(os.environ.get("INHERITUNE_LEAD") or math.inf)
         if seconds > lead / 2:
             logger.warning(
-                "saving took %.0f s of the %.0f s between the job's signal and its time limit: raise SITE_SIGNAL_LEAD in "
+                "saving took %.0f s of the %.0f s between the job's signal and its time limit: raise SITE_LEAD in "
                 "slurm/site.sh to %.0f or more, or the work since the last checkpoint may be lost", seconds, lead, 4 * seconds,
             )  # fmt: skip
 
