@@ -29,10 +29,11 @@ from inheritune.rundir import (
     replacing,
     write_json,
 )
-from inheritune.sources import CheckpointWriter
+from inheritune.sources import CheckpointWriter, load_skeleton, read_deepspeed, read_tensor
 
 TAG = "deepspeed"  # DeepSpeed's tag: the sub-folder of its files
 MARKER = "COMPLETE"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 
 def save(engine, run_dir: RunDir, step: int, state: dict, settings: dict, keep_last: int) -> float:
@@ -147,15 +148,19 @@ def find(run_dir: RunDir) -> int | None:
     return on_rank0(newest)
 
 
-def check_shape(run_dir: RunDir, step: int, settings: dict) -> None:
-    """Raises UserError if checkpoint `step` was written by another number of ranks or at another ZeRO stage."""
+def is_resize(run_dir: RunDir, step: int, settings: dict) -> bool:
+    """Whether checkpoint `step` was written by another number of ranks or at another ZeRO stage than this job's.
+
+    Raises UserError if either is ZeRO 0, whose optimizer states are not kept by parameter."""
     marker = read_json(run_dir.checkpoint(step) / MARKER)
-    here = {"ranks": world(), "zero_stage": zero_stage(settings)}
-    if any(marker[key] != value for key, value in here.items()):
+    before, now = (marker["ranks"], marker["zero_stage"]), (world(), zero_stage(settings))
+    if before != now and 0 in (before[1], now[1]):
         raise UserError(
-            f"checkpoint {run_dir.checkpoint(step)} was written by {marker['ranks']} rank(s) at ZeRO {marker['zero_stage']}, "
-            f"this job has {world()} at ZeRO {here['zero_stage']}; resume it with the same, or start over in another run folder"
+            f"checkpoint {run_dir.checkpoint(step)} was written by {before[0]} rank(s) at ZeRO {before[1]}, this job has "
+            f"{now[0]} at ZeRO {now[1]}; only ZeRO 1, 2 and 3 can be resized: "
+            + ("use a ZeRO 1 JSON" if before[1] else f"resume with {before[0]} rank(s) at ZeRO 0")
         )
+    return before != now
 
 
 def restore(engine, run_dir: RunDir, step: int) -> dict:
@@ -164,12 +169,80 @@ def restore(engine, run_dir: RunDir, step: int) -> dict:
     path, client = engine.load_checkpoint(str(folder), tag=TAG)
     if path is None:  # DeepSpeed only warns
         raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}, although its marker is there")
-    generators = torch.load(folder / f"rng_{rank():05d}.pt", weights_only=True)
+    _restore_generators(folder, rank())
+    barrier()
+    return client["run"]
+
+
+def restore_resized(engine, run_dir: RunDir, step: int) -> dict:
+    """Load checkpoint `step`, written by another number of ranks or at another ZeRO stage (1 to 3), into an engine whose
+    weights were filled from it (`open_source` reads them); returns the run's `state`.
+
+    Masters and both moments are read from the old ranks' files by rank 0, parameter by parameter, and each rank takes its
+    part: nothing is converted on disk. (DeepSpeed's universal checkpoint gives the first group's weight decay to all groups
+    and one `step` to all parameters.)"""
+    from deepspeed.utils import (
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+
+    t0 = time.perf_counter()
+    folder = run_dir.checkpoint(step)
+    marker = read_json(folder / MARKER)
+    partitioned = engine.zero_optimization_stage() == 3
+    stored = {what: read_deepspeed(folder / TAG, what) for what in ("master", *MOMENTS, "step")} if rank() == 0 else {}
+    updates = on_rank0(lambda: float(read_tensor(stored["step"]["step"])))
+    optimizer = engine.optimizer.optimizer
+    zero = engine.optimizer
+    for flat in zero.fp32_partitioned_groups_flat if partitioned else zero.single_partition_of_fp32_groups:
+        empty = {moment: torch.zeros_like(flat) for moment in MOMENTS}  # torch makes them at its first step
+        optimizer.state[flat] = {"step": torch.full((), updates, device=flat.device), **empty}
+    if not partitioned:
+        zero._lazy_init_hp_params_optimizer_state()
+    for name, parameter in engine.module.named_parameters():
+        for what in ("master", *MOMENTS) if parameter.requires_grad else ():
+            value = read_tensor(stored[what][name]) if rank() == 0 else torch.empty(_shape(parameter))
+            value = value.to(engine.device)
+            torch.distributed.broadcast(value, src=0) if world() > 1 else None
+            if partitioned:  # this rank's part; the last one is padded
+                n = parameter.ds_tensor.ds_numel
+                padded = torch.nn.functional.pad(value.flatten(), (0, n * world() - value.numel()))
+                part = padded[n * rank() : n * (rank() + 1)]
+                set_part = safe_set_local_fp32_param if what == "master" else safe_set_local_optimizer_state
+                set_part(parameter, part, *(() if what == "master" else (what,)))
+            elif what == "master":
+                safe_set_full_fp32_param(parameter, value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, what)
+    client = on_rank0(_client_state, folder)
+    engine.global_steps, engine.skipped_steps = client["global_steps"], client["skipped_steps"]
+    _restore_generators(folder, rank() % marker["ranks"])  # nothing draws from them while there is no dropout
+    barrier()
+    logger.info(
+        "resized from %d rank(s), ZeRO %d to %d rank(s), ZeRO %d in %.1f s",
+        marker["ranks"], marker["zero_stage"], world(), engine.zero_optimization_stage(), time.perf_counter() - t0,
+    )  # fmt: skip
+    return client["run"]
+
+
+def _client_state(folder: Path) -> dict:
+    """What DeepSpeed's model file holds beside tensors: the run's state, counts of steps."""
+    saved = load_skeleton(sorted((folder / TAG).glob("*model_states.pt"))[0])
+    return {key: saved[key] for key in ("run", "global_steps", "skipped_steps")}
+
+
+def _shape(parameter) -> torch.Size:
+    """A parameter's whole shape, also where ZeRO 3 has left a rank only a part."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _restore_generators(folder: Path, saved_rank: int) -> None:
+    generators = torch.load(folder / f"rng_{saved_rank:05d}.pt", weights_only=True)
     torch.set_rng_state(generators["cpu"])
     if "cuda" in generators and torch.cuda.is_available():
         torch.cuda.set_rng_state(generators["cuda"])
-    barrier()
-    return client["run"]
 
 
 def _generators() -> dict:
@@ -184,7 +257,7 @@ def export_weights(engine, folder: Path, tokenizer: Path) -> None:
 
     Raises UserError on every rank when the disk is full; nothing is left then."""
     config = engine.module.config
-    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
+    shapes = {name: tuple(_shape(p)) for name, p in engine.module.named_parameters()}
     parameters = full_parameters(engine)
     problem = None
     if rank() == 0:

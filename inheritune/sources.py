@@ -227,8 +227,9 @@ def _rank_files(folder: Path, kind: str) -> list[Path]:
     return [ranks[r] for r in range(len(ranks))]
 
 
-def read_deepspeed(folder: Path) -> dict[str, Stored]:
-    """The fp32 masters in a folder that `engine.save_checkpoint` wrote, ZeRO 0 to 3, any number of ranks.
+def read_deepspeed(folder: Path, what: str = "master") -> dict[str, Stored]:
+    """The fp32 masters in a folder that `engine.save_checkpoint` wrote, ZeRO 0 to 3, any number of ranks; at ZeRO 1 to 3 also
+    (`what`) "exp_avg", "exp_avg_sq" and "step" of AdamW, of the trained parameters only.
 
     Frozen parameters have no master: at ZeRO 0 to 2 they lie in the module's state (DeepSpeed's own zero_to_fp32 loses
     them at ZeRO 1), at ZeRO 3 in fragments. Raises UserError for missing ranks, tensor parallelism and lost masters."""
@@ -256,7 +257,15 @@ def read_deepspeed(folder: Path) -> dict[str, Stored]:
     key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
     if key not in states[0]:
         raise UserError(f"{folder} holds no fp32 masters ({key}); inherit from final/")
-    parts = [[_extent(path, t) for t in state[key]] for path, state in zip(optim_files, states, strict=True)]
+    moments = [state["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]["state"] for state in states]
+    if what == "step":  # one number per flat group, the same in all
+        return {"step": Stored((), torch.float32, (_extent(optim_files[0], moments[0][0]["step"]),))}
+    vectors = [s[key] if what == "master" else [m[g][what] for g in sorted(m)] for s, m in zip(states, moments, strict=True)]
+    parts = [[_extent(path, t) for t in vector] for path, vector in zip(optim_files, vectors, strict=True)]
+    if what != "master":
+        joined = {n: shape for group in groups for n, shape in group.items()}
+        paddings = states[0].get("param_alignment_paddings")
+        return _stage_3(joined, parts, folder) if stage == 3 else _stages_1_and_2(groups, parts, paddings)
     if stage == 3:
         trained = _stage_3({n: shape for group in groups for n, shape in group.items()}, parts, folder)
         fragments = [m["frozen_param_fragments"] or {} for m in models]

@@ -209,8 +209,7 @@ class Trainer:
         if self._asked_to_stop():
             raise dist.Stopped(f"{job.title()} did not start: {self.why}", again="STOP" not in self.why)
         resume = checkpoint.find(run_dir)
-        if resume is not None:
-            checkpoint.check_shape(run_dir, resume, self.settings)
+        resized = resume is not None and checkpoint.is_resize(run_dir, resume, self.settings)
         dist.on_rank0(remove_leftovers, run_dir.path)
         start = dist.on_rank0(prepare_start, job)
         setup(run_dir)
@@ -219,13 +218,13 @@ class Trainer:
         logger.info("%s", self.arithmetic)
 
         source = open_source(str(start))
-        accumulation = self.share.accumulation
+        weights = source if resume is None else open_source(str(run_dir.checkpoint(resume))) if resized else None
         self.engine = start_engine(
-            source.config, source if resume is None else None, self.settings, self.train, self.share.micro_batch, accumulation
+            source.config, weights, self.settings, self.train, self.share.micro_batch, self.share.accumulation
         )
         state = {"step": 0, "tokens": 0, "data": self.tokens.fingerprint, "evaluated": -1}
         if resume is not None:
-            state = checkpoint.restore(self.engine, run_dir, resume)
+            state = (checkpoint.restore_resized if resized else checkpoint.restore)(self.engine, run_dir, resume)
             logger.info("resumed at step %d of %d", state["step"], self.train.steps)
         self.saved = state["step"] if resume is not None else 0  # step of the newest checkpoint
         self._open_record(resume, state)

@@ -108,18 +108,17 @@ def test_resume_refuses_what_would_change_the_run(tmp_path):
     run.done.unlink()
     files = hash_folder(run.path)
 
-    def refused(*changes, words, procs=2):
+    def refused(*changes, words):
         for key, value in changes:
             text = (tmp_path / "small.yaml").read_text()
             (tmp_path / "small.yaml").write_text(text.replace(f"{key}:", f"{key}: {value} #", 1))
-        done = run_verb("train", path, "--run", "reference", procs=procs, check=False, INHERITUNE_ROOT=root)
+        done = run_verb("train", path, "--run", "reference", procs=2, check=False, INHERITUNE_ROOT=root)
         (tmp_path / "small.yaml").write_text(original)
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stdout + done.stderr
         assert hash_folder(run.path) == files  # nothing written, nothing lost
 
     original = (tmp_path / "small.yaml").read_text()
     refused(("lr", "0.5"), words="was started with train.lr = 0.001, now it is 0.5")
-    refused(procs=3, words="was written by 2 rank(s) at ZeRO 3, this job has 3 at ZeRO 3")
     manifest = next((root / "data").glob("*/manifest.json"))
     saved = manifest.read_text()
     manifest.write_text(saved.replace('"tiny"', '"other"'))
