@@ -37,12 +37,15 @@ source "$repository/recipes/setup.sh"
 
 # --- words
 
-say() { printf '%s job %s: %s\n' "$(date '+%F %T')" "$SLURM_JOB_ID" "$*"; }
+say() { printf '%s job %s: %s\n' "$(date '+%F %T')" "$this_job" "$*"; }
 
 refuse() {
   echo "inheritune: $*" >&2
   exit 2
 }
+
+# What scontrol takes for this job and no other: the last task of an array has the id of the whole array.
+if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then this_job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; else this_job=${SLURM_JOB_ID:-}; fi
 
 in_job() { [ -n "${SLURM_JOB_ID:-}" ]; }
 
@@ -153,7 +156,7 @@ export_environment() {
 
 # "NODES GPUS" for each group of this job's nodes that have the same number of GPUs
 gpus_of_nodes() {
-  scontrol show job -d "$SLURM_JOB_ID" | awk '
+  scontrol show job -d "$this_job" | awk '
     $1 ~ /^Nodes=/ {
       gpus = 0; rest = $0
       while (match(rest, /gpu(:[^:,(]+)?:[0-9]+/)) {
@@ -170,7 +173,7 @@ begin() {
   shape=$(gpus_of_nodes)
   case $(echo "$shape" | cut -d' ' -f2 | sort -u | wc -l) in
     0 | 1) gpus=$(echo "$shape" | sed -n '1s/.* //p') ;;
-    *) refuse "the nodes of job $SLURM_JOB_ID have unequal numbers of GPUs ($(echo "$shape" | awk '{printf "%s%s: %s", (NR > 1 ? ", " : ""), $1, $2}')); ask for equal ones with --nodes=N --gpus-per-node=G, not with --gpus: bash slurm/X.sh does" ;;
+    *) refuse "the nodes of job $this_job have unequal numbers of GPUs ($(echo "$shape" | awk '{printf "%s%s: %s", (NR > 1 ? ", " : ""), $1, $2}')); ask for equal ones with --nodes=N --gpus-per-node=G, not with --gpus: bash slurm/X.sh does" ;;
   esac
   gpus=${gpus:-${SLURM_GPUS_ON_NODE:-0}}
   export SLURM_NNODES="${SLURM_NNODES:-${SLURM_JOB_NUM_NODES:-1}}"
@@ -180,7 +183,7 @@ begin() {
     tasks=${SLURM_NTASKS:-$SLURM_NNODES}
     export DS_ACCELERATOR=cpu
     if [ "$needs_gpu" = 1 ] && ! rehearsing; then
-      refuse "job $SLURM_JOB_ID has no GPU; submit it with 'bash slurm/X.sh', which asks for some, or rehearse in small with REHEARSE=1"
+      refuse "job $this_job has no GPU; submit it with 'bash slurm/X.sh', which asks for some, or rehearse in small with REHEARSE=1"
     fi
   fi
   tasks=${TASKS:-$tasks}
@@ -202,16 +205,16 @@ begin() {
   fi
   export INHERITUNE_LAUNCH OMP_NUM_THREADS="$cpus"
   jobs_folder=$INHERITUNE_ROOT/runs/jobs
-  export INHERITUNE_JOB="$jobs_folder/${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
+  export INHERITUNE_JOB="$jobs_folder/$this_job"
   mkdir -p "$INHERITUNE_JOB"
   rm -f "$INHERITUNE_JOB/more" "$INHERITUNE_JOB/failure"
   export_environment
   commit=$(git -C "$repository" rev-parse --short HEAD 2> /dev/null || echo unknown)
   if [ "$commit" != unknown ] && [ -n "$(git -C "$repository" status --porcelain --untracked-files=no)" ]; then commit+=" with changes"; fi
-  memory=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *\(Req\)\?TRES=.*mem=\([^,]*\).*/\2/p' | sed -n 1p)
+  memory=$(scontrol show job "$this_job" | sed -n 's/^ *\(Req\)\?TRES=.*mem=\([^,]*\).*/\2/p' | sed -n 1p)
   restarts=${SLURM_RESTART_COUNT:-${INHERITUNE_RESTARTS:-0}}
   say "$1"
-  say "job ${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID, }$SLURM_JOB_ID (restart $restarts) on $SLURM_NNODES node(s) $SLURM_JOB_NODELIST, each $gpus GPU(s); $tasks task(s) of $cpus CPU(s); memory ${memory:-unknown} in all"
+  say "restart $restarts on $SLURM_NNODES node(s) $SLURM_JOB_NODELIST, each $gpus GPU(s); $tasks task(s) of $cpus CPU(s); memory ${memory:-unknown} in all"
   say "commit $commit, INHERITUNE_ROOT=$INHERITUNE_ROOT$(if rehearsing; then echo ', REHEARSAL'; fi)"
   if [ "$gpus" -gt 0 ] && { [ "$tasks" -lt $((gpus * SLURM_NNODES)) ] || [ "$needs_gpu" = 0 ]; }; then
     say "note: this job holds $((gpus * SLURM_NNODES)) GPUs and uses fewer; 'bash slurm/$kind.sh' asks for what is needed"
@@ -249,7 +252,7 @@ after() {
 
 pending_slots() { squeue -h -r -j "$SLURM_ARRAY_JOB_ID" -t PENDING -o %K | grep -cvx "$SLURM_ARRAY_TASK_ID" || true; }
 
-job_field() { scontrol show job -o "$SLURM_JOB_ID" | tr ' ' '\n' | sed -n "s/^$1=//p" | sed -n 1p; }
+job_field() { scontrol show job -o "$this_job" | tr ' ' '\n' | sed -n "s/^$1=//p" | sed -n 1p; }
 
 # There is more to do: the next slot does it, or this job again, or a new job like it. Does not return.
 go_on() {
@@ -280,7 +283,7 @@ go_on() {
     echo "it was restarted $restarts times, which is all that MAX_RESTARTS allows" > "$INHERITUNE_JOB/failure"
     fail 1
   fi
-  if [ "$SITE_REQUEUE" = yes ] && scontrol requeue "$SLURM_JOB_ID"; then
+  if [ "$SITE_REQUEUE" = yes ] && scontrol requeue "$this_job"; then
     say "requeued as restart $((restarts + 1))"
     trap 'exit 0' TERM
     sleep 60 &
@@ -295,7 +298,7 @@ in_array() { [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; }
 # A job of the same shape behind this one, where the site does not requeue.
 resubmit() {
   local id options=() variable cleaned=()
-  options+=(--job-name="$SLURM_JOB_NAME" --dependency="afterany:$SLURM_JOB_ID" --partition="$SLURM_JOB_PARTITION" --nodes="$SLURM_NNODES")
+  options+=(--job-name="$SLURM_JOB_NAME" --dependency="afterany:$this_job" --partition="$SLURM_JOB_PARTITION" --nodes="$SLURM_NNODES")
   if [ "${SLURM_GPUS_ON_NODE:-0}" -gt 0 ]; then
     options+=(--gpus-per-node="${SLURM_GPUS_PER_NODE:-$SLURM_GPUS_ON_NODE}" --cpus-per-gpu=$((SLURM_CPUS_ON_NODE / SLURM_GPUS_ON_NODE)))
   else
@@ -313,7 +316,7 @@ resubmit() {
   if [ -n "$SITE_CONSTRAINT" ]; then options+=(--constraint="$SITE_CONSTRAINT"); fi
   if in_array; then options+=(--array="$SLURM_ARRAY_TASK_ID"); fi
   options+=(--time="$(job_field TimeLimit)" --signal="B:USR1@$SITE_LEAD" --no-requeue --open-mode=append --export=ALL)
-  options+=(--output="$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p')")
+  options+=(--output="$(scontrol show job "$this_job" | sed -n 's/^ *StdOut=//p')")
   # this job's own variables must not pass for the next one's
   for variable in "${!SLURM_@}"; do [ "$variable" = SLURM_CONF ] || cleaned+=(-u "$variable"); done
   if id=$(env "${cleaned[@]}" -u INHERITUNE_JOB -u INHERITUNE_LAUNCH INHERITUNE_RESTARTS=$((restarts + 1)) \

@@ -204,6 +204,7 @@ for i in $(seq 1 "$N"); do
   if [ "$NS" = 1 ]; then
     printf '127.0.0.1 localhost %s\n' "$H" >"$B/etc/hosts.$n"
     for k in $(seq 1 "$N"); do printf '127.0.0.%s %s\n' $((k + 1)) "$(name "$k")" >>"$B/etc/hosts.$n"; done
+    # shellcheck disable=SC2016  # for the inner shell
     unshare -um sh -c 'mount --bind "$1" /etc/hosts && hostname "$2" && exec slurmd -N "$2"' sh "$B/etc/hosts.$n" "$n" \
       >"$B/log/slurmd.$n.out" 2>&1 </dev/null || fail "slurmd $n did not start"
   else
