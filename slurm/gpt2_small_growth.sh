@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=gpt2_small_growth --nodes=1 --gpus-per-node=4 --cpus-per-gpu=8 --mem-per-gpu=60G --time=24:00:00
+#SBATCH --signal=B:USR1@300 --requeue --open-mode=append --array=1-12%1
+# GPT-2 Small on OpenWebText: Inheritune until it reaches the reference; each array task does what comes next.
+set -euo pipefail
+here=$(dirname "$0") # in a job of plain sbatch this is Slurm's spool folder
+[ -f "$here/job.sh" ] || here=${INHERITUNE_REPOSITORY:-$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/slurm/[a-z0-9_]*\.sh.*|\1|p')}/slurm
+[ -f "$here/job.sh" ] || here=${SLURM_SUBMIT_DIR:-.}/slurm
+# shellcheck source=slurm/job.sh
+source "$here/job.sh"
+GPUS=${GPUS:-4} grow gpt2_small_owt inheritune "$@"

@@ -1,0 +1,61 @@
+"""Stands for the training program in the tests of the job scripts: counts steps, saves and stops when it is asked to.
+
+    counting.py FOLDER STEPS          one rank of srun's: 0.1 s a step, its count kept in FOLDER/rank<r>
+    counting.py FOLDER STEPS --slot   what `grow` is on the batch host: starts the ranks with $INHERITUNE_LAUNCH, passes USR1 on
+
+COUNTING_FAILS: "killed" (rank 1 gets SIGKILL at step 5), "mistake" (exit code 2), "crash" (exit code 1 with a cause).
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def tell(name: str, line: str) -> None:
+    """Leave a message for the job script."""
+    (Path(os.environ["INHERITUNE_JOB"]) / name).write_text(line + "\n")
+
+
+def slot() -> int:
+    if (folder / "DONE").exists():
+        print("nothing is left to do")
+        return 0
+    ranks = subprocess.Popen([*os.environ["INHERITUNE_LAUNCH"].split(), "python3", __file__, *sys.argv[1:3]])
+    signal.signal(signal.SIGUSR1, lambda number, frame: ranks.send_signal(number))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return ranks.wait()
+
+
+def count() -> int:
+    asked = []
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: asked.append(number))
+    rank, fails = int(os.environ["SLURM_PROCID"]), os.environ.get("COUNTING_FAILS")
+    if fails in ("mistake", "crash"):
+        if rank == 0:
+            tell("failure", f"the loss is not a number (node {os.environ['SLURMD_NODENAME']}, rank 0)")
+        return 2 if fails == "mistake" else 1
+    kept = folder / f"rank{rank}"
+    step = int(kept.read_text()) if kept.exists() else 0
+    print(f"rank {rank} counts from {step}", flush=True)
+    while step < steps and not asked:
+        time.sleep(0.1)
+        step += 1
+        if fails == "killed" and rank == 1 and step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.5 + 0.5 * rank)  # a save takes its time, and not all ranks the same
+    kept.write_text(str(step))
+    if rank == 0 and step < steps:
+        print(f"stopped at {step} by {signal.Signals(asked[0]).name}", flush=True)
+        tell("more", f"step {step} of {steps}")
+    elif rank == 0:
+        (folder / "DONE").touch()
+    return 0
+
+
+folder, steps = Path(sys.argv[1]), int(sys.argv[2])
+folder.mkdir(parents=True, exist_ok=True)
+sys.exit(slot() if "--slot" in sys.argv else count())
