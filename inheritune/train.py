@@ -134,11 +134,7 @@ def prepare_start(job: Job):
     inherited = job.run.init.inherit
     if inherited is None:
         layers = job.run.layers or job.experiment.model.layers
-        folder = job.dir.seed_checkpoint(layers)
-        with Lock(folder):  # runs of one size share it, and may start at the same time
-            if not (folder / "inherited.json").is_file():
-                write_random(hf_config(job.experiment.model, layers), folder, seed=job.seed)
-        return folder
+        return random_start(job, layers)
     folder = job.dir.init
     if (folder / "inherited.json").is_file():
         return folder
@@ -157,14 +153,28 @@ def prepare_start(job: Job):
                 )
             extend(before.final, source, depths[job.stage - 2], depths[job.stage - 1], folder)
             return folder
-    inherit(source, layers, folder, inherited.parts, inherited.modules, job.seed, inherited.revision)
+    revision = None if job.experiment.rehearsal else inherited.revision  # its source is a folder of ours
+    inherit(source, layers, folder, inherited.parts, inherited.modules, job.seed, revision)
+    return folder
+
+
+def random_start(job: Job, layers: int):
+    """The random model of this experiment and seed with `layers` blocks, written once.  -> its folder"""
+    folder = job.root.seed_checkpoint(layers)
+    with Lock(folder):  # runs of one size share it, and may start at the same time
+        if not (folder / "inherited.json").is_file():
+            write_random(hf_config(job.experiment.model, layers), folder, seed=job.seed)
     return folder
 
 
 def source_of(job: Job) -> str:
     """Path or id that an inherited run copies from. Raises UserError if it is a run of the file that is not finished."""
     source = job.run.init.inherit.source
-    return str(finished_weights(job.experiment, source, job.seed)) if source in job.experiment.runs else source
+    if source in job.experiment.runs:
+        return str(finished_weights(job.experiment, source, job.seed))
+    if job.experiment.rehearsal:  # a public model has not the rehearsal's size: a random one of that size stands in for it
+        return str(random_start(job, job.experiment.model.layers))
+    return source
 
 
 def finished_weights(experiment: Experiment, name: str, seed: int):

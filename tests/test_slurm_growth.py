@@ -1,0 +1,151 @@
+"""Staged growth as an array job on a real Slurm of two nodes, with the real program: undisturbed, and disturbed in every way
+that a cluster knows. The two must end with the same bits, and no stage may run twice from its beginning."""
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment, write_tokens
+from slurm_cluster import Slurm, cluster, session_cluster, slurm  # noqa: F401
+
+from inheritune.config import load_experiment
+from inheritune.rundir import RunDir, data_dir, hash_folder, read_json, read_jsonl
+
+SLURM = REPOSITORY / "slurm"
+TWO_NODES = {"GPUS": 2, "SITE_GPUS_PER_NODE": 1, "SITE_CPUS_PER_GPU": 1, "SITE_MEM_PER_GPU": "1G"}
+STEPS = 60
+
+
+def make(folder: Path, root: Path, monkeypatch) -> tuple[str, RunDir, RunDir]:
+    """An experiment that grows over two stages, its data, its root.  -> path, grown run, reference"""
+    monkeypatch.setenv("INHERITUNE_ROOT", str(root))
+    raw = experiment_dict()
+    raw["train"] |= {
+        "steps": STEPS,
+        "checkpoint_every": 10,
+        "eval_every": 30,
+        "keep_last": 2,
+        "deepspeed": str(folder / "ds.json"),
+    }
+    raw["runs"]["grown"]["grow"]["margin"] = -9.0  # never parity: both stages are trained
+    (folder / "ds.json").write_text(
+        json.dumps(
+            {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+        )
+    )
+    path = write_experiment(folder, raw)
+    experiment = load_experiment(path)
+    write_tokens(data_dir(experiment))
+    return path, RunDir.of(experiment, "grown"), RunDir.of(experiment, "reference")
+
+
+def record(run: RunDir) -> list[tuple]:
+    return [tuple(row.get(key) for key in ("step", "loss", "grad_norm", "val_loss")) for row in read_jsonl(run.metrics)]
+
+
+def last_step(run: RunDir) -> int:
+    return max((row["step"] for row in read_jsonl(run.metrics)), default=0)
+
+
+def tasks_of(rank: int) -> list[int]:
+    """Process ids of the running training tasks of a rank."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (entry / "cmdline").read_bytes().split(b"\0")
+            environment = (entry / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"train" in command and f"SLURM_PROCID={rank}".encode() in environment and b"srun" not in command[0]:
+            found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.slow
+def test_disturbed_array_ends_with_the_bits_of_the_undisturbed_one(slurm, tmp_path, monkeypatch):  # noqa: F811
+    (tmp_path / "calm").mkdir(), (tmp_path / "wild").mkdir()
+    path, calm, calm_reference = make(tmp_path / "calm", tmp_path / "calm-root", monkeypatch)
+    array = slurm.submit(SLURM / "grow.sh", path, "grown", **TWO_NODES, ARRAY="1-5%1")
+    states = [record["JobState"] for record in slurm.wait(array, timeout=400)]
+    assert calm.is_done(), slurm.logs()
+    assert states == ["COMPLETED"] * 5 and "did not reach reference's validation loss" in slurm.logs(), slurm.logs()
+    assert "2 task(s)" in slurm.logs() and "preflight: 2 rank(s) on 2 node(s)" in slurm.logs()
+
+    path, wild, reference = make(tmp_path / "wild", tmp_path / "wild-root", monkeypatch)
+    array = slurm.submit(SLURM / "grow.sh", path, "grown", **TWO_NODES, ARRAY="1-12%1")
+    struck = []
+
+    def running() -> str:
+        """JobId of the array's running task."""
+        return next(r["JobId"] for r in slurm.records(array) if r["JobState"] == "RUNNING")
+
+    def strike(run: RunDir, step: int, name: str, blow) -> None:
+        """Deliver `blow` as soon as `run` has recorded `step` and is still in mid-training."""
+        slurm.until(lambda: last_step(run) >= step, timeout=200)
+        job, starts = running(), len(read_json(run.provenance)["starts"])
+        blow(job)
+        assert not run.is_done()
+        struck.append((name, run, last_step(run)))
+        slurm.until(lambda: run.is_done() or len(read_json(run.provenance)["starts"]) > starts, timeout=200)
+        assert len(read_json(run.provenance)["starts"]) == starts + 1, f"{name} struck too late\n{slurm.logs()}"
+
+    strike(reference, 14, "SIGKILL", lambda job: os.kill(tasks_of(1)[0], signal.SIGKILL))
+    strike(reference, 34, "requeue", lambda job: slurm.run("scontrol", "requeue", job))
+    strike(wild.stage(1), 14, "USR1", slurm.ask_to_stop)
+
+    def node_failure(job):
+        node = next(r for r in slurm.records(job) if r["JobId"] == job)["BatchHost"]
+        slurm.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+        time.sleep(2)
+        slurm.run("scontrol", "update", f"nodename={node}", "state=resume")
+
+    strike(wild.stage(2), 24, "node down", node_failure)
+    slurm.until(wild.is_done, timeout=300)
+    slurm.wait(array, timeout=120)
+
+    for ours, theirs in [(reference, calm_reference), (wild.stage(1), calm.stage(1)), (wild.stage(2), calm.stage(2))]:
+        assert record(ours) == record(theirs), slurm.logs()
+        assert hash_folder(ours.final) == hash_folder(theirs.final)
+        starts = read_json(ours.provenance)["starts"]
+        assert [start["resumed_at"] is None for start in starts] == [True] + [False] * (len(starts) - 1)  # begun once
+        assert not list(ours.path.rglob(".*"))
+    by_run = {str(run.path): [at for _, other, at in struck if other is run] for _, run, _ in struck}
+    assert all(0 < at < STEPS for steps in by_run.values() for at in steps)
+    # the kill struck between two checkpoints: what came after the newest was done again
+    assert [row["step"] for row in read_jsonl(reference.discarded_metrics)][0] == 11
+    # USR1 saved at the very step
+    assert read_json(wild.stage(1).provenance)["starts"][1]["resumed_at"] >= 14
+    verdicts = [read_json(run.done) for run in (wild, calm)]
+    assert verdicts[0] == verdicts[1]
+    table = run_verb("table", path).stdout
+    assert "Inheritune, stage 2" in table and "does not reach" in table
+
+
+@pytest.mark.slow
+def test_two_arrays_on_one_run_do_not_meet(slurm, tmp_path, monkeypatch):  # noqa: F811
+    path, grown, reference = make(tmp_path, tmp_path / "root", monkeypatch)
+    shape = {**TWO_NODES, "ARRAY": "1-4%1", "INHERITUNE_LOCK_WAIT": 5}
+    first = slurm.submit(SLURM / "grow.sh", path, "grown", **shape)
+    second = slurm.submit(SLURM / "grow.sh", path, "grown", **shape, FORCE=1)
+    slurm.wait(first, second, timeout=400)
+    assert grown.is_done(), slurm.logs()
+    assert re.search(r"is being written by job \d+ on 127.0.0.\d", slurm.logs()), slurm.logs()
+    for run in (reference, grown.stage(1), grown.stage(2)):
+        assert [row["step"] for row in read_jsonl(run.metrics) if "loss" in row] == list(range(1, STEPS + 1))
+        assert len([s for s in read_json(run.provenance)["starts"] if s["resumed_at"] is None]) == 1
+
+
+@pytest.mark.slow
+def test_the_first_job_on_an_empty_site_tells_both_ways_on(slurm, own_root):  # noqa: F811
+    printed = slurm.run("sbatch", "--parsable", f"--output={own_root.parent}/log", SLURM / "gpt2_medium_stage1.sh")
+    job = printed.splitlines()[-1]
+    assert slurm.wait(job)[0]["ExitCode"] == "2:0"
+    log = (own_root.parent / "log").read_text()
+    assert "bash slurm/fetch.sh gpt2_medium_owt && bash slurm/prepare.sh gpt2_medium_owt" in log
+    assert "bash slurm/train.sh gpt2_medium_owt reference" in log and "GPU-hours at 40%" in log
+    assert "bash slurm/train.sh gpt2_medium_owt inheritune --stage 1 -- --dependency=afterok:JOB" in log
+    assert log.splitlines()[-1].count("FAILED (code 2)") == 1
