@@ -52,15 +52,16 @@ def last_step(run: RunDir) -> int:
 
 
 def tasks_of(rank: int) -> list[int]:
-    """Process ids of the running training tasks of a rank."""
-    found = []
+    """Process ids of the running training tasks of a rank, under this test's root."""
+    found, root = [], f"INHERITUNE_ROOT={os.environ['INHERITUNE_ROOT']}".encode()
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             command = (entry / "cmdline").read_bytes().split(b"\0")
             environment = (entry / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"train" in command and f"SLURM_PROCID={rank}".encode() in environment and b"srun" not in command[0]:
+        ours = root in environment and f"SLURM_PROCID={rank}".encode() in environment
+        if ours and b"train" in command and b"srun" not in command[0]:
             found.append(int(entry.name))
     return found
 

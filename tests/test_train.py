@@ -41,6 +41,14 @@ FAMILIES = {
 }  # fmt: skip
 STAGES = (0, 1, 2, 3)
 BF16 = ("gpt2_tied", "llama_untied")
+ALL = {(stage, ranks) for stage in STAGES for ranks in (1, 2, 3)}
+SOME = {(0, 1), (1, 2), (2, 3), (3, 2), (3, 3)}
+"""(ZeRO stage, ranks). Two families are trained at all of them in fp32; the two others, and bf16, at some: what differs between
+tied and untied heads, or between precisions, does not depend on the pair."""
+
+
+def shapes(family: str, precision: str) -> set[tuple[int, int]]:
+    return ALL if precision == "fp32" and family in ("gpt2_tied", "llama_untied") else SOME
 
 
 def write_family(root, family: str) -> str:
@@ -76,9 +84,10 @@ def trained(tmp_path_factory):
                 path = write_family(root, family)
                 experiment = load_experiment(path)
                 for name in experiment.runs:
-                    words.append(f"{path}:{name}")
                     precision, stage = name.split("_")
-                    runs[family, precision, int(stage), ranks] = RunDir.of(experiment, name)
+                    if (int(stage), ranks) in shapes(family, precision):
+                        words.append(f"{path}:{name}")
+                        runs[family, precision, int(stage), ranks] = RunDir.of(experiment, name)
             launch(["tests/train_many.py", *words], ranks, INHERITUNE_ROOT=root)
     return runs
 
@@ -99,7 +108,7 @@ def losses_of(run: RunDir, key: str = "loss") -> np.ndarray:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_same_seed_same_loss_in_fp32(trained, family):
     runs = {key: run for key, run in trained.items() if key[:2] == (family, "fp32")}
-    assert len(runs) == 12
+    assert {key[2:] for key in runs} == shapes(family, "fp32")
     first = losses_of(runs[family, "fp32", 0, 1])
     assert len(first) == STEPS and first[-1] < first[0] - 0.3  # it learns
     for key, run in runs.items():
