@@ -75,6 +75,15 @@ def test_headers_have_the_shape_that_the_readme_tells():
         assert os.access(script, os.X_OK), script
 
 
+def test_the_readme_names_every_script():
+    text = (REPOSITORY / "slurm" / "README.md").read_text()
+    named = set(re.findall(r"`(\w+\.sh)`", text)) | set(re.findall(r"bash slurm/(\w+\.sh)", text))
+    for name in re.findall(r"`(\w+)_\{(\w+(?:,\w+)*)\}\.sh`", text):
+        named |= {f"{name[0]}_{kind}.sh" for kind in name[1].split(",")}
+    assert named - {"X.sh"} == {p.name for p in (REPOSITORY / "slurm").glob("*.sh")}
+    assert all((REPOSITORY / "slurm" / target).exists() for target in re.findall(r"\]\(([^)#:]+)\)", text))
+
+
 def test_site_file_serves_a_login_shell(slurm):  # noqa: F811
     """Sourced, it exports what sbatch reads; a value that is set wins over the guess."""
     shown = slurm.run("bash", "-c", f"source {REPOSITORY}/slurm/site.sh; env", SITE_ACCOUNT="mine", SITE_CPUS_PER_GPU=3)
@@ -268,12 +277,20 @@ def test_the_last_slot_requeues_itself_alone(slurm, tmp_path):  # noqa: F811
     assert counted(tmp_path / "a") == {30}
 
 
+def test_a_chain_of_jobs_does_what_an_array_does(slurm, tmp_path):  # noqa: F811
+    first = slurm.submit(COUNTING, tmp_path / "a", 10, COUNTING_SLOTS=1, ARRAY="no")
+    behind = f"--dependency=afterany:{first}"
+    second = slurm.submit(COUNTING, tmp_path / "a", 10, "--", behind, COUNTING_SLOTS=1, ARRAY="no", FORCE=1)
+    assert [r["JobState"] for r in slurm.wait(first, second)] == ["COMPLETED", "COMPLETED"], slurm.logs()
+    assert counted(tmp_path / "a") == {10} and "nothing is left to do" in slurm.log(second)
+
+
 def test_a_mistake_stops_the_rest_of_the_array(slurm, tmp_path):  # noqa: F811
     job = slurm.submit(COUNTING, tmp_path / "a", 20, COUNTING_SLOTS=1, COUNTING_FAILS="mistake")
     slurm.wait(job)
     assert set(states(slurm, job).values()) == {"FAILED", "CANCELLED"}, slurm.logs()
     last = slurm.log(f"{job}_1").splitlines()[-1]
-    assert "FAILED (code 2): the loss is not a number (node 127.0.0.2, rank 0); mend that, then submit again" in last
+    assert "FAILED (code 2): 127.0.0.2 rank 0: the loss is not a number; mend that, then submit again" in last
 
 
 def test_the_same_crash_twice_stops_the_array_and_another_slot_is_told_why(slurm, tmp_path):  # noqa: F811
@@ -283,5 +300,5 @@ def test_the_same_crash_twice_stops_the_array_and_another_slot_is_told_why(slurm
     assert "the rest of the array was cancelled" not in slurm.log(f"{job}_1")
     assert "the rest of the array was cancelled" in slurm.log(f"{job}_2")
     slurm.run("scontrol", "requeue", f"{job}_1")  # as a slot that starts in spite of all
-    slurm.until(lambda: "this array was stopped: the loss is not a number" in slurm.log(f"{job}_1"))
+    slurm.until(lambda: "this array was stopped: 127.0.0.2 rank 0: the loss is not a number" in slurm.log(f"{job}_1"))
     slurm.wait(job)
