@@ -274,7 +274,7 @@ go_on() {
   fi
   # a job that was cancelled, or requeued from outside, must not come back through us
   case $state in
-    RUNNING | PREEMPTED | TIMEOUT) ;;
+    RUNNING | SIGNALING | PREEMPTED | TIMEOUT) ;;
     COMPLETING) if [ "$reason" != TimeLimit ]; then
       say "the job was cancelled or requeued from outside; to go on: $(again)"
       exit 0
@@ -388,6 +388,9 @@ fail() {
 # Submit this script as a job and leave. Shape: GPUS in all (0: TASKS tasks on CPUs), ARRAY, CPUS a task without GPU.
 submit() {
   local options=() command name nodes per_node queued id log line
+  if ! sinfo -h > /dev/null 2>&1; then
+    refuse "this is no login node of a Slurm cluster (sinfo does not answer); without Slurm: python -m inheritune $kind ... --procs N"
+  fi
   name=$(basename "$0" .sh)
   for word in ${script_arguments[@]+"${script_arguments[@]}"}; do
     word=${word#--} word=${word##*/}

@@ -93,6 +93,10 @@ def test_site_file_serves_a_login_shell(slurm):  # noqa: F811
     assert wanted.items() <= have.items()
     assert "PARTITION" not in have  # the default partition has GPUs: nothing to ask for
     slurm.run("bash", "-c", f"source {REPOSITORY}/slurm/site.sh; sbatch --test-only {REPOSITORY}/slurm/train.sh a b")
+    # what it exported must not give GPUs to a job that asks for none
+    rehearsal = f"source {REPOSITORY}/slurm/site.sh; REHEARSE=1 bash {REPOSITORY}/slurm/train.sh a b --dry-run"
+    line = slurm.run("bash", "-c", rehearsal).splitlines()[0]
+    assert line.startswith("env -u SBATCH_") and "-u SBATCH_GPUS_PER_NODE " in line
 
 
 def test_site_file_finds_the_partition_with_gpus(tmp_path):
@@ -117,6 +121,16 @@ def test_plain_sbatch_finds_the_repository_from_any_folder(slurm, tmp_path):  # 
     assert "no experiment 'no such $(touch pwned)'" in log
     assert log.splitlines()[-1].endswith(f"submit again: bash {REPOSITORY}/slurm/evaluate.sh 'no such $(touch pwned)'")
     assert not (tmp_path / "pwned").exists()
+
+
+def test_mistakes_at_submission_are_one_sentence(slurm):  # noqa: F811
+    """Nothing is submitted, and the exit code is not 0."""
+    script = REPOSITORY / "slurm" / "baselines.sh"
+    assert "no experiment 'nosuch'" in slurm.run("bash", script, "nosuch", check=False)
+    assert "usage: bash" in slurm.run("bash", script, check=False)
+    elsewhere = slurm.run("bash", REPOSITORY / "slurm" / "train.sh", "a", "b", check=False, SLURM_CONF="/nowhere")
+    assert elsewhere.startswith("inheritune: this is no login node of a Slurm cluster") and elsewhere.count("\n") == 0
+    assert not slurm.run("squeue", "-h")
 
 
 def test_names_are_data(slurm, tmp_path):  # noqa: F811
@@ -222,6 +236,35 @@ def test_restarts_are_capped(slurm, tmp_path):  # noqa: F811
     slurm.ask_to_stop(job)
     (record,) = slurm.wait(job)
     assert record["ExitCode"] == "1:0" and "all that MAX_RESTARTS allows" in slurm.log(job).splitlines()[-1]
+
+
+def test_a_preempted_job_comes_back(tmp_path):
+    """At preemption the tasks get TERM and save; a job whose step then ends with 0 would count as finished (Slurm 22.05)."""
+    extra = tmp_path / "preempt.conf"
+    extra.write_text(
+        "PreemptType=preempt/partition_prio\nPreemptMode=REQUEUE\n"
+        "PartitionName=low Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=8 State=UP\n"
+        "PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP\n"
+    )
+    with cluster(LAB_EXTRA=extra) as here:
+        job = here.submit(COUNTING, tmp_path / "a", 40, SITE_PARTITION="low")
+        here.wait_for_log(job, "rank 3 counts from 0")
+        here.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
+        (record,) = here.wait(job)
+        assert record["JobState"] == "COMPLETED" and int(record["Restarts"]) >= 1, here.log(job)
+        assert "by SIGTERM" in here.log(job) and counted(tmp_path / "a") == {40}
+        assert here.log(job).count("counts from 0") == 4
+
+
+def test_a_lost_node_brings_the_job_back(slurm, tmp_path):  # noqa: F811
+    job = slurm.submit(COUNTING, tmp_path / "a", 30, "--", "--nodelist=127.0.0.2")
+    slurm.wait_for_log(job, "rank 3 counts from 0")
+    slurm.run("scontrol", "update", "nodename=127.0.0.2", "state=down", "reason=test")
+    slurm.until(lambda: slurm.records(job)[0]["JobState"] == "PENDING")
+    slurm.run("scontrol", "update", "nodename=127.0.0.2", "state=resume")
+    (record,) = slurm.wait(job)
+    assert record["JobState"] == "COMPLETED" and record["Restarts"] == "1", slurm.log(job)
+    assert counted(tmp_path / "a") == {30}
 
 
 @pytest.mark.slow
