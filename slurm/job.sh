@@ -5,7 +5,7 @@
 # per GPU with srun, passes USR1 (the end of the time is near) on to them, and goes on in another job while there is work left:
 #
 #   $INHERITUNE_JOB/more     written by the program: it saved and stopped, and there is more to do
-#   $INHERITUNE_JOB/failure  written by the program when it fails: one line, the cause with its node and rank
+#   $INHERITUNE_JOB/failure  written by the program when it fails: one line, "NODE rank R: cause"
 #
 # The exit code alone could not say so: Slurm ends a step whose first task leaves with an error while others still save, and
 # takes a job whose step ends with 0 at preemption for finished.
@@ -115,6 +115,9 @@ this_command() {
   fi
 }
 
+# The same as a line to paste.
+again() { echo "$(if rehearsing; then echo 'REHEARSE=1 '; fi)$(this_command)"; }
+
 # --- the environment of a job
 
 load_software() {
@@ -129,7 +132,9 @@ load_software() {
   fi
   set -u
   if [ -n "$SITE_APPTAINER" ]; then
-    case $SITE_APPTAINER$INHERITUNE_ROOT$repository in *[[:space:]]*) refuse "the paths of the Apptainer image, INHERITUNE_ROOT and the repository may hold no spaces" ;; esac
+    case $SITE_APPTAINER$INHERITUNE_ROOT${HF_HOME:-}$repository in
+      *[[:space:]]*) refuse "with an Apptainer image its path, INHERITUNE_ROOT, HF_HOME and the repository's path may hold no spaces" ;;
+    esac
     [ -f "$SITE_APPTAINER" ] || refuse "SITE_APPTAINER is $SITE_APPTAINER, which is not there; make it with: apptainer build $(quoted "$SITE_APPTAINER" "$slurm_folder/inheritune.def")"
     # the tasks run in the image; what starts them (check, grow) runs outside it, next to srun
     python3 -c 'import fire, pydantic, xxhash, yaml' 2> /dev/null ||
@@ -201,7 +206,7 @@ begin() {
   fi
   INHERITUNE_LAUNCH+=" --cpus-per-task=$cpus"
   if [ -n "$SITE_APPTAINER" ]; then
-    INHERITUNE_LAUNCH+=" apptainer exec --nv --bind $repository --bind $INHERITUNE_ROOT $SITE_APPTAINER"
+    INHERITUNE_LAUNCH+=" apptainer exec --nv --bind $repository --bind $INHERITUNE_ROOT${HF_HOME:+ --bind $HF_HOME} $SITE_APPTAINER"
   fi
   export INHERITUNE_LAUNCH OMP_NUM_THREADS="$cpus"
   jobs_folder=$INHERITUNE_ROOT/runs/jobs
@@ -264,18 +269,18 @@ go_on() {
   fi
   state=$(job_field JobState) reason=$(job_field Reason)
   if [ "$(job_field BatchFlag)" = 0 ]; then
-    say "this is an interactive allocation; go on with: $(this_command)"
+    say "this is an interactive allocation; go on with: $(again)"
     exit 0
   fi
   # a job that was cancelled, or requeued from outside, must not come back through us
   case $state in
-    RUNNING | PREEMPTED | TIMEOUT) ;;
+    RUNNING | SIGNALING | PREEMPTED | TIMEOUT) ;;
     COMPLETING) if [ "$reason" != TimeLimit ]; then
-      say "the job was cancelled or requeued from outside; to go on: $(this_command)"
+      say "the job was cancelled or requeued from outside; to go on: $(again)"
       exit 0
     fi ;;
     *)
-      say "the job is $state; to go on, if it does not by itself: $(this_command)"
+      say "the job is $state; to go on, if it does not by itself: $(again)"
       exit 0
       ;;
   esac
@@ -343,7 +348,7 @@ progress() {
 
 stop_if_array_stopped() {
   if [ "$slots" = 1 ] && in_array && [ -e "$(array_stopped)" ]; then
-    say "this array was stopped: $(cat "$(array_stopped)"); when that is mended, submit again: $(this_command)"
+    say "this array was stopped: $(cat "$(array_stopped)"); when that is mended, submit again: $(again)"
     exit 2
   fi
 }
@@ -352,7 +357,7 @@ stop_if_array_stopped() {
 fail() {
   local code=$1 cause='' record next
   if [ -s "$INHERITUNE_JOB/failure" ]; then
-    cause=$(sed -n 1p "$INHERITUNE_JOB/failure")
+    cause=$(sed -n '1{s/:$//;p}' "$INHERITUNE_JOB/failure")
   elif [ "$code" -gt 128 ]; then
     cause="a task was killed by signal $((code - 128))"
     if [ "$code" = 137 ]; then cause+=" (out of memory?)"; fi
@@ -363,10 +368,10 @@ fail() {
   else
     cause="it ended with code $code, see above, on one of the nodes $SLURM_JOB_NODELIST"
   fi
-  next="the same command goes on from the last checkpoint: $(this_command)"
-  if [ "$code" = 2 ]; then next="mend that, then submit again: $(this_command)"; fi
+  next="the same command goes on from the last checkpoint: $(again)"
+  if [ "$code" = 2 ]; then next="mend that, then submit again: $(again)"; fi
   if [ "$slots" = 1 ] && in_array; then
-    record="${cause% (node *} | $(progress)" # the same cause on another node is the same cause
+    record="${cause#* rank *: } | $(progress)" # the same cause on another node or rank is the same cause
     if [ "$code" = 2 ] || { [ -e "$(last_failure)" ] && [ "$(cat "$(last_failure)")" = "$record" ]; }; then
       echo "$cause" > "$(array_stopped)"
       scancel --state=PENDING "$SLURM_ARRAY_JOB_ID" || true
@@ -383,6 +388,9 @@ fail() {
 # Submit this script as a job and leave. Shape: GPUS in all (0: TASKS tasks on CPUs), ARRAY, CPUS a task without GPU.
 submit() {
   local options=() command name nodes per_node queued id log line
+  if ! sinfo -h > /dev/null 2>&1; then
+    refuse "this is no login node of a Slurm cluster (sinfo does not answer); without Slurm: python -m inheritune $kind ... --procs N"
+  fi
   name=$(basename "$0" .sh)
   for word in ${script_arguments[@]+"${script_arguments[@]}"}; do
     word=${word#--} word=${word##*/}
@@ -502,7 +510,7 @@ train() {
   defaults train 8
   read_arguments 2 "EXPERIMENT RUN [--stage N] [--seed K] [--ds FILE]" "$@"
   stop_file=$(run_folder "${words[@]}")/STOP
-  start "train ${words[0]}, run ${words[1]} ${flags[*]}"
+  start "train ${words[0]}, run ${words[1]}${flags[*]:+ ${flags[*]}}"
   local options=() name
   for name in stage seed; do if [ -n "$(flag $name)" ]; then options+=("--$name" "$(flag $name)"); fi; done
   check "${words[@]}" ${options[@]+"${options[@]}"}
@@ -514,7 +522,7 @@ grow() {
   array=${ARRAY:-1-12%1} slots=1
   read_arguments 2 "EXPERIMENT RUN [--seed K] [--ds FILE]" "$@"
   stop_file=$(run_folder "${words[@]}")/STOP
-  start "grow ${words[0]}, run ${words[1]} ${flags[*]}: one slot of the growth"
+  start "grow ${words[0]}, run ${words[1]}${flags[*]:+ ${flags[*]}}: one slot of the growth"
   work host_python -m inheritune grow "${words[0]}" --run "${words[1]}" --slot ${flags[@]+"${flags[@]}"}
 }
 

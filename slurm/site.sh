@@ -29,7 +29,7 @@
 # --- nothing to edit below
 if [ -z "${SLURM_JOB_ID:-}" ] && command -v sinfo > /dev/null; then
   # of the partition: its name (if it must be asked for), GPUs a node, CPUs and MB a GPU, minutes a job
-  _site_guess=$(sinfo -h -e -o '%P|%D|%c|%m|%l|%G' 2> /dev/null | awk -F'|' -v wanted="$SITE_PARTITION" -v type="$SITE_GPU_TYPE" '
+  _site_guess=$({ sinfo -h -e -o '%P|%D|%c|%m|%l|%G' 2> /dev/null || true; } | awk -F'|' -v wanted="$SITE_PARTITION" -v type="$SITE_GPU_TYPE" '
     { name = $1; standard = sub(/\*$/, "", name); gpus = 0; rest = $6
       while (match(rest, /gpu(:[^:,(]+)?:[0-9]+/)) {
         entry = substr(rest, RSTART, RLENGTH); rest = substr(rest, RSTART + RLENGTH); count = entry; sub(/.*:/, "", count)

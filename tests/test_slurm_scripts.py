@@ -75,6 +75,15 @@ def test_headers_have_the_shape_that_the_readme_tells():
         assert os.access(script, os.X_OK), script
 
 
+def test_the_readme_names_every_script():
+    text = (REPOSITORY / "slurm" / "README.md").read_text()
+    named = set(re.findall(r"`(\w+\.sh)`", text)) | set(re.findall(r"bash slurm/(\w+\.sh)", text))
+    for name in re.findall(r"`(\w+)_\{(\w+(?:,\w+)*)\}\.sh`", text):
+        named |= {f"{name[0]}_{kind}.sh" for kind in name[1].split(",")}
+    assert named - {"X.sh"} == {p.name for p in (REPOSITORY / "slurm").glob("*.sh")}
+    assert all((REPOSITORY / "slurm" / target).exists() for target in re.findall(r"\]\(([^)#:]+)\)", text))
+
+
 def test_site_file_serves_a_login_shell(slurm):  # noqa: F811
     """Sourced, it exports what sbatch reads; a value that is set wins over the guess."""
     shown = slurm.run("bash", "-c", f"source {REPOSITORY}/slurm/site.sh; env", SITE_ACCOUNT="mine", SITE_CPUS_PER_GPU=3)
@@ -84,6 +93,10 @@ def test_site_file_serves_a_login_shell(slurm):  # noqa: F811
     assert wanted.items() <= have.items()
     assert "PARTITION" not in have  # the default partition has GPUs: nothing to ask for
     slurm.run("bash", "-c", f"source {REPOSITORY}/slurm/site.sh; sbatch --test-only {REPOSITORY}/slurm/train.sh a b")
+    # what it exported must not give GPUs to a job that asks for none
+    rehearsal = f"source {REPOSITORY}/slurm/site.sh; REHEARSE=1 bash {REPOSITORY}/slurm/train.sh a b --dry-run"
+    line = slurm.run("bash", "-c", rehearsal).splitlines()[0]
+    assert line.startswith("env -u SBATCH_") and "-u SBATCH_GPUS_PER_NODE " in line
 
 
 def test_site_file_finds_the_partition_with_gpus(tmp_path):
@@ -108,6 +121,16 @@ def test_plain_sbatch_finds_the_repository_from_any_folder(slurm, tmp_path):  # 
     assert "no experiment 'no such $(touch pwned)'" in log
     assert log.splitlines()[-1].endswith(f"submit again: bash {REPOSITORY}/slurm/evaluate.sh 'no such $(touch pwned)'")
     assert not (tmp_path / "pwned").exists()
+
+
+def test_mistakes_at_submission_are_one_sentence(slurm):  # noqa: F811
+    """Nothing is submitted, and the exit code is not 0."""
+    script = REPOSITORY / "slurm" / "baselines.sh"
+    assert "no experiment 'nosuch'" in slurm.run("bash", script, "nosuch", check=False)
+    assert "usage: bash" in slurm.run("bash", script, check=False)
+    elsewhere = slurm.run("bash", REPOSITORY / "slurm" / "train.sh", "a", "b", check=False, SLURM_CONF="/nowhere")
+    assert elsewhere.startswith("inheritune: this is no login node of a Slurm cluster") and elsewhere.count("\n") == 0
+    assert not slurm.run("squeue", "-h")
 
 
 def test_names_are_data(slurm, tmp_path):  # noqa: F811
@@ -215,6 +238,35 @@ def test_restarts_are_capped(slurm, tmp_path):  # noqa: F811
     assert record["ExitCode"] == "1:0" and "all that MAX_RESTARTS allows" in slurm.log(job).splitlines()[-1]
 
 
+def test_a_preempted_job_comes_back(tmp_path):
+    """At preemption the tasks get TERM and save; a job whose step then ends with 0 would count as finished (Slurm 22.05)."""
+    extra = tmp_path / "preempt.conf"
+    extra.write_text(
+        "PreemptType=preempt/partition_prio\nPreemptMode=REQUEUE\n"
+        "PartitionName=low Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=8 State=UP\n"
+        "PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP\n"
+    )
+    with cluster(LAB_EXTRA=extra) as here:
+        job = here.submit(COUNTING, tmp_path / "a", 40, SITE_PARTITION="low")
+        here.wait_for_log(job, "rank 3 counts from 0")
+        here.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
+        (record,) = here.wait(job)
+        assert record["JobState"] == "COMPLETED" and int(record["Restarts"]) >= 1, here.log(job)
+        assert "by SIGTERM" in here.log(job) and counted(tmp_path / "a") == {40}
+        assert here.log(job).count("counts from 0") == 4
+
+
+def test_a_lost_node_brings_the_job_back(slurm, tmp_path):  # noqa: F811
+    job = slurm.submit(COUNTING, tmp_path / "a", 30, "--", "--nodelist=127.0.0.2")
+    slurm.wait_for_log(job, "rank 3 counts from 0")
+    slurm.run("scontrol", "update", "nodename=127.0.0.2", "state=down", "reason=test")
+    slurm.until(lambda: slurm.records(job)[0]["JobState"] == "PENDING")
+    slurm.run("scontrol", "update", "nodename=127.0.0.2", "state=resume")
+    (record,) = slurm.wait(job)
+    assert record["JobState"] == "COMPLETED" and record["Restarts"] == "1", slurm.log(job)
+    assert counted(tmp_path / "a") == {30}
+
+
 @pytest.mark.slow
 def test_the_time_limit_asks_first(slurm, tmp_path):  # noqa: F811
     """Slurm looks at limits every 30 s: with one minute and 40 s of lead the signal comes after some 15 s."""
@@ -268,12 +320,20 @@ def test_the_last_slot_requeues_itself_alone(slurm, tmp_path):  # noqa: F811
     assert counted(tmp_path / "a") == {30}
 
 
+def test_a_chain_of_jobs_does_what_an_array_does(slurm, tmp_path):  # noqa: F811
+    first = slurm.submit(COUNTING, tmp_path / "a", 10, COUNTING_SLOTS=1, ARRAY="no")
+    behind = f"--dependency=afterany:{first}"
+    second = slurm.submit(COUNTING, tmp_path / "a", 10, "--", behind, COUNTING_SLOTS=1, ARRAY="no", FORCE=1)
+    assert [r["JobState"] for r in slurm.wait(first, second)] == ["COMPLETED", "COMPLETED"], slurm.logs()
+    assert counted(tmp_path / "a") == {10} and "nothing is left to do" in slurm.log(second)
+
+
 def test_a_mistake_stops_the_rest_of_the_array(slurm, tmp_path):  # noqa: F811
     job = slurm.submit(COUNTING, tmp_path / "a", 20, COUNTING_SLOTS=1, COUNTING_FAILS="mistake")
     slurm.wait(job)
     assert set(states(slurm, job).values()) == {"FAILED", "CANCELLED"}, slurm.logs()
     last = slurm.log(f"{job}_1").splitlines()[-1]
-    assert "FAILED (code 2): the loss is not a number (node 127.0.0.2, rank 0); mend that, then submit again" in last
+    assert "FAILED (code 2): 127.0.0.2 rank 0: the loss is not a number; mend that, then submit again" in last
 
 
 def test_the_same_crash_twice_stops_the_array_and_another_slot_is_told_why(slurm, tmp_path):  # noqa: F811
@@ -283,5 +343,5 @@ def test_the_same_crash_twice_stops_the_array_and_another_slot_is_told_why(slurm
     assert "the rest of the array was cancelled" not in slurm.log(f"{job}_1")
     assert "the rest of the array was cancelled" in slurm.log(f"{job}_2")
     slurm.run("scontrol", "requeue", f"{job}_1")  # as a slot that starts in spite of all
-    slurm.until(lambda: "this array was stopped: the loss is not a number" in slurm.log(f"{job}_1"))
+    slurm.until(lambda: "this array was stopped: 127.0.0.2 rank 0: the loss is not a number" in slurm.log(f"{job}_1"))
     slurm.wait(job)

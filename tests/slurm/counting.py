@@ -36,7 +36,7 @@ def count() -> int:
     rank, fails = int(os.environ["SLURM_PROCID"]), os.environ.get("COUNTING_FAILS")
     if fails in ("mistake", "crash"):
         if rank == 0:
-            tell("failure", f"the loss is not a number (node {os.environ['SLURMD_NODENAME']}, rank 0)")
+            tell("failure", f"{os.environ['SLURMD_NODENAME']} rank 0: the loss is not a number")
         return 2 if fails == "mistake" else 1
     kept = folder / f"rank{rank}"
     step = int(kept.read_text()) if kept.exists() else 0
@@ -46,7 +46,7 @@ def count() -> int:
         step += 1
         if fails == "killed" and rank == 1 and step == 5:
             os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.5 + 0.5 * rank)  # a save takes its time, and not all ranks the same
+    time.sleep(0.3 + 0.1 * rank)  # a save takes its time, and not all ranks the same
     kept.write_text(str(step))
     if rank == 0 and step < steps:
         print(f"stopped at {step} by {signal.Signals(asked[0]).name}", flush=True)

@@ -27,7 +27,7 @@ PATH=$PATH:/usr/sbin:/sbin
 alive() { [ -n "${1:-}" ] && [ -d "/proc/$1" ] && [ "$(sed -n 's/^State:[[:space:]]*\(.\).*/\1/p' "/proc/$1/status" 2>/dev/null)" != Z ]; }
 # ours: the process still is the daemon we started for this DIR (its first environment says so), not a reused pid
 ours() { alive "$1" && tr '\0' '\n' <"/proc/$1/environ" 2>/dev/null | grep -qxF "SLURM_CONF=$B/etc/slurm.conf"; }
-pid_in() { [ -s "$1" ] && tr -dc 0-9 <"$1" || true; }
+pid_in() { if [ -s "$1" ]; then tr -dc 0-9 <"$1"; fi; }
 
 stop() {
   local p f pids=() deadline=$((SECONDS + 20))
