@@ -115,6 +115,7 @@ def record_provenance(run_dir: RunDir, **facts) -> None:
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "ranks": world(),
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            "slurm_restarts": os.environ.get("SLURM_RESTART_COUNT"),
             "git_commit": git_commit(),
             "python": platform.python_version(),
             "versions": {name: _version(name) for name in ("torch", "deepspeed", "transformers", "numpy")},

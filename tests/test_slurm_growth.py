@@ -150,3 +150,48 @@ def test_the_first_job_on_an_empty_site_tells_both_ways_on(slurm, own_root):  # 
     assert "bash slurm/train.sh gpt2_medium_owt reference" in log and "GPU-hours at 40%" in log
     assert "bash slurm/train.sh gpt2_medium_owt inheritune --stage 1 -- --dependency=afterok:JOB" in log
     assert log.splitlines()[-1].count("FAILED (code 2)") == 1
+
+
+OF_AN_EXPERIMENT = ["gpt2_small", "gpt2_medium", "gpt2_large", "gpt2_xl", "gpt2_medium_fineweb", "gpt2_large_fineweb"]
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("name", OF_AN_EXPERIMENT)
+def test_every_script_of_an_experiment_rehearses_to_its_done(name, tmp_path, own_root):
+    """In the order in which a person submits them, on a cluster without GPUs."""
+    experiment = name if name.endswith("fineweb") else f"{name}_owt"
+    loaded = load_experiment(experiment, rehearse=True)
+    with cluster(LAB_GPUS=0) as lab:
+
+        def submit(script, *words) -> str:
+            job = lab.submit(SLURM / script, *words, REHEARSE=1)
+            records = lab.wait(job, timeout=1500)
+            assert {record["JobState"] for record in records} == {"COMPLETED"}, lab.logs()
+            return job
+
+        submit("prepare.sh", experiment)
+        submit(f"{name}_reference.sh")
+        reference = RunDir.of(loaded, "reference")
+        submit(f"{name}_stage1.sh")
+        assert reference.is_done() and RunDir.of(loaded, "inheritune").stage(1).is_done()
+        submit(f"{name}_growth.sh")
+        assert RunDir.of(loaded, "inheritune").is_done(), lab.logs()
+        submit(f"{name}_baselines.sh")
+        others = [n for n, run in loaded.runs.items() if run.init.random and n != "reference"]
+        assert others and all(RunDir.of(loaded, n).is_done() for n in others), lab.logs()
+        submit("evaluate.sh", experiment)
+        submit("analyze.sh", reference.final, experiment)
+        assert reference.attention.is_file(), lab.logs()
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("name", ["openllama_3b", "openllama_7b", "llama2_7b"])
+def test_every_script_of_a_public_source_rehearses_to_its_done(name, own_root):
+    with cluster(LAB_GPUS=0) as lab:
+        script = SLURM / f"{name}_stage1.sh"
+        experiment, run = re.search(r"train (\w+) (\w+)", script.read_text()).groups()
+        for submitted in (lab.submit(SLURM / "prepare.sh", experiment, REHEARSE=1), lab.submit(script, REHEARSE=1)):
+            lab.wait(submitted, timeout=600)
+        loaded = load_experiment(experiment, rehearse=True)
+        root = RunDir.of(loaded, run)
+        assert (root.stage(1) if loaded.run(run).grow else root).is_done(), lab.logs()

@@ -64,9 +64,10 @@ def test_stopped_at_every_kind_of_moment_equals_unbroken_bit_for_bit(tmp_path):
         ("SIGUSR1@saving=0:0", 5),
         ("SIGTERM@validation=1:1", 12),  # rank 1 has windows of its own only in the last validation, of the finished model
     ]:
-        codes, said = start(path, root, when, INHERITUNE_JOB=str(job))
+        codes, said = start(path, root, when, INHERITUNE_JOB=str(job), INHERITUNE_LEAD="0.001")
         assert codes == [0, 0] and f"struck: {when}" in said, said
         assert read_json(run.stopped)["step"] == step and run.complete_checkpoints()[-1] == step, said
+        assert "raise SITE_LEAD in slurm/site.sh" in said  # a save takes longer than half a millisecond
         assert read_json(run.stopped)["why"] == when.partition("@")[0]
         assert (job / "more").read_text().startswith("small/reference seed 0 stopped at step"), said
         assert not run.is_done()
