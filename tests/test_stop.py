@@ -120,6 +120,8 @@ def test_full_disk_is_one_sentence_and_nothing_is_lost(tmp_path, stage):
         # ... by the write itself, if the space went in between ...
         leave_free(size // 4)
         refused("NONE@unchecked=0:0", f"no space left while writing {run.checkpoint(4)}")
+        if stage == 1:  # what follows is the same code at every stage
+            return
         # ... and in the last write of all
         leave_free(60 << 20)
         assert start(path, root, "SIGUSR1@validation=3:0")[0] == [0, 0]  # at 4, 8, and of the finished model
