@@ -443,6 +443,7 @@ def _model_at(model, path):
 # --- rehearsal -----------------------------------------------------------------------------------------------------------
 
 REHEARSAL_STEPS = 24
+REHEARSAL_WARMUP = 4
 REHEARSAL_SEQUENCES = 21  # divides by neither 2 nor 4 ranks
 
 
@@ -462,13 +463,13 @@ def rehearsal(experiment: Experiment) -> Experiment:
         return max(1, round(steps * REHEARSAL_STEPS / experiment.train.steps))
 
     def shrink_train(train: dict, whole: bool) -> dict:
-        small = dict(train)
+        small = dict(train) if whole else {k: v for k, v in train.items() if k not in ("precision", "deepspeed")}
         if "steps" in small:
-            small["steps"] = shrink_steps(small["steps"])
+            small["steps"] = max(REHEARSAL_WARMUP, shrink_steps(small["steps"]))
         if whole or "batch_tokens" in small:
             small["batch_tokens"] = REHEARSAL_SEQUENCES * length
         if whole or "warmup_steps" in small:
-            small["warmup_steps"] = 4
+            small["warmup_steps"] = REHEARSAL_WARMUP
         if whole:
             small.update(
                 precision="fp32",

@@ -108,6 +108,10 @@ def test_rehearsal_keeps_what_can_go_wrong_at_size(tmp_path):
         "reference": {"init": "random", "keep_at": [3, 6]},
         "grown": {"init": {"inherit": {"source": "reference", "layers": "0:12"}}, "grow": {"by": 2, "max_layers": 24}},
         "list": {"init": {"inherit": {"source": "reference", "layers": [0, 24, 47]}}},
+        "short": {
+            "init": "random",
+            "train": {"steps": 1, "warmup_steps": 0, "precision": "bf16", "deepspeed": "ds_configs/zero2.json"},
+        },
     }
     raw["data"]["sequence_length"] = 32
     small = load_experiment(write_experiment(tmp_path, raw), rehearse=True)
@@ -117,3 +121,5 @@ def test_rehearsal_keeps_what_can_go_wrong_at_size(tmp_path):
     grown = small.runs["grown"]
     assert parse_layers(grown.init.inherit.layers, 16) == list(range(4)) and grown.grow.max_layers == 8
     assert max(small.runs["list"].init.inherit.layers) < small.model.layers
+    short = small.train_of(small.runs["short"])
+    assert short.steps >= short.warmup_steps and (short.precision, short.deepspeed) == ("fp32", "ds_configs/cpu.json")
