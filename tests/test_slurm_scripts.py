@@ -123,12 +123,14 @@ def test_plain_sbatch_finds_the_repository_from_any_folder(slurm, tmp_path):  # 
     assert not (tmp_path / "pwned").exists()
 
 
-def test_mistakes_at_submission_are_one_sentence(slurm):  # noqa: F811
+def test_mistakes_at_submission_are_one_sentence(slurm, tmp_path):  # noqa: F811
     """Nothing is submitted, and the exit code is not 0."""
     script = REPOSITORY / "slurm" / "baselines.sh"
     assert "no experiment 'nosuch'" in slurm.run("bash", script, "nosuch", check=False)
     assert "usage: bash" in slurm.run("bash", script, check=False)
-    elsewhere = slurm.run("bash", REPOSITORY / "slurm" / "train.sh", "a", "b", check=False, SLURM_CONF="/nowhere")
+    nowhere = tmp_path / "slurm.conf"
+    nowhere.touch()  # not a missing one, for which Slurm's commands wait a minute
+    elsewhere = slurm.run("bash", REPOSITORY / "slurm" / "train.sh", "a", "b", check=False, SLURM_CONF=nowhere)
     assert elsewhere.startswith("inheritune: this is no login node of a Slurm cluster") and elsewhere.count("\n") == 0
     assert not slurm.run("squeue", "-h")
 
