@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # A job like those of slurm/, with counting.py for the training: bash counting.sh FOLDER STEPS; COUNTING_SLOTS=1 for an array.
+# shellcheck disable=SC2034,SC2154  # array, slots and words are job.sh's
 set -euo pipefail
 here=$(dirname "$0")
 # shellcheck source=slurm/job.sh
