@@ -229,18 +229,18 @@ def launch(verb: list[str], procs: int, as_step: bool = True) -> int:
     tasks of $INHERITUNE_LAUNCH (an srun line, slurm/job.sh); returns the exit code of the first that failed, or 0. The
     others are ended then: they would wait for it for ever. SIGUSR1 and SIGTERM to this process reach the ranks as SIGUSR1
     (srun would answer a SIGTERM by killing its tasks)."""
-    command = [sys.executable, "-m", "inheritune", *verb]
+    arguments = ["-m", "inheritune", *verb]
     path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
     common = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // procs)), **os.environ, "PYTHONPATH": path}
     in_batch_script = os.environ.get("SLURM_JOB_ID") and not os.environ.get("SLURM_STEP_NUM_TASKS")
     listen()
     if as_step and in_batch_script and os.environ.get("INHERITUNE_LAUNCH"):
-        tasks = [subprocess.Popen([*shlex.split(os.environ["INHERITUNE_LAUNCH"]), *command], env=common)]
+        tasks = [subprocess.Popen([*shlex.split(os.environ["INHERITUNE_LAUNCH"]), "python", *arguments], env=common)]
     else:
         if procs > 1:
             common.update(WORLD_SIZE=str(procs), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
         own = [{"RANK": str(r), "LOCAL_RANK": str(r)} if procs > 1 else {} for r in range(procs)]
-        tasks = [subprocess.Popen(command, env={**common, **mine}) for mine in own]
+        tasks = [subprocess.Popen([sys.executable, *arguments], env={**common, **mine}) for mine in own]
     told = 0
     try:
         while any(process.poll() is None for process in tasks):

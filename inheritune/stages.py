@@ -139,10 +139,13 @@ def check(experiment: str, run: str | None = None, stage: int | None = None, see
     if ready and not needed:
         print(f"{loaded.name}/{run}: what it starts from is there")
         return
-    ways = f"{loaded.name}/{run} cannot start yet. "
+    lacks = ["its data is not prepared"] * (not ready) + [f"run '{needed}', which it starts from, is not trained"] * bool(
+        needed
+    )
+    ways = f"{loaded.name}/{run} cannot start yet: {' and '.join(lacks)}.\n"
     if not ready:
         fetch = f"bash slurm/fetch.sh {experiment} && " if loaded.data.source == "hub" else ""
-        ways += f"Its data is not prepared ({data_dir(loaded)}); first, on the login node:\n"
+        ways += f"First, on the login node, the data ({data_dir(loaded)}):\n"
         ways += f"    {fetch}{_again(loaded)}bash slurm/prepare.sh {experiment}\n"
     raise UserError((ways + (_two_ways(loaded, experiment, run, needed, stage) if needed else "")).rstrip())
 
@@ -163,9 +166,8 @@ def _two_ways(experiment: Experiment, name: str, run: str, needed: str, stage: i
     again = f"{train} {run}{f' --stage {stage}' if stage else ''}"
     settings = experiment.train_of(experiment.run(needed))
     sentence = (
-        f"It starts from run '{needed}', which is not trained ({settings.steps * settings.batch_tokens / 1e9:.1f}B tokens"
-        f"{_gpu_hours(experiment, needed)}). Either train that and queue this behind it, with the job number that the first "
-        f"line prints:\n"
+        f"Either train '{needed}' ({settings.steps * settings.batch_tokens / 1e9:.1f}B tokens{_gpu_hours(experiment, needed)}) "
+        f"and queue this behind it, with the job number that the first line prints:\n"
         f"    {train} {needed}\n"
         f"    {again} -- --dependency=afterok:JOB"
     )

@@ -475,7 +475,7 @@ run_folder() {
 
 # The names of an experiment's runs, one a line: "all", or "baselines" (trained, not grown, and not the reference).
 runs_of() {
-  host_python "$slurm_folder/runs.py" "$1" "$2"
+  host_python "$slurm_folder/runs.py" "$@"
 }
 
 # One array task for each of the experiment's runs of a kind (see runs_of), unless ARRAY says otherwise.
@@ -543,6 +543,10 @@ evaluate() {
   over_runs all
   start "evaluate the runs of ${words[0]}"
   run_of_task all
+  if ! runs_of "${words[0]}" finished "$(flag seed 0)" | grep -Fxq -- "$run"; then
+    say "nothing to evaluate: run $run is not finished"
+    exit 0
+  fi
   launch evaluate "${words[0]}" --run "$run" ${flags[@]+"${flags[@]}"}
 }
 

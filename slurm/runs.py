@@ -1,15 +1,20 @@
-"""Names of an experiment's runs, one a line, for the array jobs: python slurm/runs.py EXPERIMENT all|baselines
+"""Names of an experiment's runs, one a line, for the array jobs: python slurm/runs.py EXPERIMENT all|baselines|finished [SEED]
 
-all: every run. baselines: those that are trained, are not grown, and are not what a grown run is compared with.
+all: every run. baselines: those that are trained, are not grown, and are not what a grown run is compared with. finished: those
+that can be evaluated, the models of others among them.
 """
 
 import sys
 
 from inheritune.config import Experiment, UserError, load_experiment
+from inheritune.rundir import RunDir
 
 
-def names(experiment: Experiment, kind: str) -> list[str]:
+def names(experiment: Experiment, kind: str, seed: int = 0) -> list[str]:
     """The runs of `kind`, in the order of the file."""
+    if kind == "finished":
+        public = set() if experiment.rehearsal else {name for name, run in experiment.runs.items() if run.init.external}
+        return [name for name in experiment.runs if name in public or RunDir.of(experiment, name, seed).is_done()]
     references = {experiment.reference_of(run) for run in experiment.runs.values() if run.grow} | {"reference"}
     return [
         name
@@ -20,7 +25,7 @@ def names(experiment: Experiment, kind: str) -> list[str]:
 
 if __name__ == "__main__":
     try:
-        print("\n".join(names(load_experiment(sys.argv[1]), sys.argv[2])))
+        print("\n".join(names(load_experiment(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))))
     except UserError as error:
         print(f"inheritune: {error}", file=sys.stderr)
         sys.exit(2)

@@ -168,6 +168,18 @@ def test_mistake_on_several_ranks_is_told_once(tmp_path):
     assert "2 ranks for a batch of 1 sequences" in refused("train", path, "--run", "reference", "--procs", "2")
 
 
+def test_check_says_what_a_run_starts_from_with_the_lines_that_make_it(small):
+    said = refused("check", "gpt2_xl_owt", "--run", "inheritune", "--stage", 1)
+    assert "its data is not prepared and run 'reference', which it starts from, is not trained" in said
+    assert "bash slurm/fetch.sh gpt2_xl_owt && bash slurm/prepare.sh gpt2_xl_owt" in said
+    assert "(13.1B tokens, about 95 GPU-hours" in said and "bash slurm/train.sh gpt2_xl_owt inheritune_public" in said
+    assert "inheritune --stage 1 -- --dependency=afterok:JOB" in said
+    said = refused("check", small, "--run", "grown")
+    assert "run 'reference', which it starts from, is not trained" in said and "data is not" not in said
+    assert "has no stage 2" in refused("check", small, "--run", "reference", "--stage", 2)
+    assert "what it starts from is there" in run_verb("check", small, "--run", "reference").stdout
+
+
 # --- the package ----------------------------------------------------------------------------------------------------------
 
 
