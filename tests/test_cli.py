@@ -169,7 +169,9 @@ def test_mistake_on_several_ranks_is_told_once(tmp_path):
 
 
 def test_check_says_what_a_run_starts_from_with_the_lines_that_make_it(small):
-    said = refused("check", "gpt2_xl_owt", "--run", "inheritune", "--stage", 1)
+    done = run_verb("check", "gpt2_xl_owt", "--run", "inheritune", "--stage", 1, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    said = done.stderr
     assert "its data is not prepared and run 'reference', which it starts from, is not trained" in said
     assert "bash slurm/fetch.sh gpt2_xl_owt && bash slurm/prepare.sh gpt2_xl_owt" in said
     assert "(13.1B tokens, about 95 GPU-hours" in said and "bash slurm/train.sh gpt2_xl_owt inheritune_public" in said
