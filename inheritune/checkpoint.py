@@ -44,8 +44,8 @@ def save(engine, run_dir: RunDir, step: int, state: dict, settings: dict, keep_l
     target = run_dir.checkpoint(step)
     # named after this process: one that was taken for dead and still writes cannot get into ours
     temporary = on_rank0(lambda: target.with_name(f".{target.name}.tmp{node()}-{os.getpid()}"))
-    need = checkpoint_bytes(engine)
-    on_rank0(_prepare, temporary, target, need)
+    check_room(engine, run_dir)
+    on_rank0(_prepare, temporary, target)
     with _writing(engine) as (write, problems):
         engine.save_checkpoint(str(temporary), tag=TAG, client_state={"run": dict(state)}, save_latest=False)
         write(_generators(), str(temporary / f"rng_{rank():05d}.pt"))
@@ -98,20 +98,28 @@ def checkpoint_bytes(engine) -> int:
     return states + (sum(n * p.element_size() for n, p in parameters) if engine.zero_optimization_stage() < 3 else 0)
 
 
-def _prepare(temporary: Path, target: Path, need: int) -> None:
+def check_room(engine, run_dir: RunDir) -> None:
+    """Raises UserError on every rank if the run's disk has no room for one more checkpoint."""
+    need = checkpoint_bytes(engine)
+
+    def check():
+        free = shutil.disk_usage(run_dir.path).free
+        if free < need:
+            raise UserError(
+                f"a checkpoint of {run_dir.path} needs {need / 1e6:.0f} MB, its disk has {free / 1e6:.0f} MB free; those before "
+                f"it are whole: free some space and start again, or set train.keep_last lower or INHERITUNE_ROOT to a larger disk"
+            )
+
+    on_rank0(check)
+
+
+def _prepare(temporary: Path, target: Path) -> None:
     remove_leftovers(target.parent)  # ours, and those of killed processes: this job holds the run's lock
     remove(target)  # an earlier attempt that died before its marker
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
         raise disk_error(error, target) from error
-    free = shutil.disk_usage(temporary).free
-    if free < need:
-        remove(temporary)
-        raise UserError(
-            f"checkpoint {target} needs {need / 1e6:.0f} MB, its disk has {free / 1e6:.0f} MB free; the checkpoints before it "
-            f"are whole: free some space and start again, or set train.keep_last lower or INHERITUNE_ROOT to a larger disk"
-        )
 
 
 def _explain(error: Exception, path: Path) -> Exception:

@@ -236,6 +236,8 @@ class Trainer:
         if resume is not None:
             state = (checkpoint.restore_resized if resized else checkpoint.restore)(self.engine, run_dir, resume)
             logger.info("resumed at step %d of %d", state["step"], self.train.steps)
+        if state["step"] < self.train.steps:
+            checkpoint.check_room(self.engine, run_dir)  # now, not after the first thousand steps
         self.saved = state["step"] if resume is not None else 0  # step of the newest checkpoint
         self._open_record(resume, state)
         if not (self._loop(state) and self._finish(state, source.config)):

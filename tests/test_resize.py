@@ -14,6 +14,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment, write_tokens
+from slurm_cluster import cluster
 
 from inheritune.config import load_experiment
 from inheritune.rundir import RunDir, data_dir, read_jsonl
@@ -34,11 +35,17 @@ FAULTS = ("exp_avg zero", "exp_avg_sq zero", "step not restored", "one group's w
 
 
 def launch(jobs: list[dict], ranks: int, folder) -> None:
+    """Run the jobs as srun's tasks on a Slurm of two nodes, or under torchrun where Slurm is missing."""
     (folder / f"jobs{ranks}.json").write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += ["tests/resize_worker.py", str(folder / f"jobs{ranks}.json")]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    worker = [sys.executable, str(REPOSITORY / "tests/resize_worker.py"), str(folder / f"jobs{ranks}.json")]
+    environment = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    if shutil.which("slurmctld", path=os.environ["PATH"] + ":/usr/sbin"):
+        with cluster(LAB_GPUS=0) as slurm:
+            srun = ["srun", f"--nodes={min(ranks, 2)}", f"--ntasks={ranks}", "--export=ALL", "--kill-on-bad-exit=1"]
+            slurm.run(*srun, *worker, timeout=600, **environment)
+        return
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *worker[1:]]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 

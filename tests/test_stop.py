@@ -115,7 +115,7 @@ def test_full_disk_is_one_sentence_and_nothing_is_lost(tmp_path, stage):
         size = sum(file["bytes"] for file in read_json(run.checkpoint(2) / "COMPLETE")["files"].values())
         # found by the look at the free space before anything is written ...
         leave_free(size * 3 // 2)
-        refused("NONE@never=0:0", "MB free; the checkpoints before it are whole")
+        refused("NONE@never=0:0", "MB free; those before it are whole")
         assert run.complete_checkpoints() == [1, 2, 3]
         # ... by the write itself, if the space went in between ...
         leave_free(size // 4)
