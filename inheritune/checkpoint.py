@@ -106,8 +106,9 @@ def check_room(engine, run_dir: RunDir) -> None:
         free = shutil.disk_usage(run_dir.path).free
         if free < need:
             raise UserError(
-                f"a checkpoint of {run_dir.path} needs {need / 1e6:.0f} MB, its disk has {free / 1e6:.0f} MB free; those before "
-                f"it are whole: free some space and start again, or set train.keep_last lower or INHERITUNE_ROOT to a larger disk"
+                f"a checkpoint of {run_dir.path} needs {need / 1e6:.0f} MB, its disk has {free / 1e6:.0f} MB free; those "
+                f"before it are whole: free some space and start again, or set train.keep_last lower or INHERITUNE_ROOT to a "
+                f"larger disk"
             )
 
     on_rank0(check)
