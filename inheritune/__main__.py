@@ -27,17 +27,15 @@ class Verbs:
         prepare(load_experiment(experiment, rehearse), workers)
 
     def fetch(self, experiment, rehearse=None):
-        """Download the documents of a Hub experiment and its tokenizer into the cache, where there is internet."""
+        """Download what an experiment needs of the Hub into the cache, where there is internet; first says how much it is.
+
+        Documents (as many files as the tokens asked for need), the tokenizer, the models that its runs start from."""
         from inheritune.config import load_experiment
-        from inheritune.documents import fetch_documents
+        from inheritune.fetch import fetch
         from inheritune.log import setup
-        from inheritune.tokens import bpe_size, load_tokenizer
 
         setup()
-        loaded = load_experiment(experiment, rehearse)
-        if bpe_size(loaded.data.tokenizer) is None:  # one that is trained on the documents needs no download
-            load_tokenizer(loaded.data)
-        print(f"{len(fetch_documents(loaded))} files of {loaded.data.name} are in the cache")
+        fetch(load_experiment(experiment, rehearse))
 
     def train(self, experiment, run, seed=0, stage=None, ds=None, procs=1, rehearse=None):
         """Train one run (or --stage N of a grown run) to its end; goes on from the last checkpoint if there is one.
