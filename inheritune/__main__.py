@@ -94,6 +94,15 @@ class Verbs:
 
         print("\n".join(str(path) for path in figure(item, seed, rehearse)))
 
+    def sync(self, folder):
+        """Send the record of a run that trained offline (its FOLDER's metrics.jsonl) to one W&B run; again, only new rows.
+
+        Where there is internet and 'wandb login' was done; WANDB_MODE=offline writes a segment instead."""
+        from inheritune.log import setup, sync
+
+        setup()
+        sync(folder)
+
 
 def main(argv: list[str]) -> int:
     """Run one verb. Exit code 0, or 2 for a user's mistake, told in one sentence."""
@@ -183,7 +192,7 @@ def usage(function) -> str:
     for name, parameter in inspect.signature(function).parameters.items():
         if name != "self":
             flag, value = name.replace("_", "-"), name.upper() if parameter.default is None else parameter.default
-            if name in ("experiment", "item"):
+            if name in ("experiment", "item", "folder"):
                 words.append(name.upper())
             elif parameter.default is parameter.empty:
                 words.append(f"--{flag} {name.upper()}")

@@ -66,7 +66,7 @@ def test_mistakes_are_one_sentence(words, says, own_root):
 
 def test_help_names_every_verb():
     text = run_verb("--help").stdout
-    for verb in ("prepare", "fetch", "train", "inherit", "analyze", "grow", "evaluate", "table", "figure"):
+    for verb in ("prepare", "fetch", "train", "inherit", "analyze", "grow", "evaluate", "table", "figure", "sync"):
         assert f"  {verb} " in text
         assert run_verb(verb, "--help").stdout.startswith(f"python -m inheritune {verb}")
     assert "torch" not in run_verb_imports()
