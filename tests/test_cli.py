@@ -22,7 +22,8 @@ ORDER = """
 config rundir dist log tokens documents prepare batches models sources fetch inherit attention validate engine checkpoint train
 evaluate stages tables figures
 """.split()  # noqa: SIM905 - a list to read
-CORE_EXCLUDES = {"prepare", "documents", "fetch", "evaluate", "tables", "figures", "stages"}
+CORE_EXCLUDES = {"tokens", "documents", "prepare", "fetch"} | {"attention", "evaluate"} | {"stages"} | {"tables", "figures"}
+"""Preparing, evaluating (losses and attention), planning, reporting: what is left is the core."""
 
 
 def refused(*words, **environment) -> str:
