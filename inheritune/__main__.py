@@ -28,17 +28,15 @@ class Verbs:
         prepare(load_experiment(experiment, rehearse), workers)
 
     def fetch(self, experiment, rehearse=None):
-        """Download the documents of a Hub experiment and its tokenizer into the cache, where there is internet."""
+        """Download what an experiment needs of the Hub into the cache, where there is internet; first says how much it is.
+
+        Documents (as many files as the tokens asked for need), the tokenizer, the models that its runs start from."""
         from inheritune.config import load_experiment
-        from inheritune.documents import fetch_documents
+        from inheritune.fetch import fetch
         from inheritune.log import setup
-        from inheritune.tokens import bpe_size, load_tokenizer
 
         setup()
-        loaded = load_experiment(experiment, rehearse)
-        if bpe_size(loaded.data.tokenizer) is None:  # one that is trained on the documents needs no download
-            load_tokenizer(loaded.data)
-        print(f"{len(fetch_documents(loaded))} files of {loaded.data.name} are in the cache")
+        fetch(load_experiment(experiment, rehearse))
 
     def train(self, experiment, run, seed=0, stage=None, ds=None, procs=1, rehearse=None):
         """Train one run (or --stage N of a grown run) to its end; goes on from the last checkpoint if there is one.
@@ -104,6 +102,15 @@ class Verbs:
         from inheritune.figures import figure
 
         print("\n".join(str(path) for path in figure(item, seed, rehearse)))
+
+    def sync(self, folder):
+        """Send the record of a run that trained offline (its FOLDER's metrics.jsonl) to one W&B run; again, only new rows.
+
+        Where there is internet and 'wandb login' was done; WANDB_MODE=offline writes a segment instead."""
+        from inheritune.log import setup, sync
+
+        setup()
+        sync(folder)
 
 
 def main(argv: list[str]) -> int:
@@ -205,7 +212,7 @@ def usage(function) -> str:
     for name, parameter in inspect.signature(function).parameters.items():
         if name != "self":
             flag, value = name.replace("_", "-"), name.upper() if parameter.default is None else parameter.default
-            if name in ("experiment", "item"):
+            if name in ("experiment", "item", "folder"):
                 words.append(name.upper())
             elif parameter.default is parameter.empty:
                 words.append(f"--{flag} {name.upper()}")

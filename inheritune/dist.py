@@ -209,7 +209,7 @@ def tell_more(sentence: str) -> None:
 def tell_failure(sentence: str) -> None:
     """Tell the job's script why this rank failed; the first to fail is the cause, the others only lose their peer."""
     folder = os.environ.get("INHERITUNE_JOB")
-    line = sentence.strip().partition("\n")[0]
+    line = sentence.strip().partition("\n")[0].rstrip(".")
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
         try:

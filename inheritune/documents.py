@@ -11,7 +11,6 @@ import io
 import itertools
 import json
 import logging
-import math
 import os
 import re
 import sysconfig
@@ -25,8 +24,8 @@ from pathlib import Path
 import xxhash
 import zstandard
 
-from inheritune.config import REPOSITORY, Data, Experiment, UserError, nearest
-from inheritune.rundir import data_dir, read_json, write_json
+from inheritune.config import REPOSITORY, Data, UserError, nearest
+from inheritune.rundir import read_json, write_json
 from inheritune.tokens import hub_errors
 
 log = logging.getLogger(__name__)
@@ -169,7 +168,7 @@ def _hub_file(data: Data, name: str) -> Path:
     """Path of one file of the data set in the Hub's cache, downloaded if it is not there."""
     import huggingface_hub
 
-    with hub_errors(f"{name} of {data.repo}@{data.revision}"):
+    with hub_errors(f"{name} of {data.repo}@{data.revision}", f"datasets/{data.repo}"):
         return Path(huggingface_hub.hf_hub_download(data.repo, name, repo_type="dataset", revision=data.revision))
 
 
@@ -186,7 +185,7 @@ def _hub_listing(data: Data, folder: Path) -> Callable[[str], list[str]]:
         if kept.is_file():
             return read_json(kept)
         if constants.HF_HUB_OFFLINE:
-            with hub_errors(f"the listing of {data.repo}@{data.revision}"):
+            with hub_errors(f"the listing of {data.repo}@{data.revision}", f"datasets/{data.repo}"):
                 cache = Path(
                     huggingface_hub.snapshot_download(
                         data.repo, repo_type="dataset", revision=data.revision, local_files_only=True
@@ -195,7 +194,7 @@ def _hub_listing(data: Data, folder: Path) -> Callable[[str], list[str]]:
             found = sorted(path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.is_file())
             log.warning("offline: %s@%s is taken to be the %d files in %s", data.repo, data.revision, len(found), cache)
             return found
-        with hub_errors(f"the listing of {data.repo}@{data.revision}"):
+        with hub_errors(f"the listing of {data.repo}@{data.revision}", f"datasets/{data.repo}"):
             found = huggingface_hub.HfApi().list_repo_files(data.repo, repo_type="dataset", revision=data.revision)
         write_json(kept, sorted(found))
         return sorted(found)
@@ -212,27 +211,6 @@ def _hub_listing(data: Data, folder: Path) -> Callable[[str], list[str]]:
         return found
 
     return find
-
-
-def fetch_documents(experiment: Experiment) -> list[Path]:
-    """Download what `prepare` will read from the Hub, for a machine without internet: every file, or, with max_tokens and
-    no random split (which must count all documents), the first files of each group with enough text. Returns their paths."""
-    data = experiment.data
-    source = Source(data, data_dir(experiment))
-    if data.source != "hub":
-        return []
-    share, total, paths = data.weights, sum(data.weights.values()), []
-    for group, names in source.groups.items():
-        needed, have = math.inf, 0
-        if data.max_tokens and not data.validation.fraction:
-            needed = 8 * data.max_tokens * (share[group] / total if share else 1)  # bytes of text; English has 4 to 5 a token
-        for name in names:
-            if have > needed:
-                break
-            paths.append(source.path(name))
-            # packed text shrinks to a third or less; in parquet that holds for the other columns with it
-            have += paths[-1].stat().st_size * (1 if name.endswith((".jsonl", ".txt")) else 2)
-    return paths
 
 
 # --- batches and texts -----------------------------------------------------------------------------------------------------

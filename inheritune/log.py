@@ -14,11 +14,12 @@ import time
 import uuid
 from importlib.metadata import PackageNotFoundError, version
 
+import yaml
 from tqdm import tqdm
 
-from inheritune.config import REPOSITORY, Experiment
+from inheritune.config import REPOSITORY, Experiment, UserError
 from inheritune.dist import rank, world
-from inheritune.rundir import RunDir, read_json, read_jsonl, write_json, write_text
+from inheritune.rundir import RunDir, read_json, read_jsonl, root, write_json, write_text
 
 logger = logging.getLogger("inheritune")
 
@@ -84,24 +85,93 @@ def start_wandb(run_dir: RunDir, experiment: Experiment, run: str, mode: str, pr
         return None
     import wandb
 
-    if not run_dir.wandb_id.is_file():
-        write_text(run_dir.wandb_id, uuid.uuid4().hex[:12])
     try:
-        mirror = wandb.init(
-            project=project,
-            id=run_dir.wandb_id.read_text(),
-            resume="allow",
-            mode=mode,
-            dir=str(run_dir.path),
-            name=f"{experiment.name}/{run}",
-            config=experiment.model_dump(mode="json"),
-            settings=wandb.Settings(silent=True),
+        return _open_wandb(
+            run_dir, f"{experiment.name}/{run}", experiment.model_dump(mode="json"), experiment.rehearsal, mode, project
         )
     except (wandb.errors.Error, OSError) as error:
         logger.warning("W&B could not start (%s); the run goes on, metrics.jsonl is the record", error)
         return None
+
+
+def _open_wandb(run_dir: RunDir, name: str, config: dict, rehearsal: bool, mode: str, project: str):
+    """The W&B run of this folder, new or continued. Raises what W&B raises."""
+    import wandb
+
+    if not run_dir.wandb_id.is_file():
+        write_text(run_dir.wandb_id, uuid.uuid4().hex[:12])
+    mirror = wandb.init(
+        project=project,
+        id=run_dir.wandb_id.read_text(),
+        resume="allow",
+        mode=mode,
+        dir=str(run_dir.path),
+        name=name,
+        config=config,
+        tags=["rehearsal"] if rehearsal else None,
+        settings=wandb.Settings(silent=True),
+    )
     mirror.define_metric("*", step_metric="step")  # rows are told apart by our step: a resumed run may log one again
     return mirror
+
+
+def sync(folder: str) -> None:
+    """Send the rows of a run folder's metrics.jsonl, those that an earlier sync did not, to its one W&B run, from a machine
+    with internet. Offline segments are not looked at: metrics.jsonl is the record, and it holds no row twice.
+
+    Raises UserError if `folder` is no run folder, and if W&B knows no account here or cannot be reached."""
+    run_dir = RunDir(folder)
+    stages = sorted(path.name for path in run_dir.path.glob("stage[0-9]*") if (path / "metrics.jsonl").is_file())
+    if stages and not run_dir.metrics.is_file():
+        raise UserError(
+            f"{folder} is a grown run, whose stages are runs of their own ({', '.join(stages)}); sync {folder}/stage1"
+        )
+    if not (run_dir.metrics.is_file() and run_dir.experiment.is_file()):
+        raise UserError(f"{folder} is no run folder (no metrics.jsonl and experiment.yaml); runs lie under {root() / 'runs'}")
+    mode = os.environ.get("WANDB_MODE") or "online"
+    if mode not in ("online", "offline"):
+        raise UserError(f"WANDB_MODE is '{mode}', so there is nothing to sync to; unset it, or use offline or online")
+    described, marker = yaml.safe_load(run_dir.experiment.read_text(encoding="utf-8")), run_dir.path / "wandb_synced.json"
+    rows = read_jsonl(run_dir.metrics)
+    new = _unsynced(rows, read_json(marker) if marker.is_file() and run_dir.wandb_id.is_file() else None)
+    if not new:
+        print(f"{folder}: nothing new, W&B has all {len(rows)} rows")
+        return
+    import wandb
+
+    if mode == "online" and not wandb.login(prompt=False, verify=False):
+        raise UserError("W&B knows no account on this machine: run 'wandb login', or set WANDB_API_KEY, and sync again")
+    name = f"{described['experiment']}/{described['run_name']}"
+    try:
+        mirror = _open_wandb(run_dir, name, described, described["rehearsal"], mode, described["train"]["wandb_project"])
+        for row in progress(new, desc="syncing", unit="row"):
+            mirror.log(row)
+        mirror.finish()
+    except wandb.errors.AuthenticationError as error:
+        raise UserError(f"W&B refuses this machine's account ({_one_line(error)}): run 'wandb login --relogin'") from None
+    except (wandb.errors.Error, OSError) as error:
+        raise UserError(
+            f"W&B cannot be reached ({_one_line(error)}); sync where there is internet, or with WANDB_MODE=offline into a "
+            f"segment that 'wandb sync' can send later"
+        ) from None
+    write_json(marker, {"rows": len(rows), "last_step": rows[-1]["step"]})
+    done = "sent to" if mode == "online" else "written to a segment that 'wandb sync' sends, for"
+    print(f"{folder}: {len(new)} of {len(rows)} rows {done} W&B run {mirror.id}")
+
+
+def _unsynced(rows: list[dict], synced: dict | None) -> list[dict]:
+    """The rows after those that an earlier sync sent. A run that went back to a checkpoint since then has other rows at its
+    end: of these, the steps that are new (W&B cannot take back what it has)."""
+    if synced is None:
+        return rows
+    count = synced["rows"]
+    if len(rows) >= count and rows[count - 1]["step"] == synced["last_step"]:
+        return rows[count:]
+    return [row for row in rows if row["step"] > synced["last_step"]]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def record_provenance(run_dir: RunDir, **facts) -> None:

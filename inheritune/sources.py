@@ -23,11 +23,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from inheritune import rundir
 from inheritune.config import UserError
 from inheritune.models import Architecture, architecture, load_config, tensor_shapes, write_config
+from inheritune.tokens import gate
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
 TOKENIZER_FILES += ["vocab.json", "merges.txt", "tokenizer.model"]
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+COMMON_FILES = ["config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES]
+WEIGHTS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 
 Shape = tuple[int, ...]
@@ -420,7 +423,7 @@ def open_source(path_or_id: str | Path, revision: str | None = None) -> Source:
         raise UserError(f"source '{path_or_id}' is a file; give the folder that holds it and config.json")
     origin, commit = str(folder.absolute()), None
     if not folder.is_dir():
-        folder = _download(str(path_or_id), revision)
+        folder = download_model(str(path_or_id), revision)
         origin, commit = str(path_or_id), folder.name  # a snapshot's folder is called by its commit
     elif revision:
         raise UserError(f"revision '{revision}' was given, but {folder} is a folder: only a Hub id has revisions; leave it out")
@@ -441,22 +444,28 @@ def open_source(path_or_id: str | Path, revision: str | None = None) -> Source:
     return Source(origin, commit, folder, config_folder / "config.json", kind, stored)
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def weight_patterns(stem: str, suffix: str) -> list[str]:
+    """Names of the weights of one kind (of WEIGHTS) on the Hub: whole, or in shards with their index."""
+    return [f"{stem}{suffix}", f"{stem}-*-of-*{suffix}", f"{stem}{suffix}.index.json"]
+
+
+def download_model(repo: str, revision: str | None) -> Path:
     """The Hub's snapshot of `repo`: config, tokenizer and safetensors, or .bin where there are no safetensors.
 
     From the cache alone when HF_HUB_OFFLINE=1. Raises UserError if it can be had from neither."""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo) or repo.startswith("."):
         raise UserError(f"source '{repo}' is no folder, and no Hub id (owner/name) either")
-    common = ["config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES]
     try:
-        for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
-            weights = [f"{stem}{suffix}", f"{stem}-*-of-*{suffix}", f"{stem}{suffix}.index.json"]
-            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[*common, *weights]))
+        for stem, suffix in WEIGHTS:
+            patterns = [*COMMON_FILES, *weight_patterns(stem, suffix)]
+            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
             if any(folder.glob(f"{stem}*{suffix}")):
                 break
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"'{repo}' is no folder here and cannot be had from the Hub ({reason}); download it first") from None
+        raise gate(error, f"'{repo}'", repo) or UserError(
+            f"'{repo}' is no folder here and cannot be had from the Hub ({reason}); download it first"
+        ) from None
     return folder
 
 

@@ -231,7 +231,7 @@ def _open_pretrained(name: str, revision: str | None) -> FastTokenizer:
     from transformers import AutoTokenizer
 
     local = resolve_path(name)
-    with hub_errors(f"tokenizer '{name}'"):
+    with hub_errors(f"tokenizer '{name}'", name):
         tokenizer = AutoTokenizer.from_pretrained(
             local if local.is_dir() else name, revision=None if local.is_dir() else revision
         )
@@ -350,15 +350,23 @@ class SentencePieceTokenizer(Tokenizer):
 
 def _model_file(name: str, revision: str | None) -> Path:
     """A .model file here, or 'owner/repository/file.model' on the Hub (or in its cache)."""
-    path, parts = resolve_path(name), name.split("/", 2)
+    path, place = resolve_path(name), on_the_hub(name)
     if path.is_file():
         return path
-    if len(parts) < 3 or Path(name).is_absolute():
+    if place is None:
         raise UserError(f"tokenizer model {path} is missing; give the path of a sentencepiece .model file")
     from huggingface_hub import hf_hub_download
 
-    with hub_errors(f"tokenizer model '{name}'"):
-        return Path(hf_hub_download("/".join(parts[:2]), parts[2], revision=revision))
+    with hub_errors(f"tokenizer model '{name}'", place[0]):
+        return Path(hf_hub_download(*place, revision=revision))
+
+
+def on_the_hub(name: str) -> tuple[str, str] | None:
+    """(owner/repository, file) of a tokenizer 'owner/repository/file.model' that is no file here; None for any other."""
+    parts = name.split("/", 2)
+    if not name.endswith(".model") or resolve_path(name).is_file() or len(parts) < 3 or Path(name).is_absolute():
+        return None
+    return "/".join(parts[:2]), parts[2]
 
 
 def _first_line(error: Exception) -> str:
@@ -368,9 +376,21 @@ def _first_line(error: Exception) -> str:
 # --- by name --------------------------------------------------------------------------------------------------------------
 
 
+def gate(error: Exception, what: str, page: str) -> UserError | None:
+    """The sentence for a Hub that knows `what` (on https://huggingface.co/`page`) but does not give it to us; else None."""
+    answers = [getattr(e, "response", None) for e in (error, error.__cause__)]
+    if not any(answer is not None and answer.status_code in (401, 403) for answer in answers):
+        return None
+    return UserError(
+        f"the Hub does not give {what} to everyone: log in, accept the licence at https://huggingface.co/{page} , make a token "
+        f"of that account and set HF_TOKEN to it (or the name is wrong: the Hub tells this apart only for members)"
+    )
+
+
 @contextmanager
-def hub_errors(what: str):
-    """What the Hub's libraries raise while they look for `what`, as one sentence that names the way out."""
+def hub_errors(what: str, page: str):
+    """What the Hub's libraries raise while they look for `what`, which lies on https://huggingface.co/`page`, as one
+    sentence that names the way out."""
     from httpx2 import HTTPError  # what huggingface-hub speaks through
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
@@ -380,7 +400,7 @@ def hub_errors(what: str):
     except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise disk_error(error, Path(constants.HF_HUB_CACHE)) from error
-        raise UserError(
+        raise gate(error, what, page) or UserError(
             f"{what} is neither in the cache ({constants.HF_HUB_CACHE}) nor can it be had from the Hub ({_first_line(error)}); "
             f"run 'python -m inheritune fetch' where there is internet, or set HF_HOME to a cache that has it"
         ) from None

@@ -19,10 +19,10 @@ from inheritune.rundir import data_dir
 
 # DESIGN: a file imports only from files before it; documents holds the readers that prepare and fetch share
 ORDER = """
-config rundir dist log tokens documents prepare batches models sources inherit attention validate engine checkpoint train
+config rundir dist log tokens documents prepare batches models sources fetch inherit attention validate engine checkpoint train
 evaluate stages tables figures
 """.split()  # noqa: SIM905 - a list to read
-CORE_EXCLUDES = {"tokens", "documents", "prepare"} | {"attention", "evaluate"} | {"stages"} | {"tables", "figures"}
+CORE_EXCLUDES = {"tokens", "documents", "prepare", "fetch"} | {"attention", "evaluate"} | {"stages"} | {"tables", "figures"}
 """Preparing, evaluating (losses and attention), planning, reporting: what is left is the core."""
 
 
@@ -67,7 +67,7 @@ def test_mistakes_are_one_sentence(words, says, own_root):
 
 def test_help_names_every_verb():
     text = run_verb("--help").stdout
-    for verb in ("prepare", "fetch", "train", "inherit", "analyze", "grow", "evaluate", "table", "figure"):
+    for verb in ("prepare", "fetch", "train", "inherit", "analyze", "grow", "evaluate", "table", "figure", "sync"):
         assert f"  {verb} " in text
         assert run_verb(verb, "--help").stdout.startswith(f"python -m inheritune {verb}")
     assert "torch" not in run_verb_imports()
@@ -146,7 +146,7 @@ def test_data_that_does_not_fit_is_refused_before_anything_is_written(tmp_path, 
 
 
 def test_fetch_has_nothing_to_download_for_local_text():
-    assert "0 files of stdlib are in the cache" in run_verb("fetch", "quickstart").stdout
+    assert "0 files of quickstart are in the cache" in run_verb("fetch", "quickstart").stdout
 
 
 def test_fetch_names_the_way_out_where_the_hub_cannot_be_reached(tmp_path):

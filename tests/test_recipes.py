@@ -178,3 +178,13 @@ def test_everything_from_the_hub_is_pinned_to_a_commit(name):
         if start and start.source not in experiment.runs:
             pins.append(start.revision)
     assert all(re.fullmatch("[0-9a-f]{40}", pin or "") for pin in pins), pins
+
+
+def test_the_readme_lists_every_experiment_with_its_steps_and_batch():
+    text = (RECIPES / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[(\w+)\]\((\w+)\.yaml\) \|.*\| ([\d,]+) \| ([\d,]+) \|$", text, re.MULTILINE)
+    listed = {
+        name: (int(steps.replace(",", "")), int(batch.replace(",", ""))) for name, file, steps, batch in rows if name == file
+    }
+    experiments = {path.stem: load_experiment(path.stem).train for path in RECIPES.glob("*.yaml")}
+    assert listed == {name: (train.steps, train.batch_tokens) for name, train in experiments.items()}

@@ -190,8 +190,8 @@ def test_every_script_of_a_public_source_rehearses_to_its_done(name, own_root):
     with cluster(LAB_GPUS=0) as lab:
         script = SLURM / f"{name}_stage1.sh"
         experiment, run = re.search(r"train (\w+) (\w+)", script.read_text()).groups()
-        for submitted in (lab.submit(SLURM / "prepare.sh", experiment, REHEARSE=1), lab.submit(script, REHEARSE=1)):
-            lab.wait(submitted, timeout=600)
+        lab.wait(lab.submit(SLURM / "prepare.sh", experiment, REHEARSE=1), timeout=600)
+        lab.wait(lab.submit(script, REHEARSE=1), timeout=600)
         loaded = load_experiment(experiment, rehearse=True)
         root = RunDir.of(loaded, run)
         assert (root.stage(1) if loaded.run(run).grow else root).is_done(), lab.logs()
