@@ -5,6 +5,7 @@ flags are checked here first, and verbs return nothing.
 """
 
 import inspect
+import os
 import sys
 import time
 
@@ -228,4 +229,8 @@ def overview(verbs: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if "torch.distributed" in sys.modules:  # torch's own threads abort a process at its exit now and then, work done
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

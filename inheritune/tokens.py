@@ -303,7 +303,11 @@ class SentencePieceTokenizer(Tokenizer):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.model").write_bytes(self._model)
         backend = self._converted()
-        if backend is not None and backend.encode(PROBE, add_special_tokens=False).ids == self._sp.encode(PROBE):
+        probes = [PROBE, *(line for line in Path(__file__).read_text(encoding="utf-8").splitlines() if "<" not in line)]
+        same = backend is not None and [row.ids for row in backend.encode_batch(probes, add_special_tokens=False)] == [
+            *map(self._sp.encode, probes)
+        ]
+        if same:
             names = ((key, getattr(self._sp, f"{key}_id")()) for key in ("bos", "eos", "unk", "pad"))
             special = {f"{key}_token": self._sp.id_to_piece(number) for key, number in names if number >= 0}
             _save_backend(backend, folder, **{"end_of_text": special["eos_token"], "bos_token": None, **special})

@@ -59,7 +59,7 @@ def record(run: RunDir) -> list[tuple]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.drill), 3])
 def test_killed_and_resumed_equals_unbroken_bit_for_bit(tmp_path, stage):
     path, root, unbroken = make(tmp_path, "unbroken", stage)
     assert start(path, root).wait() == 0

@@ -128,6 +128,9 @@ def test_sentencepiece_ids_are_its_own_and_a_saved_folder_has_the_same(sentencep
     ours.save(tmp_path)
     reopened = load_tokenizer(data(str(path)), tmp_path)
     assert reopened.fingerprint == ours.fingerprint and lists(reopened.encode_batch(TEXTS)) == ids
+    if kind == "unigram" and not (tmp_path / "tokenizer.json").is_file():
+        assert "gives other ids" in caplog.text  # two segmentations of one score: the conversion may take the other one
+        return
     assert (tmp_path / "tokenizer.json").is_file(), caplog.text
     saved = AutoTokenizer.from_pretrained(tmp_path)
     plain = [0, 1, 2, 3, 5, 6]  # transformers takes the "</s>" of text 4 for the end of text
