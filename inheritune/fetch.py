@@ -20,7 +20,7 @@ from inheritune.documents import Source
 from inheritune.log import logger
 from inheritune.rundir import data_dir
 from inheritune.sources import COMMON_FILES, WEIGHTS, download_model, weight_patterns
-from inheritune.tokens import bpe_size, hub_errors, load_tokenizer, on_the_hub
+from inheritune.tokens import bpe_size, hub_errors, keep_gpt2, load_tokenizer, on_the_hub
 
 BYTES_PER_TOKEN = 8
 """An estimate on the safe side: English text has 4 to 5 bytes a token, JSONL a little more. Parquet and packed files count
@@ -137,7 +137,9 @@ def fetch(experiment: Experiment) -> None:
             with hub_errors(f"{file} of {one.name}", one.page):
                 huggingface_hub.hf_hub_download(one.name, file, repo_type=one.kind, revision=one.revision, dry_run=True)
     if bpe_size(experiment.data.tokenizer) is None:  # one that is trained on the documents needs no download
-        load_tokenizer(experiment.data)
+        tokenizer = load_tokenizer(experiment.data)
+        if experiment.data.tokenizer == "gpt2":  # which is not on the Hub
+            keep_gpt2(tokenizer)
     taken = 0
     for one in repositories:
         for number, (file, size) in enumerate(one.missing().items(), 1):

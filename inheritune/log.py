@@ -133,9 +133,11 @@ def sync(folder: str) -> None:
         raise UserError(f"WANDB_MODE is '{mode}', so there is nothing to sync to; unset it, or use offline or online")
     described, marker = yaml.safe_load(run_dir.experiment.read_text(encoding="utf-8")), run_dir.path / "wandb_synced.json"
     rows = read_jsonl(run_dir.metrics)
-    new = _unsynced(rows, read_json(marker) if marker.is_file() and run_dir.wandb_id.is_file() else None)
+    synced = read_json(marker) if marker.is_file() and run_dir.wandb_id.is_file() else None
+    # what was written to an offline segment has not reached W&B, as far as can be seen here
+    new = _unsynced(rows, synced if synced and synced["mode"] == mode else None)
     if not new:
-        print(f"{folder}: nothing new, W&B has all {len(rows)} rows")
+        print(f"{folder}: nothing new since the last sync ({mode}, {len(rows)} rows)")
         return
     import wandb
 
@@ -154,7 +156,7 @@ def sync(folder: str) -> None:
             f"W&B cannot be reached ({_one_line(error)}); sync where there is internet, or with WANDB_MODE=offline into a "
             f"segment that 'wandb sync' can send later"
         ) from None
-    write_json(marker, {"rows": len(rows), "last_step": rows[-1]["step"]})
+    write_json(marker, {"mode": mode, "rows": len(rows), "last_step": rows[-1]["step"]})
     done = "sent to" if mode == "online" else "written to a segment that 'wandb sync' sends, for"
     print(f"{folder}: {len(new)} of {len(rows)} rows {done} W&B run {mirror.id}")
 

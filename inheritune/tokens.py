@@ -21,13 +21,14 @@ import numpy as np
 import xxhash
 
 from inheritune.config import Data, UserError, resolve_path
-from inheritune.rundir import disk_error, root
+from inheritune.rundir import disk_error, replacing, root
 
 log = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_SIZE = 50257
 GPT2_RANKS_XXH3 = "aa5ef69a716d8a563cb2fbe95939bd2d"  # of the 50,256 lines "base64 rank" that OpenAI publishes
+GPT2_FILES = ("gpt2.tiktoken", "encoder.json")  # either holds the BPE
 PROBE = (
     "def f(x):\n\treturn x  +   1  # naïve café, 12345.67\r\n\n\n  Ünïcödé — “quotes” 漢字 かな 한국어 العربية 🤗👩‍👧\x00\x7f "
     "https://example.org/a_b?c=d  it's WE'LL    "
@@ -115,13 +116,25 @@ class Gpt2Tokenizer(Tokenizer):
         _save_backend(backend, folder, END_OF_TEXT)
 
 
+def gpt2_folder() -> Path:
+    """Where GPT-2's BPE is looked for before it is downloaded: $INHERITUNE_GPT2_BPE, or data/gpt2-bpe."""
+    return Path(os.environ.get("INHERITUNE_GPT2_BPE") or root() / "data" / "gpt2-bpe").expanduser()
+
+
+def keep_gpt2(tokenizer: Gpt2Tokenizer) -> None:
+    """Leave the ranks in `gpt2_folder()`, if it has none: tiktoken keeps its download in /tmp, which other nodes do not see."""
+    if not any((gpt2_folder() / name).is_file() for name in GPT2_FILES):
+        with replacing(gpt2_folder() / GPT2_FILES[0]) as temporary:
+            temporary.write_bytes(_rank_lines(tokenizer._ranks))
+
+
 def _gpt2_ranks(folder: Path | None) -> dict[bytes, int]:
     """{token bytes: rank} in order of rank: from `folder`, $INHERITUNE_GPT2_BPE, data/gpt2-bpe, or tiktoken's download.
 
     The files are read here, not by tiktoken, whose cache goes by path and keeps what a path once held."""
-    asked = folder or (os.environ.get("INHERITUNE_GPT2_BPE") and Path(os.environ["INHERITUNE_GPT2_BPE"]).expanduser())
-    place = asked or root() / "data" / "gpt2-bpe"
-    path = next((place / name for name in ("gpt2.tiktoken", "encoder.json") if (place / name).is_file()), None)
+    asked = folder or os.environ.get("INHERITUNE_GPT2_BPE")
+    place = folder or gpt2_folder()
+    path = next((place / name for name in GPT2_FILES if (place / name).is_file()), None)
     if path is not None:
         if path.name == "gpt2.tiktoken":
             pairs = [line.split() for line in path.read_bytes().splitlines()]

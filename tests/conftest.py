@@ -24,6 +24,16 @@ def own_root(tmp_path, monkeypatch):
     return tmp_path / "root"
 
 
+@pytest.fixture
+def gpt2_bpe(monkeypatch) -> Path:
+    """A folder with GPT-2's BPE, set as INHERITUNE_GPT2_BPE."""
+    folder = Path(os.environ.get("INHERITUNE_GPT2_BPE") or REPOSITORY.parent / "shared" / "data" / "gpt2-bpe")
+    if not any((folder / name).is_file() for name in ("gpt2.tiktoken", "encoder.json")):
+        pytest.skip(f"no GPT-2 BPE in {folder}: run tests/fetch_gpt2_bpe.sh and set INHERITUNE_GPT2_BPE")
+    monkeypatch.setenv("INHERITUNE_GPT2_BPE", str(folder))
+    return folder
+
+
 def experiment_dict(**changes) -> dict:
     """A valid experiment in small: 4-layer GPT-2, 20 sequences of 32 tokens a step. `changes` replace whole sections."""
     raw = {

@@ -1,5 +1,6 @@
 """fetch, through the real huggingface_hub, from a small Hub on this machine (hub_server.py)."""
 
+import hashlib
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from hub_server import COMMIT, Hub
 from tiny_models import config_of, random_model
 
 from inheritune.fetch import BYTES_PER_TOKEN, enough
+from inheritune.tokens import END_OF_TEXT, _gpt2_ranks, _last_merge, _rank_lines, _spell
 
 WORDS = [f"word{number}" for number in range(30)]
 
@@ -166,6 +168,28 @@ def test_without_internet_or_with_a_wrong_name_it_is_one_sentence(request, tmp_p
 def test_a_rehearsal_takes_nothing(tmp_path):
     said = run_verb("fetch", write_hub_experiment(tmp_path), "--rehearse", HF_ENDPOINT="http://127.0.0.1:9").stdout
     assert said.startswith("0 files of")
+
+
+def test_gpt2s_bpe_is_kept_where_compute_nodes_find_it(tmp_path, own_root, gpt2_bpe):
+    # tiktoken's cache as its download leaves it: OpenAI's two files (checked by tiktoken's own hashes) under names of their URL
+    ranks = _gpt2_ranks(gpt2_bpe)
+    merges = [" ".join(map(_spell, _last_merge(ranks, token))) for token in ranks if len(token) > 1]
+    encoder = {**{_spell(token): rank for token, rank in ranks.items()}, END_OF_TEXT: len(ranks)}
+    contents = {"vocab.bpe": "\n".join(["#version: 0.2", *merges, ""]), "encoder.json": json.dumps(encoder)}
+    (tmp_path / "downloaded").mkdir()
+    for name, content in contents.items():
+        url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+        (tmp_path / "downloaded" / hashlib.sha1(url.encode()).hexdigest()).write_text(content)
+
+    raw = experiment_dict()
+    raw["data"]["tokenizer"], raw["model"]["vocab_size"] = "gpt2", 50304
+    path = write_experiment(tmp_path / "recipes", raw)
+    no_internet = {"INHERITUNE_GPT2_BPE": "", "HTTPS_PROXY": "http://127.0.0.1:9"}
+    assert "cannot be downloaded" in refused("fetch", path, TIKTOKEN_CACHE_DIR=tmp_path / "empty", **no_internet)
+    run_verb("fetch", path, TIKTOKEN_CACHE_DIR=tmp_path / "downloaded", **no_internet)
+    kept = own_root / "data" / "gpt2-bpe" / "gpt2.tiktoken"
+    assert kept.read_bytes() == _rank_lines(ranks)
+    run_verb("fetch", path, TIKTOKEN_CACHE_DIR=tmp_path / "empty", **no_internet)  # as on a node that has only our folder
 
 
 @pytest.mark.parametrize(

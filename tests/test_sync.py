@@ -79,7 +79,7 @@ def test_rows_reach_one_run_once(folder):
     assert (run.project, run.display_name, list(run.tags)) == ("ours", "small/reference", ["rehearsal"])
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert config["train"]["lr"] == 0.1
-    assert json.loads((folder / "wandb_synced.json").read_text()) == {"rows": 8, "last_step": 6}
+    assert json.loads((folder / "wandb_synced.json").read_text()) == {"mode": "offline", "rows": 8, "last_step": 6}
 
 
 def test_only_a_rehearsal_is_tagged(folder):
@@ -117,3 +117,6 @@ def test_what_cannot_be_synced_is_one_sentence(folder, tmp_path):
     said = refused("sync", folder, **{**nobody, **nowhere, "WANDB_API_KEY": "0" * 40})
     assert "W&B cannot be reached" in said
     assert not (folder / "wandb_synced.json").exists()
+    # rows in an offline segment are not at W&B: an online sync still has them to send
+    run_verb("sync", folder, WANDB_MODE="offline")
+    assert "W&B cannot be reached" in refused("sync", folder, **{**nobody, **nowhere, "WANDB_API_KEY": "0" * 40})

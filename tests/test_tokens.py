@@ -26,16 +26,6 @@ def lists(rows) -> list[list[int]]:
     return [row.tolist() for row in rows]
 
 
-@pytest.fixture
-def gpt2_bpe(monkeypatch) -> Path:
-    """A folder with GPT-2's BPE, set as INHERITUNE_GPT2_BPE."""
-    folder = Path(os.environ.get("INHERITUNE_GPT2_BPE") or REPOSITORY.parent / "shared" / "data" / "gpt2-bpe")
-    if not any((folder / name).is_file() for name in ("gpt2.tiktoken", "encoder.json")):
-        pytest.skip(f"no GPT-2 BPE in {folder}: run tests/fetch_gpt2_bpe.sh and set INHERITUNE_GPT2_BPE")
-    monkeypatch.setenv("INHERITUNE_GPT2_BPE", str(folder))
-    return folder
-
-
 @pytest.fixture(scope="session")
 def sentencepiece_models(tmp_path_factory) -> dict[str, Path]:
     """Tiny models trained here: Llama's kind (BPE, bytes as fallback), with sentencepiece's own normalization, unigram."""
