@@ -133,7 +133,7 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         if dist.rank() == 0 or isinstance(error, dist.NodeError):
             print(f"inheritune: {error}", file=sys.stderr, flush=True)
-            dist.tell_failure(str(error))
+            dist.tell_failure(str(error), 2)
         else:
             time.sleep(3)  # srun --kill-on-bad-exit would end rank 0 before it has spoken
         return 2

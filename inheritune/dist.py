@@ -206,15 +206,16 @@ def tell_more(sentence: str) -> None:
         (Path(folder) / "more").write_text(sentence + "\n", encoding="utf-8")
 
 
-def tell_failure(sentence: str) -> None:
-    """Tell the job's script why this rank failed; the first to fail is the cause, the others only lose their peer."""
+def tell_failure(sentence: str, code: int = 1) -> None:
+    """Tell the job's script why this rank failed, and its exit code (srun may report that of a task it ended because of
+    this one); the first to fail is the cause, the others only lose their peer."""
     folder = os.environ.get("INHERITUNE_JOB")
     line = sentence.strip().partition("\n")[0].rstrip(".")
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
         try:
             with open(Path(folder) / "failure", "x", encoding="utf-8") as file:
-                file.write(f"{node()} rank {rank()}: {line}\n")
+                file.write(f"{node()} rank {rank()}: {line}\n{code}\n")
         except FileExistsError:
             pass
 

@@ -247,6 +247,10 @@ work() {
 
 after() {
   trap '' USR1
+  # USR1 (signal 10) ends a task that has only just started and does not listen yet: nothing was begun, so nothing is lost
+  if [ "$1" = 138 ] && [ -n "$signalled" ] && [ ! -e "$INHERITUNE_JOB/failure" ]; then
+    echo "asked to stop before the tasks had started" > "$INHERITUNE_JOB/more"
+  fi
   # an error that no signal explains is a failure, also where other tasks could still save
   if [ -e "$INHERITUNE_JOB/more" ] && [ ! -e "$INHERITUNE_JOB/failure" ] && { [ "$1" = 0 ] || [ -n "$signalled" ]; }; then go_on; fi
   if [ "$1" != 0 ]; then fail "$1"; fi

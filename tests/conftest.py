@@ -16,6 +16,15 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 os.environ["DS_ACCELERATOR"] = "cpu"  # these tests are about the code, not about a GPU that may be there
 
 
+LONGEST = ("slurm_growth", "train", "resize", "stop", "slurm_scripts", "grow", "resume")
+
+
+def pytest_collection_modifyitems(items):
+    """Files with minutes of work begin first, so that the processes which share the tests end at about the same time."""
+    order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 @pytest.fixture(autouse=True)
 def own_root(tmp_path, monkeypatch):
     """Every test has its own $INHERITUNE_ROOT: nothing is read from or left in the checkout."""

@@ -258,15 +258,24 @@ def test_a_preempted_job_comes_back(tmp_path):
         assert here.log(job).count("counts from 0") == 4
 
 
-def test_a_lost_node_brings_the_job_back(slurm, tmp_path):  # noqa: F811
-    job = slurm.submit(COUNTING, tmp_path / "a", 30, "--", "--nodelist=127.0.0.2")
-    slurm.wait_for_log(job, "rank 3 counts from 0")
-    slurm.run("scontrol", "update", "nodename=127.0.0.2", "state=down", "reason=test")
-    slurm.until(lambda: slurm.records(job)[0]["JobState"] == "PENDING")
-    slurm.run("scontrol", "update", "nodename=127.0.0.2", "state=resume", check=False)  # it may be back by itself
-    (record,) = slurm.wait(job)
-    assert record["JobState"] == "COMPLETED" and record["Restarts"] == "1", slurm.log(job)
-    assert counted(tmp_path / "a") == {30}
+def test_a_lost_node_brings_the_job_back(tmp_path):
+    with cluster() as here:
+        job = here.submit(COUNTING, tmp_path / "a", 30, "--", "--nodelist=127.0.0.2")
+        here.wait_for_log(job, "rank 3 counts from 0")
+        here.run("scontrol", "update", "nodename=127.0.0.2", "state=down", "reason=test")
+        here.until(lambda: here.records(job)[0]["JobState"] == "PENDING")
+        here.until(lambda: not here.run("pgrep", "-f", tmp_path / "a", check=False))  # the lost node's processes are gone
+
+        def back() -> bool:
+            """As a person would: the node is put to use again, and a job that it could not start meanwhile is released."""
+            here.run("scontrol", "update", "nodename=127.0.0.2", "state=resume", check=False)  # it may be back by itself
+            here.run("scontrol", "release", job, check=False)
+            return here.records(job)[0]["JobState"] not in ("PENDING", "CONFIGURING")
+
+        here.until(back)
+        (record,) = here.wait(job)
+        assert record["JobState"] == "COMPLETED" and int(record["Restarts"]) >= 1, here.log(job)
+        assert counted(tmp_path / "a") == {30}
 
 
 @pytest.mark.slow

@@ -36,8 +36,15 @@ def count() -> int:
     rank, fails = int(os.environ["SLURM_PROCID"]), os.environ.get("COUNTING_FAILS")
     if fails in ("mistake", "crash"):
         if rank == 0:
-            tell("failure", f"{os.environ['SLURMD_NODENAME']} rank 0: the loss is not a number")
+            code = 2 if fails == "mistake" else 1
+            tell("failure", f"{os.environ['SLURMD_NODENAME']} rank 0: the loss is not a number\n{code}")
         return 2 if fails == "mistake" else 1
+    # a rank that says it counts speaks for all: each can be asked to stop by now
+    start = f"listens-{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', 0)}-{os.environ['SLURM_STEP_ID']}"
+    messages = Path(os.environ["INHERITUNE_JOB"])
+    (messages / f"{start}-{rank}").touch()
+    while len(list(messages.glob(f"{start}-*"))) < int(os.environ["SLURM_STEP_NUM_TASKS"]):
+        time.sleep(0.02)
     kept = folder / f"rank{rank}"
     step = int(kept.read_text()) if kept.exists() else 0
     print(f"rank {rank} counts from {step}", flush=True)
