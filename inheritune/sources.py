@@ -260,10 +260,16 @@ def read_deepspeed(folder: Path, what: str = "master") -> dict[str, Stored]:
     key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
     if key not in states[0]:
         raise UserError(f"{folder} holds no fp32 masters ({key}); inherit from final/")
-    moments = [state["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]["state"] for state in states]
-    if what == "step":  # one number per flat group, the same in all
-        return {"step": Stored((), torch.float32, (_extent(optim_files[0], moments[0][0]["step"]),))}
-    vectors = [s[key] if what == "master" else [m[g][what] for g in sorted(m)] for s, m in zip(states, moments, strict=True)]
+    vectors = [state[key] for state in states]
+    if what != "master":
+        kept = [state["optimizer_state_dict" if stage == 3 else "base_optimizer_state"] for state in states]
+        # one dict per flat group, in the order of the groups; a list of them where "elastic_checkpoint" is set
+        moments = [rank if isinstance(rank, list) else [rank["state"][g] for g in sorted(rank["state"])] for rank in kept]
+        if not all(rank and all(what in group for group in rank) for rank in moments):
+            raise UserError(f"{folder} holds no {what} of AdamW: it was saved before the first step, or by another optimizer")
+        if what == "step":  # one number per flat group, the same in all
+            return {"step": Stored((), torch.float32, (_extent(optim_files[0], moments[0][0]["step"]),))}
+        vectors = [[group[what] for group in rank] for rank in moments]
     parts = [[_extent(path, t) for t in vector] for path, vector in zip(optim_files, vectors, strict=True)]
     if what != "master":
         joined = {n: shape for group in groups for n, shape in group.items()}

@@ -162,6 +162,21 @@ def test_zero_checkpoints_give_the_engines_weights(zero_checkpoints, ranks, stag
         assert torch.equal(source.tensor("lm_head.weight"), truth["transformer.wte.weight"])
 
 
+@pytest.mark.parametrize("kind", ["paper", "llama"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_zero_checkpoints_give_adamws_moments_and_step(zero_checkpoints, ranks, stage, kind):
+    folder = zero_checkpoints / str(ranks) / f"{kind}_zero{stage}_ranks{ranks}"
+    for moment, truth in torch.load(f"{folder}.moments").items():
+        stored = sources.read_deepspeed(folder, moment)
+        assert set(stored) == set(truth)
+        for name, tensor in truth.items():
+            assert torch.equal(sources.read_tensor(stored[name]), tensor), (moment, name)
+    assert float(sources.read_tensor(sources.read_deepspeed(folder, "step")["step"])) == 2
+    with pytest.raises(UserError, match="holds no momentum_buffer of AdamW"):
+        sources.read_deepspeed(folder, "momentum_buffer")
+
+
 def copy_of(folder: Path, to: Path) -> Path:
     """A copy made of hard links: files may be removed and replaced, not written into."""
     to.mkdir(parents=True)
