@@ -141,10 +141,11 @@ def hf_config(model: Model, layers: int | None = None):
     )
 
 
-def build(config, attention: str = "sdpa") -> torch.nn.Module:
+def build(config, attention: str | None = None) -> torch.nn.Module:
     """A model of `config` in fp32 whose weights are not initialized yet, biases frozen where the config says so.
 
-    Built on the current default device; inside `deepspeed.zero.Init` its parameters are partitioned as they are made."""
+    Built on the current default device; inside `deepspeed.zero.Init` its parameters are partitioned as they are made.
+    attention: transformers' name of an implementation; None is SDPA, where the family has it (Gemma 2 and Bloom do not)."""
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
