@@ -104,7 +104,8 @@ def load_model(model: str, revision: str | None = None) -> torch.nn.Module:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:  # transformers' words for: not there, not a causal LM, needs its own code
+    # transformers' words for: not there, not a causal LM, needs its own code, quantized by a library that is not here
+    except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model {model} cannot be loaded as a causal LM: {' '.join(str(error).split())[:300]}") from None
     if report["missing_keys"]:  # transformers would fill them with random numbers
         raise UserError(

@@ -17,6 +17,7 @@ from inheritune.config import UserError
 from inheritune.dist import barrier, gather, on_rank0, rank, world
 from inheritune.engine import full_parameters, zero_stage
 from inheritune.log import logger
+from inheritune.models import architecture
 from inheritune.rundir import (
     RunDir,
     check_files,
@@ -266,16 +267,20 @@ def export_weights(engine, folder: Path, tokenizer: Path) -> None:
 
     Raises UserError on every rank when the disk is full; nothing is left then."""
     config = engine.module.config
-    shapes = {name: tuple(_shape(p)) for name, p in engine.module.named_parameters()}
+    table = architecture(config.model_type)
+    pieces = {name: table.in_checkpoint(name, tuple(_shape(p))) for name, p in engine.module.named_parameters()}
+    specs = {piece: (shape, torch.float32) for its in pieces.values() for piece, shape in its.items()}
     parameters = full_parameters(engine)
     problem = None
     if rank() == 0:
         try:
             with replacing(folder) as temporary:
                 temporary.mkdir()
-                writer = CheckpointWriter(temporary, config, {name: (shape, torch.float32) for name, shape in shapes.items()})
+                writer = CheckpointWriter(temporary, config, specs)
                 for name, value in parameters:
-                    writer.add(name, value)
+                    its = pieces[name]
+                    for (piece, shape), part in zip(its.items(), value.flatten().tensor_split(len(its)), strict=True):
+                        writer.add(piece, part.view(shape))
                 writer.close()
                 for file in tokenizer.iterdir():
                     (temporary / file.name).write_bytes(file.read_bytes())

@@ -61,7 +61,7 @@ def inherit(
     for name in tensor_shapes(config):
         part, module = table.part_of(name)
         copied = part in parts and (module is None or module in modules)
-        copied |= tied and part == "token_embedding" and "head" in parts
+        copied |= tied and name == table.embedding and "head" in parts
         inside = table.split_name(name)
         from_name = name if inside is None else table.block.format(i=indices[inside[0]]) + inside[1]
         dtype = opened.dtype(from_name)
@@ -123,7 +123,7 @@ def extend(previous: str | Path, reference: str | Path, layers_from: int, layers
     for name in tensor_shapes(config):
         inside = old.table.split_name(name)
         source = old if inside is None or inside[0] < layers_from else new
-        origins[name] = Origin(old.dtype(old.table.parts["token_embedding"][0]), source, name)
+        origins[name] = Origin(old.dtype(old.table.embedding), source, name)
     about = {
         "kind": "extend",
         "previous": _identity(old),

@@ -18,6 +18,8 @@ from huggingface_hub.errors import StrictDataclassError
 from inheritune import rundir
 from inheritune.config import Model, UserError
 
+Shape = tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -30,8 +32,20 @@ class Architecture:
     parts: dict[str, list[str]]
     modules: dict[str, list[str]]
     residual: list[str] = field(default_factory=list)
+    norm_weight: float = 1.0
     buffers: list[str] = field(default_factory=list)
-    per_layer: list[str] = field(default_factory=list)
+    published: dict[str, list[str]] = field(default_factory=dict)
+    per_layer: list[str] = field(default_factory=lambda: ["layer_types"])
+
+    @property
+    def embedding(self) -> str:
+        """Name of the token embedding's matrix."""
+        return self.parts["token_embedding"][0]
+
+    @property
+    def head(self) -> str:
+        """Name of the head's matrix, which is the token embedding's where the head is tied."""
+        return self.parts["head"][0]
 
     def split_name(self, name: str) -> tuple[int, str] | None:
         """(block index, name inside the block) of a tensor, or None for one outside the blocks."""
@@ -40,6 +54,19 @@ class Architecture:
             return None
         index, _, rest = name[len(prefix) :].partition(suffix)
         return int(index), rest
+
+    def in_checkpoint(self, name: str, shape: Shape) -> dict[str, Shape]:
+        """{name: shape} of the checkpoint's tensors that the model's tensor `name` of `shape` is made of; one after the
+        other, their elements are its elements."""
+        inside = self.split_name(name)
+        block, key = ("", name) if inside is None else (self.block.format(i=inside[0]), inside[1])
+        names = self.published.get(key)
+        if names is None:
+            return {name: shape}
+        if "{e}" not in names[0]:
+            return {block + names[0]: shape}
+        piece = (shape[1] // len(names), *shape[2:])  # of one expert
+        return {block + n.format(e=e): piece for e in range(shape[0]) for n in names}
 
     def part_of(self, name: str) -> tuple[str, str | None]:
         """(part, module) that a tensor belongs to, e.g. ('blocks', 'attn') or ('head', None).
@@ -65,7 +92,7 @@ def architecture(model_type: str) -> Architecture:
     if model_type not in _TABLE:
         raise UserError(
             f"model family '{model_type}' is not in the architecture table; known: {', '.join(sorted(_TABLE))}; "
-            f"to add one, describe its tensor names in inheritune/architectures.yaml"
+            f"to add one, describe its tensor names in inheritune/architectures.yaml, a few lines: README, 'Another family'"
         )
     return Architecture(name=model_type, **_TABLE[model_type])
 
@@ -114,10 +141,11 @@ def hf_config(model: Model, layers: int | None = None):
     )
 
 
-def build(config, attention: str = "sdpa") -> torch.nn.Module:
+def build(config, attention: str | None = None) -> torch.nn.Module:
     """A model of `config` in fp32 whose weights are not initialized yet, biases frozen where the config says so.
 
-    Built on the current default device; inside `deepspeed.zero.Init` its parameters are partitioned as they are made."""
+    Built on the current default device; inside `deepspeed.zero.Init` its parameters are partitioned as they are made.
+    attention: transformers' name of an implementation; None is SDPA, where the family has it (Gemma 2 and Bloom do not)."""
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -133,8 +161,8 @@ def build(config, attention: str = "sdpa") -> torch.nn.Module:
     return model
 
 
-def tensor_shapes(config, where="the config") -> dict[str, tuple[int, ...]]:
-    """{name: shape} of every tensor of a checkpoint of `config`, in the model's order; a tied head is left out.
+def model_shapes(config, where="the config") -> dict[str, Shape]:
+    """{name: shape} of every tensor of a model of `config`, in its order and under its names; a tied head is left out.
 
     Raises UserError (naming `where`) if no model can be built from the config."""
     try:
@@ -142,14 +170,27 @@ def tensor_shapes(config, where="the config") -> dict[str, tuple[int, ...]]:
             state = build(config).state_dict()
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise UserError(f"{where} describes no possible model: {' '.join(str(error).split())}") from None
-    heads = architecture(config.model_type).parts["head"] if config.tie_word_embeddings else ()
-    return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in heads}
+    table = architecture(config.model_type)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if config.tie_word_embeddings:
+        shapes = {name: shape for name, shape in shapes.items() if table.head not in table.in_checkpoint(name, shape)}
+    return shapes
+
+
+def tensor_shapes(config, where="the config") -> dict[str, Shape]:
+    """{name: shape} of every tensor of a checkpoint of `config`, in the model's order; a tied head is left out.
+
+    Raises UserError as `model_shapes` does."""
+    table, shapes = architecture(config.model_type), model_shapes(config, where)
+    return {piece: its for name, shape in shapes.items() for piece, its in table.in_checkpoint(name, shape).items()}
 
 
 def load_config(path: Path):
     """The transformers configuration in `path`, by the classes of transformers alone (code beside it is never run).
 
-    Raises UserError for a family outside the architecture table, a quantized or an encoder-decoder model."""
+    Raises UserError for a family outside the architecture table and for a model that is quantized, an encoder-decoder, or
+    of a class that transformers does not have."""
+    import transformers
     from transformers import CONFIG_MAPPING
 
     raw = rundir.read_json(path)
@@ -159,8 +200,14 @@ def load_config(path: Path):
         raise UserError(f"{path} describes a quantized model (quantization_config); inherit from the unquantized weights")
     if raw.get("is_encoder_decoder"):
         raise UserError(f"{path} describes an encoder-decoder ({raw['model_type']}); only decoder-only models can be sliced")
+    foreign = [name for name in raw.get("architectures") or [] if not hasattr(transformers, name)]
+    if raw.pop("auto_map", None) and (foreign or raw["model_type"] not in CONFIG_MAPPING):  # else transformers has the code
+        what = ", ".join(foreign) or raw["model_type"]
+        raise UserError(
+            f"{path} needs code that comes with the model (auto_map: {what}), which is never run; only families "
+            f"of transformers itself can be sliced"
+        )
     architecture(raw["model_type"])
-    raw.pop("auto_map", None)  # a known family needs no code of its own
     try:
         return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     except (ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
@@ -190,25 +237,26 @@ def flops_per_token(config, sequence_length: int) -> float:
     The count of PaLM (appendix B) and nanoGPT: full T x T attention, embeddings look-ups free, the head's product counted."""
     with torch.device("meta"):
         model = build(config)
-    matrices = sum(p.numel() for p in linear_weights(model).values())
-    table = architecture(config.model_type)
-    head = model.get_output_embeddings().weight
+    # a token passes through some experts only, whose weights are three-dimensional: (experts, outputs, inputs)
+    active = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_local_experts", 1)
+    matrices = sum(p.numel() * (active if p.dim() == 3 else 1) for p in linear_weights(model).values())
     if config.tie_word_embeddings:  # linear_weights leaves the tied head to the embedding
-        matrices += head.numel()
-    layers = getattr(config, table.layers)
-    return 6.0 * matrices + 12.0 * layers * config.hidden_size * sequence_length
+        matrices += model.get_output_embeddings().weight.numel()
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return 6.0 * matrices + 12.0 * config.num_hidden_layers * width * sequence_length
 
 
 def linear_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """{name: parameter} of the weights that are decayed: those of linear layers, a head tied to the embedding left out
-    (FACTS section 4: embeddings, the tied head and norms are not decayed)."""
-    from transformers.pytorch_utils import Conv1D
-
+    """{name: parameter} of the weights that are decayed: the matrices that multiply activations, a head tied to the
+    embedding left out (FACTS section 4: embeddings, the tied head and norms are not decayed)."""
     embedding = model.get_input_embeddings().weight
     return {
-        f"{name}.weight": module.weight
+        f"{name}.{key}": weight
         for name, module in model.named_modules()
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and module.weight is not embedding
+        if not isinstance(module, torch.nn.Embedding) and "Norm" not in type(module).__name__  # Cohere's are matrices too
+        for key, weight in module.named_parameters(recurse=False)
+        if len(getattr(weight, "ds_shape", weight.shape)) > 1 and weight is not embedding  # ZeRO 3 leaves weights flat
     }
 
 
@@ -217,15 +265,15 @@ def seeded(*parts) -> torch.Generator:
     return torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(repr(parts).encode()) & (2**63 - 1))
 
 
-def fresh_tensor(name: str, shape: tuple[int, ...], config, seed: int) -> torch.Tensor:
+def fresh_tensor(name: str, shape: Shape, config, seed: int) -> torch.Tensor:
     """Initial fp32 value of one tensor, from a generator keyed by (seed, name, shape): norms one, biases zero, the rest
     N(0, 0.02), for projections onto the residual stream N(0, 0.02 / sqrt(2 layers)) (FACTS section 4)."""
     table = architecture(config.model_type)
     if name.endswith(".bias"):
         return torch.zeros(shape)
-    if len(shape) == 1:
-        return torch.ones(shape)
-    std = getattr(config, "initializer_range", 0.02)
+    if len(shape) == 1 or "norm." in name:  # Cohere's norms of queries and keys are matrices
+        return torch.full(shape, float(table.norm_weight))
+    std = getattr(config, "initializer_range", None) or getattr(config, "init_std", 0.02)  # init_std: OPT's word for it
     if any(name.endswith(suffix) for suffix in table.residual):
         std /= math.sqrt(2 * getattr(config, table.layers))
     return torch.randn(shape, generator=seeded(seed, name, tuple(shape))).mul_(std)

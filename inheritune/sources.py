@@ -22,7 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from inheritune import rundir
 from inheritune.config import UserError
-from inheritune.models import Architecture, architecture, load_config, tensor_shapes, write_config
+from inheritune.models import Architecture, Shape, architecture, load_config, model_shapes, write_config
 from inheritune.tokens import gate
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
@@ -33,7 +33,6 @@ COMMON_FILES = ["config.json", "generation_config.json", "adapter_config.json", 
 WEIGHTS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 
-Shape = tuple[int, ...]
 Specs = dict[str, tuple[Shape, torch.dtype]]
 
 
@@ -313,7 +312,8 @@ def _stages_1_and_2(groups: list[dict], parts: list[list[Extent]], paddings: lis
 
 
 class Source:
-    """A checkpoint whose tensors are read one by one, under the names that the training code gives them.
+    """A checkpoint whose tensors are read one by one, under the names of published checkpoints of its family; where the
+    model keeps several of them in one tensor (Mixtral's experts), or under another name, by the model's name too.
 
     origin: the folder's absolute path or the Hub id, with revision (the Hub's commit); kind: safetensors, bin or deepspeed;
     folder: where the weights lie; config: the transformers configuration."""
@@ -326,8 +326,13 @@ class Source:
         self.config = load_config(config_path)
         self.config_hash = rundir.hash_file(config_path)
         self.table = architecture(self.config.model_type)
-        shapes = tensor_shapes(self.config, config_path)
+        pieces = {
+            name: (shape, self.table.in_checkpoint(name, shape))
+            for name, shape in model_shapes(self.config, config_path).items()
+        }
+        shapes = {piece: shape for _, its in pieces.values() for piece, shape in its.items()}
         self._stored = _named(stored, self.table, self.config.tie_word_embeddings, folder)
+        _split(self._stored, pieces)
         missing = [name for name in shapes if name not in self._stored]
         extra = [name for name in self._stored if name not in shapes]
         n = getattr(self.config, self.table.layers)
@@ -344,14 +349,18 @@ class Source:
                 where = f"tensor {name} in {folder / self.file_of(name)} has shape {self._stored[name].shape}"
                 raise UserError(f"{where}, but config.json implies {shape}; put the config of these weights beside them")
         self._names = list(shapes)
+        for name, (shape, its) in pieces.items():
+            if name not in its:
+                parts = [self._stored[piece] for piece in its]
+                self._stored[name] = Stored(shape, parts[0].dtype, tuple(e for part in parts for e in part.extents))
 
     def names(self) -> list[str]:
         """All tensors, in the model's order; a tied head is not listed (it is the token embedding)."""
         return list(self._names)
 
     def _at(self, name: str) -> Stored:
-        if name in self.table.parts["head"] and self.config.tie_word_embeddings:
-            name = self.table.parts["token_embedding"][0]
+        if name == self.table.head and self.config.tie_word_embeddings:
+            name = self.table.embedding
         if name not in self._stored:
             raise UserError(f"{self.folder} has no tensor {name}")
         return self._stored[name]
@@ -402,21 +411,38 @@ def as_bytes(tensor: torch.Tensor):
 
 
 def _named(stored: dict[str, Stored], table: Architecture, tied: bool, folder: Path) -> dict[str, Stored]:
-    """`stored` under the training code's names: prefix added where it was left out, buffers and a tied head dropped."""
-    heads, embedding = table.parts["head"], table.parts["token_embedding"][0]
+    """`stored` under full names: prefix added where it was left out, the head's own name for it, buffers and a tied head
+    dropped."""
+    outside = {name for names in table.parts.values() for name in names}
+    renamed = {ours: names[0] for ours, names in table.published.items() if names[0] in outside}
     named = {}
     for name, place in stored.items():
-        full = name if name.startswith(table.base_prefix) or name in heads else table.base_prefix + name
+        full = renamed.get(name, name)
+        full = full if full in outside or full.startswith(table.base_prefix) else table.base_prefix + full
         within = re.match(re.escape(table.block).replace(r"\{i\}", r"\d+"), full)
         if not (within and full[within.end() :] in table.buffers):
             named[full] = place
-    for head in heads if tied else ():
-        place = named.pop(head, None)
-        if place is not None:
-            other = named.setdefault(embedding, place)
-            if other != place and not torch.equal(read_tensor(other), read_tensor(place)):
-                raise UserError(f"{folder}: {head} and {embedding} differ; set tie_word_embeddings to false in config.json")
+    place = named.pop(table.head, None) if tied else None
+    if place is not None:
+        other = named.setdefault(table.embedding, place)
+        if other != place and not torch.equal(read_tensor(other), read_tensor(place)):
+            raise UserError(
+                f"{folder}: {table.head} and {table.embedding} differ; set tie_word_embeddings to false in config.json"
+            )
     return named
+
+
+def _split(stored: dict[str, Stored], pieces: dict[str, tuple[Shape, dict[str, Shape]]]) -> None:
+    """Replace the model's tensors in `stored` (a training checkpoint has them) by those of a published checkpoint.
+
+    `pieces` is {model's name: (shape, {name in checkpoints: shape})}."""
+    for name, (shape, its) in pieces.items():
+        if name in stored and name not in its and stored[name].shape == shape and stored[name].dtype:
+            whole, position = stored.pop(name), 0
+            for piece, piece_shape in its.items():
+                count = math.prod(piece_shape)
+                stored[piece] = Stored(piece_shape, whole.dtype, cut(list(whole.extents), position, count))
+                position += count
 
 
 def open_source(path_or_id: str | Path, revision: str | None = None) -> Source:

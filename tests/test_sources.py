@@ -322,12 +322,17 @@ REFUSALS = {
     "unknown family": (
         "single",
         lambda f: edit_json(f / "config.json", lambda v: v.update(model_type="mamba")),
-        "known: gpt2, llama",
+        "known: bloom, cohere, .* README, 'Another family'",
     ),
     "remote code": (
         "single",
         lambda f: edit_json(f / "config.json", lambda v: v.update(model_type="mine", auto_map={"AutoConfig": "x.Y"})),
-        "model family 'mine' is not in the architecture table",
+        "needs code that comes with the model .auto_map: mine.",
+    ),
+    "remote class": (
+        "single",
+        lambda f: edit_json(f / "config.json", lambda v: v.update(architectures=["MineForLM"], auto_map={"AutoConfig": "x.Y"})),
+        "needs code that comes with the model .auto_map: MineForLM.",
     ),
     "quantized": (
         "single",
