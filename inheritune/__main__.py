@@ -105,6 +105,12 @@ class Verbs:
 
         print("\n".join(str(path) for path in figure(item, seed, rehearse)))
 
+    def status(self, experiment, seed=0, rehearse=None):
+        """Where every run of an experiment stands: state, step, loss, speed, time left, job, last error, next command."""
+        from inheritune.status import status
+
+        status(experiment, seed, rehearse)
+
 
 def main(argv: list[str]) -> int:
     """Run one verb. Exit code 0, or 2 for a user's mistake, told in one sentence."""
