@@ -105,6 +105,14 @@ class Verbs:
 
         print("\n".join(str(path) for path in figure(item, seed, rehearse)))
 
+    def export(self, folder, to, dtype="fp32"):
+        """Write a finished run (its FOLDER) as a plain checkpoint with tokenizer and model card; DTYPE is fp32 or bf16.
+
+        Plain GPT-2 or Llama for any program: scaling by layer folded in, padding of the vocabulary cut off, logits compared."""
+        from inheritune.export import export
+
+        export(folder, to, dtype)
+
     def status(self, experiment, seed=0, rehearse=None):
         """Where every run of an experiment stands: state, step, loss, speed, time left, job, last error, next command."""
         from inheritune.status import status
@@ -211,7 +219,7 @@ def usage(function) -> str:
     for name, parameter in inspect.signature(function).parameters.items():
         if name != "self":
             flag, value = name.replace("_", "-"), name.upper() if parameter.default is None else parameter.default
-            if name in ("experiment", "item"):
+            if name in ("experiment", "item", "folder"):
                 words.append(name.upper())
             elif parameter.default is parameter.empty:
                 words.append(f"--{flag} {name.upper()}")
