@@ -104,6 +104,20 @@ class Verbs:
 
         print("\n".join(str(path) for path in figure(item, seed, rehearse)))
 
+    def export(self, folder, to, dtype="fp32"):
+        """Write a finished run (its FOLDER) as a plain checkpoint with tokenizer and model card; DTYPE is fp32 or bf16.
+
+        Plain GPT-2 or Llama for any program: scaling by layer folded in, padding of the vocabulary cut off, logits compared."""
+        from inheritune.export import export
+
+        export(folder, to, dtype)
+
+    def status(self, experiment, seed=0, rehearse=None):
+        """Where every run of an experiment stands: state, step, loss, speed, time left, job, last error, next command."""
+        from inheritune.status import status
+
+        status(experiment, seed, rehearse)
+
     def sync(self, folder):
         """Send the record of a run that trained offline (its FOLDER's metrics.jsonl) to one W&B run; again, only new rows.
 

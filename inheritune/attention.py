@@ -85,8 +85,8 @@ def _count_to_reach(parts_NHT: torch.Tensor, fractions) -> torch.Tensor:
 # --- attention maps of a model --------------------------------------------------------------------------------------------
 
 
-def load_model(model: str, revision: str | None = None) -> torch.nn.Module:
-    """A Hugging Face causal LM (folder or Hub id) in fp32 with eager attention, on the GPU if there is one.
+def load_model(model: str, revision: str | None = None, attention: str = "eager") -> torch.nn.Module:
+    """A Hugging Face causal LM (folder or Hub id) in fp32, on the GPU if there is one. `attention`: transformers' name.
 
     Raises UserError if it cannot be loaded; never runs code that comes with a model."""
     from transformers import AutoModelForCausalLM
@@ -99,7 +99,7 @@ def load_model(model: str, revision: str | None = None) -> torch.nn.Module:
         loaded, report = AutoModelForCausalLM.from_pretrained(
             model,
             revision=revision or "main",
-            attn_implementation="eager",
+            attn_implementation=attention,
             dtype=torch.float32,
             trust_remote_code=False,
             output_loading_info=True,

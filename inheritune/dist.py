@@ -21,7 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from inheritune.config import REPOSITORY, UserError
-from inheritune.rundir import node
+from inheritune.rundir import node, root
 
 
 class NodeError(UserError):
@@ -196,6 +196,14 @@ def agree(reason: str | None) -> str | None:
     flag = torch.tensor([1.0 if reason else 0.0], device=device())
     torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
     return next(filter(None, gather(reason))) if flag.item() else None
+
+
+def tell_run(folder: Path) -> None:
+    """Tell `status` which run folder this job works on ($INHERITUNE_JOB/run, relative to $INHERITUNE_ROOT)."""
+    job = os.environ.get("INHERITUNE_JOB")
+    if job and rank() == 0:
+        Path(job).mkdir(parents=True, exist_ok=True)
+        (Path(job) / "run").write_text(f"{folder.relative_to(root())}\n", encoding="utf-8")
 
 
 def tell_more(sentence: str) -> None:

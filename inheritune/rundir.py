@@ -286,6 +286,21 @@ class Lock:
                 continue
 
 
+def lock_holder(path: Path) -> dict | None:
+    """Who holds the lock of `path` ({host, pid, slurm, job, silent: seconds since its last beat}), or None. Only looks: Slurm
+    is not asked, so a job that died on another machine passes for alive for `Lock.SILENCE` seconds."""
+    for file in path.parent.glob(f".{path.name}.lock.*"):
+        try:
+            holder = json.loads(file.read_text(encoding="utf-8"))
+            holder["silent"] = time.time() - file.stat().st_mtime
+        except (OSError, ValueError):  # it is being written, or was just taken away
+            continue
+        here = holder["machine"] == _machine()
+        if _born(holder["pid"]) == holder["born"] if here else holder["silent"] <= Lock.SILENCE:
+            return holder
+    return None
+
+
 def _machine() -> str:
     """Names this machine, since its last start, and the process numbers seen here (a container has its own)."""
     boot = Path("/proc/sys/kernel/random/boot_id")

@@ -135,7 +135,7 @@ def check(experiment: str, run: str | None = None, stage: int | None = None, see
     if stage and not spec.grow:
         raise UserError(f"run '{run}' has no 'grow' section, so it has no stage {stage}; leave out --stage")
     ready = (data_dir(loaded) / "manifest.json").is_file()
-    needed = _unfinished_source(loaded, spec, seed)
+    needed = unfinished_source(loaded, spec, seed)
     if ready and not needed:
         print(f"{loaded.name}/{run}: what it starts from is there")
         return
@@ -150,7 +150,7 @@ def check(experiment: str, run: str | None = None, stage: int | None = None, see
     raise UserError((ways + (_two_ways(loaded, experiment, run, needed, stage) if needed else "")).rstrip())
 
 
-def _unfinished_source(experiment: Experiment, spec: Run, seed: int) -> str | None:
+def unfinished_source(experiment: Experiment, spec: Run, seed: int) -> str | None:
     """Name of the run of this file that `spec` starts from or is compared with and that is not finished, or None."""
     source = spec.init.inherit.source if spec.init.inherit else None
     return source if source in experiment.runs and not RunDir.of(experiment, source, seed).is_done() else None

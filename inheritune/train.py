@@ -111,6 +111,7 @@ def train_job(job: Job, ds: str | None = None) -> None:
     if job.dir.is_done():
         print(f"{job.title()} is finished: {job.dir.final}") if dist.rank() == 0 else None
         return
+    dist.tell_run(job.dir.path)
     settings = load_json(ds or job.settings.deepspeed)
     dist.start()
     setup()

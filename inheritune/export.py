@@ -1,0 +1,235 @@
+"""`export FOLDER --to D`: a finished run as a checkpoint for the world outside, with tokenizer and model card.
+
+A run keeps the paper's parameterization, which few programs know: transformers 4 with SDPA ignores
+`scale_attn_by_inverse_layer_idx` without a word, vLLM refuses it. Here the scaling by layer goes into the query weights
+(W_Q / (layer + 1), flag off) and the rows that pad the vocabulary are cut off. The folder appears under its name only after
+the logits of the two were compared.
+"""
+
+import copy
+import shlex
+import shutil
+from pathlib import Path
+
+import torch
+import yaml
+
+from inheritune.attention import load_model
+from inheritune.config import Data, UserError, nearest
+from inheritune.inherit import MANIFEST
+from inheritune.models import seeded, tensor_shapes
+from inheritune.rundir import RunDir, check_files, read_json, replacing, write_json, write_text
+from inheritune.sources import TOKENIZER_FILES, Source, open_source, write_checkpoint
+from inheritune.tokens import load_tokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TOLERANCE = {"fp32": 1e-5, "bf16": 0.05}
+"""Largest difference of a logit, as a share of the largest logit where that is above 1. bf16 has 8 bits for a number: its
+bound only finds a broken export, and the card tells the difference."""
+SCALED = "scale_attn_by_inverse_layer_idx"
+LICENCES = yaml.safe_load((Path(__file__).parent / "licences.yaml").read_text(encoding="utf-8"))
+
+
+def export(folder: str, to: str, dtype: str = "fp32") -> None:
+    """Write the finished run in `folder` (a grown run: the stage that its DONE names) to the new folder `to`.
+
+    Raises UserError for an unfinished or damaged
+    run, one without a tokenizer, an unknown dtype and a `to` that holds something; then nothing is written."""
+    if dtype not in DTYPES:
+        raise UserError(f"export: unknown dtype '{dtype}'; {nearest(dtype, DTYPES)}")
+    out, run = Path(to), finished(RunDir(folder))
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} already holds something; choose another folder, or delete it")
+    check_files(run.final, read_json(run.done)["final"])
+    if not any((run.final / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise UserError(
+            f"{run.final} holds no tokenizer (tokenizer.json or tokenizer.model); copy the files of the prepared data's "
+            f"tokenizer/ into it, and export again"
+        )
+    described = yaml.safe_load(run.experiment.read_text(encoding="utf-8"))
+    tokenizer = load_tokenizer(Data.model_validate(described["data"]), run.final)
+    source = open_source(run.final)
+    config = outside_config(source.config, tokenizer.vocab_size, tokenizer.end_of_text)
+    specs = {name: (shape, DTYPES[dtype]) for name, shape in tensor_shapes(config).items()}
+    with replacing(out) as temporary:
+        temporary.mkdir()
+        write_checkpoint(temporary, config, specs, lambda name: outside_tensor(source, config, name).to(DTYPES[dtype]))
+        write_json(temporary / "config.json", read_json(temporary / "config.json") | older_keys(config, DTYPES[dtype]))
+        special = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id")}
+        write_json(temporary / "generation_config.json", special | {"pad_token_id": tokenizer.end_of_text})
+        for name in TOKENIZER_FILES:
+            if (run.final / name).is_file():
+                shutil.copyfile(run.final / name, temporary / name)
+        compared = compare_logits(run.final, temporary, config.vocab_size)
+        if not compared["difference"] <= TOLERANCE[dtype] * max(1.0, compared["largest"]):
+            raise RuntimeError(f"the export of {run.final} computes other logits ({compared}): nothing was written")
+        write_text(temporary / "README.md", model_card(run, described, out.absolute().name, dtype, compared))
+    print(f"wrote {out}: its logits differ by at most {compared['difference']:.1e} (the largest is {compared['largest']:.1f})")
+    print(f"to publish it: hf upload OWNER/{out.absolute().name} {shlex.quote(str(out))}")
+
+
+def finished(run: RunDir) -> RunDir:
+    """The run or stage whose final/ is meant by a run's folder. Raises UserError if there is none."""
+    if not run.is_done():
+        if RunDir(run.path.parent).is_done() and run.path.name == "final":
+            raise UserError(f"{run.path} holds the weights of a run; give the run's folder, {run.path.parent}")
+        what = "is not finished (no DONE)" if run.experiment.is_file() or any(run.path.glob("stage*")) else "is no run folder"
+        raise UserError(f"{run.path} {what}; export takes runs/<experiment>/seed<k>/<run> of a finished run")
+    done = read_json(run.done)
+    return run.stage(done["stage"]) if "stage" in done else run
+
+
+def outside_config(config, vocab_size: int, end_of_text: int):
+    """`config` for the world outside: standard scaling, the tokenizer's vocabulary, and the ids that begin and end a text
+    (in our training every text lies between two ends of text). Biases held at zero keep their mark, which others ignore."""
+    config = copy.deepcopy(config)
+    if getattr(config, SCALED, False):
+        setattr(config, SCALED, False)
+    config.vocab_size, config.use_cache = vocab_size, True
+    for key in ("bos_token_id", "eos_token_id"):
+        if getattr(config, key, None) is None:
+            setattr(config, key, end_of_text)
+    return config
+
+
+def outside_tensor(source: Source, config, name: str) -> torch.Tensor:
+    """Tensor `name` of the outside form `config` of `source`, in the source's dtype."""
+    tensor, inside = source.tensor(name), source.table.split_name(name)
+    if inside is None:
+        of_vocabulary = source.table.parts["token_embedding"] + source.table.parts["head"]
+        is_padded = name in of_vocabulary and tensor.shape[0] == source.config.vocab_size
+        return tensor[: config.vocab_size] if is_padded else tensor
+    if getattr(source.config, SCALED, False) and inside[1] in ("attn.c_attn.weight", "attn.c_attn.bias"):
+        # GPT-2, the one family with this flag: inputs x outputs, the first `hidden_size` outputs are the queries
+        tensor[..., : source.config.hidden_size] /= inside[0] + 1
+    return tensor
+
+
+def older_keys(config, dtype: torch.dtype) -> dict:
+    """What transformers 4 calls otherwise in config.json; 5 reads these keys too."""
+    keys, rope = {"torch_dtype": str(dtype).removeprefix("torch.")}, getattr(config, "rope_parameters", None) or {}
+    if "rope_theta" in rope:
+        keys["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            keys["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return keys
+
+
+def compare_logits(ours: Path, exported: Path, vocab_size: int) -> dict:
+    """Both checkpoints on the same two random sequences in fp32, ours by eager attention and the export by SDPA, as others
+    open it.  -> {"difference": largest |difference|, "largest": largest |logit|}, without the padding of the vocabulary"""
+    logits = []
+    for folder, attention in ((ours, "eager"), (exported, "sdpa")):
+        model = load_model(str(folder), attention=attention)  # one at a time in memory
+        length = min(getattr(model.config, "max_position_embeddings", 512), 512)
+        ids = torch.randint(0, vocab_size, (2, length), generator=seeded("export")).to(model.device)
+        with torch.no_grad():
+            logits.append(model(ids, use_cache=False).logits[..., :vocab_size].float().cpu())  # (2, T, V)
+        del model
+    return {"difference": float((logits[1] - logits[0]).abs().max()), "largest": float(logits[0].abs().max())}
+
+
+# --- the model card -------------------------------------------------------------------------------------------------------
+
+
+def parents(run: RunDir) -> dict[str, str | None]:
+    """{description: Hub id or None} of all that the run's first weights were copied from, the nearest first."""
+    if not (run.init / MANIFEST).is_file():
+        return {}
+    manifest, found = read_json(run.init / MANIFEST), {}
+    copied = f"layers {_ranges(manifest['layers'])} (from 0)"
+    for origin in [manifest] if manifest["kind"] == "inherit" else [manifest["previous"], manifest["reference"]]:
+        name, parent = origin["source"], RunDir(Path(origin["source"]).parent)
+        if origin["revision"]:
+            found[f"[{name}](https://huggingface.co/{name}) at revision {origin['revision']}, {copied}"] = name
+        elif parent.experiment.is_file():
+            described = yaml.safe_load(parent.experiment.read_text(encoding="utf-8"))
+            found[f"{_title(described)}, {copied}"] = None
+            found |= parents(parent)
+        else:  # the path is this machine's own affair
+            found[f"the local checkpoint '{Path(name).name}', {copied}"] = None
+    return found
+
+
+def _title(described: dict) -> str:
+    stage = f" stage {described['stage']}" if described["stage"] else ""
+    return f"run '{described['run_name']}'{stage} of experiment {described['experiment']} (seed {described['seed']})"
+
+
+def _ranges(layers: list[int]) -> str:
+    """E.g. '0 to 11' or '0, 2, 4'."""
+    if len(layers) > 1 and layers == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]} to {layers[-1]}"
+    return ", ".join(map(str, layers))
+
+
+def model_card(run: RunDir, described: dict, name: str, dtype: str, compared: dict) -> str:
+    """README.md of the export: a YAML head as the Hub reads it, and what the model is, from the run's own JSON."""
+    results, start = read_json(run.results), read_json(run.provenance)["starts"][-1]
+    data, train, lineage = described["data"], described["train"], parents(run)
+    hub = [parent for parent in lineage.values() if parent]
+    licences = {parent: LICENCES["models"].get(parent, "unknown") for parent in hub}
+    data_name = data["repo"] or (data["source"] if data["source"] == "embedded" else data["name"])
+    head = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["inheritune"]}
+    head["tags"] += ["rehearsal"] * described["rehearsal"]
+    head |= {"base_model": hub} if hub else {}
+    head |= {"datasets": [data["repo"]]} if data["repo"] else {}
+    known = set(licences.values()) - {"unknown"}
+    head |= {"license": known.pop()} if len(known) == 1 else {}
+    rehearsal = "**REHEARSAL: every size was shrunk to try the code; this is no result.**\n\n" if described["rehearsal"] else ""
+    loss, gap = results["validation"], results.get("difference")
+    against = f"\n- Difference to run '{results['compared_with']}': {_interval(gap, '+.4f')}, paired by window" if gap else ""
+    versions = ", ".join(f"{library} {version}" for library, version in start["versions"].items())
+    revision = f" at revision {data['revision']}" if data["revision"] else ""
+    copied = "".join(f"\n- Parent: {parent}" for parent in lineage) or "\n- Parent: none, a random start"
+    of_models = "".join(f"\n- {parent}: {licence}" for parent, licence in licences.items())
+    by = "W_Q / (layer + 1) in place of the scaling of attention logits by layer, " if run_scales(run) else ""
+    return f"""---
+{yaml.safe_dump(head, sort_keys=False).strip()}
+---
+
+# {name}
+
+{rehearsal}A language model of {results["layers"]} layers and {results["parameters"] / 1e6:,.2f}M parameters, made with
+Inheritune ([arXiv 2404.08634](https://arxiv.org/abs/2404.08634)): {_title(described)}.
+{copied}
+- Data: {data_name}{revision}, tokenizer {data["tokenizer"]}, sequences of {data["sequence_length"]} tokens
+- Training: {results["steps"]:,} steps of {train["batch_tokens"]:,} tokens, {results["tokens"]:,} in all, {train["precision"]}
+- Code: commit {start["git_commit"] or "unknown"}, {versions}
+
+## Evaluation
+
+- Validation loss: {_interval(loss, ".4f")} nats per token, {loss["n"]} windows of {data_name}{against}
+
+Intervals are 95% over validation windows; they do not cover the choice of seeds.
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "{name}"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+prompt = tokenizer("The", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0]))
+```
+
+Weights are {dtype}: {by}vocabulary as the tokenizer's. On two random sequences, computed in fp32, logits differ from the
+trained weights' by at most {compared["difference"]:.1e} (the largest logit is {compared["largest"]:.1f}).
+
+## Licences
+{of_models}
+- data, {data_name}: {LICENCES["data"].get(data_name, "unknown")}
+
+As far as known, without warranty; choose the licence of this model in their light before publishing it.
+"""
+
+
+def run_scales(run: RunDir) -> bool:
+    """Whether the run's own form scales attention logits by layer."""
+    return bool(read_json(run.final / "config.json").get(SCALED))
+
+
+def _interval(value: dict, form: str) -> str:
+    return f"{value['mean']:{form}} ({value['low']:{form}} to {value['high']:{form}})"

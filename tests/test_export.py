@@ -1,0 +1,238 @@
+"""export: the plain form computes what the run computes, here and in transformers 4, and says truly what it is.
+
+Weights of a few training steps are so small that attention is even and its scaling hardly matters; so the runs here are real
+ones whose final/ was given larger random weights afterwards."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment, write_tokens
+from test_cli import refused
+from tiny_models import config_of, random_model, weights_of
+
+from inheritune import export as module
+from inheritune.attention import load_model
+from inheritune.config import UserError, load_experiment
+from inheritune.models import seeded
+from inheritune.rundir import RunDir, data_dir, hash_folder, read_json, write_json
+from inheritune.sources import open_source, write_checkpoint
+from inheritune.tokens import train_bpe
+
+
+def store(folder: Path, model: torch.nn.Module) -> None:
+    """Write a model's weights and config into `folder`, beside the tokenizer that is there."""
+    weights = weights_of(model)
+    write_checkpoint(folder, model.config, {n: (tuple(t.shape), t.dtype) for n, t in weights.items()}, weights.get)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Folder of the runs of a small experiment: `reference` (4 layers, random start) and `half` (2 of them, inherited)."""
+    folder = tmp_path_factory.mktemp("trained")
+    raw = experiment_dict()
+    raw["runs"]["half"] = {"init": {"inherit": {"source": "reference", "layers": "0:2"}}}
+    path = write_experiment(folder, raw)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INHERITUNE_ROOT", str(folder / "root"))
+        experiment = load_experiment(path)
+        data = write_tokens(data_dir(experiment))
+        texts = [p.read_text(errors="ignore") for p in sorted(Path(os.__file__).parent.glob("a*.py"))]
+        train_bpe("bpe:300", texts, data / "tokenizer")
+        for run in ("reference", "half"):
+            run_verb("train", path, "--run", run)
+            done = RunDir.of(experiment, run)
+            store(done.final, random_model(open_source(done.final).config, seed=len(run)))
+            write_json(done.done, {"final": hash_folder(done.final)})
+        return RunDir.of(experiment, "").path
+
+
+def difference(ours: Path, theirs: Path) -> float:
+    """Largest difference of a logit between two folders, over the 300 ids of the tokenizer."""
+    ids = torch.randint(0, 300, (2, 32), generator=seeded("test"))
+    with torch.no_grad():
+        first, second = (load_model(str(folder), attention="sdpa")(ids).logits[..., :300] for folder in (ours, theirs))
+    return float((first - second).abs().max())
+
+
+def test_export_is_a_plain_gpt2_with_the_same_logits(trained, tmp_path):
+    out = tmp_path / "small one"
+    said = run_verb("export", trained / "reference", "--to", out).stdout
+    assert f"hf upload OWNER/small one '{out}'" in said
+    assert sorted(p.name for p in out.iterdir()) == [
+        "README.md", "config.json", "generation_config.json", "model-00001-of-00001.safetensors",
+        "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    assert difference(trained / "reference" / "final", out) < 1e-5
+    config, source = read_json(out / "config.json"), open_source(out)
+    assert not config.get("scale_attn_by_inverse_layer_idx") and config["vocab_size"] == 300
+    assert source.shape("transformer.wte.weight") == (300, 32) and config["torch_dtype"] == "float32"
+    assert read_json(out / "generation_config.json") == {"bos_token_id": 299, "eos_token_id": 299, "pad_token_id": 299}
+
+    # what is proven could fail: the flag alone turned off gives another model
+    shutil.copytree(trained / "reference" / "final", tmp_path / "unfolded")
+    raw = read_json(tmp_path / "unfolded" / "config.json")
+    write_json(tmp_path / "unfolded" / "config.json", raw | {"scale_attn_by_inverse_layer_idx": False})
+    assert difference(tmp_path / "unfolded", out) > 1e-2
+
+
+def test_bf16_states_its_difference(trained, tmp_path):
+    module.export(str(trained / "half"), str(tmp_path / "out"), "bf16")
+    source = open_source(tmp_path / "out")
+    assert {source.dtype(name) for name in source.names()} == {torch.bfloat16}
+    stated = float(re.search(r"by at most (\S+) \(the largest", (tmp_path / "out" / "README.md").read_text())[1])
+    compared = module.compare_logits(trained / "half" / "final", tmp_path / "out", 300)
+    assert 1e-4 < compared["difference"] == pytest.approx(stated, rel=0.05)
+
+
+def test_model_card_says_what_the_runs_json_says(trained, tmp_path):
+    module.export(str(trained / "half"), str(tmp_path / "half"))
+    card = (tmp_path / "half" / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["inheritune"]}
+    results = read_json(trained / "half" / "results.json")
+    loss, gap = results["validation"], results["difference"]
+    for sentence in (
+        "run 'half' of experiment small (seed 0)",
+        "Parent: run 'reference' of experiment small (seed 0), layers 0 to 1 (from 0)",
+        "6 steps of 640 tokens, 3,840 in all, fp32",
+        f"{loss['mean']:.4f} ({loss['low']:.4f} to {loss['high']:.4f}) nats per token, 16 windows of embedded",
+        f"Difference to run 'reference': {gap['mean']:+.4f} ({gap['low']:+.4f} to {gap['high']:+.4f})",
+        "data, embedded: psf-2.0",
+        "W_Q / (layer + 1)",
+    ):
+        assert sentence in card
+    assert "REHEARSAL" not in card and str(trained) not in card and "Parent: none" not in card
+
+    # a parent of the Hub, a rehearsal, and data of the Hub, in a copy of the run
+    shutil.copytree(trained / "half", tmp_path / "copy")
+    run = RunDir(tmp_path / "copy")
+    manifest = read_json(run.init / "inherited.json")
+    write_json(run.init / "inherited.json", manifest | {"source": "openai-community/gpt2-xl", "revision": "15ea56d"})
+    described = yaml.safe_load(run.experiment.read_text()) | {"rehearsal": True}
+    described["data"] |= {"repo": "HuggingFaceFW/fineweb-edu", "revision": "87f0914"}
+    run.experiment.write_text(yaml.safe_dump(described))
+    module.export(str(run.path), str(tmp_path / "second"))
+    card = (tmp_path / "second" / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["base_model"] == ["openai-community/gpt2-xl"] and head["license"] == "mit"
+    assert head["datasets"] == ["HuggingFaceFW/fineweb-edu"] and "rehearsal" in head["tags"]
+    assert "REHEARSAL" in card and "at revision 15ea56d, layers 0 to 1" in card and "fineweb-edu: odc-by" in card
+
+
+def test_grown_run_means_the_stage_that_its_done_names(trained, tmp_path):
+    grown = RunDir(tmp_path / "grown")
+    shutil.copytree(trained / "half", grown.stage(2).path)
+    write_json(grown.done, {"stage": 2, "layers": 2})
+    module.export(str(grown.path), str(tmp_path / "out"))
+    assert difference(grown.stage(2).final, tmp_path / "out") < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama_tied", "public"])
+def test_other_families_lose_their_padding_only(kind, tmp_path):
+    (tmp_path / "ours").mkdir(), (tmp_path / "out").mkdir()
+    store(tmp_path / "ours", random_model(config_of(kind)))
+    source = open_source(tmp_path / "ours")
+    config = module.outside_config(source.config, 57, 56)
+    specs = {name: (shape, torch.float32) for name, shape in module.tensor_shapes(config).items()}
+    write_checkpoint(tmp_path / "out", config, specs, lambda name: module.outside_tensor(source, config, name))
+    assert module.compare_logits(tmp_path / "ours", tmp_path / "out", 57)["difference"] < 1e-5
+    assert config.vocab_size == 57 and source.config.vocab_size == 61
+
+
+def test_an_export_that_computes_something_else_is_not_left(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        module, "outside_tensor", lambda source, config, name: source.tensor(name)[: 300 if "wte" in name else None]
+    )
+    with pytest.raises(RuntimeError, match="computes other logits"):
+        module.export(str(trained / "reference"), str(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_are_one_sentence_and_leave_nothing(trained, tmp_path):
+    out, run = tmp_path / "out", tmp_path / "run"
+    assert "unknown dtype 'fp16'; did you mean" in refused("export", trained / "half", "--to", out, "--dtype", "fp16")
+    with pytest.raises(UserError, match="is no run folder"):
+        module.export(str(tmp_path), str(out))
+    with pytest.raises(UserError, match="give the run's folder, .*half"):
+        module.export(str(trained / "half" / "final"), str(out))
+    shutil.copytree(trained / "half", run)
+    (run / "DONE").unlink()
+    with pytest.raises(UserError, match="is not finished"):
+        module.export(str(run), str(out))
+    shutil.copy(trained / "half" / "DONE", run / "DONE")
+    with pytest.raises(UserError, match="already holds something"):
+        module.export(str(run), str(trained))
+    (run / "final" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="cut off or replaced"):
+        module.export(str(run), str(out))
+    shutil.copy(trained / "half" / "final" / "config.json", run / "final")
+    (run / "final" / "tokenizer.json").unlink()
+    write_json(run / "DONE", {"final": hash_folder(run / "final")})
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        module.export(str(run), str(out))
+    assert not out.exists()
+
+
+def python_blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def test_snippets_of_the_readme_and_of_the_card_generate_text(trained, tmp_path):
+    (snippet,) = [block for block in python_blocks((REPOSITORY / "README.md").read_text()) if "quickstart-small" in block]
+    assert "--to quickstart-small" in (REPOSITORY / "README.md").read_text()
+    module.export(str(trained / "half"), str(tmp_path / "quickstart-small"))
+    (of_card,) = python_blocks((tmp_path / "quickstart-small" / "README.md").read_text())
+    for code, prompt in ((snippet, "def "), (of_card, "The")):
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and done.stdout.startswith(prompt) and len(done.stdout) > len(prompt) + 5, done.stderr
+
+
+OLDER = ["transformers>=4.57,<4.58", "huggingface-hub>=0.34,<1", "tokenizers>=0.22,<0.23"]
+LOGITS = """
+import sys, numpy, torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+with torch.no_grad():
+    numpy.save(sys.argv[2], model(torch.from_numpy(numpy.load(sys.argv[3]))).logits.numpy())
+print(transformers.__version__, tokenizer("import os")["input_ids"], model.config._attn_implementation)
+"""
+
+
+@pytest.mark.slow
+def test_transformers_4_computes_the_same_logits(trained, tmp_path):
+    """In a second environment that shares torch and numpy with this one and has its own transformers."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "older"], check=True)
+    site = next((tmp_path / "older").glob("lib/python*/site-packages"))
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), *OLDER]
+    installed = subprocess.run(install, capture_output=True, text=True, check=False)
+    if installed.returncode:
+        pytest.skip(f"transformers 4.57 cannot be installed: {installed.stderr.strip().splitlines()[-1]}")
+    (site / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")  # searched after what was installed
+    out, llama = tmp_path / "out", tmp_path / "llama"
+    module.export(str(trained / "reference"), str(out))
+    llama.mkdir()
+    store(llama, random_model(config_of("llama")))
+    config = read_json(llama / "config.json")
+    config["rope_parameters"]["rope_theta"] = 77.0  # transformers 4 has another key for it
+    write_json(llama / "config.json", config)
+    write_json(llama / "config.json", config | module.older_keys(open_source(llama).config, torch.float32))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(out / name, llama / name)
+    for folder, ours, vocabulary in ((out, trained / "reference" / "final", 300), (llama, llama, 61)):
+        np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, vocabulary, (2, 12)))
+        with torch.no_grad():
+            expected = load_model(str(ours))(torch.from_numpy(np.load(tmp_path / "ids.npy"))).logits[..., :vocabulary].numpy()
+        command = [tmp_path / "older" / "bin" / "python", "-c", LOGITS, folder, tmp_path / "logits.npy", tmp_path / "ids.npy"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert re.fullmatch(r"4\.57\.\d+ \[\d.*\] sdpa", done.stdout.strip())
+        assert np.abs(np.load(tmp_path / "logits.npy") - expected).max() < 1e-5
