@@ -118,6 +118,13 @@ class Verbs:
 
         status(experiment, seed, rehearse)
 
+    def verify(self, path):
+        """Compare every file of runs and data below PATH with the hashes in its marker; exit code 2 if one is damaged."""
+        from inheritune.log import progress
+        from inheritune.rundir import verify
+
+        verify(path, lambda markers: progress(markers, desc="verifying", unit="folder"))
+
     def sync(self, folder):
         """Send the record of a run that trained offline (its FOLDER's metrics.jsonl) to one W&B run; again, only new rows.
 

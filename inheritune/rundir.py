@@ -21,6 +21,7 @@ import subprocess
 import threading
 import time
 import uuid
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -338,6 +339,8 @@ def _job_ended(job: str, restarts: str) -> bool:
 
 # --- hashes and markers ---------------------------------------------------------------------------------------------------
 
+MARKERS = ("DONE", "COMPLETE", "manifest.json", "inherited.json")
+
 
 def hash_file(path: Path) -> str:
     """xxh3-128 of a file (9.5 GB/s: cheaper than reading the file from most disks)."""
@@ -355,13 +358,62 @@ def hash_folder(folder: Path, only=None) -> dict[str, dict]:
     return {name: {"bytes": (folder / name).stat().st_size, "xxh3": hash_file(folder / name)} for name in names}
 
 
-def check_files(folder: Path, files: dict[str, dict]) -> None:
-    """Compare a folder with what its marker says. Raises UserError naming the first missing, cut or changed file."""
+def damages(folder: Path, files: dict[str, dict]) -> Iterator[str]:
+    """Compare a folder with what its marker says: a sentence for each missing, cut or changed file."""
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
-            raise UserError(f"{path} is missing, but its marker lists it")
-        if path.stat().st_size != expected["bytes"]:
-            raise UserError(f"{path} has {path.stat().st_size} bytes, its marker says {expected['bytes']}: cut off or replaced")
-        if hash_file(path) != expected["xxh3"]:
-            raise UserError(f"{path} does not have the content that its marker records: damaged or replaced")
+            yield f"{path} is missing, but its marker lists it"
+        elif path.stat().st_size != expected["bytes"]:
+            yield f"{path} has {path.stat().st_size} bytes, its marker says {expected['bytes']}: cut off or replaced"
+        elif hash_file(path) != expected["xxh3"]:
+            yield f"{path} does not have the content that its marker records: damaged or replaced"
+
+
+def check_files(folder: Path, files: dict[str, dict]) -> None:
+    """Raises UserError naming the first file of `folder` that is not as its marker says."""
+    for problem in damages(folder, files):
+        raise UserError(problem)
+
+
+def marked_files(marker: Path) -> dict[str, dict]:
+    """{name relative to the marker's folder: {bytes, xxh3}} of the files that a marker speaks for (the DONE of a grown run
+    only names a stage: none). Raises UserError if it is damaged."""
+    found = read_json(marker)
+    try:
+        if marker.name == "DONE":
+            listed = {f"final/{name}": facts for name, facts in found.get("final", {}).items()}
+        elif marker.name == "manifest.json":
+            listed = {shard["file"]: shard for split in found["splits"].values() for shard in split["shards"]}
+        else:
+            listed = found["files"]
+        return {name: {"bytes": facts["bytes"], "xxh3": facts["xxh3"]} for name, facts in listed.items()}
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"{marker} is not the marker that its name says; restore it, or delete its folder") from None
+
+
+def verify(path: str | Path, progress: Callable[[list], Iterable] = iter) -> None:
+    """Print for every marker at or below `path` whether its files are whole, and what has none yet.
+
+    Raises UserError at the end if anything is damaged, or if there is nothing to verify."""
+    top = Path(path)
+    folders = [top, *sorted(p for p in top.rglob("*") if p.is_dir())]
+    markers = [folder / name for folder in folders for name in MARKERS if (folder / name).is_file()]
+    if not markers:
+        raise UserError(f"nothing to verify in {top}: no {', '.join(MARKERS)} at or below it")
+    damaged = 0
+    for marker in progress(markers):
+        try:
+            files = marked_files(marker)
+            problems = list(damages(marker.parent, files))
+        except UserError as error:
+            files, problems = {}, [str(error)]
+        damaged += len(problems)
+        size = sum(facts["bytes"] for facts in files.values()) / 1e6
+        print(f"{'DAMAGED' if problems else 'whole'}: {marker} ({len(files)} files, {size:,.1f} MB)")
+        print("".join(f"  {problem}\n" for problem in problems), end="")
+    for folder in folders:
+        if folder.parent.name == "checkpoints" and folder.name.startswith("step_") and folder / "COMPLETE" not in markers:
+            print(f"unfinished: {folder} has no COMPLETE, so no run reads it")
+    if damaged:
+        raise UserError(f"{damaged} files of {top} are damaged (named above): restore them, or delete the folders they are in")

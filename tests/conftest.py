@@ -89,6 +89,8 @@ def write_experiment(folder: Path, raw: dict, name: str = "small") -> str:
 
 def write_tokens(folder: Path, train_shards=(3000, 2500, 1500), val_tokens=1200, vocab=300, fingerprint="tiny") -> Path:
     """A prepared data folder with random tokens, in the form that `prepare` leaves."""
+    from inheritune.rundir import hash_file
+
     generator = np.random.default_rng(0)
     splits = {}
     (folder / "tokenizer").mkdir(parents=True)
@@ -98,8 +100,9 @@ def write_tokens(folder: Path, train_shards=(3000, 2500, 1500), val_tokens=1200,
         for number, size in enumerate(sizes):
             # a random walk over the vocabulary: something can be learned from it
             tokens = np.cumsum(generator.integers(0, 7, size=size)) % vocab
-            tokens.astype("<u2").tofile(folder / f"{split}_{number:05d}.bin")
-            shards.append({"file": f"{split}_{number:05d}.bin", "tokens": size})
+            path = folder / f"{split}_{number:05d}.bin"
+            tokens.astype("<u2").tofile(path)
+            shards.append({"file": path.name, "tokens": size, "bytes": 2 * size, "xxh3": hash_file(path)})
         splits[split] = {"tokens": sum(sizes), "documents": 1, "shards": shards}
     manifest = {"fingerprint": fingerprint, "dtype": "uint16", "splits": splits, "tokenizer": {"vocab_size": vocab}}
     (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -1,0 +1,87 @@
+"""verify: every marker, every kind of damage, and nothing else called damaged."""
+
+import shutil
+
+import pytest
+from conftest import write_tokens
+
+from inheritune.config import UserError
+from inheritune.rundir import RunDir, hash_folder, verify, write_json
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A finished run with a checkpoint, an inherited start and data, all whole."""
+    run = RunDir(tmp_path / "runs" / "small" / "seed0" / "reference")
+    for folder in (run.final, run.init, run.checkpoint(4) / "deepspeed"):
+        folder.mkdir(parents=True)
+        (folder / "weights").write_bytes(bytes(range(200)))
+    write_json(run.init / "inherited.json", {"files": hash_folder(run.init)})
+    write_json(run.checkpoint(4) / "COMPLETE", {"files": hash_folder(run.checkpoint(4))})
+    write_json(run.done, {"final": hash_folder(run.final)})
+    write_json(tmp_path / "runs" / "small" / "seed0" / "grown" / "DONE", {"stage": 1})
+    (run.checkpoint(8)).mkdir()
+    write_tokens(tmp_path / "data" / "tiny")
+    return tmp_path
+
+
+def test_whole_tree_is_whole(tree, capsys):
+    verify(tree)
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("whole: ") for line in lines) == 5 and len(lines) == 6
+    assert [line for line in lines if line.startswith("unfinished: ") and "step_00000008 has no COMPLETE" in line]
+    assert not list(tree.rglob(".*"))
+
+
+FILES = {
+    "final": "runs/small/seed0/reference/final/weights",
+    "init": "runs/small/seed0/reference/init/weights",
+    "checkpoint": "runs/small/seed0/reference/checkpoints/step_00000004/deepspeed/weights",
+    "data": "data/tiny/train_00001.bin",
+}
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 8
+    path.write_bytes(content)
+
+
+def folder_in_its_place(path):
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGES = {
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "cut off or replaced"),
+    "emptied": (lambda path: path.write_bytes(b""), "has 0 bytes"),
+    "one bit": (flip, "does not have the content"),
+    "missing": (lambda path: path.unlink(), "is missing"),
+    "a folder": (folder_in_its_place, "is missing"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", FILES)
+def test_each_damage_is_named(tree, capsys, file, damage):
+    harm, sentence = DAMAGES[damage]
+    harm(tree / FILES[file])
+    with pytest.raises(UserError, match="^1 files of"):
+        verify(tree)
+    out = capsys.readouterr().out
+    assert out.count("DAMAGED") == 1 and sentence in out and str(tree / FILES[file]) in out
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"splits": 3}'])
+def test_damaged_marker_is_named(tree, capsys, content):
+    marker = tree / "data" / "tiny" / "manifest.json"
+    marker.write_text(content)
+    with pytest.raises(UserError, match="1 files"):
+        verify(tree)
+    assert f"DAMAGED: {marker}" in capsys.readouterr().out
+
+
+def test_nothing_to_verify_is_told(tree):
+    shutil.rmtree(tree / "runs" / "small" / "seed0" / "reference" / "init")
+    with pytest.raises(UserError, match="nothing to verify in .*final"):
+        verify(tree / "runs" / "small" / "seed0" / "reference" / "final")
