@@ -27,17 +27,20 @@ class Tokens:
                 f"{self.folder} holds no prepared data (no manifest.json); run 'python -m inheritune prepare EXPERIMENT'"
             )
         self.manifest = read_json(manifest)
-        self.fingerprint: str = self.manifest["fingerprint"]
-        self.vocab_size: int = self.manifest["tokenizer"]["vocab_size"]
-        dtype = np.dtype(self.manifest["dtype"])
+        try:
+            self.fingerprint, self.vocab_size = str(self.manifest["fingerprint"]), int(self.manifest["tokenizer"]["vocab_size"])
+            dtype = {"<u2": np.dtype("<u2"), "<u4": np.dtype("<u4")}[self.manifest["dtype"]]
+            shards = self.manifest["splits"][split]["shards"]
+            sizes = {self.folder / shard["file"]: int(shard["tokens"]) * dtype.itemsize for shard in shards}
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
+            raise UserError(f"{manifest} is damaged; delete it and run 'prepare' again") from None
         self._shards = []
-        for shard in self.manifest["splits"][split]["shards"]:
-            path = self.folder / shard["file"]
+        for path, expected in sizes.items():
             size = path.stat().st_size if path.is_file() else -1
-            if size != shard["tokens"] * dtype.itemsize:
+            if not expected or size != expected:
                 raise UserError(
-                    f"token shard {path} has {size} bytes, its manifest says {shard['tokens'] * dtype.itemsize}; "
-                    f"delete {manifest} and run 'prepare' again"
+                    f"token shard {path} has {size} bytes, its manifest says {expected}; delete {manifest} and run "
+                    f"'prepare' again"
                 )
             self._shards.append(np.memmap(path, dtype=dtype, mode="r"))
         self._ends = np.cumsum([len(s) for s in self._shards]) if self._shards else np.zeros(0, np.int64)

@@ -125,11 +125,12 @@ class Model(Strict):
     @classmethod
     def _named_size(cls, raw):
         size = raw.get("size") if isinstance(raw, dict) else None
-        if size not in MODEL_SIZES:
+        if not isinstance(size, str) or size not in MODEL_SIZES:
             raise ValueError(f"unknown model size '{size}'; {nearest(size, MODEL_SIZES)}")
         merged = {**MODEL_SIZES[size], **raw}
         merged.setdefault("kv_heads", merged["heads"])
-        merged.setdefault("mlp_width", 4 * merged["width"])
+        if isinstance(merged["width"], int):  # else pydantic says what is wrong with it
+            merged.setdefault("mlp_width", 4 * merged["width"])
         merged.setdefault("tied_head", merged["family"] == "gpt2")
         return merged
 

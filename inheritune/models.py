@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 import xxhash
 import yaml
-from huggingface_hub.errors import StrictDataclassError
 
 from inheritune import rundir
 from inheritune.config import Model, UserError
@@ -84,6 +83,7 @@ class Architecture:
         raise UserError(f"tensor {name} has no place in the architecture table of {self.name} (inheritune/architectures.yaml)")
 
 
+MAX_LAYERS = 10_000  # of a config that is read; far above any model
 _TABLE = yaml.safe_load((Path(__file__).parent / "architectures.yaml").read_text(encoding="utf-8"))
 
 
@@ -168,8 +168,8 @@ def model_shapes(config, where="the config") -> dict[str, Shape]:
     try:
         with torch.device("meta"):
             state = build(config).state_dict()
-    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-        raise UserError(f"{where} describes no possible model: {' '.join(str(error).split())}") from None
+    except Exception as error:  # transformers and torch raise many kinds for numbers that make no model
+        raise UserError(f"{where} describes no possible model: {' '.join(str(error).split())[:300]}") from None
     table = architecture(config.model_type)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if config.tie_word_embeddings:
@@ -200,18 +200,21 @@ def load_config(path: Path):
         raise UserError(f"{path} describes a quantized model (quantization_config); inherit from the unquantized weights")
     if raw.get("is_encoder_decoder"):
         raise UserError(f"{path} describes an encoder-decoder ({raw['model_type']}); only decoder-only models can be sliced")
-    foreign = [name for name in raw.get("architectures") or [] if not hasattr(transformers, name)]
+    named = raw.get("architectures")
+    foreign = [str(name) for name in (named if isinstance(named, list) else []) if not hasattr(transformers, str(name))]
     if raw.pop("auto_map", None) and (foreign or raw["model_type"] not in CONFIG_MAPPING):  # else transformers has the code
         what = ", ".join(foreign) or raw["model_type"]
         raise UserError(
             f"{path} needs code that comes with the model (auto_map: {what}), which is never run; only families "
             f"of transformers itself can be sliced"
         )
-    architecture(raw["model_type"])
+    layers = raw.get(architecture(raw["model_type"]).layers, 1)
+    if type(layers) is not int or not 1 <= layers <= MAX_LAYERS:  # building such a model would not end
+        raise UserError(f"{path} describes a model of {str(layers)[:50]} layers; 1 to {MAX_LAYERS} can be sliced")
     try:
         return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
-    except (ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
-        raise UserError(f"{path} is not a valid {raw['model_type']} config: {' '.join(str(error).split())}") from None
+    except Exception as error:  # transformers raises many kinds for a value that it did not expect
+        raise UserError(f"{path} is not a valid {raw['model_type']} config: {' '.join(str(error).split())[:300]}") from None
 
 
 def write_config(path: Path, config, dtype: torch.dtype) -> None:

@@ -158,7 +158,7 @@ def read_json(path: Path):
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}); restore it or delete what it belongs to") from None
 
 
@@ -387,8 +387,8 @@ def marked_files(marker: Path) -> dict[str, dict]:
             listed = {shard["file"]: shard for split in found["splits"].values() for shard in split["shards"]}
         else:
             listed = found["files"]
-        return {name: {"bytes": facts["bytes"], "xxh3": facts["xxh3"]} for name, facts in listed.items()}
-    except (AttributeError, KeyError, TypeError):
+        return {str(name): {"bytes": int(facts["bytes"]), "xxh3": facts["xxh3"]} for name, facts in listed.items()}
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"{marker} is not the marker that its name says; restore it, or delete its folder") from None
 
 

@@ -89,8 +89,11 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
             header.pop("__metadata__", None)
             entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
             entries = dict(sorted(entries.items(), key=lambda entry: entry[1][2:]))
-            numbers_ok = all(len(e) == 4 and all(type(n) is int and n >= 0 for n in (*e[1], *e[2:])) for e in entries.values())
-        except (ValueError, KeyError, TypeError, AttributeError):
+            numbers_ok = all(
+                len(e) == 4 and type(e[0]) is str and all(type(n) is int and n >= 0 for n in (*e[1], *e[2:]))
+                for e in entries.values()
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             numbers_ok = False
     if not numbers_ok:
         raise UserError(f"{path} has a damaged safetensors header; download it again")

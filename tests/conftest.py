@@ -104,7 +104,7 @@ def write_tokens(folder: Path, train_shards=(3000, 2500, 1500), val_tokens=1200,
             tokens.astype("<u2").tofile(path)
             shards.append({"file": path.name, "tokens": size, "bytes": 2 * size, "xxh3": hash_file(path)})
         splits[split] = {"tokens": sum(sizes), "documents": 1, "shards": shards}
-    manifest = {"fingerprint": fingerprint, "dtype": "uint16", "splits": splits, "tokenizer": {"vocab_size": vocab}}
+    manifest = {"fingerprint": fingerprint, "dtype": "<u2", "splits": splits, "tokenizer": {"vocab_size": vocab}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 

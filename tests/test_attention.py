@@ -122,7 +122,7 @@ def data(tmp_path_factory):
     stream = np.concatenate([np.roll(values, shift)[:12] for shift in range(500)]).astype(np.uint16)
     stream.tofile(folder / "val.bin")
     splits = {"val": {"shards": [{"file": "val.bin", "tokens": len(stream)}]}, "train": {"shards": []}}
-    manifest = {"fingerprint": "f" * 32, "tokenizer": {"vocab_size": VOCAB}, "dtype": "uint16", "splits": splits}
+    manifest = {"fingerprint": "f" * 32, "tokenizer": {"vocab_size": VOCAB}, "dtype": "<u2", "splits": splits}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
