@@ -121,7 +121,7 @@ class Verbs:
     def verify(self, path):
         """Compare every file of runs and data below PATH with the hashes in its marker; exit code 2 if one is damaged."""
         from inheritune.log import progress
-        from inheritune.rundir import verify
+        from inheritune.status import verify
 
         verify(path, lambda markers: progress(markers, desc="verifying", unit="folder"))
 
@@ -217,7 +217,9 @@ def run(verb: str, arguments: dict, argv: list[str]) -> int:
     if verb in ("train", "prepare", "grow"):
         dist.listen()
     if verb == "train" and arguments.get("procs", 1) > 1 and not dist.launched():
-        return dist.launch(argv, arguments["procs"])
+        from inheritune.stages import launch
+
+        return launch(argv, arguments["procs"])
     import fire
 
     try:

@@ -8,7 +8,6 @@ Nothing here needs a compiler: DeepSpeed's shared-memory CPU collective, the one
 import logging
 import os
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -20,7 +19,7 @@ import warnings
 from datetime import timedelta
 from pathlib import Path
 
-from inheritune.config import REPOSITORY, UserError
+from inheritune.config import UserError
 from inheritune.rundir import node, root
 
 
@@ -172,19 +171,20 @@ def preflight(folder: Path) -> str:
 # --- what a job and its ranks tell each other ---------------------------------------------------------------------------
 
 
-_asked: list[str] = []
+asked: list[str] = []
+"""Names of the signals that this process got since `listen`."""
 
 
 def listen() -> None:
     """From now on SIGUSR1 (the time limit is near) and SIGTERM (preemption, scancel) ask this process to save and leave.
     Call first of all: without a handler a signal to the job step ends the process, whatever it is doing."""
     for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, lambda number, _: _asked.append(signal.Signals(number).name))
+        signal.signal(number, lambda number, _: asked.append(signal.Signals(number).name))
 
 
 def asked_to_stop() -> str | None:
     """The first signal that this process got since `listen`, or None; `agree` makes it one answer for all ranks."""
-    return _asked[0] if _asked else None
+    return asked[0] if asked else None
 
 
 def agree(reason: str | None) -> str | None:
@@ -233,44 +233,7 @@ def launched() -> bool:
     return bool(os.environ.get("RANK")) or int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1
 
 
-def launch(verb: list[str], procs: int, as_step: bool = True) -> int:
-    """Run `python -m inheritune VERB ...` as `procs` processes on this machine, or (`as_step`) inside a Slurm job as the
-    tasks of $INHERITUNE_LAUNCH (an srun line, slurm/job.sh); returns the exit code of the first that failed, or 0. The
-    others are ended then: they would wait for it for ever. SIGUSR1 and SIGTERM to this process reach the ranks as SIGUSR1
-    (srun would answer a SIGTERM by killing its tasks)."""
-    arguments = ["-m", "inheritune", *verb]
-    path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
-    common = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // procs)), **os.environ, "PYTHONPATH": path}
-    in_batch_script = os.environ.get("SLURM_JOB_ID") and not os.environ.get("SLURM_STEP_NUM_TASKS")
-    listen()
-    if as_step and in_batch_script and os.environ.get("INHERITUNE_LAUNCH"):
-        tasks = [subprocess.Popen([*shlex.split(os.environ["INHERITUNE_LAUNCH"]), "python", *arguments], env=common)]
-    else:
-        if procs > 1:
-            common.update(WORLD_SIZE=str(procs), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-        own = [{"RANK": str(r), "LOCAL_RANK": str(r)} if procs > 1 else {} for r in range(procs)]
-        tasks = [subprocess.Popen([sys.executable, *arguments], env={**common, **mine}) for mine in own]
-    told = 0
-    try:
-        while any(process.poll() is None for process in tasks):
-            failed = next((process.returncode for process in tasks if process.poll()), 0)
-            if failed:
-                time.sleep(1)  # let the others say what they know
-                return failed
-            for _ in _asked[told:]:
-                told += 1
-                for process in tasks:
-                    process.send_signal(signal.SIGUSR1) if process.poll() is None else None
-            time.sleep(0.05)
-        return next((process.returncode for process in tasks if process.returncode), 0)
-    finally:
-        for process in tasks:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-
-
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
@@ -336,7 +299,7 @@ def _find_peers() -> None:
             "MASTER_PORT": str(20000 + (job * 61 + step) % 20000),
         }
     else:
-        peers["MASTER_PORT"] = str(_free_port())
+        peers["MASTER_PORT"] = str(free_port())
     os.environ.update(peers)
 
 

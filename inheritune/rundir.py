@@ -21,7 +21,7 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -390,30 +390,3 @@ def marked_files(marker: Path) -> dict[str, dict]:
         return {str(name): {"bytes": int(facts["bytes"]), "xxh3": facts["xxh3"]} for name, facts in listed.items()}
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"{marker} is not the marker that its name says; restore it, or delete its folder") from None
-
-
-def verify(path: str | Path, progress: Callable[[list], Iterable] = iter) -> None:
-    """Print for every marker at or below `path` whether its files are whole, and what has none yet.
-
-    Raises UserError at the end if anything is damaged, or if there is nothing to verify."""
-    top = Path(path)
-    folders = [top, *sorted(p for p in top.rglob("*") if p.is_dir())]
-    markers = [folder / name for folder in folders for name in MARKERS if (folder / name).is_file()]
-    if not markers:
-        raise UserError(f"nothing to verify in {top}: no {', '.join(MARKERS)} at or below it")
-    damaged = 0
-    for marker in progress(markers):
-        try:
-            files = marked_files(marker)
-            problems = list(damages(marker.parent, files))
-        except UserError as error:
-            files, problems = {}, [str(error)]
-        damaged += len(problems)
-        size = sum(facts["bytes"] for facts in files.values()) / 1e6
-        print(f"{'DAMAGED' if problems else 'whole'}: {marker} ({len(files)} files, {size:,.1f} MB)")
-        print("".join(f"  {problem}\n" for problem in problems), end="")
-    for folder in folders:
-        if folder.parent.name == "checkpoints" and folder.name.startswith("step_") and folder / "COMPLETE" not in markers:
-            print(f"unfinished: {folder} has no COMPLETE, so no run reads it")
-    if damaged:
-        raise UserError(f"{damaged} files of {top} are damaged (named above): restore them, or delete the folders they are in")

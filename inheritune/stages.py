@@ -5,11 +5,17 @@ crash costs one step, a restart is the same command, and the growth logic is tes
 torch: it runs on a batch host.
 """
 
+import os
+import shlex
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import dataclass
 
-from inheritune.config import Experiment, Grow, Run, UserError, load_experiment
-from inheritune.dist import Stopped, asked_to_stop, launch
+from inheritune import dist
+from inheritune.config import REPOSITORY, Experiment, Grow, Run, UserError, load_experiment
+from inheritune.dist import Stopped, asked_to_stop
 from inheritune.rundir import RunDir, data_dir, read_json, write_json
 
 
@@ -87,7 +93,7 @@ def read_stages(root: RunDir, n_stages: int) -> list[StageResult]:
 def grow(experiment: str, run: str, seed: int = 0, procs: int = 1, ds: str | None = None, slot: bool = False,
          rehearse=None) -> None:  # fmt: skip
     """Do everything that `run` still needs: data, reference, stages, verdict; `slot`: only the next of these, as one task
-    of a job array. `procs` processes each, or the tasks of the job's srun line (dist.launch).
+    of a job array. `procs` processes each, or the tasks of the job's srun line (`launch`).
 
     Raises Stopped when asked to leave before the end, or when a slot has done its part and more is to do."""
     loaded = load_experiment(experiment, rehearse)
@@ -220,3 +226,40 @@ def _run(action: Action, experiment: str, seed: int, procs: int, ds: str | None,
     if code:
         print(f"grow stops: this step ended with code {code}; the same grow command goes on from there", file=sys.stderr)
         raise SystemExit(code if code > 0 else 128 - code)
+
+
+def launch(verb: list[str], procs: int, as_step: bool = True) -> int:
+    """Run `python -m inheritune VERB ...` as `procs` processes on this machine, or (`as_step`) inside a Slurm job as the
+    tasks of $INHERITUNE_LAUNCH (an srun line, slurm/job.sh); returns the exit code of the first that failed, or 0. The
+    others are ended then: they would wait for it for ever. SIGUSR1 and SIGTERM to this process reach the ranks as SIGUSR1
+    (srun would answer a SIGTERM by killing its tasks)."""
+    arguments = ["-m", "inheritune", *verb]
+    path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    common = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // procs)), **os.environ, "PYTHONPATH": path}
+    in_batch_script = os.environ.get("SLURM_JOB_ID") and not os.environ.get("SLURM_STEP_NUM_TASKS")
+    dist.listen()
+    if as_step and in_batch_script and os.environ.get("INHERITUNE_LAUNCH"):
+        tasks = [subprocess.Popen([*shlex.split(os.environ["INHERITUNE_LAUNCH"]), "python", *arguments], env=common)]
+    else:
+        if procs > 1:
+            common.update(WORLD_SIZE=str(procs), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(dist.free_port()))
+        own = [{"RANK": str(r), "LOCAL_RANK": str(r)} if procs > 1 else {} for r in range(procs)]
+        tasks = [subprocess.Popen([sys.executable, *arguments], env={**common, **mine}) for mine in own]
+    told = 0
+    try:
+        while any(process.poll() is None for process in tasks):
+            failed = next((process.returncode for process in tasks if process.poll()), 0)
+            if failed:
+                time.sleep(1)  # let the others say what they know
+                return failed
+            for _ in dist.asked[told:]:
+                told += 1
+                for process in tasks:
+                    process.send_signal(signal.SIGUSR1) if process.poll() is None else None
+            time.sleep(0.05)
+        return next((process.returncode for process in tasks if process.returncode), 0)
+    finally:
+        for process in tasks:
+            if process.poll() is None:
+                process.kill()
+            process.wait()

@@ -10,14 +10,15 @@ import os
 import shutil
 import subprocess
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 from tabulate import tabulate
 
-from inheritune.config import RECIPES, Experiment, Run, load_experiment, parse_layers
-from inheritune.rundir import Lock, RunDir, data_dir, lock_holder, read_json, root
+from inheritune.config import RECIPES, Experiment, Run, UserError, load_experiment, parse_layers
+from inheritune.rundir import MARKERS, Lock, RunDir, damages, data_dir, lock_holder, marked_files, read_json, root
 from inheritune.stages import unfinished_source
 
 COLUMNS = (
@@ -255,3 +256,33 @@ def next_command(loaded: Experiment, experiment: str, name: str, run: Run, seed:
     if slurm:
         return f"{again}{prefix}bash slurm/{verb}.sh {experiment} {name}{f' --seed {seed}' if seed else ''}"
     return f"{again}python -m inheritune {verb} {experiment} --run {name}{_flags(loaded, seed)}"
+
+
+# --- are the files whole? ---------------------------------------------------------------------------------------------------
+
+
+def verify(path: str | Path, progress: Callable[[list], Iterable] = iter) -> None:
+    """Print for every marker at or below `path` whether its files are whole, and what has none yet.
+
+    Raises UserError at the end if anything is damaged, or if there is nothing to verify."""
+    top = Path(path)
+    folders = [top, *sorted(p for p in top.rglob("*") if p.is_dir())]
+    markers = [folder / name for folder in folders for name in MARKERS if (folder / name).is_file()]
+    if not markers:
+        raise UserError(f"nothing to verify in {top}: no {', '.join(MARKERS)} at or below it")
+    damaged = 0
+    for marker in progress(markers):
+        try:
+            files = marked_files(marker)
+            problems = list(damages(marker.parent, files))
+        except UserError as error:
+            files, problems = {}, [str(error)]
+        damaged += len(problems)
+        size = sum(facts["bytes"] for facts in files.values()) / 1e6
+        print(f"{'DAMAGED' if problems else 'whole'}: {marker} ({len(files)} files, {size:,.1f} MB)")
+        print("".join(f"  {problem}\n" for problem in problems), end="")
+    for folder in folders:
+        if folder.parent.name == "checkpoints" and folder.name.startswith("step_") and folder / "COMPLETE" not in markers:
+            print(f"unfinished: {folder} has no COMPLETE, so no run reads it")
+    if damaged:
+        raise UserError(f"{damaged} files of {top} are damaged (named above): restore them, or delete the folders they are in")

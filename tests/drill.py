@@ -32,7 +32,8 @@ from drill_worker import POINTS
 from tabulate import tabulate
 
 from inheritune.config import load_experiment
-from inheritune.rundir import RunDir, data_dir, hash_folder, read_json, read_jsonl, verify
+from inheritune.rundir import RunDir, data_dir, hash_folder, read_json, read_jsonl
+from inheritune.status import verify
 
 EVERY = 3  # steps between checkpoints
 RECORD = ("step", "tokens", "loss", "lr", "grad_norm", "val_loss")

@@ -5,7 +5,7 @@ import os
 import pytest
 from conftest import REPOSITORY, run_verb
 
-from inheritune import dist
+from inheritune import dist, stages
 
 
 @pytest.fixture
@@ -64,5 +64,5 @@ def test_ranks_come_from_sruns_tasks(tmp_path, monkeypatch):
 
 def test_first_failing_process_ends_the_others_with_its_code(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    assert dist.launch(["train", "quickstart", "--run", "nothing"], 2) == 2
-    assert dist.launch(["--help"], 2) == 0
+    assert stages.launch(["train", "quickstart", "--run", "nothing"], 2) == 2
+    assert stages.launch(["--help"], 2) == 0

@@ -17,8 +17,9 @@ from tiny_models import config_of, random_model
 
 from inheritune.batches import Tokens
 from inheritune.config import Experiment, UserError, load_experiment, parse_layers, rehearsal, validate
-from inheritune.rundir import read_json, verify
+from inheritune.rundir import read_json
 from inheritune.sources import open_source, read_safetensors
+from inheritune.status import verify
 
 fuzzed = settings(
     max_examples=int(os.environ.get("FUZZ", "300")), deadline=None, database=None,

@@ -6,7 +6,8 @@ import pytest
 from conftest import write_tokens
 
 from inheritune.config import UserError
-from inheritune.rundir import RunDir, hash_folder, verify, write_json
+from inheritune.rundir import RunDir, hash_folder, write_json
+from inheritune.status import verify
 
 
 @pytest.fixture
