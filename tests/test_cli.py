@@ -241,7 +241,7 @@ def test_main_imports_lazily():
 def test_sizes_stay_readable():
     sizes = {p.stem: code_lines(p) for p in (REPOSITORY / "inheritune").glob("*.py")}
     assert max(sizes.values()) <= 500, sizes
-    assert sum(n for name, n in sizes.items() if name not in CORE_EXCLUDES) < 3000, sizes
+    assert sum(n for name, n in sizes.items() if name not in CORE_EXCLUDES) < 3150, sizes
     assert sum(sizes.values()) < 5500, sizes
 
 
