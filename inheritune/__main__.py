@@ -47,11 +47,12 @@ class Verbs:
 
         train(experiment, run, seed, stage, ds, rehearse)
 
-    def inherit(self, source, layers, out, parts=None, modules=None, seed=0, revision=None):
+    def inherit(self, source, layers, out, parts=None, modules=None, seed=0, revision=None, depth=None, at=0):
         """Write an HF checkpoint of the chosen layers of SOURCE, e.g. --layers 0:16 for the first 16 (half-open).
 
         SOURCE: a folder with safetensors, .bin or DeepSpeed ZeRO shards, or a Hub id. PARTS: any of token_embedding,
-        position_embedding, blocks, final_norm, head; MODULES: any of attn, mlp, norms. The rest starts fresh."""
+        position_embedding, blocks, final_norm, head; MODULES: any of attn, mlp, norms, or of the norms one: attn_norm,
+        mlp_norm. The rest starts fresh. With --depth 24 --at 15 they become blocks 15 on of 24; the others start fresh."""
         from inheritune.config import MODULES, PARTS
         from inheritune.inherit import inherit
 
@@ -59,7 +60,7 @@ class Verbs:
             return words.split(",") if words else default
 
         chosen = [int(index) for index in layers.split(",")] if "," in layers else layers
-        inherit(source, chosen, out, split(parts, PARTS), split(modules, MODULES), seed, revision)
+        inherit(source, chosen, out, split(parts, PARTS), split(modules, MODULES), seed, revision, depth, at)
         print(f"wrote {out}: layers {layers} of {source}")
 
     def analyze(self, model, data, out=None, sequences=100, length=100, seed=0):
@@ -200,11 +201,11 @@ def bind(verb: str, function, argv: list[str]) -> dict:
         if name in found:
             raise UserError(f"{verb}: --{name} is given twice")
         # names, paths and layer ranges stay text: fire would read 1e3 as a number and 0:4 as a slice
-        number = name in ("seed", "stage", "procs", "workers", "sequences", "length", "rehearse", "slot")
+        number = name in ("seed", "stage", "procs", "workers", "sequences", "length", "rehearse", "slot", "depth", "at")
         found[name] = DefaultParseValue(value) if number else value
         if number and not isinstance(found[name], int):
             raise UserError(f"{verb}: --{name} takes a whole number (got '{value}')")
-        if name in ("procs", "workers", "sequences", "length", "stage") and found[name] < 1:
+        if name in ("procs", "workers", "sequences", "length", "stage", "depth") and found[name] < 1:
             raise UserError(f"{verb}: --{name} must be at least 1 (got {value})")
     missing = [name for name in positional if name not in found]
     if missing:

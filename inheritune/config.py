@@ -19,6 +19,8 @@ RECIPES = REPOSITORY / "recipes"
 
 PARTS = ("token_embedding", "position_embedding", "blocks", "final_norm", "head")
 MODULES = ("attn", "mlp", "norms")
+NORMS = ("attn_norm", "mlp_norm")
+"""Modules that name one norm of a block: that of the attention, or of the MLP. `norms` means both."""
 
 
 class UserError(Exception):
@@ -189,22 +191,48 @@ RESUMABLE_KEYS = ("eval_every", "log_every", "checkpoint_every", "keep_last", "w
 """Keys of `train` that may differ when a run is resumed: none of them changes a step."""
 
 
-class Inherit(Strict):
-    """Weights copied from `source`: another run of the file, a local checkpoint, or a Hub id."""
+class Start(Strict):
+    """A model that a run starts from: another run of the file, a local checkpoint, or a Hub id."""
 
     source: str
     revision: str | None = None
+
+
+class External(Start):
+    """A finished model of others, only evaluated or analyzed."""
+
+
+class HalfWidth(Start):
+    """`source` at half its heads and half its width (inherit.half_config)."""
+
+    def blocks(self, n_source: int) -> list[int | None]:
+        return list(range(n_source))
+
+
+class Blocks(Start):
     layers: str | list[Count]
     """Half-open range 'a:b' (0:16 are the first 16; ':16', '-4:' work too), or a list of block indices."""
     parts: list[Literal[PARTS]] = list(PARTS)
-    modules: list[Literal[MODULES]] = list(MODULES)
 
 
-class External(Strict):
-    """A finished model of others, only evaluated or analyzed."""
+class Stack(Blocks):
+    """Blocks of `source` twice, one copy after the other (stacking; from the reference: hybrid stacking)."""
 
-    source: str
-    revision: str | None = None
+    def blocks(self, n_source: int) -> list[int | None]:
+        return parse_layers(self.layers, n_source) * 2
+
+
+class Inherit(Blocks):
+    """Weights copied from `source`."""
+
+    modules: list[Literal[MODULES + NORMS]] = list(MODULES)
+    depth: Positive | None = None
+    """Blocks of the model, if more than those that are copied; the others are random."""
+    at: Count | None = None
+    """Index of the first copied block in the model (default: 0)."""
+
+    def blocks(self, n_source: int) -> list[int | None]:
+        return place_layers(self.layers, n_source, self.depth, self.at or 0)
 
 
 class Init(Strict):
@@ -212,6 +240,8 @@ class Init(Strict):
 
     random: bool = False
     inherit: Inherit | None = None
+    stack: Stack | None = None
+    half_width: HalfWidth | None = None
     external: External | None = None
 
     @model_validator(mode="before")
@@ -221,9 +251,26 @@ class Init(Strict):
 
     @model_validator(mode="after")
     def _one_kind(self):
-        if sum((self.random, self.inherit is not None, self.external is not None)) != 1:
-            raise ValueError("give exactly one of: random, inherit, external")
+        kinds = list(type(self).model_fields)
+        if sum(bool(getattr(self, kind)) for kind in kinds) != 1:
+            raise ValueError(f"give exactly one of: {', '.join(kinds)}")
         return self
+
+    @property
+    def copied(self) -> Inherit | Stack | HalfWidth | None:
+        """The start that copies another model's weights, or None. Its `blocks(n_source)` says for each block of the model
+        which block of the source it is, None for a random one."""
+        return self.inherit or self.stack or self.half_width
+
+
+class Distil(Strict):
+    """Logit distillation: the loss is alpha * cross-entropy + (1 - alpha) * temperature^2 * KL(teacher || student)."""
+
+    teacher: str
+    """Another run of the file, a local checkpoint or a Hub id, of the same vocabulary."""
+    revision: str | None = None
+    alpha: Annotated[float, Field(ge=0, lt=1)] = 0.6
+    temperature: Annotated[float, Field(gt=0)] = 1.0
 
 
 class Grow(Strict):
@@ -255,6 +302,7 @@ class Run(Strict):
     """One model of the experiment."""
 
     init: Init
+    distil: Distil | None = None
     layers: Positive | None = None
     """Blocks of a random model; an inherited one has as many as it copies."""
     train: dict[str, Any] = {}
@@ -271,7 +319,17 @@ class Run(Strict):
             raise ValueError("'grow' needs 'init: {inherit: ...}'")
         if self.layers and not self.init.random:
             raise ValueError("'layers' belongs to a random run; an inherited one has as many layers as it copies")
+        if self.grow and (self.init.inherit.depth or self.init.inherit.at):
+            raise ValueError("'grow' adds layers to the first ones; leave out init.inherit.depth and at")
+        if self.distil and self.init.external:
+            raise ValueError("'distil' belongs to a run that is trained; an external model is not")
         return self
+
+    def sources(self) -> list[tuple[str, str | None]]:
+        """(run of the file, local checkpoint or Hub id; its revision) of what this run is, copies or learns from."""
+        start = self.init.external or self.init.copied
+        found = [(start.source, start.revision)] if start else []
+        return found + ([(self.distil.teacher, self.distil.revision)] if self.distil else [])
 
 
 class TableRow(Strict):
@@ -326,9 +384,38 @@ class Experiment(Strict):
                     f"({self.data.sequence_length}); the nearest is "
                     f"{max(1, round(train.batch_tokens / self.data.sequence_length)) * self.data.sequence_length}"
                 )
+        problems += self._source_problems()
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _source_problems(self) -> list[str]:
+        """Sentences on runs that copy or learn from what cannot be there."""
+        needed = {name: [source for source, _ in run.sources() if source in self.runs] for name, run in self.runs.items()}
+        problems, ready = [], set()
+        for _ in needed:  # each round takes the runs whose sources are all taken
+            ready |= {name for name, sources in needed.items() if ready.issuperset(sources)}
+        for name, sources in needed.items():
+            try:
+                if name not in ready:
+                    raise UserError("of its sources and teachers, and theirs, one is made from itself")
+                for other in (self.runs[source].init.external for source in sources):
+                    if other:
+                        raise UserError(f"a model of others is named by its own source, '{other.source}', not by a run")
+                if sources:
+                    self.layers_of(self.runs[name])
+            except UserError as error:
+                problems.append(f"runs.{name}: {error}")
+        return problems
+
+    def layers_of(self, run: Run) -> int:
+        """Blocks of `run`'s model, of a grown one at most; a source outside the file is taken to be as deep as `model`.
+
+        Raises UserError if it copies layers that its source has not."""
+        start = run.init.copied
+        if start is None or run.grow:
+            return run.grow.max_layers if run.grow else run.layers or self.model.layers
+        return len(start.blocks(self.layers_of(self.runs[start.source]) if start.source in self.runs else self.model.layers))
 
     def train_of(self, run: Run) -> Train:
         """The experiment's `train` with the run's own keys put over it."""
@@ -342,7 +429,7 @@ class Experiment(Strict):
 
     def reference_of(self, run: Run) -> str | None:
         """Name of the run that `run` is compared with, or None."""
-        source = run.init.inherit.source if run.init.inherit else None
+        source = run.init.copied.source if run.init.copied else None
         return run.compare or (source if source in self.runs else None)
 
 
@@ -374,6 +461,18 @@ def parse_layers(layers: str | list[int], n_source: int) -> list[int]:
     if wrong:
         raise UserError(f"layers {layers} asks for layer {wrong[0]}; the source has {n_source} layers (0 to {n_source - 1})")
     return indices
+
+
+def place_layers(layers: str | list[int], n_source: int, depth: int | None = None, at: int = 0) -> list[int | None]:
+    """For each block of a model its block in a source of `n_source`, None for a random one: `layers` from index `at` on, in
+    `depth` blocks (default: up to the last copied one). Raises UserError if they do not fit, and as parse_layers does."""
+    indices = parse_layers(layers, n_source)
+    depth = at + len(indices) if depth is None else depth
+    if at < 0 or at + len(indices) > depth:
+        raise UserError(
+            f"{len(indices)} layers ({layers}) from index {at} on do not fit into depth {depth}; change one of them"
+        )
+    return [None] * at + indices + [None] * (depth - at - len(indices))
 
 
 def resolve_path(path: str) -> Path:
@@ -517,13 +616,16 @@ def rehearsal(experiment: Experiment) -> Experiment:
         if run["grow"]:
             run["grow"]["by"] = rehearsal_count(run["grow"]["by"])
             run["grow"]["max_layers"] = rehearsal_count(run["grow"]["max_layers"])
-        if run["init"]["inherit"]:
-            run["init"]["inherit"]["layers"] = _rehearsal_layers(run["init"]["inherit"]["layers"])
+        for start in filter(None, (run["init"]["inherit"], run["init"]["stack"])):
+            start["layers"] = _rehearsal_layers(start["layers"])
+            for key in ("depth", "at"):
+                if start.get(key):
+                    start[key] = rehearsal_count(start[key])
     return validate(Experiment, raw, f"rehearsal of {experiment.name}")
 
 
 def _rehearsal_layers(layers: str | list[int]) -> str | list[int]:
     if isinstance(layers, list):
-        return sorted({index // 3 for index in layers})
+        return [index // 3 for index in layers[::3]]  # as many as rehearsal_count says, in their order
     ends = [end.strip() for end in layers.split(":")]
     return ":".join(str(int(math.copysign(rehearsal_count(abs(int(end))), int(end)))) if end else "" for end in ends)

@@ -137,8 +137,9 @@ def parents(run: RunDir) -> dict[str, str | None]:
     if not (run.init / MANIFEST).is_file():
         return {}
     manifest, found = read_json(run.init / MANIFEST), {}
-    copied = f"layers {_ranges(manifest['layers'])} (from 0)"
-    for origin in [manifest] if manifest["kind"] == "inherit" else [manifest["previous"], manifest["reference"]]:
+    at_half = " at half width" * (manifest["kind"] == "half_width")
+    copied = f"layers {_ranges([layer for layer in manifest['layers'] if layer is not None])} (from 0){at_half}"
+    for origin in [manifest] if "source" in manifest else [manifest["previous"], manifest["reference"]]:
         name, parent = origin["source"], RunDir(Path(origin["source"]).parent)
         if origin["revision"]:
             found[f"[{name}](https://huggingface.co/{name}) at revision {origin['revision']}, {copied}"] = name
@@ -182,6 +183,8 @@ def model_card(run: RunDir, described: dict, name: str, dtype: str, compared: di
     versions = ", ".join(f"{library} {version}" for library, version in start["versions"].items())
     revision = f" at revision {data['revision']}" if data["revision"] else ""
     copied = "".join(f"\n- Parent: {parent}" for parent in lineage) or "\n- Parent: none, a random start"
+    if teacher := (described["run"].get("distil") or {}).get("teacher"):  # of a path only the name
+        copied += f"\n- Teacher (logits): '{Path(teacher).name if Path(teacher).is_absolute() else teacher}'"
     of_models = "".join(f"\n- {parent}: {licence}" for parent, licence in licences.items())
     by = "W_Q / (layer + 1) in place of the scaling of attention logits by layer, " if run_scales(run) else ""
     return f"""---

@@ -86,10 +86,10 @@ def wanted(experiment: Experiment) -> list[Repository]:
         found.append(documents)
     models = {}
     for run in experiment.runs.values():
-        start = run.init.external or run.init.inherit
-        local = not start or start.source in experiment.runs or Path(start.source).expanduser().is_dir()
-        if not local and not experiment.rehearsal:  # a rehearsal has a stand-in
-            models[start.source, start.revision] = Repository("model", "model", start.source, start.revision)
+        for source, revision in run.sources():
+            local = source in experiment.runs or Path(source).expanduser().is_dir()
+            if not local and not experiment.rehearsal:  # a rehearsal has a stand-in
+                models[source, revision] = Repository("model", "model", source, revision)
     for model in models.values():
         model.add(model_files(model))
     place, revision = on_the_hub(data.tokenizer), data.tokenizer_revision

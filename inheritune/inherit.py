@@ -1,12 +1,14 @@
 """Surgery: new checkpoints out of blocks of old ones, described by the architecture table and done one tensor at a time.
 
-`inherit` keeps chosen blocks of a source (paper, section 3), `extend` lengthens a trained model by blocks of its
-reference (growth with `from: previous`), `write_random` writes the random start. All three say, for every tensor of the
-target, where it comes from (`Origin`), and `_write` does the rest: an ordinary Hugging Face checkpoint and
-`inherited.json`, which lists each tensor as copied (from which file, with which hash) or fresh (how). Sources are only
-read. A target appears under its name whole or not at all.
+`inherit` keeps chosen blocks of a source (paper, section 3), also doubled (stacking) or at other places among random ones,
+`halve` keeps all of them at half the width, `extend` lengthens a trained model by blocks of its reference (growth with
+`from: previous`), `write_random` writes the random start. All say, for every tensor of the target, where it comes from
+(`Origin`), and `_write` does the rest: an ordinary Hugging Face checkpoint and `inherited.json`, which lists each tensor as
+copied (from which file, with which hash) or fresh (how). Sources are only read. A target appears under its name whole or
+not at all.
 """
 
+import copy
 import json
 import math
 import shutil
@@ -18,8 +20,8 @@ import torch
 import xxhash
 
 from inheritune import rundir
-from inheritune.config import MODULES, PARTS, UserError, nearest, parse_layers
-from inheritune.models import architecture, fresh_tensor, tensor_shapes
+from inheritune.config import MODULES, NORMS, PARTS, UserError, nearest, parse_layers, place_layers
+from inheritune.models import Shape, architecture, fresh_tensor, tensor_shapes
 from inheritune.sources import TOKENIZER_FILES, Source, open_source, write_checkpoint
 
 MANIFEST = "inherited.json"
@@ -32,6 +34,17 @@ class Origin:
     dtype: torch.dtype
     source: Source | None = None
     name: str = ""
+    fused: int = 0
+    """0: the whole tensor. Else its first entries in every dimension, as many as the target has, where the last dimension is
+    `fused` matrices side by side (queries, keys, values), each cut alike."""
+
+    def tensor(self, shape: Shape) -> torch.Tensor:
+        """The value from the source, cut to `shape` where it is cut."""
+        tensor = self.source.tensor(self.name)
+        if self.fused:
+            corner = (*shape[:-1], self.fused, shape[-1] // self.fused)
+            tensor = tensor.unflatten(-1, (self.fused, -1))[tuple(map(slice, corner))].flatten(-2)
+        return tensor.to(self.dtype)
 
 
 def inherit(
@@ -42,8 +55,14 @@ def inherit(
     modules: Sequence[str] = MODULES,
     seed: int = 0,
     revision: str | None = None,
+    depth: int | None = None,
+    at: int = 0,
+    copies: int = 1,
 ) -> dict:
     """Write the blocks `layers` of `source` (a folder or a Hub id) to `out`; returns the manifest.
+
+    They are the target's blocks from index `at` on, of `depth` in all (default: up to the last of them); `copies` puts them
+    there so many times, one copy after the other.
 
     `parts` names what is copied and `modules` limits it inside the blocks; the rest is that of the random model of this
     depth and `seed`. A tied head is one tensor with the token embedding, copied if either is named. Every tensor keeps
@@ -51,23 +70,30 @@ def inherit(
 
     Raises UserError for unknown names, layers out of range, a source that cannot be used, an `out` that holds something
     else, and a disk without room; then nothing is written."""
-    parts, modules = _chosen(parts, PARTS, "parts"), _chosen(modules, MODULES, "modules")
+    parts, modules = _chosen(parts, PARTS, "parts"), _chosen(modules, MODULES + NORMS, "modules")
     opened = open_source(source, revision)
-    table, tied = opened.table, bool(opened.config.tie_word_embeddings)
-    indices = parse_layers(layers if isinstance(layers, str) else list(layers), getattr(opened.config, table.layers))
+    table, tied, n_source = opened.table, bool(opened.config.tie_word_embeddings), getattr(opened.config, opened.table.layers)
+    for name in modules:
+        if name in NORMS and name not in table.modules:
+            raise UserError(f"modules: in a block of {table.name} one norm serves attention and MLP, so name norms, not {name}")
+    once = parse_layers(layers if isinstance(layers, str) else list(layers), n_source)
+    indices = place_layers(once * copies, n_source, depth, at)
     config = cut_config(opened.config, indices)
 
     origins = {}
     for name in tensor_shapes(config):
         part, module = table.part_of(name)
-        copied = part in parts and (module is None or module in modules)
+        copied = part in parts and (module is None or module in modules or (module in NORMS and "norms" in modules))
         copied |= tied and name == table.embedding and "head" in parts
-        inside = table.split_name(name)
-        from_name = name if inside is None else table.block.format(i=indices[inside[0]]) + inside[1]
+        inside, from_name = table.split_name(name), name
+        if inside is not None:
+            layer = indices[inside[0]]
+            copied &= layer is not None
+            from_name = table.block.format(i=once[0] if layer is None else layer) + inside[1]
         dtype = opened.dtype(from_name)
         origins[name] = Origin(dtype, opened, from_name) if copied else Origin(dtype)
     about = {
-        "kind": "inherit",
+        "kind": "inherit" if copies == 1 else "stack",
         **_identity(opened),
         "layers": indices,
         "parts": parts,
@@ -77,6 +103,45 @@ def inherit(
         "moved_blocks": _moved(config, indices),
     }
     return _write(Path(out), config, origins, about, seed, opened.config_path.parent)
+
+
+def halve(source: str | Path, out: str | Path, revision: str | None = None) -> dict:
+    """Write all blocks of `source` at half its heads and half its width (`half_config`) to `out`; returns the manifest.
+
+    Of every tensor the first rows and columns are kept: of queries, keys and values those of the first half of the heads, of
+    embeddings, norms and projections those of the first half of the width. Raises UserError as `inherit` does."""
+    opened = open_source(source, revision)
+    config = half_config(opened.config)
+    origins = {
+        name: Origin(opened.dtype(name), opened, name, 3 if ".attn.c_attn." in name else 1) for name in tensor_shapes(config)
+    }
+    layers = list(range(getattr(config, opened.table.layers)))
+    sizes = {"heads": config.num_attention_heads, "width": config.hidden_size}
+    about = {"kind": "half_width", **_identity(opened), "layers": layers, **sizes, "moved_blocks": _moved(config, layers)}
+    return _write(Path(out), config, origins, about, 0, opened.config_path.parent)
+
+
+MLP_WIDTH = {"gpt2": "n_inner", "llama": "intermediate_size"}
+"""Families that can be halved, and how their configs call the width of the MLP."""
+
+
+def half_config(config):
+    """A copy of `config` with half the heads, each as wide as before, and width and MLP smaller in the same proportion. Of an
+    odd number of heads the smaller half is kept: of GPT-2 XL's 25 heads of 64, width 1600, these are 12, width 768.
+
+    Raises UserError for another family than GPT-2 and Llama, and for a single head of keys and values."""
+    groups = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    if config.model_type not in MLP_WIDTH or groups < 2:
+        what = f"family {config.model_type} with {groups} key and value head(s)"
+        raise UserError(f"half width can be cut from gpt2 and llama models with at least 2 heads, not from {what}")
+    half, mlp_width = copy.deepcopy(config), MLP_WIDTH[config.model_type]
+    heads = config.num_attention_heads // groups * (groups // 2)
+    half.num_attention_heads, half.hidden_size = heads, config.hidden_size * heads // config.num_attention_heads
+    if groups != config.num_attention_heads:
+        half.num_key_value_heads = groups // 2
+    if getattr(config, mlp_width) is not None:
+        setattr(half, mlp_width, getattr(config, mlp_width) * heads // config.num_attention_heads)
+    return half
 
 
 def write_random(config, out: str | Path, seed: int = 0) -> dict:
@@ -139,13 +204,13 @@ def extend(previous: str | Path, reference: str | Path, layers_from: int, layers
 _INCIDENTAL = ("dtype", "architectures", "transformers_version", "_name_or_path", "use_cache")
 
 
-def cut_config(config, layers: Sequence[int]):
-    """A copy of `config` with the blocks `layers`: the depth set, lists with one entry per block cut alike."""
+def cut_config(config, layers: Sequence[int | None]):
+    """A copy of `config` with the blocks `layers` (None: new): the depth set, lists with one entry per block cut alike."""
     table, raw = architecture(config.model_type), config.to_dict()
     raw[table.layers] = len(layers)
     for key in table.per_layer:
         if isinstance(raw.get(key), list):
-            raw[key] = [raw[key][i] for i in layers]
+            raw[key] = [raw[key][min(i, len(raw[key]) - 1) if layer is None else layer] for i, layer in enumerate(layers)]
     return type(config).from_dict(raw)
 
 
@@ -171,9 +236,9 @@ def _identity(source: Source) -> dict:
     }
 
 
-def _moved(config, layers: Sequence[int]) -> dict:
+def _moved(config, layers: Sequence[int | None]) -> dict:
     """Which blocks compute something else than in the source because their index changed."""
-    moved = [{"block": i, "source_block": layer} for i, layer in enumerate(layers) if i != layer]
+    moved = [{"block": i, "source_block": layer} for i, layer in enumerate(layers) if layer not in (i, None)]
     if not getattr(config, "scale_attn_by_inverse_layer_idx", False):
         return {"changed": False, "blocks": [], "meaning": "a block computes the same at any index of this model"}
     meaning = "every block keeps its index and computes what it did in the source"
@@ -193,7 +258,7 @@ def _write(out: Path, config, origins: dict[str, Origin], about: dict, seed: int
     shapes = tensor_shapes(config)
     specs = {name: (shape, origins[name].dtype) for name, shape in shapes.items()}
     for name, origin in origins.items():
-        if origin.source and origin.source.shape(origin.name) != shapes[name]:
+        if origin.source and not origin.fused and origin.source.shape(origin.name) != shapes[name]:
             raise UserError(
                 f"{name} would need shape {shapes[name]}, the source's {origin.name} has {origin.source.shape(origin.name)}"
             )
@@ -202,7 +267,7 @@ def _write(out: Path, config, origins: dict[str, Origin], about: dict, seed: int
     def tensor_of(name: str) -> torch.Tensor:
         origin = origins[name]
         if origin.source:
-            return origin.source.tensor(origin.name).to(origin.dtype)
+            return origin.tensor(shapes[name])
         return fresh_tensor(name, shapes[name], config, seed).to(origin.dtype)
 
     with rundir.replacing(out) as folder:
@@ -212,18 +277,22 @@ def _write(out: Path, config, origins: dict[str, Origin], about: dict, seed: int
             if beside and (beside / name).is_file():
                 shutil.copyfile(beside / name, folder / name)
                 written["files"] |= rundir.hash_folder(folder, only=(name,))
-        tensors = {name: _record(origin, written["tensors"][name]["xxh3"], seed) for name, origin in origins.items()}
+        hashes = {name: written["tensors"][name]["xxh3"] for name in origins}
+        tensors = {name: _record(origin, hashes[name], seed, shapes[name]) for name, origin in origins.items()}
         manifest = {**about, "tensors": tensors, "files": written["files"]}
         rundir.write_json(folder / MANIFEST, manifest)
     return manifest
 
 
-def _record(origin: Origin, xxh3: str, seed: int) -> dict:
-    """The manifest's row of one tensor. `xxh3` is the hash of the target's bytes: the source's too, unless it was cast."""
+def _record(origin: Origin, xxh3: str, seed: int, shape: Shape) -> dict:
+    """The manifest's row of one tensor. `xxh3` is the hash of the target's bytes: the source's, unless it was cast or cut."""
     if origin.source is None:
         return {"fresh": f"fresh_tensor with seed {seed}, as in the random model of this depth", "xxh3": xxh3}
     row = {"file": str(origin.source.folder / origin.source.file_of(origin.name)), "tensor": origin.name, "xxh3": xxh3}
-    stored = origin.source.dtype(origin.name)
+    stored, whole = origin.source.dtype(origin.name), origin.source.shape(origin.name)
+    if whole != shape:
+        parts = f", in each of {origin.fused} parts" if origin.fused > 1 else ""
+        row["cut"] = f"the first {list(shape)} of {list(whole)}{parts}"
     return {"copied": row if stored == origin.dtype else {**row, "cast": f"{stored} to {origin.dtype}"}}
 
 

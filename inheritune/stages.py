@@ -145,9 +145,7 @@ def check(experiment: str, run: str | None = None, stage: int | None = None, see
     if ready and not needed:
         print(f"{loaded.name}/{run}: what it starts from is there")
         return
-    lacks = ["its data is not prepared"] * (not ready) + [f"run '{needed}', which it starts from, is not trained"] * bool(
-        needed
-    )
+    lacks = ["its data is not prepared"] * (not ready) + [f"run '{needed}', which it needs, is not trained"] * bool(needed)
     ways = f"{loaded.name}/{run} cannot start yet: {' and '.join(lacks)}.\n"
     if not ready:
         fetch = f"bash slurm/fetch.sh {experiment} && " if loaded.data.source == "hub" else ""
@@ -157,9 +155,9 @@ def check(experiment: str, run: str | None = None, stage: int | None = None, see
 
 
 def unfinished_source(experiment: Experiment, spec: Run, seed: int) -> str | None:
-    """Name of the run of this file that `spec` starts from or is compared with and that is not finished, or None."""
-    source = spec.init.inherit.source if spec.init.inherit else None
-    return source if source in experiment.runs and not RunDir.of(experiment, source, seed).is_done() else None
+    """Name of the run of this file that `spec` starts or learns from and that is not finished, or None."""
+    needed = (source for source, _ in spec.sources() if source in experiment.runs)
+    return next((source for source in needed if not RunDir.of(experiment, source, seed).is_done()), None)
 
 
 def _again(experiment: Experiment) -> str:
@@ -179,7 +177,7 @@ def _two_ways(experiment: Experiment, name: str, run: str, needed: str, stage: i
     )
     sources = {other: spec.init.inherit.source for other, spec in experiment.runs.items() if spec.init.inherit}
     public = next((other for other, source in sources.items() if source not in experiment.runs), None)
-    if public:
+    if public and experiment.run(run).init.inherit:
         sentence += f"\nor start from the public checkpoint {sources[public]}:\n    bash slurm/fetch.sh {name}\n"
         verb = "grow" if experiment.run(public).grow else "train"
         sentence += f"    bash slurm/{verb}.sh {name} {public}"

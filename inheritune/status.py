@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 from tabulate import tabulate
 
-from inheritune.config import RECIPES, Experiment, Run, UserError, load_experiment, parse_layers
+from inheritune.config import RECIPES, Experiment, Run, UserError, load_experiment
 from inheritune.rundir import MARKERS, Lock, RunDir, damages, data_dir, lock_holder, marked_files, read_json, root
 from inheritune.stages import unfinished_source
 
@@ -98,10 +98,7 @@ def stand(loaded: Experiment, name: str, run: Run, seed: int, curves: dict, jobs
     if run.init.external:
         return [Standing(f"{name} (a model of others)", "finished" if folder.results.is_file() else "not started")]
     if not run.grow:
-        inherit = run.init.inherit
-        # only a range within the reference tells its depth without opening a source
-        layers = len(parse_layers(inherit.layers, loaded.model.layers)) if inherit else run.layers or loaded.model.layers
-        return [one(name, folder, steps, curve_of(curves, name, layers), jobs, queue)]
+        return [one(name, folder, steps, curve_of(curves, name, loaded.layers_of(run)), jobs, queue)]
     depths = run.grow.depths(run.init.inherit.layers, loaded.model.layers)
     done = read_json(folder.done) if folder.is_done() else None
     stages = []

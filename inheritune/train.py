@@ -17,6 +17,7 @@ from inheritune import checkpoint, dist, validate
 from inheritune.batches import Order, Share, Tokens, read_share
 from inheritune.config import RESUMABLE_KEYS, Experiment, Run, Train, UserError, load_experiment
 from inheritune.engine import (
+    fill,
     gradient_norm,
     learning_rate,
     load_json,
@@ -26,9 +27,9 @@ from inheritune.engine import (
     start_engine,
     zero_stage,
 )
-from inheritune.inherit import extend, inherit, write_random
+from inheritune.inherit import extend, halve, inherit, write_random
 from inheritune.log import Metrics, logger, progress, record_provenance, setup, start_wandb
-from inheritune.models import count_parameters, flops_per_token, hf_config
+from inheritune.models import build, count_parameters, flops_per_token, hf_config
 from inheritune.rundir import (
     Lock,
     RunDir,
@@ -132,15 +133,19 @@ def train_job(job: Job, ds: str | None = None) -> None:
 
 def prepare_start(job: Job):
     """The checkpoint that the job starts from, made by rank 0 if it is not there yet.  -> its folder"""
-    inherited = job.run.init.inherit
-    if inherited is None:
-        layers = job.run.layers or job.experiment.model.layers
-        return random_start(job, layers)
+    copied, inherited = job.run.init.copied, job.run.init.inherit
+    if copied is None:
+        return random_start(job, job.experiment.layers_of(job.run))
     folder = job.dir.init
     if (folder / "inherited.json").is_file():
         return folder
-    source = source_of(job)
-    layers = inherited.layers
+    source, revision = source_of(job, copied.source, copied.revision)
+    if job.run.init.half_width:
+        halve(source, folder, revision)
+        return folder
+    layers, options = copied.layers, {"copies": 2}
+    if inherited:
+        options = {"modules": inherited.modules, "depth": inherited.depth, "at": inherited.at or 0}
     if job.stage:
         depths = job.run.grow.depths(inherited.layers, job.experiment.model.layers)
         if job.stage > len(depths):
@@ -154,8 +159,7 @@ def prepare_start(job: Job):
                 )
             extend(before.final, source, depths[job.stage - 2], depths[job.stage - 1], folder)
             return folder
-    revision = None if job.experiment.rehearsal else inherited.revision  # its source is a folder of ours
-    inherit(source, layers, folder, inherited.parts, inherited.modules, job.seed, revision)
+    inherit(source, layers, folder, copied.parts, seed=job.seed, revision=revision, **options)
     return folder
 
 
@@ -168,14 +172,45 @@ def random_start(job: Job, layers: int):
     return folder
 
 
-def source_of(job: Job) -> str:
-    """Path or id that an inherited run copies from. Raises UserError if it is a run of the file that is not finished."""
-    source = job.run.init.inherit.source
+def source_of(job: Job, source: str, revision: str | None) -> tuple[str, str | None]:
+    """(path or id, revision) of a model that a run copies or learns from. Raises UserError if it is a run of the file that is
+    not finished."""
     if source in job.experiment.runs:
-        return str(finished_weights(job.experiment, source, job.seed))
+        return str(finished_weights(job.experiment, source, job.seed)), None
     if job.experiment.rehearsal:  # a public model has not the rehearsal's size: a random one of that size stands in for it
-        return str(random_start(job, job.experiment.model.layers))
-    return source
+        return str(random_start(job, job.experiment.model.layers)), None
+    return source, revision
+
+
+class Teacher:
+    """The model whose logits a distilled run learns: plain, frozen and whole on every rank (an engine of its own would save
+    memory only where the teacher does not fit beside the student; GPT-2 Medium takes 1.4 GB in fp32), in the student's
+    precision."""
+
+    def __init__(self, job: Job):
+        """Raises UserError, on every rank, if it is a run of the file that is not finished or cannot be read."""
+        self.alpha, self.temperature = job.run.distil.alpha, job.run.distil.temperature
+        self.source = open_source(*dist.on_rank0(source_of, job, job.run.distil.teacher, job.run.distil.revision))
+        self.files = dist.on_rank0(lambda: hash_folder(self.source.folder, only=self.source.files()))
+
+    def load(self, student, length: int, precision: str, device) -> None:
+        """Raises UserError if the teacher's vocabulary is not the student's or it has too few positions."""
+        config = self.source.config
+        if config.vocab_size != student.vocab_size or getattr(config, "max_position_embeddings", length) < length:
+            raise UserError(
+                f"the teacher {self.source.folder} has {config.vocab_size} tokens and {config.max_position_embeddings} "
+                f"positions, the student {student.vocab_size} tokens and sequences of {length}; use a teacher that fits"
+            )
+        self.model = build(config)
+        fill(self.model, self.source, stage=0)
+        self.model.to(device, torch.bfloat16 if precision == "bf16" else torch.float32).requires_grad_(False).eval()
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16_autocast")
+
+    def divergences(self, windows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Of each token of (M, T + 1) windows, from the student's logits (M, T, V) on.  -> (M, T)"""
+        with torch.no_grad(), self.autocast:
+            theirs = self.model(input_ids=windows[:, :-1], use_cache=False).logits  # (M, T, V)
+        return validate.token_divergences(logits, theirs, self.temperature)
 
 
 def finished_weights(experiment: Experiment, name: str, seed: int):
@@ -215,6 +250,7 @@ class Trainer:
         """Everything from the start checkpoint to DONE. Raises dist.Stopped, with all saved, when asked to leave before."""
         job, run_dir = self.job, self.job.dir
         self.lock = lock
+        self.teacher = Teacher(job) if job.run.distil else None
         dist.on_rank0(self._check_same_experiment)
         dist.on_rank0(self._check_reference)
         if self._asked_to_stop():
@@ -223,12 +259,14 @@ class Trainer:
         resized = resume is not None and checkpoint.is_resize(run_dir, resume, self.settings)
         dist.on_rank0(remove_leftovers, run_dir.path)
         start = dist.on_rank0(prepare_start, job)
+        source = open_source(str(start))
+        if self.teacher:
+            self.teacher.load(source.config, self.length, self.train.precision, self.device)
         setup(run_dir)
         dist.on_rank0(self._record_start, start, resume)
         logger.info("%s on %d rank(s), %s, ZeRO %s", job.title(), dist.world(), self.device, zero_stage(self.settings))
         logger.info("%s", self.arithmetic)
 
-        source = open_source(str(start))
         weights = source if resume is None else open_source(str(run_dir.checkpoint(resume))) if resized else None
         self.engine = start_engine(
             source.config, weights, self.settings, self.train, self.share.micro_batch, self.share.accumulation
@@ -246,11 +284,14 @@ class Trainer:
 
     def _loop(self, state: dict) -> bool:
         """Forward, backward, step; log, evaluate, save. `state` is all that must survive a restart beside the engine.
-        False when asked to stop before the last step."""
+        False when asked to stop before the last step.
+
+        The loss is the cross-entropy, with a teacher alpha of it + (1 - alpha) of the divergence from the teacher."""
         engine, train, share = self.engine, self.train, self.share
         device, step_tokens = self.device, self.batch * self.length
         # DeepSpeed averages over ranks and accumulation steps; this makes it the mean over the step's real tokens
         scale = dist.world() * share.accumulation / step_tokens
+        mix = torch.tensor([self.teacher.alpha, 1 - self.teacher.alpha] if self.teacher else [1.0], device=device)
         engine.train()
         bar = progress(desc="training", unit="step", total=train.steps, initial=state["step"])
         go_on = self._between_steps(state)  # an earlier start may have stopped before what was due at this step
@@ -260,12 +301,14 @@ class Trainer:
             windows, weights = (torch.from_numpy(a).to(device) for a in read_share(self.order, step - 1, share))
             lr = learning_rate(step, train)
             set_learning_rate(engine, lr)
-            loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+            sums = torch.zeros(len(mix), dtype=torch.float64, device=device)
             for window, weight in zip(windows, weights, strict=True):  # (M, T + 1), (M,)
                 logits = engine(input_ids=window[:, :-1], use_cache=False).logits  # (M, T, V)
-                losses = validate.token_losses(logits, window[:, 1:]).sum(dim=1) @ weight
-                engine.backward(losses * scale)
-                loss_sum += losses.detach()
+                parts = [validate.token_losses(logits, window[:, 1:])]  # each (M, T)
+                parts += [self.teacher.divergences(window, logits)] if self.teacher else []
+                losses = torch.stack([part.sum(dim=1) @ weight for part in parts])
+                engine.backward(losses @ mix * scale)
+                sums += losses.detach()
                 norm = gradient_norm(engine) if engine.is_gradient_accumulation_boundary() else None
                 engine.step()
             state["step"], state["tokens"] = step, step * step_tokens
@@ -273,11 +316,15 @@ class Trainer:
             steps_since += 1
 
             if step % train.log_every == 0 or step == train.steps:
-                loss = float(dist.all_sum(loss_sum)) / step_tokens
+                means = (dist.all_sum(sums) / step_tokens).tolist()
+                loss = sum(part * mean for part, mean in zip(mix.tolist(), means, strict=True))
                 if not math.isfinite(loss):
                     raise RuntimeError(f"loss is {loss} at step {step}: stopped; the last checkpoint is whole")
                 seconds = (time.perf_counter() - t0) / steps_since
-                self._log_step(state, loss, lr, engine.get_global_grad_norm() if norm is None else norm, seconds)
+                parts = dict(zip(("ce_loss", "distil_loss"), means, strict=False)) if self.teacher else {}
+                self._log_step(
+                    state, {"loss": loss, **parts}, lr, engine.get_global_grad_norm() if norm is None else norm, seconds
+                )
                 bar.set_postfix_str(f"loss {loss:.3f}, {step_tokens / seconds:,.0f} tokens/s")
                 self.pace = f"{step_tokens / seconds:,.0f} tokens/s, {(train.steps - step) * seconds / 60:.1f} min left"
                 t0, steps_since = time.perf_counter(), 0
@@ -370,7 +417,7 @@ class Trainer:
         logger.info("step %d of %d: validation loss %.4f (%s)", step, self.train.steps, on_curve["mean"], self.pace)
         return losses
 
-    def _log_step(self, state: dict, loss: float, lr: float, norm, seconds: float) -> None:
+    def _log_step(self, state: dict, losses: dict, lr: float, norm, seconds: float) -> None:
         flops = self.flops_per_token * self.batch * self.length / seconds
         peak = peak_flops(self.device)
         memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else _resident_bytes()
@@ -379,7 +426,7 @@ class Trainer:
                 {
                     "step": state["step"],
                     "tokens": state["tokens"],
-                    "loss": loss,
+                    **losses,
                     "lr": lr,
                     "grad_norm": None if norm is None else float(norm),
                     "step_s": round(seconds, 5),
@@ -409,7 +456,13 @@ class Trainer:
                 f"{run_dir.path} was started with {key} = {old}, now it is {new}; go back to it, or start a run of another name"
             )
         if run_dir.provenance.is_file():
-            data = read_json(run_dir.provenance)["starts"][0]["data_fingerprint"]
+            first = read_json(run_dir.provenance)["starts"][0]
+            if self.teacher and self.teacher.files != first["teacher"]["files"]:
+                raise UserError(
+                    f"{run_dir.path} was taught by {first['teacher']['folder']}, whose weights are not those of "
+                    f"{self.teacher.source.folder} now; restore them or start a run of another name"
+                )
+            data = first["data_fingerprint"]
             if data != self.tokens.fingerprint:
                 raise UserError(
                     f"{run_dir.path} was trained on data {data}, {self.tokens.folder} now holds {self.tokens.fingerprint}; "
@@ -426,6 +479,7 @@ class Trainer:
             start=str(start),
             start_source=read_json(start / "inherited.json").get("source"),
             resumed_at=resume,
+            teacher=self.teacher and {"folder": str(self.teacher.source.folder), "files": self.teacher.files},
             device=str(self.device),
             precision=self.train.precision,
             deepspeed=self.settings,
@@ -435,6 +489,8 @@ class Trainer:
     def _open_record(self, resume: int | None, state: dict) -> None:
         job = self.job
         self.flops_per_token = flops_per_token(self.engine.module.config, self.length)
+        if self.teacher:  # of its forward and backward passes only the forward one, a third
+            self.flops_per_token += flops_per_token(self.teacher.source.config, self.length) / 3
         self.metrics = None
         if dist.rank() == 0:
             mirror = start_wandb(job.dir, job.experiment, job.name, self.train.wandb, self.train.wandb_project)

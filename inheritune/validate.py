@@ -47,6 +47,13 @@ def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return losses.view_as(targets)
 
 
+def token_divergences(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """temperature^2 * KL(teacher || student) of every token in nats, in fp32, both softmaxes at `temperature` (Hinton et al.,
+    arXiv 1503.02531: the factor keeps the gradient's size).  logits, teacher_logits (B, T, V) -> (B, T)"""
+    ours, theirs = (torch.log_softmax(each.float() / temperature, dim=-1) for each in (logits, teacher_logits))
+    return torch.nn.functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=-1) * temperature**2
+
+
 @torch.no_grad()
 def window_losses(model, tokens: Tokens, length: int, starts: np.ndarray, device, stop=None) -> np.ndarray | None:
     """Mean loss in nats per token of each window, on every rank.  -> (len(starts),) float64, or None if `stop`, a function

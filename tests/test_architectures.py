@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from inheritune import models
 from inheritune.attention import TAUS, analyze, approximate_rank, read_windows
 from inheritune.batches import Tokens
-from inheritune.config import MODULES, PARTS, REPOSITORY, UserError, load_experiment
+from inheritune.config import MODULES, NORMS, PARTS, REPOSITORY, UserError, load_experiment
 from inheritune.inherit import inherit, write_random
 from inheritune.models import architecture, build, flops_per_token, linear_weights, tensor_shapes
 from inheritune.rundir import RunDir, data_dir
@@ -96,18 +96,22 @@ PLACES = [
     ("phi3", "model.layers.4.mlp.gate_up_proj.weight", "mlp"),
     ("phi", "lm_head.bias", "head"),
     ("bloom", "transformer.word_embeddings_layernorm.bias", "token_embedding"),
-    ("opt", "model.decoder.layers.1.final_layer_norm.weight", "norms"),
+    ("opt", "model.decoder.layers.1.final_layer_norm.weight", "mlp_norm"),
     ("opt", "model.decoder.final_layer_norm.weight", "final_norm"),
     ("opt", "model.decoder.layers.1.fc2.bias", "mlp"),
     ("opt", "model.decoder.embed_positions.weight", "position_embedding"),
     ("opt_350m", "model.decoder.project_in.weight", "token_embedding"),
     ("opt_350m", "model.decoder.project_out.weight", "head"),
     ("falcon_7b", "transformer.h.0.input_layernorm.weight", "norms"),
-    ("falcon_40b", "transformer.h.0.ln_mlp.weight", "norms"),
-    ("falcon_rw", "transformer.h.0.post_attention_layernorm.weight", "norms"),
+    ("falcon_40b", "transformer.h.0.ln_mlp.weight", "mlp_norm"),
+    ("falcon_rw", "transformer.h.0.post_attention_layernorm.weight", "mlp_norm"),
     ("mixtral", "model.layers.2.block_sparse_moe.experts.2.w3.weight", "mlp"),
     ("mixtral", "model.layers.2.block_sparse_moe.gate.weight", "mlp"),
-    ("gemma3", "model.layers.1.post_feedforward_layernorm.weight", "norms"),
+    ("gemma3", "model.layers.1.post_feedforward_layernorm.weight", "mlp_norm"),
+    ("gemma2", "model.layers.1.post_attention_layernorm.weight", "attn_norm"),
+    ("llama", "model.layers.1.post_attention_layernorm.weight", "mlp_norm"),
+    ("olmo2", "model.layers.1.post_attention_layernorm.weight", "attn_norm"),
+    ("cohere", "model.layers.1.input_layernorm.weight", "norms"),
     ("gemma3", "model.layers.1.self_attn.q_norm.weight", "attn"),
     ("stablelm", "model.layers.1.self_attn.q_layernorm.norms.3.weight", "attn"),
     ("stablelm", "model.norm.bias", "final_norm"),
@@ -118,7 +122,7 @@ PLACES = [
 def test_every_tensor_has_its_part_and_module(family, name, place):
     config = family_config(family)
     assert name in tensor_shapes(config)
-    assert architecture(config.model_type).part_of(name) == (("blocks", place) if place in MODULES else (place, None))
+    assert architecture(config.model_type).part_of(name) == (("blocks", place) if place in MODULES + NORMS else (place, None))
 
 
 def test_what_is_not_named_is_fresh_as_transformers_draws_it(source, tmp_path):

@@ -149,6 +149,7 @@ def test_every_tensor_of_both_families_has_a_part():
         model = build(hf_config(model_of(size, layers=2)))
         table = architecture(model.config.model_type)
         parts = {table.part_of(name) for name in model.state_dict()}
-        assert {("blocks", m) for m in ("attn", "mlp", "norms")} | {("token_embedding", None), ("final_norm", None)} <= parts
+        blocks = {("blocks", m) for m in ("attn", "mlp", "attn_norm", "mlp_norm")}
+        assert blocks | {("token_embedding", None), ("final_norm", None)} <= parts
         with pytest.raises(UserError, match="has no place"):
             table.part_of("transformer.unknown.weight")

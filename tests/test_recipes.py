@@ -8,10 +8,11 @@ import re
 
 import pytest
 import torch
+import yaml
 
 from inheritune.config import RECIPES, load_experiment, parse_layers
 from inheritune.engine import load_json
-from inheritune.inherit import cut_config
+from inheritune.inherit import cut_config, half_config
 from inheritune.models import build, count_parameters, hf_config
 from inheritune.tokens import GPT2_SIZE, check_vocabulary
 
@@ -45,46 +46,68 @@ CHOSEN = {"gpt2_small_owt": {6, 8}, "gpt2_large_owt": {20, 22}, "gpt2_xl_owt": {
     ("gpt2_medium_fineweb", "gpt2_large_fineweb"), {18, 20}
 )
 """Depths that are ours, for growth beyond the paper's rounds."""
+HALVES_OF_25_HEADS = {(48, 768)}
+"""Half of XL: the CSV counts 800 wide, which 12.5 heads would be; ours has 12 heads of 64."""
 
 
 def test_every_experiment_of_the_paper_is_here():
     assert {path.stem for path in RECIPES.glob("*.yaml")} == {*TRAINED, "quickstart"}
 
 
-def paper_parameters() -> dict[tuple[str, int], int]:
-    """{(family, layers): parameters} of recipes/paper/table_model_configs.csv, full width only."""
-    with open(RECIPES / "paper" / "table_model_configs.csv", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if "half-width" not in row["type"]]
-    return {(row["model_family"], int(row["layers"])): int(row["params_computed_tied_no_bias"]) for row in rows}
+def paper(name: str) -> list[dict]:
+    """Rows of a table in recipes/paper/."""
+    with open(RECIPES / "paper" / name, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def paper_parameters() -> dict[tuple[str, int, int], int]:
+    """{(family, layers, width): parameters} of recipes/paper/table_model_configs.csv."""
+    keyed = {
+        (row["model_family"], int(row["layers"]), int(row["hidden_size"])): row for row in paper("table_model_configs.csv")
+    }
+    return {key: int(row["params_computed_tied_no_bias"]) for key, row in keyed.items()}
 
 
 def depths(experiment, name: str) -> list[int]:
     """Layers of each model that a run makes: one, or one per stage."""
-    run, full = experiment.runs[name], experiment.model.layers
-    if run.grow:
-        return run.grow.depths(run.init.inherit.layers, full)
-    return [len(parse_layers(run.init.inherit.layers, full)) if run.init.inherit else run.layers or full]
+    run = experiment.runs[name]
+    return run.grow.depths(run.init.inherit.layers, experiment.model.layers) if run.grow else [experiment.layers_of(run)]
+
+
+def configs(experiment) -> dict[str, list]:
+    """{run: configuration of each model it makes}; of others' models only the experiment's reference."""
+    found = {}
+    for name, run in experiment.runs.items():
+        if name == "reference" or not run.init.external:
+            whole = [hf_config(experiment.model, layers) for layers in depths(experiment, name)]
+            found[name] = [half_config(config) for config in whole] if run.init.half_width else whole
+    return found
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_every_run_builds_at_full_size_with_the_papers_parameter_count(name):
     experiment, family, published = load_experiment(name), TRAINED[name][0], paper_parameters()
-    per_layer = {}
-    for run in experiment.runs:
-        for layers in depths(experiment, run):
-            config = hf_config(experiment.model, layers)
+    counts = {}
+    for config in (config for of_run in configs(experiment).values() for config in of_run):
+        size = config.num_hidden_layers, config.hidden_size
+        if size not in counts:
             with torch.device("meta"):
                 model = build(config)
-            assert config.num_hidden_layers == layers == len(model.base_model.h if family else model.base_model.layers)
-            per_layer[layers] = count_parameters(config)
+            assert config.num_hidden_layers == len(model.base_model.h if family else model.base_model.layers)
+            counts[size] = count_parameters(config)
     if family is None:
         full, inherited = LLAMA_BILLIONS[name]
-        assert {round(count / 1e9, 3) for count in per_layer.values()} == {full, inherited}
+        by_depth = {layers: count for (layers, _), count in counts.items()}
+        deepest, main = experiment.model.layers, depths(experiment, next(iter(experiment.runs)))[0]
+        assert (round(by_depth[deepest] / 1e9, 3), round(by_depth[main] / 1e9, 3)) == (full, inherited)
+        block = (by_depth[deepest] - by_depth[main]) // (deepest - main)
+        assert all(count == by_depth[deepest] - (deepest - layers) * block for layers, count in by_depth.items())
         return
-    known = {layers: published.get((family, layers)) for layers in per_layer}
-    assert {layers for layers, count in known.items() if count is None} <= CHOSEN.get(name, set())
-    assert {layers: per_layer[layers] for layers, count in known.items() if count} == {n: c for n, c in known.items() if c}
-    assert known[experiment.model.layers] and known[ROUNDS[name][-1]]
+    known = {size: published.get((family, *size)) for size in counts}
+    ours = {(layers, experiment.model.width) for layers in CHOSEN.get(name, ())} | HALVES_OF_25_HEADS
+    assert {size for size, count in known.items() if count is None} <= ours
+    assert {size: counts[size] for size, count in known.items() if count} == {n: c for n, c in known.items() if c}
+    assert known[experiment.model.layers, experiment.model.width] and known[ROUNDS[name][-1], experiment.model.width]
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -96,10 +119,105 @@ def test_batch_steps_and_rate_are_the_papers(name):
     assert (train.weight_decay, train.clip, train.schedule) == (0.1, 1.0, "cosine")
     assert train.warmup_steps == (2000 if name.startswith("gpt2") else 1000)
     assert train.precision == "bf16_autocast" and load_json(train.deepspeed)
-    longer = {run: spec.train for run, spec in experiment.runs.items() if spec.train}
+    changed = {run: spec.train for run, spec in experiment.runs.items() if spec.train}
     if name.endswith("_owt"):
         small = ROUNDS[name][-1]
-        assert longer == {f"random_{small}_200k": {"steps": 200_000}} and experiment.runs[f"random_{small}"].layers == small
+        expected = {f"random_{small}_200k": {"steps": 200_000}}
+        assert changed == expected | (MEDIUM_CHANGES if name == "gpt2_medium_owt" else {})
+        assert experiment.runs[f"random_{small}"].layers == small
+
+
+MEDIUM_CHANGES = {
+    **dict.fromkeys(("kd_random", "kd_teacher", "kd_teacher_12"), {"steps": 50_000, "min_lr": 3e-5}),
+    **dict.fromkeys(("reference_200k_50k", "inheritune_18_200k_50k"), {"steps": 200_000, "batch_tokens": 49_152}),
+    "lazy_deep_24": {"batch_tokens": 49_152},
+}
+
+
+@pytest.mark.parametrize("size", ["Medium", "Large", "XLarge"])
+def test_hyperparameters_are_those_of_the_papers_list(size):
+    said = {
+        row["setting"]: row["value"]
+        for row in paper("hyperparameters.csv")
+        if row["experiment"] == f"GPT-2 {size} and variants"
+    }
+    train = load_experiment(f"gpt2_{size.lower().replace('xlarge', 'xl')}_owt").train
+    assert abs(train.batch_tokens / (1024 * int(said["batch_size"].split("K")[0])) - 1) < 0.03  # 394K: thousands, 128K: 1024s
+    if "tokens_total" in said:
+        assert f"({train.batch_tokens:,} x 100K)" in said["tokens_total"]
+    assert train.lr == float(said["learning_rate_max"]) and said["lr_schedule"] == f"{train.schedule} to 1e-5"
+    for key, value in (("warmup_steps", train.warmup_steps), ("total_steps", train.steps), ("weight_decay", train.weight_decay),
+                       ("grad_clip", train.clip), ("beta1", train.betas[0]), ("beta2", train.betas[1])):  # fmt: skip
+        assert float(said[key]) == value, key
+
+
+def test_distillation_is_that_of_the_papers_list():
+    said = {
+        r["setting"]: r["value"] for r in paper("hyperparameters.csv") if r["experiment"] == "knowledge distillation baselines"
+    }
+    experiment = load_experiment("gpt2_medium_owt")
+    for name in ("kd_random", "kd_teacher", "kd_teacher_12"):
+        run, train = experiment.runs[name], experiment.train_of(experiment.runs[name])
+        assert run.distil.teacher == "reference" and experiment.reference_of(run) == "reference"
+        assert (run.distil.alpha, run.distil.temperature) == (float(said["alpha"]), float(said["softmax_temperature"]))
+        assert train.steps == int(said["total_steps"]) and said["lr_schedule"] == "cosine to 1/10 of max"
+        assert train.min_lr == pytest.approx(train.lr / 10) and train.lr == float(said["learning_rate_max"])
+
+
+def test_every_published_run_has_its_depth_and_steps_here():
+    """The authors' logs that belong to a run of ours (curves.yaml), and that none of their logs is left out."""
+    index = {row["run"]: row for row in paper("runs_reference_index.csv")}
+    assert index.keys() == {row["run"] for row in paper("curves_reference_val_loss.csv")}
+    used = set()
+    for name, runs in yaml.safe_load((RECIPES / "paper" / "curves.yaml").read_text(encoding="utf-8")).items():
+        experiment = load_experiment(name)
+        for run, curves in runs.items():
+            spec = experiment.runs[run]
+            for layers, curve in (curves if isinstance(curves, dict) else {experiment.layers_of(spec): curves}).items():
+                assert int(index[curve]["layers"]) == layers and layers in depths(experiment, run), (name, run)
+                assert int(index[curve]["total_steps"]) == experiment.train_of(spec).steps, (name, run)
+                used.add(curve)
+    assert set(index) == used
+
+
+WHOLE_BLOCKS = ["attn", "mlp", "norms"]
+PLACES = {  # (experiment, run): blocks of the source, None for a random one
+    ("gpt2_medium_owt", "stacking"): [*range(8)] * 2,
+    ("gpt2_medium_owt", "hybrid"): [*range(8)] * 2,
+    ("gpt2_medium_owt", "kd_teacher"): [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 18, 19, 20, 21],
+    ("gpt2_medium_owt", "kd_teacher_12"): [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22],
+    ("gpt2_medium_owt", "lazy_12"): [*range(12, 24)],
+    ("gpt2_medium_owt", "lazy_deep_24"): [None] * 15 + [*range(15, 24)],
+    ("gpt2_medium_owt", "inheritune_18_200k_50k"): [*range(18)],
+    ("gpt2_large_owt", "stacking"): [*range(9)] * 2,
+    ("gpt2_large_owt", "hybrid"): [*range(9)] * 2,
+    ("gpt2_large_owt", "lazy_18"): [*range(18, 36)],
+    ("gpt2_xl_owt", "stacking"): [*range(12)] * 2,
+    ("gpt2_xl_owt", "hybrid"): [*range(12)] * 2,
+    ("gpt2_small_owt", "layers_5_to_8"): [4, 5, 6, 7],
+    ("gpt2_small_owt", "layers_9_to_12"): [8, 9, 10, 11],
+}
+
+
+@pytest.mark.parametrize("name, run", PLACES)
+def test_baselines_copy_the_blocks_that_the_paper_says(name, run):
+    experiment = load_experiment(name)
+    start, source = experiment.runs[run].init.copied, "stacking_half" if run == "stacking" else "reference"
+    source = "reference_200k_50k" if "200k" in run else source
+    assert start.source == source
+    assert start.blocks(experiment.layers_of(experiment.runs[source])) == PLACES[name, run]
+    assert len(start.parts) == (5 if run == "stacking" else 3)
+
+
+def test_submodule_runs_copy_what_table_3_says():
+    runs = load_experiment("gpt2_medium_owt").runs
+    modules = {name: run.init.inherit.modules for name, run in runs.items() if run.init.inherit}
+    assert {name: chosen for name, chosen in modules.items() if chosen != WHOLE_BLOCKS} == {
+        "submodules_attn": ["attn", "attn_norm"],
+        "submodules_mlp": ["mlp", "mlp_norm"],
+        "submodules_no_norms": ["attn", "mlp"],
+    }
+    assert runs["inheritune_previous"].grow.from_ == "previous"
 
 
 @pytest.mark.parametrize("name", ROUNDS)
@@ -137,6 +255,11 @@ def test_low_data_runs_count_their_tokens():
     assert tokens["released_391m"] == 191_000 * 2048 and released.batch_tokens == 8 * 2048  # FACTS: 391M tokens
     assert (released.schedule, released.weight_decay, released.clip, released.betas) == ("constant", 0.01, 0, (0.9, 0.999))
     assert depths(experiment, "eight_epochs") == [13]
+    for epochs in (2, 3, 5, 10, 20):
+        assert tokens[f"epochs_{epochs}"] == epochs * tokens["one_epoch"] and depths(experiment, f"epochs_{epochs}") == [13]
+        assert tokens[f"epochs_{epochs}"] <= int(experiment.data.sampling.partition(":")[2]) * train_tokens
+    for layers in (4, 6, 8, 10, 16, 18, 20):
+        assert tokens[f"n_{layers}"] == tokens["one_epoch"] and depths(experiment, f"n_{layers}") == [layers]
 
 
 @pytest.mark.parametrize("name", ["openllama_7b", "llama2_7b"])
@@ -161,12 +284,17 @@ def test_one_pass_has_enough_tokens(name):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_rehearsal_keeps_the_growth_and_the_kept_steps(name):
-    small = load_experiment(name, rehearse=True)
+    small, whole = load_experiment(name, rehearse=True), load_experiment(name)
+    made = configs(small)
     for run, spec in small.runs.items():
         with torch.device("meta"):
-            build(hf_config(small.model, depths(small, run)[-1]))
+            build(made.get(run, made["reference"])[-1])
         assert not spec.grow or len(depths(small, run)) >= 2
-        assert len(spec.keep_at) == len(load_experiment(name).runs[run].keep_at)
+        assert len(spec.keep_at) == len(whole.runs[run].keep_at)
+        assert spec.distil == whole.runs[run].distil
+        if spec.init.stack:  # half of the blocks, twice
+            blocks = spec.init.stack.blocks(small.model.layers)
+            assert blocks[: len(blocks) // 2] == blocks[len(blocks) // 2 :]
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -174,9 +302,7 @@ def test_everything_from_the_hub_is_pinned_to_a_commit(name):
     experiment = load_experiment(name)
     pins = [experiment.data.revision] + [experiment.data.tokenizer_revision] * (experiment.data.tokenizer != "gpt2")
     for run in experiment.runs.values():
-        start = run.init.external or run.init.inherit
-        if start and start.source not in experiment.runs:
-            pins.append(start.revision)
+        pins += [revision for source, revision in run.sources() if source not in experiment.runs]
     assert all(re.fullmatch("[0-9a-f]{40}", pin or "") for pin in pins), pins
 
 

@@ -1,6 +1,5 @@
 """status: every state that a run can be in, from folders that the program's own writers left; on a real Slurm at the end."""
 
-import csv
 import json
 import shutil
 import subprocess
@@ -8,12 +7,11 @@ import sys
 import time
 
 import pytest
-import yaml
 from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment, write_tokens
 from slurm_cluster import session_cluster, slurm  # noqa: F401
 
 from inheritune import dist
-from inheritune.config import RECIPES, load_experiment
+from inheritune.config import load_experiment
 from inheritune.log import record_provenance
 from inheritune.rundir import Lock, RunDir, data_dir, lock_holder, read_json, read_jsonl, write_json
 from inheritune.status import Job, curve_of, last_rows, published_curves, published_loss, read_jobs
@@ -117,23 +115,6 @@ def test_last_rows_come_from_the_end_of_a_long_record(tmp_path):
 
 
 # --- the paper's curves ---------------------------------------------------------------------------------------------------
-
-
-def test_every_curve_belongs_to_a_run_of_its_size():
-    shipped = yaml.safe_load((RECIPES / "paper" / "curves.yaml").read_text())
-    with open(RECIPES / "paper" / "curves_reference_val_loss.csv") as file:
-        published = {row["run"] for row in csv.DictReader(file)}
-    for name, runs in shipped.items():
-        experiment = load_experiment(name)
-        for run_name, curves in runs.items():
-            run = experiment.run(run_name)
-            if run.grow:
-                assert set(curves) <= set(run.grow.depths(run.init.inherit.layers, experiment.model.layers))
-            else:
-                curves = {run.layers or experiment.model.layers: curves}
-            for layers, curve in curves.items():
-                assert curve in published and f"_{layers}_" in curve
-                assert ("200k" in curve) == (experiment.train_of(run).steps == 200_000)
 
 
 def test_published_losses_are_the_papers():
