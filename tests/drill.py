@@ -179,7 +179,9 @@ class Chain:
             name = run.path.relative_to(grown.path.parent).as_posix()
             found[f"{name} final"] = hash_folder(run.final)
             found[f"{name} record"] = [tuple(row.get(key) for key in RECORD) for row in read_jsonl(run.metrics)]
-            found[f"{name} checkpoints"] = sorted(path.name for path in run.checkpoints.iterdir())
+            # a start that was asked to stop leaves a checkpoint of its own, so which ones are kept may differ, not how many
+            kept = sorted(path.name for path in run.checkpoints.iterdir())
+            found[f"{name} checkpoints"] = (len(kept), kept[-1])
         found["decision"] = read_json(grown.done)
         found["attention"] = [r for r in read_jsonl(runs[0].attention) if r["kind"] != "header"]
         for folder in ("cut", "out"):
