@@ -194,12 +194,15 @@ class Teacher:
         self.files = dist.on_rank0(lambda: hash_folder(self.source.folder, only=self.source.files()))
 
     def load(self, student, length: int, precision: str, device) -> None:
-        """Raises UserError if the teacher's vocabulary is not the student's or it has too few positions."""
+        """Build it and fill it; `student` is the student's configuration, `length` that of its sequences in tokens.
+
+        Raises UserError if the teacher's vocabulary is not the student's or it has too few positions."""
         config = self.source.config
-        if config.vocab_size != student.vocab_size or getattr(config, "max_position_embeddings", length) < length:
+        positions = getattr(config, "max_position_embeddings", length)  # Bloom has no limit
+        if config.vocab_size != student.vocab_size or positions < length:
             raise UserError(
-                f"the teacher {self.source.folder} has {config.vocab_size} tokens and {config.max_position_embeddings} "
-                f"positions, the student {student.vocab_size} tokens and sequences of {length}; use a teacher that fits"
+                f"the teacher {self.source.folder} has {config.vocab_size} tokens and {positions} positions, the student "
+                f"{student.vocab_size} tokens and sequences of {length}; use a teacher that fits"
             )
         self.model = build(config)
         fill(self.model, self.source, stage=0)

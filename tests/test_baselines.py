@@ -115,6 +115,13 @@ def test_blocks_at_their_own_places_keep_what_they_compute(tmp_path):
     assert "fresh" in manifest["tensors"]["transformer.h.3.mlp.c_fc.weight"]
 
 
+def test_places_that_do_not_fit_are_refused(source, tmp_path):
+    for options in ({"at": -1}, {"depth": 1}, {"depth": 3, "at": 2}):
+        with pytest.raises(UserError, match="2 layers .* do not fit into depth"):
+            inherit(source[1], "3:5", tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
 # --- submodules -----------------------------------------------------------------------------------------------------------
 
 SUBMODULES = {  # of Table 3: what is copied of a block, by its names
