@@ -273,6 +273,40 @@ class Run(Strict):
         return self
 
 
+TASKS: dict[str, dict] = yaml.safe_load((RECIPES / "lm_eval" / "tasks.yaml").read_text(encoding="utf-8"))
+
+
+class Task(Strict):
+    """A downstream task, scored by lm-eval."""
+
+    task: str
+    """lm-eval's name of a task or group."""
+    metrics: Annotated[list[str], Field(min_length=1)]
+    """lm-eval's names; the first is the task's score, the others are kept beside it."""
+    shots: Count = 0
+    """Few-shot examples before each question."""
+
+
+class Evaluate(Strict):
+    """What `evaluate` measures beside the validation loss."""
+
+    tasks: dict[str, Task] = {}
+    """Names of recipes/lm_eval/tasks.yaml, as a list or with keys that replace theirs; or names of your own with all keys."""
+    task_files: str | None = None
+    """Folder with lm-eval task files (YAML) of your own."""
+    batch: Positive = 16
+    """Sequences per forward and rank."""
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _named(cls, tasks):
+        tasks = dict.fromkeys(tasks) if isinstance(tasks, list) else tasks
+        for name, own in tasks.items() if isinstance(tasks, dict) else ():
+            if name not in TASKS and not (isinstance(own, dict) and "task" in own):
+                raise ValueError(f"unknown task '{name}'; {nearest(name, TASKS)}")
+        return {name: TASKS.get(name, {}) | (own or {}) for name, own in tasks.items()}
+
+
 class TableRow(Strict):
     """A row of the experiment's own table: a label for a run (a grown run gives one row per stage)."""
 
@@ -292,6 +326,7 @@ class Experiment(Strict):
     model: Model
     train: Train
     runs: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], Run]
+    evaluate: Evaluate = Evaluate()
 
     @field_validator("runs")
     @classmethod
@@ -508,6 +543,10 @@ def rehearsal(experiment: Experiment) -> Experiment:
         "tied_head": experiment.model.tied_head,
     }
     raw["train"] = shrink_train(raw["train"], whole=True)
+    raw["evaluate"]["task_files"] = str(RECIPES / "lm_eval" / "rehearsal")
+    for task in raw["evaluate"]["tasks"].values():  # of the same kind, on sixteen documents that are here
+        kind = "text" if "word_perplexity" in task["metrics"] else "word" if "perplexity" in task["metrics"] else "choice"
+        task.update(task=f"rehearsal_{kind}", shots=min(task["shots"], 2))
     for run in raw["runs"].values():
         run["train"] = shrink_train(run["train"], whole=False)
         run["keep_at"] = sorted({shrink_steps(step) for step in run["keep_at"]})
