@@ -300,11 +300,13 @@ class Evaluate(Strict):
     @field_validator("tasks", mode="before")
     @classmethod
     def _named(cls, tasks):
-        tasks = dict.fromkeys(tasks) if isinstance(tasks, list) else tasks
-        for name, own in tasks.items() if isinstance(tasks, dict) else ():
-            if name not in TASKS and not (isinstance(own, dict) and "task" in own):
+        named = {str(name): {} for name in tasks} if isinstance(tasks, list) else tasks
+        if not isinstance(named, dict) or not all(isinstance(own, dict) for own in named.values()):
+            raise ValueError("give a list of names, or a mapping of names to {task, metrics, shots}")
+        for name, own in named.items():
+            if name not in TASKS and "task" not in own:
                 raise ValueError(f"unknown task '{name}'; {nearest(name, TASKS)}")
-        return {name: TASKS.get(name, {}) | (own or {}) for name, own in tasks.items()}
+        return {name: {**TASKS.get(name, {}), **own} for name, own in named.items()}
 
 
 class TableRow(Strict):

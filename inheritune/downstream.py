@@ -96,7 +96,7 @@ def open_tokenizer(folder: Path):
         ours = tokenizer.encode(PROBE, add_special_tokens=False)
         if ours != theirs:
             raise UserError(
-                f"the tokenizer in {folder} does not give the ids of its sentencepiece model (tokenizer.model) on a probe text: "
+                f"the tokenizer in {folder} does not give the ids of its sentencepiece model (tokenizer.model) for a probe: "
                 f"its scores would mean nothing; evaluate a copy of the folder with a tokenizer.json that does, such as "
                 f"'prepare' leaves in data/<name>/tokenizer"
             )
