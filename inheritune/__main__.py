@@ -31,7 +31,8 @@ class Verbs:
     def fetch(self, experiment, rehearse=None):
         """Download what an experiment needs of the Hub into the cache, where there is internet; first says how much it is.
 
-        Documents (as many files as the tokens asked for need), the tokenizer, the models that its runs start from."""
+        Documents (as many files as the tokens asked for need), the tokenizer, the models that its runs start from, the data of
+        its downstream tasks."""
         from inheritune.config import load_experiment
         from inheritune.fetch import fetch
         from inheritune.log import setup
@@ -87,11 +88,13 @@ class Verbs:
 
         check(experiment, run, stage, seed, rehearse)
 
-    def evaluate(self, experiment, run=None, model=None, seed=0, out=None, rehearse=None):
-        """Validation loss of a finished run, or of any checkpoint (--model), on the experiment's fixed windows."""
+    def evaluate(self, experiment, run=None, model=None, tasks=None, seed=0, out=None, procs=1, rehearse=None):
+        """Validation loss of a finished run, or of any checkpoint (--model), and the scores of the experiment's lm-eval tasks.
+
+        --tasks a,b takes only these, --tasks none only the loss. Each task is saved as it ends; the same command goes on."""
         from inheritune.evaluate import evaluate
 
-        evaluate(experiment, run, model, seed, out, rehearse)
+        evaluate(experiment, run, model, tasks, seed, out, rehearse)
 
     def table(self, item, seed=0, rehearse=None):
         """The table of an experiment: ours, with intervals and the verdict in words."""
@@ -215,9 +218,9 @@ def bind(verb: str, function, argv: list[str]) -> dict:
 
 def run(verb: str, arguments: dict, argv: list[str]) -> int:
     """Call the verb through Fire, or start it as several processes where --procs asks for them."""
-    if verb in ("train", "prepare", "grow"):
+    if verb in ("train", "prepare", "grow", "evaluate"):
         dist.listen()
-    if verb == "train" and arguments.get("procs", 1) > 1 and not dist.launched():
+    if verb in ("train", "evaluate") and arguments.get("procs", 1) > 1 and not dist.launched():
         from inheritune.stages import launch
 
         return launch(argv, arguments["procs"])

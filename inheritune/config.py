@@ -332,6 +332,42 @@ class Run(Strict):
         return found + ([(self.distil.teacher, self.distil.revision)] if self.distil else [])
 
 
+TASKS: dict[str, dict] = yaml.safe_load((RECIPES / "lm_eval" / "tasks.yaml").read_text(encoding="utf-8"))
+
+
+class Task(Strict):
+    """A downstream task, scored by lm-eval."""
+
+    task: str
+    """lm-eval's name of a task or group."""
+    metrics: Annotated[list[str], Field(min_length=1)]
+    """lm-eval's names; the first is the task's score, the others are kept beside it."""
+    shots: Count = 0
+    """Few-shot examples before each question."""
+
+
+class Evaluate(Strict):
+    """What `evaluate` measures beside the validation loss."""
+
+    tasks: dict[str, Task] = {}
+    """Names of recipes/lm_eval/tasks.yaml, as a list or with keys that replace theirs; or names of your own with all keys."""
+    task_files: str | None = None
+    """Folder with lm-eval task files (YAML) of your own."""
+    batch: Positive = 16
+    """Sequences per forward and rank."""
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _named(cls, tasks):
+        named = {str(name): {} for name in tasks} if isinstance(tasks, list) else tasks
+        if not isinstance(named, dict) or not all(isinstance(own, dict) for own in named.values()):
+            raise ValueError("give a list of names, or a mapping of names to {task, metrics, shots}")
+        for name, own in named.items():
+            if name not in TASKS and "task" not in own:
+                raise ValueError(f"unknown task '{name}'; {nearest(name, TASKS)}")
+        return {name: {**TASKS.get(name, {}), **own} for name, own in named.items()}
+
+
 class TableRow(Strict):
     """A row of the experiment's own table: a label for a run (a grown run gives one row per stage)."""
 
@@ -351,6 +387,7 @@ class Experiment(Strict):
     model: Model
     train: Train
     runs: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], Run]
+    evaluate: Evaluate = Evaluate()
 
     @field_validator("runs")
     @classmethod
@@ -608,6 +645,10 @@ def rehearsal(experiment: Experiment) -> Experiment:
         "tied_head": experiment.model.tied_head,
     }
     raw["train"] = shrink_train(raw["train"], whole=True)
+    raw["evaluate"]["task_files"] = str(RECIPES / "lm_eval" / "rehearsal")
+    for task in raw["evaluate"]["tasks"].values():  # of the same kind, on sixteen documents that are here
+        kind = "text" if "word_perplexity" in task["metrics"] else "word" if "perplexity" in task["metrics"] else "choice"
+        task.update(task=f"rehearsal_{kind}", shots=min(task["shots"], 2))
     for run in raw["runs"].values():
         run["train"] = shrink_train(run["train"], whole=False)
         run["keep_at"] = sorted({shrink_steps(step) for step in run["keep_at"]})

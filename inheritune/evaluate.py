@@ -1,32 +1,40 @@
-"""`evaluate`: validation loss of a finished run, or of any checkpoint, on the experiment's fixed windows."""
+"""`evaluate`: validation loss of a finished run, or of any checkpoint, on the experiment's fixed windows, and the scores of
+the experiment's downstream tasks (downstream.py), all with one copy of the model on each rank."""
 
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 
-from inheritune import dist, validate
+from inheritune import dist, downstream, validate
 from inheritune.batches import Tokens
-from inheritune.config import UserError, load_experiment
+from inheritune.config import Data, Train, UserError, load_experiment
 from inheritune.engine import resolve_precision
 from inheritune.log import logger, setup
 from inheritune.models import build, count_parameters
-from inheritune.rundir import data_dir, read_json, write_json
-from inheritune.sources import Source, open_source
-from inheritune.tokens import check_vocabulary
-from inheritune.train import Job, compare, finished_weights
+from inheritune.rundir import data_dir, hash_folder, read_json, write_json
+from inheritune.sources import TOKENIZER_FILES, Source, open_source
+from inheritune.tokens import PROBE, check_vocabulary, load_tokenizer
+from inheritune.train import Job, compare, finished_weights, random_start
 
 
-def evaluate(experiment: str, run: str | None = None, model: str | None = None, seed: int = 0, out: str | None = None,
-             rehearse=None) -> None:  # fmt: skip
+def evaluate(experiment: str, run: str | None = None, model: str | None = None, tasks: str | None = None, seed: int = 0,
+             out: str | None = None, rehearse=None) -> None:  # fmt: skip
     """Measure `run` of `experiment`, or the checkpoint `model` (a folder or Hub id), and write results.json.
 
-    A run's results.json keeps what training wrote; the validation and the difference to its reference are renewed."""
+    A run's results.json keeps what training wrote; the validation and the difference to its reference are renewed. The
+    experiment's downstream `tasks` ('a,b'; default all; 'none') are added one by one as each is scored; one that is there
+    already for these weights is not scored again."""
     loaded = load_experiment(experiment, rehearse)
     if (run is None) == (model is None):
         raise UserError("evaluate needs either --run NAME or --model CHECKPOINT")
+    chosen = downstream.choose(loaded.evaluate, tasks)
     job = Job(loaded, run, seed) if run else None
-    if job and job.run.init.external:
+    if job and job.run.init.external and loaded.rehearsal:  # the public model has not the rehearsal's size
+        source, target = open_source(random_start(job, loaded.model.layers)), job.dir.results
+    elif job and job.run.init.external:
         external = job.run.init.external
         source, target = open_source(external.source, external.revision), job.dir.results
     elif job:
@@ -36,36 +44,74 @@ def evaluate(experiment: str, run: str | None = None, model: str | None = None, 
         source, target = open_source(model), Path(out) if out else None
     dist.start()
     setup()
-    tokens = Tokens(data_dir(loaded), "val")
+    tokens, foreign = Tokens(data_dir(loaded), "val"), job is None or job.run.init.external
+    benchmarks = downstream.load_tasks(chosen, loaded.evaluate.task_files)  # all that can be refused comes before the work
+    results = read_json(target) if target and target.is_file() else {"model": source.origin, "layers": None, "steps": None}
+    identity = dist.on_rank0(checkpoint_hash, source) if chosen else None
+    missing = downstream.unscored(chosen, benchmarks, results, identity)
+    tokenizer = downstream.open_tokenizer(source.folder) if chosen or foreign else None
+    if tokenizer is None and foreign and loaded.rehearsal:
+        tokenizer = downstream.open_tokenizer(tokens.folder / "tokenizer")
+    if tokenizer is None and chosen:
+        raise UserError(f"{source.folder} holds no tokenizer, which the tasks need; put its files there, or give --tasks none")
+
     train = resolve_precision(loaded.train_of(job.run) if job else loaded.train, dist.device())
-    losses = checkpoint_losses(source, tokens, loaded.data.sequence_length, train.final_windows, train.precision)
-    results = read_json(target) if target and target.is_file() else {"model": str(source.folder), "layers": None, "steps": None}
-    results.update(data_fingerprint=tokens.fingerprint, precision=train.precision, validation=validate.interval(losses))
+    results.update(experiment=loaded.name, rehearsal=loaded.rehearsal, precision=train.precision)
     results.update(layers=source.config.num_hidden_layers, parameters=count_parameters(source.config))
-    if job:
-        results.update(compare(job, losses, results))
-    logger.info("%s", describe(results))
-    if target and dist.rank() == 0:
-        write_json(target, results)
+    network = load_weights(source)
+    if foreign and tokenizer and not same_ids(tokenizer, loaded.data, tokens.folder):
+        logger.info("no validation loss: the tokenizer of %s is not that of the experiment's data", source.origin)
+    else:
+        losses = checkpoint_losses(network, source, tokens, loaded.data.sequence_length, train)
+        results.update(data_fingerprint=tokens.fingerprint, validation=validate.interval(losses))
+        results.update(compare(job, losses, results) if job else {})
+        logger.info("%s", describe(results))
+    dist.on_rank0(write_json, target, results) if target else None
+    lm = downstream.harness(network, tokenizer, loaded.evaluate.batch, train.precision) if missing else None
+    for number, name in enumerate(missing):
+        if why := dist.agree(dist.asked_to_stop()):
+            raise dist.Stopped(f"{len(missing) - number} tasks are left to score ({why}); the same command goes on with them")
+        start_time = time.monotonic()
+        row = downstream.score(lm, chosen[name], benchmarks[name])
+        if row:  # rank 0
+            results["tasks"][name] = row | {"precision": train.precision, "checkpoint": identity}
+            write_json(target, results) if target else None
+            dt = time.monotonic() - start_time
+            logger.info("%s (%d of %d, %.0f s)", downstream.describe(name, row, chosen[name]), number + 1, len(missing), dt)
 
 
-def checkpoint_losses(source: Source, tokens: Tokens, length: int, count: int, precision: str) -> np.ndarray:
-    """Per-window validation losses of a checkpoint, one copy of it on each rank.  -> (n,) float64
+def load_weights(source: Source) -> torch.nn.Module:
+    """The model of a checkpoint in fp32, one copy on each rank's device, in evaluation mode."""
+    model = build(source.config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(source.tensor(name))
+    return model.eval().to(dist.device())
+
+
+def checkpoint_losses(model, source: Source, tokens: Tokens, length: int, train: Train) -> np.ndarray:
+    """Per-window validation losses of `source`, loaded as `model`.  -> (n,) float64
 
     Raises UserError if the data's vocabulary or windows do not fit the model."""
     check_vocabulary(tokens.vocab_size, source.config.vocab_size, str(source.folder))
     positions = getattr(source.config, "max_position_embeddings", length)
     if length > positions:
         raise UserError(f"data.sequence_length ({length}) is beyond the {positions} positions of {source.folder}")
-    starts = validate.final_windows(tokens, length, count)
-    model = build(source.config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(source.tensor(name))
-    device = dist.device()
-    model.to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision != "fp32"):
+    starts, device = validate.final_windows(tokens, length, train.final_windows), dist.device()
+    with torch.autocast(device.type, torch.bfloat16, enabled=train.precision != "fp32"):
         return validate.window_losses(model, tokens, length, starts, device)
+
+
+def same_ids(tokenizer, data: Data, folder: Path) -> bool:
+    """Whether a checkpoint's tokenizer gives the ids of the prepared data's on a probe text."""
+    (ids,) = load_tokenizer(data, folder / "tokenizer").encode_batch([PROBE])
+    return tokenizer.encode(PROBE, add_special_tokens=False) == ids.tolist()
+
+
+def checkpoint_hash(source: Source) -> str:
+    """What tells a checkpoint from another: the Hub's commit, or a hash of weights, config and tokenizer."""
+    files = [*source.files(), "config.json", *TOKENIZER_FILES]
+    return source.revision or xxhash.xxh3_128_hexdigest(repr(hash_folder(source.folder, only=files)).encode())
 
 
 def describe(results: dict) -> str:

@@ -17,6 +17,7 @@ from tabulate import tabulate
 
 from inheritune.config import Experiment, UserError
 from inheritune.documents import Source
+from inheritune.downstream import load_tasks
 from inheritune.log import logger
 from inheritune.rundir import data_dir
 from inheritune.sources import COMMON_FILES, WEIGHTS, download_model, weight_patterns
@@ -149,6 +150,7 @@ def fetch(experiment: Experiment) -> None:
             taken += 1
         if one.what == "model":
             download_model(one.name, one.revision)  # finds every file there; leaves the listing that it needs offline
+    load_tasks(experiment.evaluate.tasks, experiment.evaluate.task_files)  # lm-eval keeps their data where it will look for it
     files = sum(len(one.files) for one in repositories)
     print(f"{files} files of {experiment.name} are in the cache: {taken} downloaded, {files - taken} were there")
 

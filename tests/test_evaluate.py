@@ -1,0 +1,256 @@
+"""Downstream tasks: scores equal to the lm_eval command's, on one rank and two, saved and resumed task by task, from the cache
+alone where there is no internet. The tasks are of the paper's kinds, on the sixteen documents of recipes/lm_eval/rehearsal."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import yaml
+from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment, write_tokens
+from tiny_models import random_model
+
+from inheritune import models
+from inheritune.config import RECIPES, TASKS, Evaluate, Model, UserError, load_experiment, validate
+from inheritune.downstream import TASK_FILES, load_tasks, open_tokenizer
+from inheritune.rundir import RunDir, data_dir, read_json, write_json
+from inheritune.tokens import SentencePieceTokenizer, train_bpe
+
+TEXT = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+OWN = {
+    "choice": {"task": "rehearsal_choice", "metrics": ["acc", "acc_norm"], "shots": 1},
+    "word": {"task": "rehearsal_word", "metrics": ["perplexity", "acc"], "shots": 1},
+    "text": {"task": "rehearsal_text", "metrics": ["word_perplexity", "bits_per_byte"]},
+}
+ALONE = {"HF_HUB_OFFLINE": 1, "HF_DATASETS_OFFLINE": 1}
+
+
+def write_model(folder: Path, seed: int = 1) -> Path:
+    """A random GPT-2 of the paper's form with a tokenizer of 300 ids."""
+    config = models.hf_config(
+        Model(size="gpt2_tiny", layers=3, width=32, heads=2, positions=96, vocab_size=320)
+    )  # 3 layers: the scaling by layer matters
+    random_model(config, seed).save_pretrained(folder)
+    train_bpe("bpe:300", [TEXT] * 3, folder)
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    return write_model(tmp_path / "checkpoint")
+
+
+def write_own(tmp_path: Path, checkpoint: Path, tasks: dict = OWN, **files: dict) -> str:
+    """An experiment with `tasks`, whose data has the checkpoint's tokenizer; `files` are task files beside the rehearsal's."""
+    shutil.copytree(TASK_FILES / "rehearsal", tmp_path / "own", dirs_exist_ok=True)
+    for name, content in files.items():
+        (tmp_path / "own" / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    raw = experiment_dict(evaluate={"tasks": tasks, "task_files": str(tmp_path / "own"), "batch": 4})
+    raw["runs"]["theirs"] = {"init": {"external": {"source": str(checkpoint)}}}
+    path = write_experiment(tmp_path / "recipes", raw)
+    folder = data_dir(load_experiment(path))
+    if not folder.exists():
+        write_tokens(folder)
+        shutil.rmtree(folder / "tokenizer")
+        train_bpe("bpe:300", [TEXT] * 3, folder / "tokenizer")
+    return path
+
+
+def results_of(path: str) -> dict:
+    return read_json(RunDir.of(load_experiment(path), "theirs").results)
+
+
+def scores(results: dict) -> dict:
+    """{task metric: (score, stderr)} of a results.json."""
+    rows = results["tasks"].items()
+    return {f"{n} {m}": (v["score"], v["stderr"]) for n, row in rows for m, v in row.items() if isinstance(v, dict)}
+
+
+def same(ours: dict, theirs: dict) -> bool:
+    return all(ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-9) for key in ours) and set(ours) == set(theirs)
+
+
+def refused(*words, **variables) -> str:
+    done = run_verb(*words, check=False, **variables)
+    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("inheritune: ")]) == 1, done.stderr
+    return done.stderr
+
+
+def test_scores_are_those_of_the_lm_eval_command_on_one_rank_and_two(tmp_path, checkpoint):
+    path = write_own(tmp_path, checkpoint)
+    said = run_verb("evaluate", path, "--run", "theirs", **ALONE)
+    ours = results_of(path)
+    assert ours["validation"]["n"] == 16 and ours["layers"] == 3 and not ours["rehearsal"]
+    command = [
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "run",
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={checkpoint},dtype=float32",
+    ]
+    command += ["--tasks", ",".join(task["task"] for task in OWN.values()), "--include_path", str(tmp_path / "own")]
+    command += ["--num_fewshot", "1", "--device", "cpu", "--batch_size", "3", "--output_path", str(tmp_path / "theirs")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "theirs").rglob("results_*.json")
+    theirs = json.loads(file.read_text())
+    for name, task in OWN.items():
+        values = theirs["results"][task["task"]]
+        for metric in task["metrics"]:
+            score, stderr = values[f"{metric},none"], values[f"{metric}_stderr,none"]
+            assert ours["tasks"][name][metric]["score"] == pytest.approx(score, rel=1e-6)
+            assert ours["tasks"][name][metric]["stderr"] == (None if stderr == "N/A" else pytest.approx(stderr, rel=1e-6))
+        row = ours["tasks"][name]
+        assert row["n"] == theirs["n-samples"][task["task"]]["effective"] == 16
+        assert row["version"] == str(theirs["versions"][task["task"]]) and row["lm_eval"] == theirs["lm_eval_version"]
+    assert len({round(value[0], 6) for value in scores(ours).values()}) >= 4  # numbers that could differ
+    assert len(said.stdout.splitlines()) < 10 and not said.stderr.strip()  # no bars, no warnings
+
+    run_verb("evaluate", path, "--model", checkpoint, "--out", tmp_path / "two.json", procs=2, **ALONE)
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert same(scores(two), scores(ours)) and two["tasks"]["choice"]["checkpoint"] == ours["tasks"]["choice"]["checkpoint"]
+
+
+def test_an_interrupted_evaluation_goes_on_with_the_tasks_that_are_left(tmp_path, checkpoint):
+    path = write_own(tmp_path, checkpoint)
+    file = RunDir.of(load_experiment(path), "theirs").results
+    process = subprocess.Popen(
+        [sys.executable, "-m", "inheritune", "evaluate", path, "--run", "theirs"],
+        cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env={**os.environ, **{k: str(v) for k, v in ALONE.items()}},
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    while not (file.is_file() and read_json(file).get("tasks")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and "left to score (SIGUSR1)" in said
+    before = results_of(path)["tasks"]
+    assert 1 <= len(before) < len(OWN)
+
+    said = run_verb("evaluate", path, "--run", "theirs", **ALONE).stdout
+    after = results_of(path)["tasks"]
+    assert list(after) == list(OWN) and all(after[name] == row for name, row in before.items())
+    assert all((f"{name}: " in said) == (name not in before) for name in OWN)
+
+    # other shots, and other weights, are scored anew
+    path = write_own(tmp_path, checkpoint, {**OWN, "choice": {**OWN["choice"], "shots": 2}})
+    said = run_verb("evaluate", path, "--run", "theirs", **ALONE).stdout
+    assert "choice: " in said and "word: " not in said and results_of(path)["tasks"]["choice"]["shots"] == 2
+    write_model(checkpoint, seed=2)
+    run_verb("evaluate", path, "--run", "theirs", "--tasks", "word", **ALONE)
+    assert list(results_of(path)["tasks"]) == ["word"]  # the others were of weights that are gone
+    assert results_of(path)["tasks"]["word"]["perplexity"] != after["word"]["perplexity"]
+
+
+def test_what_cannot_be_scored_is_one_sentence(tmp_path, checkpoint):
+    absent = {"task": "absent", "dataset_path": "someone/absent", "output_type": "multiple_choice", "test_split": "test"}
+    path = write_own(tmp_path, checkpoint, {**OWN, "absent": {"task": "absent", "metrics": ["acc"]}}, absent=absent)
+    evaluate = ["evaluate", path, "--run", "theirs"]
+    assert "no task 'chioce'; did you mean 'choice'?" in refused(*evaluate, "--tasks", "chioce")
+    said = refused(*evaluate, "--tasks", "absent", HF_HOME=tmp_path / "empty", **ALONE)
+    assert "data of task absent" in said and "neither in the cache" in said and "run 'python -m inheritune fetch'" in said
+    assert not RunDir.of(load_experiment(path), "theirs").results.exists()  # refused before the work
+
+    run_verb(*evaluate, "--tasks", "choice", **ALONE)
+    results = results_of(path)
+    results["tasks"]["choice"]["version"] = "0.9"
+    write_json(RunDir.of(load_experiment(path), "theirs").results, results)
+    said = refused(*evaluate, "--tasks", "choice,word", **ALONE)
+    assert "score of choice in results.json is of version 0.9" in said and "has 1.0" in said
+    assert results_of(path) == results
+
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (checkpoint / name).unlink()
+    assert "holds no tokenizer, which the tasks need" in refused(*evaluate, "--tasks", "word", **ALONE)
+    run_verb(*evaluate, "--tasks", "none", **ALONE)
+
+
+def test_metrics_and_shots_that_a_task_has_not_are_refused(tmp_path):
+    files = str(TASK_FILES / "rehearsal")
+
+    def load(name: str, **keys):
+        return load_tasks(validate(Evaluate, {"tasks": {name: keys}}, "here").tasks, files)
+
+    with pytest.raises(UserError, match="task x has no metric 'f1'; valid names: acc, acc_norm"):
+        load("x", task="rehearsal_choice", metrics=["f1"])
+    with pytest.raises(UserError, match="unknown task 'arc_esy'; did you mean 'arc_easy'?"):
+        validate(Evaluate, {"tasks": ["arc_esy"]}, "here")
+    with pytest.raises(UserError, match="give a list of names"):
+        validate(Evaluate, {"tasks": "piqa"}, "here")
+    assert validate(Evaluate, {"tasks": {"mmlu": {"shots": 0}}}, "here").tasks["mmlu"].task == "mmlu_plain_mean"
+
+
+def test_a_tokenizer_that_differs_from_its_sentencepiece_model_is_refused(tmp_path):
+    (tmp_path / "text").write_text(TEXT)
+    sentencepiece.SentencePieceTrainer.train(
+        input=tmp_path / "text", model_prefix=tmp_path / "tokenizer", vocab_size=400, model_type="bpe", minloglevel=2
+    )
+    good = tmp_path / "good"
+    SentencePieceTokenizer(str(tmp_path / "tokenizer.model")).save(good)
+    assert open_tokenizer(good).encode("a word", add_special_tokens=False)
+    bad = tmp_path / "bad"
+    shutil.copytree(good, bad)
+    parts = json.loads((bad / "tokenizer.json").read_text())
+    parts["normalizer"]["normalizers"] = [n for n in parts["normalizer"]["normalizers"] if n["type"] != "Prepend"]
+    (bad / "tokenizer.json").write_text(json.dumps(parts))  # the fault of a wrong conversion: no space before the first word
+    with pytest.raises(UserError, match="does not give the ids of its sentencepiece model"):
+        open_tokenizer(bad)
+
+
+def test_another_vocabulary_has_scores_but_no_validation_loss(tmp_path, checkpoint):
+    path = write_own(tmp_path, checkpoint)
+    train_bpe("bpe:310", [TEXT] * 3, checkpoint)
+    said = run_verb("evaluate", path, "--run", "theirs", "--tasks", "choice", **ALONE).stdout
+    assert (
+        "no validation loss" in said and "validation" not in results_of(path) and "acc" in results_of(path)["tasks"]["choice"]
+    )
+
+
+def test_every_named_task_is_one_of_lm_eval_and_a_group_is_scored(tmp_path, checkpoint):
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    manager = TaskManager(include_path=[TASK_FILES])
+    for name, task in TASKS.items():
+        entry = manager.task_index[task["task"]]
+        content = load_yaml(entry.yaml_path, resolve_func=False, recursive=True)
+        listed = content.get("metric_list") or content["aggregate_metric_list"]
+        assert set(task["metrics"]) <= {metric["metric"] for metric in listed}, name
+        assert entry.yaml_path.parent == TASK_FILES or "lm_eval" in entry.yaml_path.parts
+    assert manager.task_index["logiqa"].yaml_path.parent == TASK_FILES
+    mmlu, ours = (manager.task_index[name].cfg for name in ("mmlu", "mmlu_plain_mean"))
+    assert mmlu["task"] == ours["task"] and not ours["aggregate_metric_list"][0]["weight_by_size"]
+    assert {name for path in RECIPES.glob("*.yaml") for name in load_experiment(path.stem).evaluate.tasks} == set(TASKS)
+
+    first = {"include": "choice.yaml", "task": "first", "doc_to_target": 0}
+    group = {"group": "pair", "task": ["rehearsal_choice", "first"], "metadata": {"version": 3}}
+    group["aggregate_metric_list"] = [{"metric": "acc", "weight_by_size": False}]
+    tasks = {name: {"task": name, "metrics": ["acc"], "shots": 1} for name in ("pair", "rehearsal_choice", "first")}
+    path = write_own(tmp_path, checkpoint, tasks, first=first, pair=group)
+    run_verb("evaluate", path, "--run", "theirs", **ALONE)
+    rows = results_of(path)["tasks"]
+    assert rows["pair"]["acc"]["score"] == pytest.approx(
+        (rows["rehearsal_choice"]["acc"]["score"] + rows["first"]["acc"]["score"]) / 2
+    )
+    assert rows["pair"]["n"] == 32 and rows["pair"]["version"] == "3" and rows["pair"]["acc"]["stderr"] > 0
+
+
+def test_a_rehearsal_scores_stand_ins_without_the_hub(tmp_path):
+    """The shipped XL experiment: its public model is a random one of the rehearsal's size, its tasks are the small ones."""
+    alone = {**ALONE, "REHEARSE": 1, "HF_HOME": tmp_path / "empty"}
+    run_verb("prepare", "gpt2_xl_owt", **alone)
+    run_verb("evaluate", "gpt2_xl_owt", "--run", "public", **alone)
+    experiment = load_experiment("gpt2_xl_owt", rehearse=True)
+    results = read_json(RunDir.of(experiment, "public").results)
+    assert results["rehearsal"] and list(results["tasks"]) == list(experiment.evaluate.tasks) and results["validation"]["n"]
+    assert {row["n"] for row in results["tasks"].values()} == {16}
