@@ -68,7 +68,20 @@ def test_mistakes_are_one_sentence(words, says, own_root):
 
 def test_help_names_every_verb():
     text = run_verb("--help").stdout
-    verbs = ["prepare", "fetch", "train", "inherit", "analyze", "grow", "evaluate", "table", "figure", "status", "export", "sync"]
+    verbs = [
+        "prepare",
+        "fetch",
+        "train",
+        "inherit",
+        "analyze",
+        "grow",
+        "evaluate",
+        "table",
+        "figure",
+        "status",
+        "export",
+        "sync",
+    ]
     for verb in verbs:
         assert f"  {verb} " in text
         assert run_verb(verb, "--help").stdout.startswith(f"python -m inheritune {verb}")
