@@ -20,16 +20,9 @@ from inheritune import models, validate
 from inheritune.config import Model, Train
 
 
-def live_bytes() -> int:
-    """Bytes of all tensors that Python can reach."""
-    tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.device.type == "cpu"]
-    tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
 def peak_bytes(work) -> int:
-    """Largest sum of the bytes alive at once while `work` runs, from the allocator's own events."""
-    before = live_bytes()
+    """Largest sum of the bytes that are made and alive at once while `work` runs, from the allocator's own events."""
+    gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     change = peak = 0
@@ -37,7 +30,17 @@ def peak_bytes(work) -> int:
         if event.name() == "[memory]":
             change += event.nbytes()
             peak = max(peak, change)
-    return before + peak
+    return peak
+
+
+class Fresh:
+    """Initial weights by name, as a checkpoint would give them."""
+
+    def __init__(self, config):
+        self.shapes, self.config = models.model_shapes(config), config
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return models.fresh_tensor(name, self.shapes[name], self.config, seed=0)
 
 
 def run(case: dict, out: Path) -> None:
@@ -45,24 +48,23 @@ def run(case: dict, out: Path) -> None:
     model = Model(**case["model"])
     train = Train(steps=10, batch_tokens=1, lr=1e-3, warmup_steps=0, precision=case["precision"])
     config = models.hf_config(model, case["layers"])
-    weights = None
-    engine = engines.start_engine(config, weights, case["settings"], train, case["sequences"], case["accumulation"])
-    for parameter in engine.module.parameters():
-        parameter.data.zero_()
     shape = (case["sequences"], case["length"] + 1)
-    held = {}
+    held, kept = {}, []
 
-    def step():
-        for micro in range(case["accumulation"]):
-            window = torch.randint(0, model.vocab_size, shape)
-            logits = engine(input_ids=window[:, :-1], use_cache=False).logits
-            engine.backward(validate.token_losses(logits, window[:, 1:]).mean())
-            if micro == case["accumulation"] - 1:
-                held.update(engines.held_bytes(engine))
-            engine.step()
+    def work():
+        engine = engines.start_engine(config, Fresh(config), case["settings"], train, case["sequences"], case["accumulation"])
+        kept.append(engine)
+        for _ in range(3):
+            for micro in range(case["accumulation"]):
+                window = torch.randint(0, model.vocab_size, shape)
+                logits = engine(input_ids=window[:, :-1], use_cache=False).logits
+                engine.backward(validate.token_losses(logits, window[:, 1:]).mean())
+                if micro == case["accumulation"] - 1:
+                    held.update(engines.held_bytes(engine))
+                engine.step()
 
-    step()
-    peak = peak_bytes(lambda: (step(), step()))
+    peak = peak_bytes(work)
+    engine = kept.pop()
     folder = out / f"{case['name']}_ranks{world}"
     engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
     torch.distributed.barrier()
@@ -70,6 +72,8 @@ def run(case: dict, out: Path) -> None:
     result = {"held": held, "peak": peak, "checkpoint": stored}
     (out / f"{folder.name}_{rank}.json").write_text(json.dumps(result))
     engine.destroy()
+    del engine, work
+    gc.collect()
 
 
 if __name__ == "__main__":
