@@ -12,6 +12,9 @@ import time
 from inheritune import dist
 from inheritune.config import UserError, nearest
 
+SWITCHES = ("rehearse", "slot", "json")
+COUNTS = ("stage", "procs", "workers", "sequences", "length", "gpus", "gpu_memory", "depth")
+
 
 class Verbs:
     """Inheritune: small language models from the first layers of larger ones (arXiv 2404.08634).
@@ -87,6 +90,16 @@ class Verbs:
         from inheritune.stages import check
 
         check(experiment, run, stage, seed, rehearse)
+
+    def plan(self, experiment, run=None, ds=None, gpus=8, gpu="H100", gpu_memory=None, mfu=0.4, json=None, against=None,
+             rehearse=None):  # fmt: skip
+        """Memory of each GPU and host, disk, FLOPs and hours of an experiment, or of one --run, before it queues; needs no GPU.
+
+        Says what fits on GPUS of the kind --gpu (--gpu-memory: other GB) and, if not, the smallest change of the JSON --ds.
+        --json for scripts; --against FOLDER of a finished run shows what it measured beside what was planned."""
+        from inheritune.planning import plan
+
+        plan(experiment, run, ds, gpus, gpu, gpu_memory, mfu, bool(json), against, rehearse)
 
     def evaluate(self, experiment, run=None, model=None, tasks=None, seed=0, out=None, procs=1, rehearse=None):
         """Validation loss of a finished run, or of any checkpoint (--model), and the scores of the experiment's lm-eval tasks.
@@ -189,7 +202,7 @@ def bind(verb: str, function, argv: list[str]) -> dict:
             if name not in parameters:
                 flags = [f"--{p.replace('_', '-')}" for p in parameters]
                 raise UserError(f"{verb} has no flag --{name}; {nearest('--' + name, flags)}")
-            if name in ("rehearse", "slot") and not equals:
+            if name in SWITCHES and not equals:
                 value = "True"
             elif not equals:
                 value = rest.pop(0) if rest and not rest[0].startswith("--") else ""
@@ -204,11 +217,13 @@ def bind(verb: str, function, argv: list[str]) -> dict:
         if name in found:
             raise UserError(f"{verb}: --{name} is given twice")
         # names, paths and layer ranges stay text: fire would read 1e3 as a number and 0:4 as a slice
-        number = name in ("seed", "stage", "procs", "workers", "sequences", "length", "rehearse", "slot", "depth", "at")
-        found[name] = DefaultParseValue(value) if number else value
+        number = name in (*COUNTS, *SWITCHES, "seed", "at")
+        found[name] = DefaultParseValue(value) if number or name == "mfu" else value
+        if name == "mfu" and not isinstance(found[name], int | float):
+            raise UserError(f"{verb}: --{name} takes a number (got '{value}')")
         if number and not isinstance(found[name], int):
             raise UserError(f"{verb}: --{name} takes a whole number (got '{value}')")
-        if name in ("procs", "workers", "sequences", "length", "stage", "depth") and found[name] < 1:
+        if name in COUNTS and found[name] < 1:
             raise UserError(f"{verb}: --{name} must be at least 1 (got {value})")
     missing = [name for name in positional if name not in found]
     if missing:
@@ -245,7 +260,7 @@ def usage(function) -> str:
             elif parameter.default is parameter.empty:
                 words.append(f"--{flag} {name.upper()}")
             else:
-                words.append(f"[--{flag}]" if name in ("rehearse", "slot") else f"[--{flag} {value}]")
+                words.append(f"[--{flag}]" if name in SWITCHES else f"[--{flag} {value}]")
     return " ".join(words)
 
 

@@ -18,6 +18,7 @@ from inheritune.dist import barrier, gather, on_rank0, rank, world
 from inheritune.engine import full_parameters, zero_stage
 from inheritune.log import logger
 from inheritune.models import architecture
+from inheritune.planning import checkpoint_bytes
 from inheritune.rundir import (
     RunDir,
     check_files,
@@ -92,16 +93,11 @@ def _writing(engine):
         engine.checkpoint_engine.save, engine._copy_recovery_script = writer, script
 
 
-def checkpoint_bytes(engine) -> int:
-    """Size of one checkpoint: fp32 masters and two moments of what is trained, and below ZeRO 3 the weights beside them."""
-    parameters = [(getattr(p, "ds_numel", p.numel()), p) for p in engine.module.parameters()]
-    states = sum(12 * n for n, p in parameters if p.requires_grad)
-    return states + (sum(n * p.element_size() for n, p in parameters) if engine.zero_optimization_stage() < 3 else 0)
-
-
 def check_room(engine, run_dir: RunDir) -> None:
     """Raises UserError on every rank if the run's disk has no room for one more checkpoint."""
-    need = checkpoint_bytes(engine)
+    sizes = [(getattr(p, "ds_numel", p.numel()), p) for p in engine.module.parameters()]
+    trained, weights = sum(n for n, p in sizes if p.requires_grad), sum(n * p.element_size() for n, p in sizes)
+    need = checkpoint_bytes(trained, weights, engine.zero_optimization_stage())
 
     def check():
         free = shutil.disk_usage(run_dir.path).free

@@ -104,6 +104,7 @@ class Data(Strict):
         return self.model_dump(mode="json", exclude={"sequence_length", "sampling"})
 
 
+GPUS: dict[str, dict] = yaml.safe_load((Path(__file__).parent / "gpus.yaml").read_text(encoding="utf-8"))
 MODEL_SIZES: dict[str, dict] = yaml.safe_load((Path(__file__).parent / "sizes.yaml").read_text(encoding="utf-8"))
 
 

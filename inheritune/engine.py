@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from inheritune.config import Train, UserError, nearest, resolve_path
+from inheritune.config import GPUS, Train, UserError, nearest, resolve_path
 from inheritune.dist import rank
 from inheritune.models import architecture, build, linear_weights
 
@@ -185,13 +185,39 @@ def gradient_norm(engine) -> float | None:
     return float(torch.nn.utils.get_total_norm(gradients))
 
 
-_PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "A6000": 154.8, "L40S": 362.0, "RTX 4090": 165.2, "V100": 125.0}
-"""Dense bf16 (V100: fp16) matrix rates of the vendors' data sheets, in TFLOP/s."""
-
-
 def peak_flops(device) -> float | None:
     """The GPU's dense 16-bit matrix rate in FLOP/s, or None if it is not a known GPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((rate * 1e12 for part, rate in _PEAK_TFLOPS.items() if part in name), None)
+    return next((facts["tflops"] * 1e12 for part, facts in GPUS.items() if part in name), None)
+
+
+def held_bytes(engine) -> dict[str, int]:
+    """Bytes of this rank's {weights, masters, moments, gradients} as the engine holds them now, on whatever device.
+
+    Gradients are those between the last backward and step(); a master that is the weight itself (ZeRO 0) counts as weight."""
+    zero, stage = engine.optimizer, engine.zero_optimization_stage()
+    inner = zero if stage == 0 else zero.optimizer
+    weights = [t for p in engine.module.parameters() for t in (p.data, getattr(p, "ds_tensor", None)) if t is not None]
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    if stage == 3:
+        masters, gradients = zero.fp32_partitioned_groups_flat, [zero.grad_partitions_flat_buffer]
+    elif stage:
+        masters = zero.single_partition_of_fp32_groups
+        gradients += [t for group in zero.averaged_gradients.values() for t in group or []]
+        gradients += [master.grad for master in masters if master.grad is not None]  # offloaded
+    moments = [t for state in inner.state.values() for t in state.values() if torch.is_tensor(t) and t.dim()]
+    parts = {"weights": weights, "masters": masters if stage else [], "moments": moments, "gradients": gradients}
+    return {what: sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in its}.values())
+            for what, its in parts.items()}  # fmt: skip
+
+
+def peak_memory(device) -> dict[str, float]:
+    """Largest memory of this rank so far, in bytes: allocated and reserved on a GPU, and the process's resident memory."""
+    import resource
+
+    peaks = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}  # Linux counts it in KiB
+    if device.type == "cuda":
+        peaks |= {"allocated": torch.cuda.max_memory_allocated(device), "reserved": torch.cuda.max_memory_reserved(device)}
+    return peaks

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from inheritune import dist
 from inheritune.config import REPOSITORY, Experiment, Grow, Run, UserError, load_experiment
 from inheritune.dist import Stopped, asked_to_stop
+from inheritune.planning import MFU, gpu_hours, models_of
 from inheritune.rundir import RunDir, data_dir, read_json, write_json
 
 
@@ -169,9 +170,11 @@ def _two_ways(experiment: Experiment, name: str, run: str, needed: str, stage: i
     train = f"{_again(experiment)}bash slurm/train.sh {name}"
     again = f"{train} {run}{f' --stage {stage}' if stage else ''}"
     settings = experiment.train_of(experiment.run(needed))
+    layers = models_of(experiment, needed)[-1][1]
+    hours = gpu_hours(experiment.model, layers, settings, experiment.data.sequence_length)
     sentence = (
-        f"Either train '{needed}' ({settings.steps * settings.batch_tokens / 1e9:.1f}B tokens{_gpu_hours(experiment, needed)}) "
-        f"and queue this behind it, with the job number that the first line prints:\n"
+        f"Either train '{needed}' ({settings.steps * settings.batch_tokens / 1e9:.1f}B tokens, about {hours:,.0f} GPU-hours at "
+        f"{MFU:.0%} of the bf16 rate of an H100) and queue this behind it, with the job number that the first line prints:\n"
         f"    {train} {needed}\n"
         f"    {again} -- --dependency=afterok:JOB"
     )
@@ -182,21 +185,6 @@ def _two_ways(experiment: Experiment, name: str, run: str, needed: str, stage: i
         verb = "grow" if experiment.run(public).grow else "train"
         sentence += f"    bash slurm/{verb}.sh {name} {public}"
     return sentence
-
-
-def _gpu_hours(experiment: Experiment, run: str) -> str:
-    """E.g. ', about 90 GPU-hours at 40% of the bf16 rate of an H100'; nothing where torch is not at hand (beside an image)."""
-    try:
-        from inheritune.models import flops_per_token, hf_config
-    except ImportError:
-        return ""
-    spec = experiment.run(run)
-    settings = experiment.train_of(spec)
-    per_token = flops_per_token(
-        hf_config(experiment.model, spec.layers or experiment.model.layers), experiment.data.sequence_length
-    )
-    hours = settings.steps * settings.batch_tokens * per_token / (0.4 * 989e12) / 3600
-    return f", about {hours:,.0f} GPU-hours at 40% of the bf16 rate of an H100"
 
 
 def sentence(verdict: dict, experiment: Experiment, run: str, reference: str) -> str:

@@ -19,9 +19,11 @@ from inheritune.config import RESUMABLE_KEYS, Experiment, Run, Train, UserError,
 from inheritune.engine import (
     fill,
     gradient_norm,
+    held_bytes,
     learning_rate,
     load_json,
     peak_flops,
+    peak_memory,
     resolve_precision,
     set_learning_rate,
     start_engine,
@@ -298,7 +300,7 @@ class Trainer:
         engine.train()
         bar = progress(desc="training", unit="step", total=train.steps, initial=state["step"])
         go_on = self._between_steps(state)  # an earlier start may have stopped before what was due at this step
-        t0, steps_since = time.perf_counter(), 0
+        self.held, t0, steps_since = {}, time.perf_counter(), 0
         while go_on and state["step"] < train.steps:
             step = state["step"] + 1
             windows, weights = (torch.from_numpy(a).to(device) for a in read_share(self.order, step - 1, share))
@@ -313,6 +315,8 @@ class Trainer:
                 engine.backward(losses @ mix * scale)
                 sums += losses.detach()
                 norm = gradient_norm(engine) if engine.is_gradient_accumulation_boundary() else None
+                if step == train.steps and engine.is_gradient_accumulation_boundary():
+                    self.held = held_bytes(engine)  # while the gradients are there
                 engine.step()
             state["step"], state["tokens"] = step, step * step_tokens
             bar.update()
@@ -396,7 +400,8 @@ class Trainer:
         if losses is None:
             return False
         checkpoint.export_weights(self.engine, run_dir.final, self.tokens.folder / "tokenizer")
-        dist.on_rank0(self._write_results, losses, config)
+        memory = dist.gather({**self.held, "peak": peak_memory(self.device)})
+        dist.on_rank0(self._write_results, losses, config, memory)
         logger.info("%s: finished, validation loss %.4f after %d steps", self.job.title(), losses.mean(), train.steps)
         if self.metrics:
             self.metrics.close()
@@ -423,7 +428,7 @@ class Trainer:
     def _log_step(self, state: dict, losses: dict, lr: float, norm, seconds: float) -> None:
         flops = self.flops_per_token * self.batch * self.length / seconds
         peak = peak_flops(self.device)
-        memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else _resident_bytes()
+        memory = peak_memory(self.device)
         if self.metrics:
             self.metrics.add(
                 {
@@ -435,7 +440,7 @@ class Trainer:
                     "step_s": round(seconds, 5),
                     "tokens_per_s": round(self.batch * self.length / seconds, 1),
                     "mfu": round(flops / (peak * dist.world()), 4) if peak else None,
-                    "peak_memory_gb": round(memory / 1e9, 3),
+                    "peak_memory_gb": round(memory.get("allocated", memory["resident"]) / 1e9, 3),
                     "skipped_steps": self.engine.skipped_steps,
                 }
             )
@@ -499,7 +504,7 @@ class Trainer:
             mirror = start_wandb(job.dir, job.experiment, job.name, self.train.wandb, self.train.wandb_project)
             self.metrics = Metrics(job.dir, -1 if resume is None else resume, state["evaluated"], mirror)
 
-    def _write_results(self, losses: np.ndarray, config) -> None:
+    def _write_results(self, losses: np.ndarray, config, memory: list[dict]) -> None:
         job, run_dir = self.job, self.job.dir
         results = {
             "experiment": job.experiment.name,
@@ -515,6 +520,7 @@ class Trainer:
             "precision": self.train.precision,
             "data_fingerprint": self.tokens.fingerprint,
             "validation": validate.interval(losses),
+            "memory": memory,
         }
         results.update(compare(job, losses, results))
         write_json(run_dir.results, results)
@@ -546,10 +552,3 @@ def _differences(before, now, path: str = "") -> list[tuple[str, object, object]
         keys = [*before, *(key for key in now if key not in before)]
         return [d for key in keys for d in _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))]
     return [] if before == now else [(path, before, now)]
-
-
-def _resident_bytes() -> int:
-    """Largest resident memory of this process so far (Linux counts it in KiB)."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

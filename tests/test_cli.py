@@ -20,9 +20,9 @@ from inheritune.rundir import data_dir
 # DESIGN: a file imports only from files before it; documents holds the readers that prepare and fetch share
 ORDER = """
 config rundir dist log tokens documents prepare batches models sources downstream fetch inherit attention export validate engine
-checkpoint train evaluate stages tables figures status
+planning checkpoint train evaluate stages tables figures status
 """.split()  # noqa: SIM905 - a list to read
-CORE_EXCLUDES = {"tokens", "documents", "prepare", "fetch"} | {"attention", "evaluate", "downstream"} | {"stages"}
+CORE_EXCLUDES = {"tokens", "documents", "prepare", "fetch"} | {"attention", "evaluate", "downstream"} | {"stages", "planning"}
 CORE_EXCLUDES |= {"tables", "figures", "status", "export"}
 """Preparing, evaluating (losses and attention), planning, reporting: what is left is the core."""
 
@@ -69,7 +69,7 @@ def test_mistakes_are_one_sentence(words, says, own_root):
 def test_help_names_every_verb():
     text = run_verb("--help").stdout
     verbs = ["prepare", "fetch", "train", "inherit", "analyze", "grow", "evaluate", "table", "figure"]
-    verbs += ["status", "export", "verify", "sync"]
+    verbs += ["status", "export", "plan", "verify", "sync"]
     for verb in verbs:
         assert f"  {verb} " in text
         assert run_verb(verb, "--help").stdout.startswith(f"python -m inheritune {verb}")
