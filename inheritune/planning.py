@@ -181,8 +181,8 @@ def offloads(settings: dict) -> tuple[bool, bool]:
 
 
 def memory(model: Model, layers: int, settings: dict, train: Train, ranks: int, length: int, teacher: int = 0) -> dict:
-    """Bytes of one GPU by `component`, its `phases` and their largest, `peak`; of one `host`; and of one `checkpoint`. A teacher,
-    of so many elements, is on each GPU whole and in fp32."""
+    """Bytes of one GPU by `component`, its `phases` and their largest, `peak`; of one `host`; and of one `checkpoint`. A
+    teacher, of so many elements, is on each GPU whole and in fp32."""
     zero = {**DEFAULTS, **settings.get("zero_optimization", {})}
     stage, (optimizer_away, weights_away) = int(zero.get("stage", 0)), offloads(settings)
     precision = "bf16_autocast" if train.precision == "auto" else train.precision
