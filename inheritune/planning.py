@@ -368,7 +368,8 @@ def plan(experiment: str, run: str | None = None, ds: str | None = None, gpus: i
     loaded = load_experiment(experiment, rehearse)
     if against:
         rows = compare(RunDir(against), loaded)
-        print(json.dumps(rows, indent=2) if as_json else table(["bytes per rank", "planned", "measured"], rows))
+        shown = [[what, gb(its), gb(got), f"{its / max(1, got) - 1:+.1%}"] for what, its, got in rows]
+        print(json.dumps(rows) if as_json else table(["per rank", "planned", "measured", "planned is"], shown))
         return
     plans = plan_experiment(loaded, run, load_json(ds) if ds else None, gpus, gpu, gpu_memory, mfu)
     if as_json:
@@ -386,12 +387,12 @@ def plan(experiment: str, run: str | None = None, ds: str | None = None, gpus: i
         ]
         for facts in plans
     ]  # fmt: skip
-    heads = "run,layers,parameters,tokens,FLOPs,GPU-hours,hours,peak/GPU,fits,disk".split(",")
+    heads = ["run", "layers", "parameters", "tokens", "FLOPs", "GPU-hours", "hours", "peak/GPU", "fits", "disk"]
     print(table(heads, rows))
     print(
         f"in all {sum(facts['gpu_hours'] for facts in plans):,.1f} GPU-hours, if every stage of growth is needed, and "
-        f"{gb(sum(facts['disk'] for facts in plans))} of disk; {gpus} x {gpu} ({room} GB) at {mfu:.0%} of {GPUS[gpu]['tflops']:g} "
-        f"TFLOP/s, without evaluation, saving and queueing"
+        f"{gb(sum(facts['disk'] for facts in plans))} of disk; {gpus} x {gpu} ({room} GB) at {mfu:.0%} of "
+        f"{GPUS[gpu]['tflops']:g} TFLOP/s, without evaluation, saving and queueing"
     )
     for facts in plans:
         if not facts["fits"]:
@@ -416,8 +417,8 @@ def describe(facts: dict) -> str:
         f"  its phases: {phases}\n"
         f"  peak {gb(facts['peak'])} in '{facts['peak_phase']}', with {gb(FRAMEWORK)} of CUDA and NCCL and "
         f"{FRAGMENTATION:.0%} for the allocator (these two are estimates)\n"
-        f"  one host: {gb(facts['host'])} of memory, {gb(facts['pinned'])} of it pinned; a checkpoint: {gb(facts['checkpoint'])}; "
-        f"the run's folder: {gb(facts['disk'])}"
+        f"  one host: {gb(facts['host'])} of memory, {gb(facts['pinned'])} of it pinned; a checkpoint: "
+        f"{gb(facts['checkpoint'])}; the run's folder: {gb(facts['disk'])}"
     )
 
 
@@ -450,4 +451,4 @@ def compare(folder: RunDir, experiment: Experiment) -> list[list]:
     for what, its in (("allocated", planned["phases"][planned["peak_phase"]]), ("reserved", planned["peak"])):
         peaks = [rank["peak"][what] for rank in measured if what in rank["peak"]]
         rows += [[f"peak {what}", its, max(peaks)]] if peaks else []
-    return [[what, f"{its:,.0f}", f"{got:,.0f}"] for what, its, got in rows]
+    return rows
