@@ -191,10 +191,12 @@ def memory(model: Model, layers: int, settings: dict, train: Train, ranks: int, 
         between = 4 * trained if stage == 1 else 4 * touched
         last = 4 * (trained - touched) if stage == 1 else 4 * touched * several  # beside held["gradients"]
     else:
-        kept = sum(t.numel for t in its if t.numel <= zero["stage3_param_persistence_threshold"])
+        gathers = ranks > 1 or weights_away  # one rank's part is the whole weight
+        kept = sum(t.numel for t in its if t.numel <= zero["stage3_param_persistence_threshold"]) * gathers
         held["weights"] = b * (kept + (0 if weights_away else sum(-(-t.numel // ranks) for t in its)))
         held |= {"gradients": 4 * part, "buckets": sum(dtypes) * zero["reduce_bucket_size"]}
-        live = b * min(whole - kept, max(zero["stage3_max_live_parameters"], largest + zero["stage3_prefetch_bucket_size"]))
+        at_once = max(zero["stage3_max_live_parameters"], largest + zero["stage3_prefetch_bucket_size"])
+        live = b * min(whole - kept, at_once) * gathers
         reducing, step, last = 2 * max(dtypes) * bucket, 4 * min(max(parts), zero["sub_group_size"]), 0
         between = held["gradients"]
     pinned = moved = 0
@@ -447,7 +449,7 @@ def compare(folder: RunDir, experiment: Experiment) -> list[list]:
     held = ("weights", "masters", "moments", "gradients")
     rows = [[what, planned["component"][what], max(rank[what] for rank in measured)] for what in held]
     files = read_json(folder.checkpoint(folder.complete_checkpoints()[-1]) / "COMPLETE")["files"]
-    rows.append(["checkpoint", planned["checkpoint"], sum(facts["size"] for facts in files.values())])
+    rows.append(["checkpoint", planned["checkpoint"], sum(facts["bytes"] for facts in files.values())])
     for what, its in (("allocated", planned["phases"][planned["peak_phase"]]), ("reserved", planned["peak"])):
         peaks = [rank["peak"][what] for rank in measured if what in rank["peak"]]
         rows += [[f"peak {what}", its, max(peaks)]] if peaks else []

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import planned_tables
 import pytest
 import torch
 from conftest import REPOSITORY, free_port, run_verb
@@ -16,7 +17,7 @@ from inheritune.engine import load_json
 GPT2 = {"size": "gpt2_tiny", "layers": 3, "width": 96, "heads": 4, "positions": 96, "vocab_size": 1500}
 LLAMA = {**GPT2, "size": "llama_tiny", "kv_heads": 2, "mlp_width": 260}
 SMALL_BUCKETS = {"reduce_bucket_size": 50_000, "allgather_bucket_size": 50_000, "overlap_comm": False}
-SMALL_BUCKETS |= {"stage3_param_persistence_threshold": 500, "stage3_prefetch_bucket_size": 20_000}
+SMALL_BUCKETS |= {"stage3_param_persistence_threshold": 10_000, "stage3_prefetch_bucket_size": 20_000}
 SMALL_BUCKETS |= {"stage3_max_live_parameters": 100_000, "stage3_max_reuse_distance": 100_000}
 
 
@@ -251,3 +252,10 @@ def test_a_finished_run_shows_planned_beside_measured(small, own_root):
         bound = 0.05 if what == "checkpoint" else 0.01  # 0.2 MB: file formats and random generators count
         assert expected == pytest.approx(found, rel=bound), what
     assert [row[0] for row in rows] == ["weights", "masters", "moments", "gradients", "checkpoint"]
+
+
+def test_planned_tables_are_current():
+    for path, text in planned_tables.documents().items():
+        assert path.is_file() and path.read_text(encoding="utf-8") == text, f"{path} is stale: python tests/planned_tables.py"
+    hours = [plans[0]["gpu_hours"] for plans in planned_tables.experiments().values()]
+    assert hours == sorted(hours) and len(hours) >= 9
