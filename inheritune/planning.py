@@ -8,9 +8,9 @@ name says otherwise. Nothing at the top imports torch: `stages` uses these hours
 import copy
 import itertools
 import json
+import math
 from dataclasses import dataclass
 
-from inheritune.batches import Share
 from inheritune.config import GPUS, Experiment, Model, Run, Train, UserError, load_experiment, nearest
 from inheritune.rundir import RunDir, read_json
 
@@ -151,22 +151,17 @@ def activations(model: Model, layers: int, precision: str, tokens: int, length: 
     }
 
 
-def partitions(its: list[Tensor], ranks: int, stage: int) -> tuple[int, int]:
-    """(elements of a rank's part of the trained parameters with padding; elements of all parameters that the part touches)."""
-    if stage == 3:
-        part = sum(-(-t.numel // ranks) for t in its if t.trained)
-        return part, part
-    part = touched = 0
-    for decayed in (True, False):
-        ends = list(itertools.accumulate(t.numel for t in its if t.trained and t.decayed == decayed))
-        size = -(-ends[-1] // (2 * ranks)) * 2  # DeepSpeed aligns to two elements a rank
-        starts = [0, *ends]
-        touched += max(
-            sum(b - a for a, b in itertools.pairwise(starts) if a < size * (rank + 1) and b > size * rank)
-            for rank in range(ranks)
-        )
-        part += size
-    return part, touched
+def partitions(its: list[Tensor], ranks: int, stage: int) -> tuple[list[int], int]:
+    """([elements of a rank's part of each of AdamW's groups, padded], elements of all parameters that these parts touch)."""
+    parts, touched = [], 0
+    for group in ([t.numel for t in its if t.trained and t.decayed == decayed] for decayed in (True, False)):
+        starts = [0, *itertools.accumulate(group)]
+        # ZeRO 3 cuts each parameter, ZeRO 1 and 2 the flattened group, at even elements
+        size = sum(-(-n // ranks) for n in group) if stage == 3 else -(-starts[-1] // (2 * ranks)) * 2
+        ends = [(size * rank, size * (rank + 1)) for rank in range(ranks)]
+        held = [sum(b - a for a, b in itertools.pairwise(starts) if a < last and b > first) for first, last in ends]
+        parts, touched = [*parts, size], touched + max(held)
+    return parts, touched
 
 
 def offloads(settings: dict) -> tuple[bool, bool]:
@@ -181,81 +176,77 @@ def offloads(settings: dict) -> tuple[bool, bool]:
 
 
 def memory(model: Model, layers: int, settings: dict, train: Train, ranks: int, length: int, teacher: int = 0) -> dict:
-    """Bytes of one GPU by `component`, its `phases` and their largest, `peak`; of one `host`; and of one `checkpoint`. A
-    teacher, of so many elements, is on each GPU whole and in fp32."""
+    """Bytes of one GPU by `component` and by `phases`, the largest of which makes the `peak`; of one `host`; on disk.
+
+    A teacher, of so many elements, is on each GPU whole and in fp32. Gradients are those between the last backward and the
+    step."""
+    from inheritune.batches import Share
+
     zero = {**DEFAULTS, **settings.get("zero_optimization", {})}
     stage, (optimizer_away, weights_away) = int(zero.get("stage", 0)), offloads(settings)
     precision = "bf16_autocast" if train.precision == "auto" else train.precision
     b, e = element_sizes(precision)
     share = Share.of(train.batch_tokens // length, 0, ranks, settings["train_micro_batch_size_per_gpu"])
     its = tensors(model, layers)
-    whole, trained = sum(t.numel for t in its), sum(t.numel for t in its if t.trained)
-    part, touched = partitions(its, ranks, stage) if stage else (trained, trained)
-    largest = max(t.numel for t in its)
-    several, overlap = share.accumulation > 1, zero.get("overlap_comm") or (zero.get("overlap_comm") is None and stage == 3)
-    dtypes = [4, 2] if precision == "bf16_autocast" else [4 if precision == "fp32" else 2]
-    ours = settings.get("inheritune", {})
-    micro = share.micro_batch * length
-    made = activations(model, layers, precision, micro, length, bool(ours.get("activation_checkpointing")), stage)
+    whole, trained, largest = sum(t.numel for t in its), parameters(model, layers), max(t.numel for t in its)
+    parts, touched = partitions(its, ranks if stage else 1, stage)
+    part, several = sum(parts), share.accumulation > 1
+    checkpointing = settings.get("inheritune", {}).get("activation_checkpointing", False)
+    made = activations(model, layers, precision, share.micro_batch * length, length, checkpointing, stage)
 
-    component = {"weights": b * whole, "masters": 4 * part if stage else 0, "moments": 8 * part}
-    bucket = min(zero["reduce_bucket_size"], trained) if stage else min(trained, ALLREDUCE_ELEMENTS)
-    live = between = step = 0.0
-    if stage == 3:
-        kept = sum(t.numel for t in its if t.numel <= zero["stage3_param_persistence_threshold"])
-        component["weights"] = b * (0 if weights_away else sum(-(-t.numel // ranks) for t in its)) + b * kept
-        live = b * min(whole - kept, max(zero["stage3_max_live_parameters"], largest + zero["stage3_prefetch_bucket_size"]))
-        component["gradients"] = 0 if optimizer_away else 4 * part
-        component["buckets"] = sum(dtypes) * zero["reduce_bucket_size"]  # held all the time, full size
-        reduce = max(dtypes) * 2 * bucket  # the same, interleaved by rank, and its parts
-        step = 0 if optimizer_away else 4 * min(part, zero["sub_group_size"])
-    elif stage:
-        component["gradients"] = b * largest if optimizer_away else 4 * touched if stage == 2 or several else 0
-        component["buckets"] = 0  # made anew in each backward, one for each type that gradients travel in
-        buffers = b * zero["reduce_bucket_size"] * len(dtypes) * (2 if overlap else 1)
-        reduce = buffers + (bucket * 2 if precision == "bf16_autocast" else 0)
-        if stage == 1:
-            between, component["gradients"] = 4 * trained if several else 0, 4 * trained
-        elif several and not optimizer_away:
-            between = 4 * touched
-        step = 0 if optimizer_away else 4 * part + 8 * min(largest, part)
+    held = {"weights": b * whole, "masters": 4 * part, "moments": 8 * part, "gradients": 4 * touched, "buckets": 0}
+    dtypes = {"bf16_autocast": [4, 2], "fp32": [4], "bf16": [2]}[precision]  # those that gradients travel in
+    bucket = min(zero["reduce_bucket_size"], trained)
+    live = between = 0  # gathered weights; gradients of the micro batches before
+    if stage == 0:
+        held["masters"], reducing, between = 0, 4 * min(trained, ALLREDUCE_ELEMENTS), 4 * trained
+        step = last = 0
+    elif stage < 3:  # buckets are made anew in each backward; then a group's gradients are flattened, its norm taken in fp64
+        overlap = 2 if zero.get("overlap_comm") else 1
+        reducing = b * zero["reduce_bucket_size"] * len(dtypes) * overlap + 2 * bucket * (len(dtypes) - 1)
+        step = max(4 * max(parts), 8 * min(largest, part))
+        between = 4 * trained if stage == 1 else 4 * touched
+        last = 4 * (trained - touched) if stage == 1 else 4 * touched * several  # beside held["gradients"]
     else:
-        component["gradients"], component["buckets"], reduce = 4 * trained, 0, 4 * bucket
-        between = 4 * trained if several else 0
+        gathers = ranks > 1 or weights_away  # one rank's part is the whole weight
+        kept = sum(t.numel for t in its if t.numel <= zero["stage3_param_persistence_threshold"]) * gathers
+        held["weights"] = b * (kept + (0 if weights_away else sum(-(-t.numel // ranks) for t in its)))
+        held |= {"gradients": 4 * part, "buckets": sum(dtypes) * zero["reduce_bucket_size"]}
+        at_once = max(zero["stage3_max_live_parameters"], largest + zero["stage3_prefetch_bucket_size"])
+        live = b * min(whole - kept, at_once) * gathers
+        reducing, step, last = 2 * max(dtypes) * bucket, 4 * min(max(parts), zero["sub_group_size"]), 0
+        between = held["gradients"]
+    pinned = moved = 0
     if optimizer_away:
-        component["masters"] = component["moments"] = 0
-    static = component["weights"] + component["masters"] + component["moments"] + component["buckets"]
-    static += (component["gradients"] if stage == 3 else 0) + (4 * teacher + made["logits"] if teacher else 0)
-    final = 0 if stage == 3 else component["gradients"] + (4 * touched if stage == 2 and several and not optimizer_away else 0)
-    saved = made["activations"] + made["autocast weights"]
-    logits = made["logits"]
+        pinned = 12 * part if stage == 3 else (8 + b) * part + b * (largest + several * touched)
+        moved = pinned + held["moments"]
+        held |= {"masters": 0, "moments": 0, "gradients": b * largest}
+        step, between, last = 0, between if stage == 1 else 0, last if stage == 1 else 0
+    static = held["weights"] + held["masters"] + held["moments"] + held["buckets"]
+    static += 4 * teacher + made["logits"] * (teacher > 0)
+    before = static + live + between * (several or stage == 3)
+    saved, logits = made["activations"] + made["autocast weights"], made["logits"]
+    checked = EVAL_BATCH * length * model.vocab_size * (e + 8)  # logits, in fp32, their log-softmax
     phases = {
-        "loss": static + between + live + saved + logits + made["loss"],
-        "backward": static + between + live + saved + 2 * logits + 4 * largest + (reduce if stage else 0),
-        "reduction": static + final + live + logits + reduce,
-        "optimizer step": static + (0 if stage == 3 else component["gradients"]) + step + logits,
-        "validation": static + live + EVAL_BATCH * length * model.vocab_size * (e + 8) + 2 * matrix_elements(model, layers),
+        "loss": before + saved + logits + made["loss"],
+        "backward": before + saved + 2 * logits + 4 * largest + reducing * (stage > 0),
+        "reduction": static + live + held["gradients"] + last + logits + reducing,
+        "optimizer step": static + held["gradients"] + step + logits,
+        "validation": static + live + checked + made["autocast weights"] + held["gradients"] * (stage == 3),
     }
-    component |= {"teacher": 4 * teacher, "live weights": live, **made, "reduction buffers": reduce, "optimizer step": step}
     worst = max(phases, key=phases.get)
-    on_host = min(ranks, GPUS_PER_HOST)
-    pinned = 0.0
-    if optimizer_away:
-        pinned = (4 + 4 + (4 if stage == 3 else b)) * part + (0 if stage == 3 else b * (largest + several * touched))
-    pinned += b * part if weights_away else 0
-    moments_on_host = 8 * part if optimizer_away else 0
     starting = 0 if stage == 3 else 4 * whole  # each process builds its model before the GPU gets it
+    on_host = min(ranks, GPUS_PER_HOST)
     return {
-        "component": component,
+        "component": held
+        | {"teacher": 4 * teacher, "live weights": live, **made, "reduction": reducing, "optimizer step": step},
         "phases": phases,
         "peak_phase": worst,
         "peak": (phases[worst] + FRAMEWORK) * (1 + FRAGMENTATION),
-        "host": on_host * (PROCESS + max(starting, pinned + moments_on_host)),
-        "pinned": on_host * pinned,
+        "host": on_host * (PROCESS + max(starting, moved + b * part * weights_away)),
+        "pinned": on_host * (pinned + b * part * weights_away),
         "checkpoint": checkpoint_bytes(trained, b * whole, stage),
         "weights_file": 4 * whole,
-        "micro_batch": share.micro_batch,
-        "accumulation": share.accumulation,
     }
 
 
@@ -272,64 +263,50 @@ def disk(planned: dict, train: Train, keep_at: int) -> float:
 
 # --- a JSON that fits ------------------------------------------------------------------------------------------------------
 
-SLOWDOWN = {  # rough factors on the time of a step: only their order matters, the cheapest change that fits is proposed
-    "halved micro batch": 1.05,
-    "small buckets": 1.03,
-    "activation_checkpointing": 1.33,
-    "stage": (1.0, 1.01, 1.06, 1.25),
-    "offload_optimizer": 2.0,
-    "offload_param": 2.5,
-}
+STAGE_SLOWDOWN = (1.0, 1.01, 1.06, 1.25)
+"""Rough factors on the time of a step, as those below: only their order matters, the cheapest change that fits is proposed."""
+SMALL_BUCKETS = ("reduce_bucket_size", "stage3_max_live_parameters", "stage3_prefetch_bucket_size")
+ON_HOST = {"device": "cpu", "pin_memory": True}
 
 
 def proposals(settings: dict) -> list[tuple[float, dict]]:
-    """(slowdown, settings) of every change of `settings` in SLOWDOWN's keys that saves memory, cheapest first."""
-    zero = settings.get("zero_optimization", {})
-    stage, micro = int(zero.get("stage", 0)), settings["train_micro_batch_size_per_gpu"]
-    away = offloads(settings)
+    """(slowdown, {dotted key: new value}) of every change of `settings` that saves memory, cheapest first."""
+    zero, micro = settings.get("zero_optimization", {}), settings["train_micro_batch_size_per_gpu"]
+    stage, away = int(zero.get("stage", 0)), offloads(settings)
+    small = {key: int(min(1e7, zero.get(key, DEFAULTS[key]))) for key in SMALL_BUCKETS}
+    kinds = [
+        [(1.05**halved, {"train_micro_batch_size_per_gpu": micro >> halved}) for halved in range(micro.bit_length())],
+        [(1.0, {}), (1.33, {"inheritune.activation_checkpointing": True})],
+        [(STAGE_SLOWDOWN[s] / STAGE_SLOWDOWN[stage], {"zero_optimization.stage": s}) for s in range(stage, 4)],
+        [(1.0, {}), (1.03, {f"zero_optimization.{key}": value for key, value in small.items()})],
+        [(1.0, {}), (2.0, {"zero_optimization.offload_optimizer": ON_HOST})],
+        [(1.0, {}), (2.5, {"zero_optimization.offload_param": ON_HOST})],
+    ]
     found = []
-    for new_stage, halvings, checkpointing, small, optimizer, weights in itertools.product(
-        range(stage, 4), range(micro.bit_length()), (False, True), (False, True), (away[0], True), (away[1], True)
-    ):
-        if (optimizer and not new_stage) or (weights and (new_stage < 3 or not optimizer)):
+    for chosen in itertools.product(*kinds):
+        patch = {key: value for _, keys in chosen for key, value in keys.items()}
+        new_stage = patch["zero_optimization.stage"]
+        optimizer, weights = (any("offload_" + what in key for key in patch) for what in ("optimizer", "param"))
+        if (optimizer and not new_stage) or (weights and (new_stage < 3 or not (optimizer or away[0]))):
             continue
-        new = copy.deepcopy(settings)
-        new["train_micro_batch_size_per_gpu"] = micro >> halvings
-        new_zero = new.setdefault("zero_optimization", {})
-        new_zero["stage"] = new_stage
-        cost = SLOWDOWN["halved micro batch"] ** halvings * SLOWDOWN["stage"][new_stage] / SLOWDOWN["stage"][stage]
-        if checkpointing and not new.get("inheritune", {}).get("activation_checkpointing"):
-            new.setdefault("inheritune", {})["activation_checkpointing"] = True
-            cost *= SLOWDOWN["activation_checkpointing"]
-        if small:
-            keys = {1: ["reduce_bucket_size"], 2: ["reduce_bucket_size"]}.get(
-                new_stage, ["reduce_bucket_size", "stage3_max_live_parameters", "stage3_prefetch_bucket_size"]
-            )
-            new_zero |= {key: int(min(1e7, new_zero.get(key, DEFAULTS[key]))) for key in keys if new_stage}
-            cost *= SLOWDOWN["small buckets"]
-        for key, wanted, before in (("offload_optimizer", optimizer, away[0]), ("offload_param", weights, away[1])):
-            if wanted and not before:
-                new_zero[key] = {"device": "cpu", "pin_memory": True}
-                cost *= SLOWDOWN[key]
-        found.append((cost, new))
-    return sorted(found, key=lambda pair: pair[0])
+        patch = {key: value for key, value in patch.items() if new_stage == 3 or "stage3_" not in key}
+        found.append((math.prod(cost for cost, _ in chosen), {k: v for k, v in patch.items() if value_at(settings, k) != v}))
+    return sorted(found, key=lambda pair: (pair[0], len(pair[1])))
 
 
-def smallest_change(fits, settings: dict) -> dict | None:
-    """The cheapest settings for which `fits` answers true, or None."""
-    return next((new for _, new in proposals(settings) if fits(new)), None)
+def value_at(settings: dict, key: str):
+    """The value of a dotted key, or None."""
+    outer, _, inner = key.rpartition(".")
+    return (settings.get(outer, {}) if outer else settings).get(inner)
 
 
-def difference(before: dict, after: dict, prefix: str = "") -> list[str]:
-    """Lines '- "key": old' and '+ "key": new' of two settings, nested keys joined by dots."""
-    lines = []
-    for key in {**before, **after}:
-        old, new = before.get(key), after.get(key)
-        if isinstance(new, dict):
-            lines += difference(old or {}, new, f"{prefix}{key}.")
-        elif old != new:
-            lines += [f'- "{prefix}{key}": {json.dumps(old)}'] * (key in before) + [f'+ "{prefix}{key}": {json.dumps(new)}']
-    return lines
+def changed(settings: dict, patch: dict) -> dict:
+    """A copy of `settings` with the dotted keys of `patch` set."""
+    new = copy.deepcopy(settings)
+    for key, value in patch.items():
+        outer, _, inner = key.rpartition(".")
+        (new.setdefault(outer, {}) if outer else new)[inner] = value
+    return new
 
 
 # --- the verb --------------------------------------------------------------------------------------------------------------
@@ -338,6 +315,8 @@ def difference(before: dict, after: dict, prefix: str = "") -> list[str]:
 def plan_model(experiment: Experiment, run: str, stage: int | None, layers: int, settings: dict, gpus: int, room: float,
                gpu: str, mfu: float) -> dict:  # fmt: skip
     """Everything `plan` says of one model: sizes, work, memory, disk, and the change that fits `room` bytes if it does not."""
+    from inheritune.batches import Share
+
     spec, length = experiment.run(run), experiment.data.sequence_length
     train, model, taught_by = experiment.train_of(spec), shape_of(experiment, spec), teacher_layers(experiment, spec)
     sequences = train.batch_tokens // length
@@ -369,10 +348,19 @@ def plan_model(experiment: Experiment, run: str, stage: int | None, layers: int,
         **planned,
     }
     if not facts["fits"]:
-        change = smallest_change(
-            lambda new: memory(model, layers, new, train, ranks, length, teacher)["peak"] <= room, settings
+        facts["change"] = next(
+            (
+                p
+                for _, p in proposals(settings)
+                if memory(model, layers, changed(settings, p), train, ranks, length)["peak"] <= room
+            ),
+            None,
         )
-        facts["change"] = None if change is None else difference(settings, change)
+        facts["diff"] = [
+            line
+            for key, value in (facts["change"] or {}).items()
+            for line in (f'- "{key}": {json.dumps(value_at(settings, key))}', f'+ "{key}": {json.dumps(value)}')
+        ]
     return facts
 
 
@@ -405,7 +393,8 @@ def plan(experiment: str, run: str | None = None, ds: str | None = None, gpus: i
     loaded = load_experiment(experiment, rehearse)
     if against:
         rows = compare(RunDir(against), loaded)
-        print(json.dumps(rows, indent=2) if as_json else table(["bytes per rank", "planned", "measured"], rows))
+        shown = [[what, gb(its), gb(got), f"{its / max(1, got) - 1:+.1%}"] for what, its, got in rows]
+        print(json.dumps(rows) if as_json else table(["per rank", "planned", "measured", "planned is"], shown))
         return
     plans = plan_experiment(loaded, run, load_json(ds) if ds else None, gpus, gpu, gpu_memory, mfu)
     if as_json:
@@ -425,10 +414,10 @@ def plan(experiment: str, run: str | None = None, ds: str | None = None, gpus: i
     ]  # fmt: skip
     heads = ["run", "layers", "parameters", "tokens", "FLOPs", "GPU-hours", "hours", "peak/GPU", "fits", "disk"]
     print(table(heads, rows))
-    hours, folders = sum(facts["gpu_hours"] for facts in plans), sum(facts["disk"] for facts in plans)
     print(
-        f"in all {hours:,.1f} GPU-hours, if every stage of growth is needed, and {gb(folders)} of disk; "
-        f"{gpus} x {gpu} ({room} GB) at {mfu:.0%} of {GPUS[gpu]['tflops']:g} TFLOP/s, without evaluation, saving and queueing"
+        f"in all {sum(facts['gpu_hours'] for facts in plans):,.1f} GPU-hours, if every stage of growth is needed, and "
+        f"{gb(sum(facts['disk'] for facts in plans))} of disk; {gpus} x {gpu} ({room} GB) at {mfu:.0%} of "
+        f"{GPUS[gpu]['tflops']:g} TFLOP/s, without evaluation, saving and queueing"
     )
     for facts in plans:
         if not facts["fits"]:
@@ -438,7 +427,7 @@ def plan(experiment: str, run: str | None = None, ds: str | None = None, gpus: i
 def way_out(facts: dict) -> str:
     if facts["change"] is None:
         return "no change of the JSON fits: take more GPUs, or GPUs with more memory"
-    return "the smallest change of the JSON that fits:\n    " + "\n    ".join(facts["change"])
+    return "the smallest change of the JSON that fits:\n    " + "\n    ".join(facts["diff"])
 
 
 def describe(facts: dict) -> str:
@@ -446,7 +435,6 @@ def describe(facts: dict) -> str:
     title = f"{facts['run']}{' stage ' + str(facts['stage']) if facts['stage'] else ''}, {facts['layers']} layers"
     parts = ", ".join(f"{what} {gb(size)}" for what, size in facts["component"].items() if size)
     phases = ", ".join(f"{what} {gb(size)}" for what, size in facts["phases"].items())
-    checkpoint = f"a checkpoint: {gb(facts['checkpoint'])}"
     return (
         f"{title}: {facts['batch']}\n"
         f"  whole micro batches up to {facts['full_micro_batches_up_to_gpus']} GPUs; at most {facts['most_gpus']} GPUs\n"
@@ -454,8 +442,8 @@ def describe(facts: dict) -> str:
         f"  its phases: {phases}\n"
         f"  peak {gb(facts['peak'])} in '{facts['peak_phase']}', with {gb(FRAMEWORK)} of CUDA and NCCL and "
         f"{FRAGMENTATION:.0%} for the allocator (these two are estimates)\n"
-        f"  one host: {gb(facts['host'])} of memory, {gb(facts['pinned'])} of it pinned; {checkpoint}; "
-        f"the run's folder: {gb(facts['disk'])}"
+        f"  one host: {gb(facts['host'])} of memory, {gb(facts['pinned'])} of it pinned; a checkpoint: "
+        f"{gb(facts['checkpoint'])}; the run's folder: {gb(facts['disk'])}"
     )
 
 
@@ -484,8 +472,8 @@ def compare(folder: RunDir, experiment: Experiment) -> list[list]:
     held = ("weights", "masters", "moments", "gradients")
     rows = [[what, planned["component"][what], max(rank[what] for rank in measured)] for what in held]
     files = read_json(folder.checkpoint(folder.complete_checkpoints()[-1]) / "COMPLETE")["files"]
-    rows.append(["checkpoint", planned["checkpoint"], sum(facts["size"] for facts in files.values())])
+    rows.append(["checkpoint", planned["checkpoint"], sum(facts["bytes"] for facts in files.values())])
     for what, its in (("allocated", planned["phases"][planned["peak_phase"]]), ("reserved", planned["peak"])):
         peaks = [rank["peak"][what] for rank in measured if what in rank["peak"]]
         rows += [[f"peak {what}", its, max(peaks)]] if peaks else []
-    return [[what, f"{its:,.0f}", f"{got:,.0f}"] for what, its, got in rows]
+    return rows

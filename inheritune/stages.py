@@ -170,11 +170,13 @@ def _two_ways(experiment: Experiment, name: str, run: str, needed: str, stage: i
     train = f"{_again(experiment)}bash slurm/train.sh {name}"
     again = f"{train} {run}{f' --stage {stage}' if stage else ''}"
     settings = experiment.train_of(experiment.run(needed))
-    layers = models_of(experiment, needed)[-1][1]
-    hours = gpu_hours(experiment.model, layers, settings, experiment.data.sequence_length)
+    layers, length = models_of(experiment, needed)[-1][1], experiment.data.sequence_length
+    hours = (
+        f"about {gpu_hours(experiment.model, layers, settings, length):,.0f} GPU-hours at {MFU:.0%} of the bf16 rate of an H100"
+    )
     sentence = (
-        f"Either train '{needed}' ({settings.steps * settings.batch_tokens / 1e9:.1f}B tokens, about {hours:,.0f} GPU-hours at "
-        f"{MFU:.0%} of the bf16 rate of an H100) and queue this behind it, with the job number that the first line prints:\n"
+        f"Either train '{needed}' ({settings.steps * settings.batch_tokens / 1e9:.1f}B tokens, {hours}) "
+        f"and queue this behind it, with the job number that the first line prints:\n"
         f"    {train} {needed}\n"
         f"    {again} -- --dependency=afterok:JOB"
     )
