@@ -10,6 +10,7 @@ size and xxh3-128 hash of every file they speak for.
 """
 
 import errno
+import glob
 import json
 import math
 import os
@@ -109,12 +110,15 @@ class RunDir:
 @contextmanager
 def replacing(path: Path):
     """A temporary path to write a file or fill a folder at; it takes the place of `path` when the block ends, and is
-    removed if the block fails. The rename is atomic, so a reader sees nothing or everything.
+    removed if the block fails. The rename is atomic, so a reader sees nothing or everything. What killed processes of this
+    machine left of earlier attempts is removed.
 
     Raises UserError when the disk is full."""
     temporary = path.with_name(f".{path.name}.tmp{socket.gethostname()}-{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove(temporary)
+    for left in path.parent.glob(f"{glob.escape(temporary.name.rpartition('-')[0])}-*"):
+        if left == temporary or _born(int(left.name.rpartition("-")[2])) is None:
+            remove(left)
     try:
         yield temporary
         _flush(temporary)

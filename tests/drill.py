@@ -218,7 +218,8 @@ def drill(folder: Path, kills: int, seed: int, say=print) -> tuple[Counter, list
         chain.run(kills=True)
         found = chain.outcome()
         for what, value in expected.items():
-            assert found[what] == value, f"seed {seed}, round {number}: {what} differs from the unbroken run's"
+            differs = f"seed {seed}, round {number}: {what} differs from the unbroken run's"
+            assert found[what] == value, f"{differs}: {str(found[what])[:500]} instead of {str(value)[:500]}"
         total, lost = total + chain.kills, lost + chain.lost
         assert max(lost) <= EVERY, f"seed {seed}, round {number}: {max(lost)} steps were lost"
         shutil.rmtree(place)

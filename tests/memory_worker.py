@@ -15,6 +15,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 import deepspeed
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from inheritune import engine as engines
 from inheritune import models, validate
 from inheritune.config import Model, Train

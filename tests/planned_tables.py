@@ -3,8 +3,10 @@
 They are for the H100 (80 GB) at 40% of its bf16 rate, with the DeepSpeed JSON that each experiment names."""
 
 import re
+import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from inheritune import planning
 from inheritune.config import RECIPES, REPOSITORY, load_experiment
 from inheritune.engine import load_json

@@ -1,12 +1,16 @@
 """verify: every marker, every kind of damage, and nothing else called damaged."""
 
+import os
 import shutil
+import socket
+import subprocess
+import sys
 
 import pytest
-from conftest import write_tokens
+from conftest import REPOSITORY, write_tokens
 
 from inheritune.config import UserError
-from inheritune.rundir import RunDir, hash_folder, write_json
+from inheritune.rundir import RunDir, hash_folder, replacing, write_json
 from inheritune.status import verify
 
 
@@ -86,3 +90,16 @@ def test_nothing_to_verify_is_told(tree):
     shutil.rmtree(tree / "runs" / "small" / "seed0" / "reference" / "init")
     with pytest.raises(UserError, match="nothing to verify in .*final"):
         verify(tree / "runs" / "small" / "seed0" / "reference" / "final")
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_attempt(tmp_path):
+    code = "import os, sys, pathlib, inheritune.rundir as r\n"
+    code += "with r.replacing(pathlib.Path(sys.argv[1])) as t: t.mkdir(), os._exit(9)"
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code, tmp_path / "out"], cwd=REPOSITORY, check=False)
+    ours = tmp_path / f".out.tmp{socket.gethostname()}-{os.getppid()}"  # of a process that lives
+    ours.mkdir()
+    assert len(list(tmp_path.iterdir())) == 2
+    with replacing(tmp_path / "out") as temporary:
+        temporary.mkdir()
+    assert sorted(tmp_path.iterdir()) == [ours, tmp_path / "out"]
