@@ -98,8 +98,8 @@ allocator's and CUDA's own memory in it is an estimate ({planning.FRAMEWORK / 1e
 
 ## Measured
 
-On a GPU: nothing yet, the table is empty. On the CPU, with real DeepSpeed runs (tests/test_planning.py): what each rank holds, and its
-checkpoints, agree with the plan to 1%, activations and the peak of all allocations of one rank to 10%.
+On a GPU: nothing yet, the table is empty. On the CPU, with real DeepSpeed runs (tests/test_planning.py): what a rank holds, and
+its checkpoints, agree with the plan to 1%, activations and the peak of all allocations of one rank to 10%.
 `python -m inheritune plan EXPERIMENT --against RUN_FOLDER` shows it for a run of yours.
 
 | model | JSON | GPUs | planned GB | measured GB, allocated | reserved | hardware, versions |
