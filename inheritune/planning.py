@@ -20,13 +20,11 @@ PROCESS = 3.0e9  # host memory of one Python process with torch and CUDA loaded;
 GPUS_PER_HOST = 8
 EVAL_BATCH = 8  # validate.EVAL_BATCH
 MFU = 0.4
-DEFAULTS = {  # DeepSpeed's own, where a JSON is silent
-    "reduce_bucket_size": 5e8,
-    "sub_group_size": 1e9,
-    "stage3_prefetch_bucket_size": 5e7,
-    "stage3_param_persistence_threshold": 1e5,
-    "stage3_max_live_parameters": 1e9,
-}
+DEFAULTS = {
+    "reduce_bucket_size": 5e8, "sub_group_size": 1e9, "stage3_prefetch_bucket_size": 5e7,
+    "stage3_param_persistence_threshold": 1e5, "stage3_max_live_parameters": 1e9,
+}  # fmt: skip
+"""DeepSpeed's own values of the keys that matter here, where a JSON is silent."""
 ALLREDUCE_ELEMENTS = 5e8  # DeepSpeed flattens so many elements of the gradients at once at ZeRO 0
 
 
@@ -64,8 +62,7 @@ def parameters(model: Model, layers: int) -> int:
 
 def matrix_elements(model: Model, layers: int) -> int:
     """Elements of the matrices that a token is multiplied with, the head's among them."""
-    tied = model.vocab_size * model.width if model.tied_head else 0
-    return sum(t.numel for t in tensors(model, layers) if t.decayed) + tied
+    return sum(t.numel for t in tensors(model, layers) if t.decayed) + model.vocab_size * model.width * model.tied_head
 
 
 def flops_per_token(model: Model, layers: int, length: int) -> float:
@@ -247,7 +244,7 @@ def memory(model: Model, layers: int, settings: dict, train: Train, ranks: int, 
         "pinned": on_host * (pinned + b * part * weights_away),
         "checkpoint": checkpoint_bytes(trained, b * whole, stage),
         "weights_file": 4 * whole,
-    }
+    }  # fmt: skip
 
 
 def checkpoint_bytes(trained: int, weights: int, stage: int) -> int:
@@ -348,19 +345,15 @@ def plan_model(experiment: Experiment, run: str, stage: int | None, layers: int,
         **planned,
     }
     if not facts["fits"]:
-        facts["change"] = next(
-            (
-                p
-                for _, p in proposals(settings)
-                if memory(model, layers, changed(settings, p), train, ranks, length)["peak"] <= room
-            ),
-            None,
-        )
-        facts["diff"] = [
-            line
-            for key, value in (facts["change"] or {}).items()
-            for line in (f'- "{key}": {json.dumps(value_at(settings, key))}', f'+ "{key}": {json.dumps(value)}')
+
+        def peak(patch: dict) -> float:
+            return memory(model, layers, changed(settings, patch), train, ranks, length, teacher)["peak"]
+
+        patch = facts["change"] = next((p for _, p in proposals(settings) if peak(p) <= room), None)
+        lines = [
+            [f'- "{key}": {json.dumps(value_at(settings, key))}', f'+ "{key}": {json.dumps(patch[key])}'] for key in patch or ()
         ]
+        facts["diff"] = list(itertools.chain(*lines))
     return facts
 
 
@@ -400,20 +393,18 @@ def plan(experiment: str, run: str | None = None, ds: str | None = None, gpus: i
     if as_json:
         print(json.dumps(plans, indent=2))
         return
-    room = gpu_memory or GPUS[gpu]["memory_gb"]
+    room, named = gpu_memory or GPUS[gpu]["memory_gb"], {}
     for facts in plans if run else []:
         print(describe(facts), end="\n\n")
     rows = [
         [
-            facts["run"] + (f" stage {facts['stage']}" if facts["stage"] else ""), facts["layers"],
-            f"{facts['parameters'] / 1e6:,.0f}M", f"{facts['tokens'] / 1e9:.1f}B", f"{facts['flops']:.1e}",
-            f"{facts['gpu_hours']:,.1f}", f"{facts['hours']:,.1f}", gb(facts["peak"]), "yes" if facts["fits"] else "NO",
-            gb(facts["disk"]),
+            title(facts), facts["layers"], f"{facts['parameters'] / 1e6:,.0f}M", f"{facts['tokens'] / 1e9:.1f}B",
+            f"{facts['flops']:.1e}", f"{facts['gpu_hours']:,.1f}", f"{facts['hours']:,.1f}", gb(facts["peak"]),
+            "yes" if facts["fits"] else "NO", gb(facts["disk"]),
         ]
         for facts in plans
     ]  # fmt: skip
-    heads = ["run", "layers", "parameters", "tokens", "FLOPs", "GPU-hours", "hours", "peak/GPU", "fits", "disk"]
-    print(table(heads, rows))
+    print(table("run layers parameters tokens FLOPs GPU-hours hours peak/GPU fits disk".split(), rows))  # noqa: SIM905
     print(
         f"in all {sum(facts['gpu_hours'] for facts in plans):,.1f} GPU-hours, if every stage of growth is needed, and "
         f"{gb(sum(facts['disk'] for facts in plans))} of disk; {gpus} x {gpu} ({room} GB) at {mfu:.0%} of "
@@ -421,25 +412,27 @@ def plan(experiment: str, run: str | None = None, ds: str | None = None, gpus: i
     )
     for facts in plans:
         if not facts["fits"]:
-            print(f"{facts['run']} ({facts['layers']} layers) does not fit; " + way_out(facts))
+            named.setdefault("\n    ".join(facts["diff"]), []).append(title(facts))
+    for diff, names in named.items():
+        way_out = (
+            f"the smallest change of the JSON that fits:\n    {diff}" if diff else "no change of the JSON fits: take more GPUs"
+        )
+        print(f"{', '.join(names)}: too large; {way_out}")
 
 
-def way_out(facts: dict) -> str:
-    if facts["change"] is None:
-        return "no change of the JSON fits: take more GPUs, or GPUs with more memory"
-    return "the smallest change of the JSON that fits:\n    " + "\n    ".join(facts["diff"])
+def title(facts: dict) -> str:
+    return facts["run"] + (f" stage {facts['stage']}" if facts["stage"] else "")
 
 
 def describe(facts: dict) -> str:
     """One model in words: batch, memory by component and by phase, host, disk."""
-    title = f"{facts['run']}{' stage ' + str(facts['stage']) if facts['stage'] else ''}, {facts['layers']} layers"
-    parts = ", ".join(f"{what} {gb(size)}" for what, size in facts["component"].items() if size)
-    phases = ", ".join(f"{what} {gb(size)}" for what, size in facts["phases"].items())
+    parts, phases = (
+        ", ".join(f"{what} {gb(size)}" for what, size in facts[kind].items() if size) for kind in ("component", "phases")
+    )
     return (
-        f"{title}: {facts['batch']}\n"
+        f"{title(facts)}: {facts['batch']}\n"
         f"  whole micro batches up to {facts['full_micro_batches_up_to_gpus']} GPUs; at most {facts['most_gpus']} GPUs\n"
-        f"  one GPU holds: {parts}\n"
-        f"  its phases: {phases}\n"
+        f"  one GPU holds: {parts}\n  its phases: {phases}\n"
         f"  peak {gb(facts['peak'])} in '{facts['peak_phase']}', with {gb(FRAMEWORK)} of CUDA and NCCL and "
         f"{FRAGMENTATION:.0%} for the allocator (these two are estimates)\n"
         f"  one host: {gb(facts['host'])} of memory, {gb(facts['pinned'])} of it pinned; a checkpoint: "
@@ -451,10 +444,10 @@ def gb(size: float) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
 
 
-def table(heads: list, rows: list[list], style: str = "simple") -> str:
+def table(heads: list, rows: list[list]) -> str:
     from tabulate import tabulate
 
-    return tabulate(rows, heads, tablefmt=style, disable_numparse=True, colalign=["left"] + ["right"] * (len(heads) - 1))
+    return tabulate(rows, heads, tablefmt="simple", disable_numparse=True, colalign=["left"] + ["right"] * (len(heads) - 1))
 
 
 def compare(folder: RunDir, experiment: Experiment) -> list[list]:

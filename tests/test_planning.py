@@ -249,8 +249,8 @@ def test_a_finished_run_shows_planned_beside_measured(small, own_root):
     run_verb("train", small, "--run", "reference")
     rows = json.loads(run_verb("plan", small, "--against", own_root / "runs/small/seed0/reference", "--json").stdout)
     for what, expected, found in rows:
-        bound = 0.05 if what == "checkpoint" else 0.01  # 0.2 MB: file formats and random generators count
-        assert expected == pytest.approx(found, rel=bound), what
+        slack = 100_000 if what == "checkpoint" else 0  # file formats and random generators, beside 0.7 MB
+        assert expected == pytest.approx(found, rel=0.01, abs=slack), what
     assert [row[0] for row in rows] == ["weights", "masters", "moments", "gradients", "checkpoint"]
 
 
