@@ -14,6 +14,7 @@ import pytest
 import sentencepiece
 import yaml
 from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment, write_tokens
+from hub_server import Hub
 from tiny_models import random_model
 
 from inheritune import models
@@ -179,6 +180,25 @@ def test_what_cannot_be_scored_is_one_sentence(tmp_path, checkpoint):
         (checkpoint / name).unlink()
     assert "holds no tokenizer, which the tasks need" in refused(*evaluate, "--tasks", "word", **ALONE)
     run_verb(*evaluate, "--tasks", "none", **ALONE)
+
+
+def test_fetch_takes_the_data_of_the_tasks_and_evaluate_needs_no_internet_afterwards(request, tmp_path, checkpoint):
+    folder = tmp_path / "hub" / "datasets" / "someone" / "questions"
+    folder.mkdir(parents=True)
+    shutil.copy(TASK_FILES / "rehearsal" / "test.jsonl", folder)
+    hub = Hub(tmp_path / "hub")
+    request.addfinalizer(hub.close)
+    content = {"include": "choice.yaml", "task": "fetched", "dataset_path": "someone/questions", "custom_dataset": None}
+    tasks = {"fetched": {"task": "fetched", "metrics": ["acc"]}, "choice": {**OWN["choice"], "shots": 0}}
+    path = write_own(tmp_path, checkpoint, tasks, fetched=content | {"fewshot_split": None})
+    home = {"HF_HOME": tmp_path / "home", "HF_HUB_DISABLE_XET": 1, "HF_ENDPOINT": hub.url}
+    assert "neither in the cache" in refused("evaluate", path, "--run", "theirs", **home, **ALONE)
+    run_verb("fetch", path, **home)
+    assert hub.taken == ["test.jsonl"]
+    hub.close()
+    run_verb("evaluate", path, "--run", "theirs", **{**home, **ALONE, "HF_ENDPOINT": "http://127.0.0.1:9"})
+    rows = results_of(path)["tasks"]
+    assert rows["fetched"]["acc"] == rows["choice"]["acc"] and rows["fetched"]["n"] == 16
 
 
 def test_metrics_and_shots_that_a_task_has_not_are_refused(tmp_path):
