@@ -7,6 +7,7 @@ requests, shares them out over the ranks and computes the metrics; it is importe
 import contextlib
 import io
 import logging
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -58,6 +59,11 @@ def load_tasks(chosen: dict[str, Task], task_files: str | None) -> dict:
                 raise UserError(f"task {name} has no metric '{unknown[0]}'; {nearest(unknown[0], leaf.aggregation())}")
             if task.shots and leaf.get_config("num_fewshot") == 0:
                 raise UserError(f"task {name} takes no few-shot examples ({leaf.task_name}); set its shots to 0")
+            if task.shots and dist.world() > 1 and type(leaf.sampler).__name__ != "FirstNSampler":  # MMLU takes the first n
+                raise UserError(
+                    f"lm-eval draws the few-shot examples of {name} on each rank by itself, so {dist.world()} ranks would give "
+                    f"another score than one; evaluate it on one rank, or give it 'fewshot_config: {{sampler: first_n}}'"
+                )
             leaf.set_config("num_fewshot", task.shots)
             leaf.set_fewshot_seed(FEWSHOT_SEED)
         loaded[name] = found
@@ -131,9 +137,7 @@ def unscored(chosen: dict[str, Task], loaded: dict, results: dict, checkpoint: s
     """Names of the tasks that results["tasks"] lacks for these weights, task and shots; rows of other weights are dropped.
 
     Raises UserError for a row of another version of its task."""
-    rows = {
-        name: row for name, row in results.get("tasks", {}).items() if row["checkpoint"] == checkpoint or name not in chosen
-    }
+    rows = {name: row for name, row in results.get("tasks", {}).items() if row["checkpoint"] == checkpoint}
     missing = []
     for name, task in chosen.items():
         row, now = rows.get(name, {}), task_version(task, loaded[name])
@@ -155,6 +159,9 @@ def score(lm, task: Task, found: dict) -> dict | None:
     The standard error is lm-eval's: over the documents, not over seeds."""
     from lm_eval.evaluator import evaluate  # what is behind the lm_eval command; the layer between loads model and tasks anew
 
+    # the bootstrap of a perplexity's error would fork this process, whose threads may then hold locks for ever; the same
+    # numbers come from one process, in a minute or two for LAMBADA
+    os.environ["DISABLE_MULTIPROC"] = "1"
     with quiet():
         answer = evaluate(lm, found, log_samples=False)
     if answer is None:

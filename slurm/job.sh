@@ -543,7 +543,7 @@ baselines() {
 evaluate() {
   defaults evaluate 1
   TASKS=1 cpu_tasks=1
-  read_arguments 1 "EXPERIMENT [--seed K]" "$@"
+  read_arguments 1 "EXPERIMENT [--seed K] [--tasks A,B]" "$@"
   over_runs all
   start "evaluate the runs of ${words[0]}"
   run_of_task all

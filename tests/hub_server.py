@@ -44,14 +44,21 @@ class Hub:
     def answer(self, request) -> None:
         path = unquote(request.path.partition("?")[0])
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0)).decode()
-        if listing := re.fullmatch(rf"/api/(models|datasets)/([^/]+/[^/]+)/(tree|paths-info)/{COMMIT}", path):
-            kind, repo, what = listing.groups()
+        if listing := re.fullmatch(
+            rf"/api/(models|datasets)/([^/]+/[^/]+)(?:/(tree|paths-info|revision)/(?:{COMMIT}|main)(/.*)?)?", path
+        ):
+            kind, repo, what, folder = listing.groups()
             files = [p for p in sorted((self.folder / kind / repo).rglob("*")) if p.is_file()]
             rows = [self.describe(p, (self.folder / kind / repo)) for p in files]
             if what == "paths-info":
                 rows = [row for row in rows if row["path"] in parse_qs(body)["paths"]]
+            if what in ("revision", None):  # what `datasets` asks first
+                siblings = [{"rfilename": row["path"]} for row in rows]
+                rows = {"id": repo, "sha": COMMIT, "private": False, "tags": [], "downloads": 0, "siblings": siblings}
+            if folder:
+                rows = [row for row in rows if row["path"].startswith(folder[1:] + "/")]
             self.send(request, 200, json.dumps(rows).encode(), {"Content-Type": "application/json"})
-        elif file := re.fullmatch(rf"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/{COMMIT}/(.+)", path):
+        elif file := re.fullmatch(rf"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/(?:{COMMIT}|main)/(.+)", path):
             kind, repo, name = file.groups()
             place = self.folder / (kind or "models") / repo / name
             if repo in self.gated:
