@@ -16,7 +16,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 os.environ["DS_ACCELERATOR"] = "cpu"  # these tests are about the code, not about a GPU that may be there
 
 
-LONGEST = ("slurm_growth", "train", "resize", "stop", "slurm_scripts", "grow", "resume")
+LONGEST = ["slurm_growth", "train", "resize", "slurm_scripts", "stop", "grow", "planning", "baselines", "resume", "export"]
+LONGEST += ["architectures", "status", "evaluate"]
 
 
 def pytest_collection_modifyitems(items):
