@@ -20,10 +20,10 @@ from inheritune.rundir import data_dir
 # DESIGN: a file imports only from files before it; documents holds the readers that prepare and fetch share
 ORDER = """
 config rundir dist log tokens documents prepare batches models sources fetch inherit attention export validate engine
-checkpoint train evaluate stages tables figures status
+checkpoint train evaluate stages paper tables figures status
 """.split()  # noqa: SIM905 - a list to read
 CORE_EXCLUDES = {"tokens", "documents", "prepare", "fetch"} | {"attention", "evaluate"} | {"stages"}
-CORE_EXCLUDES |= {"tables", "figures", "status", "export"}
+CORE_EXCLUDES |= {"paper", "tables", "figures", "status", "export"}
 """Preparing, evaluating (losses and attention), planning, reporting: what is left is the core."""
 
 
