@@ -116,14 +116,17 @@ def _mark_rank_one(axes) -> None:
     )  # fmt: skip
 
 
-def plot_max_rank(series: list[tuple[str, list[dict]]], path: Path, tau: str = MAIN, rehearsal: bool = False) -> None:
+def plot_max_rank(
+    series: list[tuple[str, list[dict]]], path: Path, tau: str = MAIN, rehearsal: bool = False, title: str = ""
+) -> None:
     """MaxRank per layer, one line per (label, rows of attention.jsonl): the paper's Figures 1, 2a, 8, 13 and 15."""
     with _figure(path, 7, 4, rehearsal) as figure:
         axes = figure.add_subplot()
         _per_layer(axes, [(label, _layers(rows), "max_rank", tau) for label, rows in series])
         _mark_rank_one(axes)
         axes.set_ylabel(f"MaxRank (τ = {float(tau):.2f})")
-        axes.set_title("Approximate rank of attention per layer" + (f": {series[0][0]}" if len(series) == 1 else ""))
+        title = title or (series[0][0] if len(series) == 1 else "")
+        axes.set_title("Approximate rank of attention per layer" + (f": {title}" if title else ""))
         _legend(axes, len(series))
 
 
@@ -140,13 +143,16 @@ def plot_tau_ablation(rows: list[dict], path: Path, label: str = "", rehearsal: 
         _legend(axes, len(taus))
 
 
-def plot_avg_mass(series: list[tuple[str, list[dict]]], path: Path, eta: str = MAIN, rehearsal: bool = False) -> None:
+def plot_avg_mass(
+    series: list[tuple[str, list[dict]]], path: Path, eta: str = MAIN, rehearsal: bool = False, title: str = ""
+) -> None:
     """AvgMass per layer, one line per (label, rows): the paper's Figures 14 to 16."""
     with _figure(path, 7, 4, rehearsal) as figure:
         axes = figure.add_subplot()
         _per_layer(axes, [(label, _layers(rows), "avg_mass", eta) for label, rows in series])
         axes.set_ylabel(f"AvgMass (columns holding {float(eta):.0%} of the mass)")
-        axes.set_title("Columns that hold the attention, per layer" + (f": {series[0][0]}" if len(series) == 1 else ""))
+        title = title or (series[0][0] if len(series) == 1 else "")
+        axes.set_title("Columns that hold the attention, per layer" + (f": {title}" if title else ""))
         _legend(axes, len(series))
 
 
@@ -257,7 +263,8 @@ def plot_loss_curves(
 
     The loss axis is logarithmic and begins where the steep start ends (a tenth of the longest run), as in the paper's
     Figures 5 and 6; `reference_loss` is a dotted line to reach. `smooth` draws trailing means of that many evaluations (10
-    in the paper's Figure 5c), without those that would hold the first evaluation, the start. `steps` are the first and the
+    in the paper's Figure 5c), without those that would hold the first evaluation, the start; rows that say `smoothed` are
+    left as they are. `steps` are the first and the
     last drawn. Tokens are a second axis if
     all runs share one batch size. The legend gives each run's last loss, not smoothed."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
@@ -267,8 +274,9 @@ def plot_loss_curves(
         rows = sorted((row for row in rows if row.get("val_loss") is not None), key=lambda row: row["step"])
         if not rows:
             raise UserError(f"run '{label}' has no validation loss to draw; train it first, or leave it out")
-        ys = trailing_mean([row["val_loss"] for row in rows], smooth)
-        begin = smooth if 1 < smooth < len(rows) else 0
+        window = 1 if rows[-1].get("smoothed") else smooth
+        ys = trailing_mean([row["val_loss"] for row in rows], window)
+        begin = window if 1 < window < len(rows) else 0
         drawn = [i for i, row in enumerate(rows) if i >= begin and steps[0] <= row["step"] <= (steps[1] or row["step"])]
         if drawn:  # a run in progress may not have come so far
             curves.append((label, [rows[i] for i in drawn], [ys[i] for i in drawn]))
@@ -388,7 +396,7 @@ def _attention_panel(panel: Panel, experiments: dict[str, Experiment], seed: int
     if not series:
         return False
     if field:
-        (plot_max_rank if panel.kind == "max_rank" else plot_avg_mass)(series, path, rehearsal=small)
+        (plot_max_rank if panel.kind == "max_rank" else plot_avg_mass)(series, path, rehearsal=small, title=panel.title)
     else:
         plot = {"taus": plot_tau_ablation, "heat": plot_heat_map, "maps": plot_attention_maps}[panel.kind]
         shown, row = series[0][1], panel.rows[0]
@@ -407,11 +415,12 @@ def _loss_panel(panel: Panel, experiments: dict[str, Experiment], seed: int, pat
         folder = RunDir.of(experiment, run, seed)
         rows = curve_rows(read_jsonl((folder.stage(row.stage) if row.stage else folder).metrics), panel.loss)
         curve = {} if small else row_curve(row, panel.loss)
-        if row.file and not small:
+        read_off = bool(row.file) and not small  # from a figure, whose curves are smoothed
+        if read_off:
             curve = {int(p["step"]): float(p[row.value]) for p in rows_like(row.file, row.match) if p[row.value]}
         print(f"{panel.title}, {row.label}: {curve_check(rows, curve)}")
-        series += [(row.label, rows)] if rows else []
-        series += [(row.label + PAPER, [{"step": step, "val_loss": loss} for step, loss in curve.items()])] if curve else []
+        theirs = [{"step": step, "val_loss": loss, "smoothed": read_off} for step, loss in curve.items()]
+        series += [(label, points) for label, points in ((row.label, rows), (row.label + PAPER, theirs)) if points]
     if not series:
         return False
     what = "training loss" if panel.loss == "train_loss" else "validation loss"
