@@ -12,7 +12,7 @@ import time
 from inheritune import dist
 from inheritune.config import UserError, nearest
 
-SWITCHES = ("rehearse", "slot", "json")
+SWITCHES = ("rehearse", "slot", "json", "missing")
 COUNTS = ("stage", "procs", "workers", "sequences", "length", "gpus", "gpu_memory", "depth")
 
 
@@ -67,14 +67,20 @@ class Verbs:
         inherit(source, chosen, out, split(parts, PARTS), split(modules, MODULES), seed, revision, depth, at)
         print(f"wrote {out}: layers {layers} of {source}")
 
-    def analyze(self, model, data, out=None, sequences=100, length=100, seed=0):
+    def analyze(self, model, data, out=None, sequences=100, length=100, seed=0, maps=None):
         """Measure attention rank and column mass per layer; draw them; suggest how many layers to inherit.
 
-        MODEL: an HF checkpoint or id; DATA: an experiment (its prepared data) or a folder that prepare wrote."""
+        MODEL: an HF checkpoint or id, or the name of a run of DATA; DATA: an experiment (its prepared data) or a folder that
+        prepare wrote. MAPS: attention maps to keep for drawing, as layer:head from 1, e.g. 4:2,7:3."""
         from inheritune.attention import run_analyze
         from inheritune.figures import plot_attention
 
-        folder = run_analyze(model, data, out, sequences, length, seed)
+        try:
+            pairs = [tuple(int(n) - 1 for n in pair.split(":")) for pair in maps.split(",")] if maps else None
+            assert all(len(pair) == 2 for pair in pairs or ())
+        except (ValueError, AssertionError):
+            raise UserError(f"analyze: --maps takes pairs layer:head, counted from 1, such as 4:2,7:3 (got '{maps}')") from None
+        folder = run_analyze(model, data, out, sequences, length, seed, pairs)
         print("plots:", *(path.relative_to(folder) for path in plot_attention(folder)), "in", folder)
 
     def grow(self, experiment, run, seed=0, procs=1, ds=None, slot=None, rehearse=None):
@@ -109,14 +115,16 @@ class Verbs:
 
         evaluate(experiment, run, model, tasks, seed, out, rehearse)
 
-    def table(self, item, seed=0, rehearse=None):
-        """The table of an experiment: ours, with intervals and the verdict in words."""
+    def table(self, item, seed=0, rehearse=None, missing=None):
+        """A table of the paper (table5): ours beside theirs, with noise and verdicts; or that of an experiment.
+
+        --missing prints what has to be run before: verb, experiment, run, the lines it waits for, options; for figures too."""
         from inheritune.tables import table
 
-        table(item, seed, rehearse)
+        table(item, seed, rehearse, bool(missing))
 
     def figure(self, item, seed=0, rehearse=None):
-        """The plots of an experiment: loss curves, MaxRank and column mass per layer."""
+        """A figure of the paper (fig05), its data beside ours; or the plots of an experiment."""
         from inheritune.figures import figure
 
         print("\n".join(str(path) for path in figure(item, seed, rehearse)))

@@ -22,7 +22,9 @@ import yaml
 from tqdm import tqdm
 
 from inheritune.batches import Tokens
-from inheritune.config import UserError, load_experiment
+from inheritune.config import RECIPES, Experiment, UserError, load_experiment
+from inheritune.inherit import write_random
+from inheritune.models import hf_config
 from inheritune.rundir import RunDir, data_dir, root, write_text
 
 TAUS = (0.80, 0.85, 0.90, 0.95)
@@ -365,6 +367,34 @@ def describe(rows: list[dict]) -> str:
     return "\n".join([*lines, summary["reason"]])
 
 
+def named_run(model: str, experiment: Experiment, seed: int = 0) -> tuple[str, str | None, Path | None] | None:
+    """(checkpoint, its revision, folder for the rows) of a run of `experiment`: "RUN", "RUN/stage2", or, measured on the
+    data of `experiment`, a run of another: "EXPERIMENT/RUN". None if `model` is no such name.
+
+    A model of others is a random one of that size in a rehearsal. Raises UserError if the run is not finished."""
+    name, _, stage = model.partition("/stage")
+    owner, _, run = name.rpartition("/")
+    if Path(model).exists() or (owner and not (RECIPES / f"{owner}.yaml").is_file()):
+        return None
+    owned = load_experiment(owner, experiment.rehearsal) if owner else experiment
+    if run not in owned.runs:
+        return None
+    folder, external = RunDir.of(owned, run, seed), owned.runs[run].init.external
+    out = folder.path / f"on_{experiment.name}" if owner else folder.path if external else None
+    if external and owned.rehearsal:
+        start = folder.seed_checkpoint(owned.model.layers)
+        write_random(hf_config(owned.model, owned.model.layers), start, seed)
+        return str(start), None, out
+    if external:
+        return external.source, external.revision, out
+    folder = folder.stage(int(stage)) if stage else folder
+    if not folder.is_done():
+        raise UserError(
+            f"run '{model}' of {owned.name} (seed {seed}) is not finished: {folder.path} has no DONE; train it first"
+        )
+    return str(folder.path), None, out
+
+
 def run_analyze(
     model: str,
     data: str,
@@ -377,18 +407,20 @@ def run_analyze(
 ) -> Path:
     """The verb: measure, write attention.jsonl, print the table. Returns the folder, for figures.plot_attention.
 
-    `model` is an HF checkpoint, a Hub id, or the folder of a finished run (a grown one means its chosen stage). `data` is
-    an experiment or a folder of prepared data. `out` is by default the run folder that holds the weights, else
-    runs/analysis/<model>. In a rehearsal, whose models are short, `length` is cut to its sequences."""
-    if RunDir(model).is_done():
-        model = str(RunDir(model).weights())
-    run = RunDir(Path(model).resolve().parent)
-    is_final = Path(model).resolve() == run.final and run.final.is_dir()
+    `model` is an HF checkpoint, a Hub id, the folder of a finished run (a grown one means its chosen stage), or a name
+    (`named_run`, of that seed). `data` is an experiment or a folder of prepared data. `out` is by default the run folder that
+    holds the weights, else runs/analysis/<model>. In a rehearsal, whose models are short, `length` is cut to its sequences."""
     if (Path(data) / "manifest.json").is_file():
         experiment, prepared = None, Path(data)
     else:
         experiment = load_experiment(data)
         prepared = data_dir(experiment)
+    if experiment and (named := named_run(model, experiment, seed)):
+        model, revision, out = named[0], revision or named[1], out or named[2]
+    if RunDir(model).is_done():
+        model = str(RunDir(model).weights())
+    run = RunDir(Path(model).resolve().parent)
+    is_final = Path(model).resolve() == run.final and run.final.is_dir()
     described = [experiment.model_dump(mode="json")] if experiment else []
     if is_final and run.experiment.is_file():
         described.append(yaml.safe_load(run.experiment.read_text(encoding="utf-8")))

@@ -30,7 +30,9 @@ from inheritune.tokens import hub_errors
 
 log = logging.getLogger(__name__)
 
-KINDS = {".txt": "text", ".py": "python", ".parquet": "text"} | dict.fromkeys((".jsonl", ".jsonl.gz", ".jsonl.zst"), "json")
+KINDS = {".txt": "text", ".py": "python", ".parquet": "text"} | dict.fromkeys(
+    (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz"), "json"
+)
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 

@@ -1,15 +1,30 @@
 """Figures: drawn from the JSON rows of finished runs and nothing else (no torch, no model, no log).
 
 `plot_attention(folder)` draws what `analyze` measured; the other functions take rows, so that several models share one
-figure. Rows count layers and heads from 0; the figures count from 1, as the paper's do. The same rows give the same bytes.
+figure. Rows labelled "...: paper" are the paper's, drawn thin and in the colour of ours. Rows count layers and heads from 0;
+the figures count from 1, as the paper's do. The same rows give the same bytes.
 """
 
 from contextlib import contextmanager
 from pathlib import Path
 
-from inheritune.config import UserError, load_experiment
+from inheritune.config import Experiment, UserError, load_experiment
+from inheritune.paper import (
+    Panel,
+    Row,
+    attention_of,
+    item_names,
+    last_ten,
+    load_experiments,
+    load_item,
+    model_folder,
+    published_loss,
+    row_curve,
+    rows_like,
+    shown_maps,
+)  # fmt: skip
 from inheritune.rundir import RunDir, read_jsonl, replacing
-from inheritune.tables import entries, validation_curve
+from inheritune.tables import entries, judge, paper_folder, validation_curve
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B")
 """Okabe and Ito's palette, which colour-blind readers can tell apart; markers and dashes differ too."""
@@ -18,6 +33,15 @@ DASHES = ("-", "--", "-.", ":")
 REFERENCE_GREY = "#555555"
 MAIN = "0.9"
 """Key of the tau and eta of the paper's main figures."""
+PAPER = ": paper"
+"""How the label of a line with the paper's numbers ends."""
+
+
+def _styles(labels: list[str]) -> list[dict]:
+    """Colour and width of each line: one colour for a model, thin for the paper's numbers."""
+    models = list(dict.fromkeys(label.removesuffix(PAPER) for label in labels))
+    colors = {model: COLORS[index % len(COLORS)] for index, model in enumerate(models)}
+    return [{"color": colors[n.removesuffix(PAPER)], "linewidth": 0.7 if n.endswith(PAPER) else 1.5} for n in labels]
 
 
 @contextmanager
@@ -63,17 +87,18 @@ def _legend(axes, n: int) -> None:
 def _per_layer(axes, lines: list[tuple[str, list[dict], str, str]]) -> None:
     """One line with a band of one standard deviation per (label, layer rows, field, key); a row without a deviation, such
     as one read off the paper's figures, has no band."""
+    styles = _styles([line[0] for line in lines])
     for index, (label, layers, field, key) in enumerate(lines):
-        color, x = COLORS[index % len(COLORS)], [row["layer"] + 1 for row in layers]
+        x = [row["layer"] + 1 for row in layers]
         y = [row[field][key] for row in layers]
         std = [row.get(f"{field}_std", {}).get(key, 0.0) for row in layers]
         axes.fill_between(
             x,
             [max(1.0, m - s) for m, s in zip(y, std, strict=True)],
             [m + s for m, s in zip(y, std, strict=True)],
-            color=color, alpha=0.15, linewidth=0,
+            color=styles[index]["color"], alpha=0.15, linewidth=0,
         )  # fmt: skip
-        axes.plot(x, y, color=color, marker=MARKERS[index % len(MARKERS)], markersize=4, linewidth=1.5, label=label)
+        axes.plot(x, y, marker=MARKERS[index % len(MARKERS)], markersize=4, label=label, **styles[index])
     last = max(row["layer"] + 1 for _, layers, _, _ in lines for row in layers)
     axes.set_xticks(_count_ticks(last))
     axes.set_xlim(0.5, last + 0.5)
@@ -91,14 +116,17 @@ def _mark_rank_one(axes) -> None:
     )  # fmt: skip
 
 
-def plot_max_rank(series: list[tuple[str, list[dict]]], path: Path, tau: str = MAIN, rehearsal: bool = False) -> None:
+def plot_max_rank(
+    series: list[tuple[str, list[dict]]], path: Path, tau: str = MAIN, rehearsal: bool = False, title: str = ""
+) -> None:
     """MaxRank per layer, one line per (label, rows of attention.jsonl): the paper's Figures 1, 2a, 8, 13 and 15."""
     with _figure(path, 7, 4, rehearsal) as figure:
         axes = figure.add_subplot()
         _per_layer(axes, [(label, _layers(rows), "max_rank", tau) for label, rows in series])
         _mark_rank_one(axes)
         axes.set_ylabel(f"MaxRank (τ = {float(tau):.2f})")
-        axes.set_title("Approximate rank of attention per layer" + (f": {series[0][0]}" if len(series) == 1 else ""))
+        title = title or (series[0][0] if len(series) == 1 else "")
+        axes.set_title("Approximate rank of attention per layer" + (f": {title}" if title else ""))
         _legend(axes, len(series))
 
 
@@ -115,13 +143,16 @@ def plot_tau_ablation(rows: list[dict], path: Path, label: str = "", rehearsal: 
         _legend(axes, len(taus))
 
 
-def plot_avg_mass(series: list[tuple[str, list[dict]]], path: Path, eta: str = MAIN, rehearsal: bool = False) -> None:
+def plot_avg_mass(
+    series: list[tuple[str, list[dict]]], path: Path, eta: str = MAIN, rehearsal: bool = False, title: str = ""
+) -> None:
     """AvgMass per layer, one line per (label, rows): the paper's Figures 14 to 16."""
     with _figure(path, 7, 4, rehearsal) as figure:
         axes = figure.add_subplot()
         _per_layer(axes, [(label, _layers(rows), "avg_mass", eta) for label, rows in series])
         axes.set_ylabel(f"AvgMass (columns holding {float(eta):.0%} of the mass)")
-        axes.set_title("Columns that hold the attention, per layer" + (f": {series[0][0]}" if len(series) == 1 else ""))
+        title = title or (series[0][0] if len(series) == 1 else "")
+        axes.set_title("Columns that hold the attention, per layer" + (f": {title}" if title else ""))
         _legend(axes, len(series))
 
 
@@ -225,12 +256,16 @@ def plot_loss_curves(
     title: str = "Validation loss",
     smooth: int = 1,
     rehearsal: bool = False,
+    steps: tuple[int, int | None] = (0, None),
+    what: str = "validation loss",
 ) -> None:
     """Validation loss over steps, one line per (label, rows of metrics.jsonl); rows without `val_loss` are passed over.
 
     The loss axis is logarithmic and begins where the steep start ends (a tenth of the longest run), as in the paper's
     Figures 5 and 6; `reference_loss` is a dotted line to reach. `smooth` draws trailing means of that many evaluations (10
-    in the paper's Figure 5c), without those that would hold the first evaluation, the start. Tokens are a second axis if
+    in the paper's Figure 5c), without those that would hold the first evaluation, the start; rows that say `smoothed` are
+    left as they are. `steps` are the first and the
+    last drawn. Tokens are a second axis if
     all runs share one batch size. The legend gives each run's last loss, not smoothed."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
@@ -239,21 +274,27 @@ def plot_loss_curves(
         rows = sorted((row for row in rows if row.get("val_loss") is not None), key=lambda row: row["step"])
         if not rows:
             raise UserError(f"run '{label}' has no validation loss to draw; train it first, or leave it out")
-        ys = trailing_mean([row["val_loss"] for row in rows], smooth)
-        begin = smooth if 1 < smooth < len(rows) else 0
-        curves.append((label, rows[begin:], ys[begin:]))
+        window = 1 if rows[-1].get("smoothed") else smooth
+        ys = trailing_mean([row["val_loss"] for row in rows], window)
+        begin = window if 1 < window < len(rows) else 0
+        drawn = [i for i, row in enumerate(rows) if i >= begin and steps[0] <= row["step"] <= (steps[1] or row["step"])]
+        if drawn:  # a run in progress may not have come so far
+            curves.append((label, [rows[i] for i in drawn], [ys[i] for i in drawn]))
+    if not curves:
+        raise UserError(f"no run has come to step {steps[0]} yet: nothing to draw in '{title}'")
     longest = max(rows[-1]["step"] for _, rows, _ in curves)
     late = [y for _, rows, ys in curves for row, y in zip(rows, ys, strict=True) if row["step"] >= 0.1 * longest]
     low = min(late + ([reference_loss] if reference_loss else []))
     high = max(late + ([reference_loss] if reference_loss else []))
     with _figure(path, 9, 4.4, rehearsal) as figure:
         axes = figure.add_subplot()
+        styles = _styles([label for label, _, _ in curves])
         for index, (label, rows, ys) in enumerate(curves):
             few = len(rows) <= 25
             axes.plot(
-                [row["step"] for row in rows], ys, color=COLORS[index % len(COLORS)], linewidth=1.5,
-                linestyle=DASHES[index // len(COLORS) % len(DASHES)], marker=MARKERS[index % len(MARKERS)] if few else None,
-                markersize=3.5, label=f"{label} ({rows[-1]['val_loss']:.3f})",
+                [row["step"] for row in rows], ys, linestyle=DASHES[index // len(COLORS) % len(DASHES)],
+                marker=MARKERS[index % len(MARKERS)] if few else None, markersize=3.5,
+                label=f"{label} ({rows[-1]['val_loss']:.3f})", **styles[index],
             )  # fmt: skip
         if reference_loss is not None:
             axes.axhline(reference_loss, color=REFERENCE_GREY, linestyle=":", label=f"reference ({reference_loss:.3f})")
@@ -262,15 +303,17 @@ def plot_loss_curves(
         axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:.4g}"))
-        axes.set_xlim(0, max(1, longest) * 1.01)
+        axes.set_xlim(steps[0], max(steps[0] + 1, longest) * 1.01)
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
         axes.xaxis.set_major_formatter(
             FuncFormatter(lambda step, _: f"{step / 1000:g}K" if longest >= 10_000 and step else f"{step:g}")
         )
         axes.set_xlabel("step")
-        axes.set_ylabel("validation loss (nats per token)" + (f"\ntrailing mean of {smooth} evaluations" if smooth > 1 else ""))
+        axes.set_ylabel(f"{what} (nats per token)" + (f"\ntrailing mean of {smooth} evaluations" if smooth > 1 else ""))
         axes.grid(color="#DDDDDD", linewidth=0.6)
-        batches = {round(rows[-1]["tokens"] / rows[-1]["step"]) for _, rows, _ in curves if rows[-1].get("tokens")}
+        batches = {
+            round(rows[-1]["tokens"] / rows[-1]["step"]) for _, rows, _ in curves if rows[-1].get("tokens") and rows[-1]["step"]
+        }
         if len(batches) == 1:
             unit, name = next((u, n) for u, n in ((1e9, "billion"), (1e6, "million"), (1, "")) if longest * min(batches) >= u)
             per_step = min(batches) / unit
@@ -282,10 +325,12 @@ def plot_loss_curves(
 
 
 def figure(item: str, seed: int = 0, rehearse: bool | None = None) -> list[Path]:
-    """The verb: loss curves of the experiment's finished runs, and rank and mass of those that were analyzed, drawn into
-    the seed's folder. Returns the paths.
+    """The verb: a figure of the paper; or loss curves of an experiment's finished runs, and rank and mass of those that were
+    analyzed, drawn into the seed's folder. Returns the paths.
 
     Raises UserError if no run is finished."""
+    if item in item_names():
+        return paper_figure(item, seed, rehearse)
     experiment = load_experiment(item, rehearse)
     found = entries(experiment, seed)
     if not found:
@@ -304,3 +349,110 @@ def figure(item: str, seed: int = 0, rehearse: bool | None = None) -> list[Path]
 
 def _title(entry) -> str:
     return f"{entry.label}, {entry.results['layers']} layers"
+
+
+# --- figures of the paper -------------------------------------------------------------------------------------------------
+
+
+def paper_figure(name: str, seed: int = 0, rehearse: bool | None = None) -> list[Path]:
+    """Draw each panel of a figure of the paper that has something to show, ours and the paper's; print which rows are not run,
+    the curve check and the footnotes. Returns the paths."""
+    item = load_item(name)
+    if not item.panels:
+        raise UserError(f"{name} is a table; use: python -m inheritune table {name}")
+    experiments, paths = load_experiments(item, rehearse), []
+    small = any(experiment.rehearsal for experiment in experiments.values())
+    print(f"{'REHEARSAL, not a result. ' if small else ''}{item.title}, seed {seed}")
+    for letter, panel in zip("abcdefgh", item.panels, strict=False):
+        path = paper_folder(small, seed) / f"{name}{f'_{letter}' if len(item.panels) > 1 else ''}.png"
+        draw = _loss_panel if panel.kind == "loss" else _attention_panel
+        if draw(panel, experiments, seed, path, small):
+            paths.append(path)
+    print("\n".join(item.notes))
+    return paths
+
+
+def _of(row: Row, experiments: dict[str, Experiment]) -> tuple[Experiment, str]:
+    name, _, run = row.run.rpartition("/")
+    return experiments[name], run
+
+
+def _attention_panel(panel: Panel, experiments: dict[str, Experiment], seed: int, path: Path, small: bool) -> bool:
+    """Draw what `analyze` left of the panel's rows; False if there is nothing."""
+    field, series = {"max_rank": "max_rank", "mass": "avg_mass"}.get(panel.kind), []
+    for row in panel.rows:
+        folder = model_folder(_of(row, experiments)[0], row, seed)
+        rows = read_jsonl(attention_of(folder, row)) if folder else []
+        if rows and rows[0].get("rehearsal", False) != small:
+            raise UserError(
+                f"{attention_of(folder, row)} is a rehearsal's, not a result; delete it and analyze the model again"
+            )
+        print(f"{panel.title}, {row.label}: {'drawn' if rows else 'not run'}")
+        series += [(row.label, rows)] if rows else []
+        if field and row.file and not small:
+            points = rows_like(row.file, row.match)
+            layers = [{"kind": "layer", "layer": int(p["layer"]) - 1, field: {MAIN: float(p[row.value])}} for p in points]
+            series.append((row.label + PAPER, layers))
+    if not series:
+        return False
+    if field:
+        (plot_max_rank if panel.kind == "max_rank" else plot_avg_mass)(series, path, rehearsal=small, title=panel.title)
+    else:
+        plot = {"taus": plot_tau_ablation, "heat": plot_heat_map, "maps": plot_attention_maps}[panel.kind]
+        shown, row = series[0][1], panel.rows[0]
+        if panel.kind == "maps":  # only those that the paper shows
+            wanted = shown_maps(_of(row, experiments)[0], row)
+            shown = [r for r in shown if r["kind"] != "map" or (r["layer"], r["head"]) in wanted]
+        plot(shown, path, panel.title, rehearsal=small)
+    return True
+
+
+def _loss_panel(panel: Panel, experiments: dict[str, Experiment], seed: int, path: Path, small: bool) -> bool:
+    """Draw the loss curves of the panel's rows, runs in progress too, and the paper's; False if there is nothing."""
+    series = []
+    for row in panel.rows:
+        experiment, run = _of(row, experiments)
+        folder = RunDir.of(experiment, run, seed)
+        rows = curve_rows(read_jsonl((folder.stage(row.stage) if row.stage else folder).metrics), panel.loss)
+        curve = {} if small else row_curve(row, panel.loss)
+        read_off = bool(row.file) and not small  # from a figure, whose curves are smoothed
+        if read_off:
+            curve = {int(p["step"]): float(p[row.value]) for p in rows_like(row.file, row.match) if p[row.value]}
+        print(f"{panel.title}, {row.label}: {curve_check(rows, curve)}")
+        theirs = [{"step": step, "val_loss": loss, "smoothed": read_off} for step, loss in curve.items()]
+        series += [(label, points) for label, points in ((row.label, rows), (row.label + PAPER, theirs)) if points]
+    if not series:
+        return False
+    what = "training loss" if panel.loss == "train_loss" else "validation loss"
+    steps = (0, None) if small else (panel.from_step, panel.to_step)
+    plot_loss_curves(series, path, title=panel.title, smooth=panel.smooth, rehearsal=small, steps=steps, what=what)
+    return True
+
+
+def curve_rows(rows: list[dict], loss: str) -> list[dict]:
+    """The evaluations of a metrics.jsonl; for `train_loss` with the mean training loss since the one before in place of the
+    validation loss."""
+    if loss == "val_loss":
+        return [row for row in rows if "val_loss" in row]
+    found, since = [], []
+    for row in rows:
+        since += [row["loss"]] if "loss" in row else []
+        if "val_loss" in row and since:
+            found.append({**row, "val_loss": sum(since) / len(since)})
+            since = []
+    return found
+
+
+def curve_check(rows: list[dict], curve: dict[int, float]) -> str:
+    """Where a run, finished or not, stands beside the paper's log at the same step."""
+    if not rows:
+        return "not run"
+    step, ours = rows[-1]["step"], rows[-1]["val_loss"]
+    theirs = published_loss(curve, step)
+    if theirs is None:
+        return f"step {step:,}: {ours:.4f}"
+    noise = last_ten(curve)[2]
+    verdict = {"better": "below the curve", "worse": "above the curve"}.get(
+        judge(ours - theirs, [noise], 0.0, higher_is_better=False), "on the curve"
+    )
+    return f"step {step:,}: ours {ours:.4f}, the paper {theirs:.4f}, {ours - theirs:+.4f} (±{2 * noise:.4f}): {verdict}"

@@ -4,20 +4,18 @@ Runs are written while this reads: rows come from the end of metrics.jsonl, and 
 paper's logs say at the same step comes from recipes/paper (curves.yaml tells which curve belongs to which run).
 """
 
-import csv
 import json
 import os
 import shutil
 import subprocess
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from tabulate import tabulate
 
-from inheritune.config import RECIPES, Experiment, Run, UserError, load_experiment
+from inheritune.config import Experiment, Run, UserError, load_experiment
+from inheritune.paper import curve_of, published_curves, published_loss
 from inheritune.rundir import MARKERS, Lock, RunDir, damages, data_dir, lock_holder, marked_files, read_json, root
 from inheritune.stages import unfinished_source
 
@@ -76,7 +74,7 @@ def status(experiment: str, seed: int = 0, rehearse=None) -> None:
     """Print the standing of every run of `experiment`, and below it errors and next commands."""
     loaded = load_experiment(experiment, rehearse)
     queue = read_queue()
-    jobs, curves = read_jobs(queue), published_curves(loaded)
+    jobs, curves = read_jobs(queue), {} if loaded.rehearsal else published_curves(loaded.name)
     cells, remarks = [], []
     for name, run in loaded.runs.items():
         standings = stand(loaded, name, run, seed, curves, jobs, queue)
@@ -191,37 +189,6 @@ def read_jobs(queue: dict[str, Job] | None) -> dict[Path, Job]:
         cause = failure.read_text(encoding="utf-8").partition("\n")[0] if failure.is_file() else ""
         found[root() / path.read_text(encoding="utf-8").strip()] = Job(queued.name, cause, queued.state, queued.where)
     return found
-
-
-# --- the paper's curves ---------------------------------------------------------------------------------------------------
-
-
-def published_curves(loaded: Experiment) -> dict[str, dict]:
-    """{run: {layers, or "all": {step: validation loss}}} of the paper's logs for this experiment's runs; {} in a rehearsal."""
-    names = yaml.safe_load((RECIPES / "paper" / "curves.yaml").read_text(encoding="utf-8")).get(loaded.name)
-    if loaded.rehearsal or not names:
-        return {}
-    points = defaultdict(dict)
-    with open(RECIPES / "paper" / "curves_reference_val_loss.csv", encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):  # a repeated step stands after its first occurrence, and counts
-            points[row["run"]][int(row["step"])] = float(row["val_loss"])
-    by_layers = {run: value if isinstance(value, dict) else {"all": value} for run, value in names.items()}
-    return {run: {layers: points[curve] for layers, curve in value.items()} for run, value in by_layers.items()}
-
-
-def curve_of(curves: dict, run: str, layers: int) -> dict[int, float]:
-    """{step: validation loss} that belongs to a run or a stage of it; {} if the paper has none."""
-    by_layers = curves.get(run, {})
-    return by_layers.get(layers) or by_layers.get("all") or {}
-
-
-def published_loss(curve: dict[int, float], step: int) -> float | None:
-    """The curve at `step`, linear between its points; None outside it."""
-    before, after = max((s for s in curve if s <= step), default=None), min((s for s in curve if s >= step), default=None)
-    if before is None or after is None:
-        return None
-    share = (step - before) / (after - before) if after > before else 0.0
-    return curve[before] + share * (curve[after] - curve[before])
 
 
 # --- what to do next ------------------------------------------------------------------------------------------------------

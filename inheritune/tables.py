@@ -1,13 +1,37 @@
-"""`table ITEM`: results as a table, from the JSON of finished runs only. ITEM is an experiment; its `paper` section names
-the rows, the first of which is the reference; a grown run gives one row per stage.
+"""`table ITEM`: results as a table, from the JSON of finished runs only.
+
+ITEM is a table of the paper (paper.py): each cell shows the paper's number, ours, the difference, the noise of both and a
+verdict. Or an experiment: its `paper` section names the rows, the first of which is the reference; a grown run gives one row
+per stage. Printed as Markdown, and written as Markdown, CSV and LaTeX.
 """
 
+import csv
+import io
+import math
+import statistics
 from dataclasses import dataclass
+from pathlib import Path
 
 from tabulate import tabulate
 
 from inheritune.config import Experiment, UserError, load_experiment
-from inheritune.rundir import RunDir, read_json, read_jsonl, write_text
+from inheritune.paper import (
+    Column,
+    Item,
+    Row,
+    item_names,
+    last_ten,
+    layers_of_row,
+    load_experiments,
+    load_item,
+    missing,
+    model_folder,
+    on_disk,
+    published,
+    row_curve,
+    score,
+)  # fmt: skip
+from inheritune.rundir import RunDir, read_json, read_jsonl, root, write_text
 
 COLUMNS = (
     "model", "layers", "parameters", "steps", "validation loss (95% interval)", "difference to the reference (95% interval)",
@@ -130,8 +154,13 @@ NOTE = (
 )
 
 
-def table(item: str, seed: int = 0, rehearse=None) -> None:
-    """Print the table of experiment `item`, and write it as table.md beside its runs."""
+def table(item: str, seed: int = 0, rehearse=None, missing: bool = False) -> None:
+    """Print the table of a paper item or of an experiment, and write it as .md, .csv and .tex beside the runs; `missing`:
+    print what has to be run before, one `verb experiment run after options` a line (`after`: the lines it waits for).
+
+    Raises UserError for an unknown item, runs of different data in one column, and a rehearsal in a table of results."""
+    if item in item_names():
+        return paper_item(item, seed, rehearse, missing)
     experiment = load_experiment(item, rehearse)
     found = entries(experiment, seed)
     if not found or found[0].label != experiment.paper[0].label:
@@ -139,8 +168,287 @@ def table(item: str, seed: int = 0, rehearse=None) -> None:
             f"no table yet: run '{experiment.paper[0].run}' of {experiment.name} (seed {seed}) is not finished; train it first"
         )
     title = f"{'REHEARSAL ' if experiment.rehearsal else ''}{experiment.name}, seed {seed}"
-    text = tabulate(make_table(experiment, found), headers=COLUMNS, tablefmt="github", disable_numparse=True)
-    n = found[0].results["validation"]["n"]
-    page = f"{title}\n\n{text}\n\n{NOTE.format(n=n)}\n\n{verdict(experiment, found)}\n"
+    cells, n = make_table(experiment, found), found[0].results["validation"]["n"]
+    notes = [NOTE.format(n=n), verdict(experiment, found)]
+    records = [dict(zip(COLUMNS, row, strict=True)) for row in cells]
+    write_table(RunDir.of(experiment, "table", seed).path, title, list(COLUMNS), cells, notes, records)
+
+
+def write_table(stem: Path, title: str, headers: list[str], cells: list[list[str]], notes: list[str], records: list) -> None:
+    """Print a table as Markdown and write stem.md, stem.tex and, from `records` (one per number), stem.csv."""
+    text = tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True)
+    page = "\n\n".join([title, text, *notes]) + "\n"
+    write_text(stem.with_suffix(".md"), page)
+    latex = [[cell.replace("**", "") for cell in row] for row in cells]
+    below = [f"% {line}" for line in [title, *notes]]
+    write_text(
+        stem.with_suffix(".tex"),
+        "\n".join([*below, tabulate(latex, headers=headers, tablefmt="latex_booktabs", disable_numparse=True)]) + "\n",
+    )
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    write_text(stem.with_suffix(".csv"), lines.getvalue())
     print(page)
-    write_text(RunDir.of(experiment, "table.md", seed).path, page)
+
+
+# --- tables of the paper ----------------------------------------------------------------------------------------------------
+
+NOT_RUN = "not run"
+PUBLISHED = "as published"
+PAPER_NOTE = (
+    "A cell is paper ± noise / ours ± noise: difference, verdict. Verdicts: matches (less than one unit of the paper's last "
+    "printed digit), within noise (|difference| at most twice the root of both noises' squares), better, worse, not run; as "
+    "published: not run here. The paper's noise is the deviation of its log's last ten evaluations, its standard error, or "
+    "that of n questions; ours, the standard error over windows or questions. One seed: no noise covers the choice of seeds. "
+    "Losses are compared with the log's last value, which the paper cut (not rounded) to two digits."
+)
+COSTS = ("training FLOPs (all rounds)", "with its sources", "tokens to the reference's loss (all rounds)")
+
+
+@dataclass
+class Cell:
+    """One number of the paper and of ours. Scores are in percent, losses in nats per token."""
+
+    paper: str = ""
+    paper_noise: float | None = None
+    log: tuple[float, float, float] | None = None
+    """Last value, mean and deviation of the paper's log's last ten evaluations."""
+    n: int | None = None
+    ours: float | None = None
+    noise: float | None = None
+    ours_n: int | None = None
+    measured: str = ""
+    """What both models of a column must share: the data, or the task's version and shots."""
+    state: str = NOT_RUN
+    """Why there is no number of ours, or the verdict."""
+    bold: tuple[bool, bool] = (False, False)
+    """The paper's highlight rule, for its number and for ours."""
+    source: str = ""
+    provenance: str = ""
+
+    @property
+    def target(self) -> float | None:
+        """The number that ours is compared with."""
+        return self.log[0] if self.log else float(self.paper) if self.paper else None
+
+    @property
+    def difference(self) -> float | None:
+        return None if self.ours is None or self.target is None else self.ours - self.target
+
+    def record(self) -> dict:
+        """The cell as columns of a CSV file."""
+        log = dict(zip(("log_last", "log_mean10", "log_sd10"), self.log or ("", "", ""), strict=True))
+        fields = {key: value for key, value in vars(self).items() if key not in ("log", "bold")}
+        return fields | log | {"difference": self.difference}
+
+    def text(self) -> str:
+        digits = len(self.paper.partition(".")[2]) if self.paper else 2
+        shown = max(digits, 4) if self.log or not self.paper else digits
+        theirs = mark(self.paper, self.bold[0]) + with_noise(self.paper_noise, shown) if self.paper else "-"
+        if self.ours is None:
+            return theirs + (f" / {self.state}" if self.state else "")
+        own = mark(f"{self.ours:.{shown}f}", self.bold[1]) + with_noise(self.noise, shown)
+        return f"{theirs} / {own}" + (f": {self.difference:+.{shown}f} {self.state}" if self.difference is not None else "")
+
+
+def mark(number: str, bold: bool) -> str:
+    return f"**{number}**" if bold else number
+
+
+def with_noise(noise: float | None, digits: int) -> str:
+    return "" if noise is None else f"±{noise:.{digits}f}"
+
+
+def judge(difference: float, noises: list[float | None], unit: float, higher_is_better: bool) -> str:
+    """The verdict on ours - paper's (DESIGN section 10): `unit` is one of the paper's last printed digit."""
+    if abs(difference) < unit:
+        return "matches"
+    if abs(difference) <= 2 * math.sqrt(sum(noise**2 for noise in noises if noise)):
+        return "within noise"
+    return "better" if (difference > 0) == higher_is_better else "worse"
+
+
+def measure(results: dict, metric: str) -> Cell:
+    """Our side of a cell from a results.json; empty if it is not there."""
+    if metric == "validation" and "validation" in results:
+        loss, data = results["validation"], f"the data {results['data_fingerprint']}"
+        return Cell(ours=loss["mean"], noise=(loss["high"] - loss["low"]) / 2 / 1.96, ours_n=loss["n"], measured=data)
+    found = score(results, metric) if metric.startswith("tasks.") else None
+    if not found:
+        return Cell()
+    unit = 100 if metric.rpartition(".")[2].startswith("acc") else 1
+    with_what = f"version {found['version']} of task {found['task']} with {found['shots']} examples"
+    return Cell(
+        ours=unit * found["score"], noise=unit * found["stderr"] if found["stderr"] is not None else None, ours_n=found["n"],
+        measured=with_what,
+    )  # fmt: skip
+
+
+def mean_of(cells: list[Cell]) -> Cell:
+    """The mean of independent scores."""
+    if any(cell.ours is None for cell in cells):
+        return Cell()
+    noises = [cell.noise or 0.0 for cell in cells]
+    noise = math.sqrt(sum(noise**2 for noise in noises)) / len(cells)
+    return Cell(ours=statistics.mean(cell.ours for cell in cells), noise=noise, measured=", ".join(c.measured for c in cells))
+
+
+def make_cell(item: Item, row: Row, column: Column, experiments: dict[str, Experiment], seed: int) -> Cell:
+    """The cell of a row and a column, with its verdict."""
+    name, _, run = (row.run or "").rpartition("/")
+    results, metric = {}, column.metric or ""
+    if row.run and (metric or column.mean) and metric != "parameters":
+        folder = model_folder(experiments[name], row, seed)
+        results = read_json(folder.results) if folder and folder.results.is_file() else {}
+        if results and bool(results.get("rehearsal")) != experiments[name].rehearsal:
+            raise UserError(
+                f"{row.run} ({row.label}) is a rehearsal, not a result, in the folder of the real run; delete it there"
+            )
+    if metric == "parameters" and row.run:
+        cell = Cell(ours=parameters(row))
+    else:
+        cell = mean_of([measure(results, part) for part in column.mean]) if column.mean else measure(results, metric)
+    facts = published(item, row, column)
+    cell.paper, cell.n = facts.get("value", ""), column.n
+    cell.source, cell.provenance = facts.get("source", ""), facts.get("provenance", "")
+    curve = row_curve(row) if metric == "validation" else {}
+    cell.log = last_ten(curve) if curve else None
+    stderr = facts.get("stderr")
+    if cell.log:
+        cell.paper_noise = cell.log[2]
+    elif stderr:
+        cell.paper_noise = float(stderr)
+    elif column.n and metric.rpartition(".")[2].startswith("acc") and cell.paper:
+        share = float(cell.paper) / 100
+        cell.paper_noise = 100 * math.sqrt(share * (1 - share) / column.n)  # gives the standard errors of Table 7
+    if not row.run or not (metric or column.mean):
+        cell.state = PUBLISHED if metric or column.mean else ""
+    elif cell.difference is not None:
+        unit = 10.0 ** -len(cell.paper.partition(".")[2]) if cell.paper else 0.0
+        higher = metric.rpartition(".")[2].startswith("acc") or bool(column.mean and ".acc" in column.mean[0])
+        cell.state = judge(cell.difference, [cell.paper_noise, cell.noise], unit, higher)
+    return cell
+
+
+def parameters(row: Row) -> int:
+    """Parameters of a row's model at full size."""
+    from inheritune.models import count_parameters, hf_config
+
+    return count_parameters(hf_config(load_experiment(row.run.rpartition("/")[0], rehearse=False).model, layers_of_row(row)))
+
+
+def training_cost(experiment: Experiment, run: str, row: Row | None, seed: int) -> tuple[float, float | None] | None:
+    """(FLOPs of all rounds up to the row's stage, and with those of the runs it starts or learns from); None if not run, the
+    second None where one of these is not of this file."""
+    spec, row = experiment.run(run), row or Row(label=run, run=f"{experiment.name}/{run}")
+    folder = model_folder(experiment, row, seed)
+    if spec.init.external or folder is None:
+        return None
+    stages = range(1, int(folder.path.name.removeprefix("stage")) + 1) if spec.grow else ()
+    folders = [RunDir.of(experiment, run, seed).stage(number) for number in stages] or [folder]
+    own = sum(read_json(one.results)["train_flops"] for one in folders)
+    sources = [
+        training_cost(experiment, source, None, seed) if source in experiment.runs else None for source in dict(spec.sources())
+    ]
+    return own, None if any(cost is None or cost[1] is None for cost in sources) else own + sum(cost[1] for cost in sources)
+
+
+def tokens_to_reference(experiment: Experiment, row: Row, seed: int) -> float | None:
+    """Training tokens until the curve is at or below the reference's last value, earlier rounds counted; None if never."""
+    run = row.run.rpartition("/")[2]
+    spec, folder = experiment.run(run), model_folder(experiment, row, seed)
+    reference = experiment.reference_of(spec) or run
+    target = RunDir.of(experiment, reference, seed)
+    if folder is None or not (curve := validation_curve(target)):
+        return None
+    before = (
+        [RunDir(folder.path.parent).stage(k) for k in range(1, int(folder.path.name.removeprefix("stage")))]
+        if spec.grow
+        else []
+    )
+    step = steps_to(validation_curve(folder), curve[-1]["val_loss"])
+    if step is None:
+        return None
+    return step * experiment.train_of(spec).batch_tokens + sum(read_json(one.results)["tokens"] for one in before)
+
+
+def costs(row: Row, experiments: dict[str, Experiment], seed: int) -> list[str]:
+    """The cells of COSTS."""
+    name, _, run = (row.run or "").rpartition("/")
+    cost = training_cost(experiments[name], run, row, seed) if row.run else None
+    if cost is None:
+        return ["", "", ""]
+    tokens = tokens_to_reference(experiments[name], row, seed)
+    with_sources = "not known" if cost[1] is None else f"{cost[1]:.2e}"
+    return [f"{cost[0]:.2e}", with_sources, "not reached" if tokens is None else f"{tokens / 1e9:.4g}B"]
+
+
+def highlight_version_1(item: Item, cells: dict[tuple[int, str], Cell]) -> None:
+    """The bold rule of version 1: at least 90% of the reference, or better than at least two baselines."""
+    for key in item.columns:
+        columns = {group: [i for i, row in enumerate(item.rows) if row.group == group] for group in ("reference", "baseline")}
+        for index, row in enumerate(item.rows):
+            bold = []
+            for side in ("paper", "ours"):
+                numbers = {i: getattr(cells[i, key], side) for i in range(len(item.rows))}
+                numbers = {i: float(number) for i, number in numbers.items() if number not in ("", None)}
+                beaten = (
+                    sum(numbers[index] > numbers[i] for i in columns["baseline"] if i in numbers) if index in numbers else 0
+                )
+                near = index in numbers and any(
+                    numbers[index] >= 0.9 * numbers[i] for i in columns["reference"] if i in numbers
+                )
+                bold.append(row.group == "ours" and (near or beaten >= 2))
+            cells[index, key].bold = tuple(bold)
+
+
+def paper_item(name: str, seed: int = 0, rehearse=None, only_missing: bool = False) -> None:
+    """The verb for an item of the paper."""
+    item = load_item(name)
+    experiments = load_experiments(item, rehearse)
+    if only_missing:
+        for step in missing(item, experiments, on_disk(item, experiments, seed)):
+            print(step.line())
+        return
+    if not item.columns:
+        raise UserError(f"{name} is a figure; use: python -m inheritune figure {name}")
+    cells = {(i, key): make_cell(item, row, column, experiments, seed)
+             for i, row in enumerate(item.rows) for key, column in item.columns.items()}  # fmt: skip
+    for key in item.columns:
+        measured = {}
+        for index, row in enumerate(item.rows):
+            if cells[index, key].measured:
+                measured.setdefault(cells[index, key].measured, row.label)
+        if len(measured) > 1:
+            (one, first), (two, second), *_ = measured.items()
+            raise UserError(
+                f"column '{item.columns[key].label}' of {name} mixes what does not compare: '{first}' was measured with {one}, "
+                f"'{second}' with {two}; evaluate one of them again"
+            )
+    if item.highlight == "version_1":
+        highlight_version_1(item, cells)
+    trained = any(column.metric not in (None, "parameters") or column.mean for column in item.columns.values())
+    logs = any(cell.log for cell in cells.values())
+    headers = ["model", *(column.label for column in item.columns.values()), *(["paper's log: last; last ten"] if logs else [])]
+    headers += COSTS if trained else ()
+    shown, records = [], []
+    for index, row in enumerate(item.rows):
+        log = next((cells[index, key].log for key in item.columns if cells[index, key].log), None)
+        spent = costs(row, experiments, seed)
+        shown.append([row.label, *(cells[index, key].text() for key in item.columns)])
+        shown[-1] += [f"{log[0]:.4f}; {log[1]:.4f}±{log[2]:.4f}" if log else ""] if logs else []
+        shown[-1] += spent if trained else []
+        for key, column in item.columns.items():
+            where = {"item": name, "row": row.label, "run": row.run, "stage": row.stage, "column": column.label}
+            records.append({**where, **cells[index, key].record(), **dict(zip(COSTS, spent, strict=True))})
+    small = any(experiment.rehearsal for experiment in experiments.values())
+    stem = paper_folder(small, seed) / name
+    title = f"{'REHEARSAL, not a result. ' if small else ''}{item.title}, seed {seed}"
+    write_table(stem, title, headers, shown, [*([PAPER_NOTE] if trained else []), *item.notes], records)
+
+
+def paper_folder(rehearsal: bool, seed: int) -> Path:
+    """Where tables and figures of the paper are written."""
+    return root() / "runs" / ("rehearsal/paper" if rehearsal else "paper") / f"seed{seed}"

@@ -12,8 +12,9 @@ from slurm_cluster import session_cluster, slurm  # noqa: F401
 from inheritune import dist
 from inheritune.config import load_experiment
 from inheritune.log import record_provenance
+from inheritune.paper import curve_of, published_curves, published_loss
 from inheritune.rundir import Lock, RunDir, data_dir, lock_holder, read_json, read_jsonl, write_json
-from inheritune.status import Job, curve_of, last_rows, published_curves, published_loss, read_jobs
+from inheritune.status import Job, last_rows, read_jobs
 from inheritune.status import status as show
 
 
@@ -116,15 +117,15 @@ def test_last_rows_come_from_the_end_of_a_long_record(tmp_path):
 
 def test_published_losses_are_the_papers():
     """Milestones of the authors' logs; of a step that a log repeats, the last."""
-    medium = published_curves(load_experiment("gpt2_medium_owt"))
+    medium = published_curves("gpt2_medium_owt")
     assert published_loss(curve_of(medium, "reference", 24), 100_000) == 2.8187
     assert published_loss(curve_of(medium, "inheritune", 14), 50_000) == 2.9419
     assert curve_of(medium, "inheritune", 13) == {} and published_loss({}, 1) is None
-    large = curve_of(published_curves(load_experiment("gpt2_large_owt")), "reference", 36)
+    large = curve_of(published_curves("gpt2_large_owt"), "reference", 36)
     assert published_loss(large, 100_000) == 2.8531
     assert published_loss(large, 1500) == pytest.approx((large[1000] + large[2000]) / 2)
     assert published_loss(large, 100_001) is None
-    assert published_curves(load_experiment("gpt2_large_owt", rehearse=True)) == {}
+    assert published_curves("quickstart") == {}
 
 
 def test_distance_to_the_curve_is_shown(capsys):
@@ -132,6 +133,9 @@ def test_distance_to_the_curve_is_shown(capsys):
     write_rows(run, training_row(50_000), {"step": 50_000, "val_loss": 3.0})
     record_provenance(run)
     assert "+0.0314" in lines(capsys, "gpt2_medium_owt")["inheritune/stage1"]  # the paper: 2.9686
+    small = RunDir.of(load_experiment("gpt2_medium_owt", rehearse=True), "reference")
+    write_rows(small, training_row(10), {"step": 10, "val_loss": 3.0})
+    assert "paper" not in " ".join(lines(capsys, "gpt2_medium_owt", rehearse=True))  # a rehearsal is compared with nothing
 
 
 # --- quick, and on a cluster ----------------------------------------------------------------------------------------------
