@@ -329,6 +329,7 @@ def make_cell(item: Item, row: Row, column: Column, experiments: dict[str, Exper
         unit = 10.0 ** -len(cell.paper.partition(".")[2]) if cell.paper else 0.0
         higher = metric.rpartition(".")[2].startswith("acc") or bool(column.mean and ".acc" in column.mean[0])
         cell.state = judge(cell.difference, [cell.paper_noise, cell.noise], unit, higher)
+        cell.state = f"REHEARSAL ({cell.state})" if experiments[name].rehearsal and metric != "parameters" else cell.state
     return cell
 
 
@@ -382,7 +383,7 @@ def costs(row: Row, experiments: dict[str, Experiment], seed: int) -> list[str]:
         return ["", "", ""]
     tokens = tokens_to_reference(experiments[name], row, seed)
     with_sources = "not known" if cost[1] is None else f"{cost[1]:.2e}"
-    return [f"{cost[0]:.2e}", with_sources, "not reached" if tokens is None else f"{tokens / 1e9:.4g}B"]
+    return [f"{cost[0]:.2e}", with_sources, "not reached" if tokens is None else f"{tokens:.2e}"]
 
 
 def highlight_version_1(item: Item, cells: dict[tuple[int, str], Cell]) -> None:
