@@ -126,12 +126,14 @@ class Chain:
     def train(self, run: RunDir, words: list[str], points: list[str], ranks: int = 2) -> None:
         """Train to the end, struck at each of `points`; no start may lose more than one interval of checkpoints."""
         words = ["train", self.path, *words]
-        for point in [*points, None]:
+        # each is passed in every start but these: the weights at the start only in the first one, the last ones only at the end
+        place = {"train: writing the start": -1, "train: writing final/": 1, "train: before DONE": 2}
+        for point in [*sorted(points, key=lambda point: place.get(point, 0)), None]:
             reached = max((row["step"] for row in read_jsonl(run.metrics)), default=0)
+            before = starts_of(run)
             self.kill(words, ranks, point) if point else self.finish(words, ranks)
-            starts = read_json(run.provenance)["starts"] if run.provenance.is_file() else []
-            if starts and reached:
-                self.lost.append(max(0, reached - (starts[-1]["resumed_at"] or 0)))
+            if len(now := starts_of(run)) > len(before):
+                self.lost.append(max(0, reached - (now[len(before)]["resumed_at"] or 0)))
 
     def run(self, kills: bool) -> None:
         """The whole chain; with `kills`, struck at every point."""
@@ -190,6 +192,11 @@ class Chain:
         with redirect_stdout(io.StringIO()):
             verify(self.folder)
         return found
+
+
+def starts_of(run: RunDir) -> list[dict]:
+    """What each start of the run noted."""
+    return read_json(run.provenance)["starts"] if run.provenance.is_file() else []
 
 
 def write_documents(path: Path, seed: int = 0) -> None:
