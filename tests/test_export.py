@@ -207,7 +207,7 @@ print(transformers.__version__, tokenizer("import os")["input_ids"], model.confi
 """
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_transformers_4_computes_the_same_logits(trained, tmp_path):
     """In a second environment that shares torch and numpy with this one and has its own transformers."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "older"], check=True)

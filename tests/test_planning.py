@@ -42,7 +42,7 @@ def planned(its: dict, ranks: int) -> dict:
     return planning.memory(Model(**its["model"]), its["layers"], its["settings"], train, ranks, its["length"])
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.drill), 2], ids=["1 rank", "2 ranks"])
 def measured(request, tmp_path_factory):
     """(ranks, {case: what each rank measured}) of real DeepSpeed runs."""
     out, ranks = tmp_path_factory.mktemp("measured"), request.param

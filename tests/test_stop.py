@@ -89,8 +89,8 @@ def test_stop_file_keeps_a_run_from_starting_and_asks_for_no_requeue(tmp_path):
     assert not (tmp_path / "job").exists() and list(run.path.iterdir()) == [run.stop]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.drill), 3])
+@pytest.mark.drill
+@pytest.mark.parametrize("stage", [1, 3])
 def test_full_disk_is_one_sentence_and_nothing_is_lost(tmp_path, stage):
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -434,7 +434,7 @@ def test_the_index_names_every_script():
     assert set(re.findall(r"\]\(((?:table|fig)\w+\.sh)\)", text)) == {script.name for script in SCRIPTS}
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_a_table_from_nothing_in_rehearsal(own_root):
     """Everything that Table 4 needs, by its script; the second call only draws."""
     words, how = (
