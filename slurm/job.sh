@@ -5,7 +5,7 @@
 # per GPU with srun, passes USR1 (the end of the time is near) on to them, and goes on in another job while there is work left:
 #
 #   $INHERITUNE_JOB/more     written by the program: it saved and stopped, and there is more to do
-#   $INHERITUNE_JOB/failure  written by the program when it fails: one line, "NODE rank R: cause"
+#   $INHERITUNE_JOB/failure  written by the program when it fails: "NODE rank R: cause", and its exit code on a second line
 #
 # The exit code alone could not say so: Slurm ends a step whose first task leaves with an error while others still save, and
 # takes a job whose step ends with 0 at preemption for finished.
@@ -359,9 +359,11 @@ stop_if_array_stopped() {
 
 # The last line of the log: cause, node, next command. Stops the rest of an array of slots if it would fail in the same way.
 fail() {
-  local code=$1 cause='' record next
+  local code=$1 own cause='' record next
   if [ -s "$INHERITUNE_JOB/failure" ]; then
     cause=$(sed -n '1{s/:$//;p}' "$INHERITUNE_JOB/failure")
+    own=$(sed -n '2s/^\([1-9][0-9]*\)$/\1/p' "$INHERITUNE_JOB/failure")
+    code=${own:-$code} # srun may report that of a task which it ended because of the one that failed
   elif [ "$code" -gt 128 ]; then
     cause="a task was killed by signal $((code - 128))"
     if [ "$code" = 137 ]; then cause+=" (out of memory?)"; fi

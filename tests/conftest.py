@@ -91,11 +91,12 @@ def write_experiment(folder: Path, raw: dict, name: str = "small") -> str:
 def write_tokens(folder: Path, train_shards=(3000, 2500, 1500), val_tokens=1200, vocab=300, fingerprint="tiny") -> Path:
     """A prepared data folder with random tokens, in the form that `prepare` leaves."""
     from inheritune.rundir import hash_file
+    from inheritune.tokens import train_bpe
 
     generator = np.random.default_rng(0)
     splits = {}
     (folder / "tokenizer").mkdir(parents=True)
-    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    train_bpe(f"bpe:{vocab}", [Path(__file__).read_text()], folder / "tokenizer")
     for split, sizes in (("train", train_shards), ("val", (val_tokens,))):
         shards = []
         for number, size in enumerate(sizes):

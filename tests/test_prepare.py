@@ -360,7 +360,7 @@ def test_refusals(tmp_path):
     (tmp_path / "cut.jsonl.zst").write_bytes(b"no zstandard")
     pq.write_table(pa.table({"txt": ["a"], "number": [1]}), tmp_path / "good.parquet")
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "good.parquet").read_bytes()[:50])
-    refused(r"data.csv: documents are read from \.txt, .*\.jsonl\.zst files only", files=[str(tmp_path / "*.csv")])
+    refused(r"data.csv: documents are read from \.txt, .*\.jsonl\.zst.* files only", files=[str(tmp_path / "*.csv")])
     refused("matches no file", files=[str(tmp_path / "nothing*.txt")])
     train_bpe("bpe:300", some_texts(20), tmp_path / "hf")
     for tokenizer in ("bpe:300", str(tmp_path / "hf")):

@@ -86,7 +86,7 @@ def test_stop_file_keeps_a_run_from_starting_and_asks_for_no_requeue(tmp_path):
     run.stop.touch()
     done = run_verb("train", path, "--run", "reference", INHERITUNE_ROOT=root, INHERITUNE_JOB=tmp_path / "job")
     assert f"{run.stop} is there; delete it to go on" in done.stdout
-    assert not (tmp_path / "job").exists() and list(run.path.iterdir()) == [run.stop]
+    assert not (tmp_path / "job" / "more").exists() and list(run.path.iterdir()) == [run.stop]
 
 
 @pytest.mark.drill

@@ -38,9 +38,8 @@ def count() -> int:
         if rank == 0:
             code = 2 if fails == "mistake" else 1
             tell("failure", f"{os.environ['SLURMD_NODENAME']} rank 0: the loss is not a number\n{code}")
-        while not (Path(os.environ["INHERITUNE_JOB"]) / "failure").exists():  # srun ends all ranks when the first one leaves
-            time.sleep(0.02)
-        return 2 if fails == "mistake" else 1
+            return code
+        time.sleep(60)  # srun ends this task when the other leaves, and reports 143
     # a rank that says it counts speaks for all: each can be asked to stop by now
     start = f"listens-{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', 0)}-{os.environ['SLURM_STEP_ID']}"
     messages = Path(os.environ["INHERITUNE_JOB"])
