@@ -80,11 +80,13 @@ class Verbs:
 
         grow(experiment, run, seed, procs, ds, bool(slot), rehearse)
 
-    def check(self, experiment, run=None, stage=None, seed=0, rehearse=None):
-        """Whether an experiment's file is sound and what --run starts from is there; loads no model and takes no GPU."""
+    def check(self, experiment, run=None, stage=None, seed=0, rehearse=None, ds=None, gpus=None):
+        """Whether an experiment, its DeepSpeed JSON (or --ds FILE) and what --run starts from are sound; takes no GPU.
+
+        --gpus 8, or --gpus 1,4,8, shows how the batch is cut over so many GPUs and what goes wrong there."""
         from inheritune.stages import check
 
-        check(experiment, run, stage, seed, rehearse)
+        check(experiment, run, stage, seed, rehearse, ds, gpus)
 
     def evaluate(self, experiment, run=None, model=None, seed=0, out=None, rehearse=None):
         """Validation loss of a finished run, or of any checkpoint (--model), on the experiment's fixed windows."""

@@ -19,7 +19,7 @@ from inheritune.rundir import data_dir
 
 # DESIGN: a file imports only from files before it; documents holds the readers that prepare and fetch share
 ORDER = """
-config rundir dist log tokens documents prepare batches models sources fetch inherit attention export validate engine
+config rundir dist log tokens documents prepare batches models sources fetch inherit attention export validate dslint engine
 checkpoint train evaluate stages tables figures status
 """.split()  # noqa: SIM905 - a list to read
 CORE_EXCLUDES = {"tokens", "documents", "prepare", "fetch"} | {"attention", "evaluate"} | {"stages"}
