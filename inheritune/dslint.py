@@ -8,7 +8,6 @@ deepspeed. A test fails when a new DeepSpeed has a key without a verdict.
 
 import logging
 import os
-import resource
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -43,26 +42,28 @@ def report(path: str | Path, problems: list[Problem]) -> list[str]:
 def lint(settings: dict, model: Model, train: Train, ranks: int | None = None) -> list[Problem]:
     """Every problem of the JSON `settings` (as parsed) for the experiment's `model` and `train`, on `ranks` GPUs if that
     number is known. Memory is judged for the whole reference, of which the other runs are slices."""
-    found = form(settings)
-    if not found:
-        removed = _removed(settings)
-        found += removed + _unknown(settings, (), {problem.key for problem in removed})
-    if not found:
-        values = {key: value for key, value in _flat(settings).items() if key.partition(".")[0] != "inheritune"}
-        found += _by_rules(values | {"train.precision": train.precision})
-        found += _by_timeout() + (_by_ranks(values, ranks, model) if ranks else [])
-    if not any(problem.severity == "refuse" for problem in found):
-        found += deepspeed_refuses(settings)
+    values = {key: value for key, value in _flat(settings).items() if key.partition(".")[0] != "inheritune"}
+    judges = (
+        lambda: form(settings),
+        lambda: _unknown({key: value for key, value in settings.items() if key != "inheritune"}),
+        lambda: _by_rules(values | {"train.precision": train.precision}),
+        lambda: _by_ranks(values, ranks, model) if ranks else [],
+        lambda: deepspeed_refuses(settings),
+    )
+    found: list[Problem] = []
+    for judge in judges:  # each takes for granted what those before it refuse
+        if not any(problem.severity == "refuse" for problem in found):
+            found += judge()
     return found
 
 
 def form(settings: dict) -> list[Problem]:
-    """What needs no DeepSpeed to see: keys of the experiment, our own block, "auto", the micro batch, the stage."""
+    """What needs no DeepSpeed to see: keys of the experiment, our own block, "auto", the micro batch, the stage, time-outs."""
 
     def refuse(key, sentence):
         found.append(Problem(key, "refuse", sentence))
 
-    found: list[Problem] = []
+    found = _by_timeout()
     for key in settings:
         if key in VERDICTS["experiment"]:
             home = VERDICTS["experiment"][key]
@@ -101,43 +102,32 @@ def _flat(block: dict, path: str = "") -> dict:
     return found
 
 
-def _removed(settings: dict) -> list[Problem]:
-    """Keys that this DeepSpeed names as removed, with what it says of them."""
+def _unknown(block: dict, path: tuple = ()) -> list[Problem]:
+    """Keys that this DeepSpeed has removed, does not know or calls deprecated, and two spellings of one key."""
     from deepspeed.runtime import config
 
-    zero = settings.get("zero_optimization", {})
-    removed = {key: text for key, text in config._REMOVED_TOP_LEVEL_CONFIG_KEYS.items() if key in settings}
-    removed |= {f"zero_optimization.{k}": t for k, t in config._REMOVED_ZERO_CONFIG_KEYS.items() if k in zero}
-    return [
-        Problem(key, "refuse", f"'{key}' is gone from DeepSpeed; remove it ({text.partition('. ')[0]})")
-        for key, text in removed.items()
-    ]
-
-
-def _unknown(block: dict, path: tuple, told: set) -> list[Problem]:
-    """Keys that this DeepSpeed does not know, keys it calls deprecated, and two spellings of one key."""
-    valid = valid_keys(path)
-    if not valid:  # a value, or a block with names of the user's own
-        return []
+    zero = ("zero_optimization",)
+    gone = {(): config._REMOVED_TOP_LEVEL_CONFIG_KEYS, zero: config._REMOVED_ZERO_CONFIG_KEYS}.get(path, {})
+    valid = {key: what for key, what in valid_keys(path).items() if key not in gone}
     found: list[Problem] = []
-    for key, value in block.items():
+    for key, value in block.items() if valid else ():  # where nothing is valid is a value, or names of the user's own
         name = ".".join((*path, key))
         canonical, deprecated = valid.get(key, (key, ""))
-        other = next((k for k in block if k != key and valid.get(k, (k,))[0] == canonical), None)
-        if name in told or (not path and key in ("inheritune", *VERDICTS["experiment"])):
-            continue
-        if key not in valid:
-            names = sorted({canonical for canonical, _ in valid.values()})
+        twin = next((other for other in block if other != key and valid.get(other, ("",))[0] == canonical), None)
+        sentence = ""
+        if key in gone:
+            sentence = f"'{name}' is gone from DeepSpeed ({gone[key].partition('. ')[0]}); remove it"
+        elif key not in valid:
             where = f"in '{'.'.join(path)}'" if path else "at the top level"
-            close = nearest(key, [k for k in (valid if path else names) if k not in VERDICTS["experiment"]])
-            found.append(Problem(name, "refuse", f"unknown key '{key}' {where}; {close}"))
+            home = "it belongs in 'zero_optimization'" if not path and key in valid_keys(zero) else ""
+            sentence = f"unknown key '{key}' {where}; {home or nearest(key, [*valid, *([] if path else ['inheritune'])])}"
         elif deprecated:
-            found.append(Problem(name, "refuse", f"'{name}' is deprecated; write {deprecated} instead"))
-        elif canonical != key and other:
-            both = f"'{name}' and '{other}' are one key, of which DeepSpeed takes '{canonical}' without a word; keep one"
-            found.append(Problem(name, "refuse", both))
+            sentence = f"'{name}' is deprecated; write {deprecated} instead"
+        elif twin and canonical != key:
+            sentence = f"'{name}' and '{twin}' are one key; keep '{canonical}'"
         elif isinstance(value, dict):
-            found += _unknown(value, (*path, key), told)
+            found += _unknown(value, (*path, key))
+        found += [Problem(name, "refuse", sentence)] if sentence else []
     return found
 
 
@@ -183,8 +173,8 @@ def valid_keys(path: tuple = ()) -> dict[str, tuple[str, str]]:
         deepspeed_config(nested)
     except ValidationError as error:  # a pydantic block refuses the probe, and so names its class
         return _fields(error)
-    except Exception:
-        pass
+    except Exception as error:  # the parser stumbles in many ways over a block where it wants a value
+        logging.getLogger(__name__).debug("reading %s: %s", path, error)
     return {key: (key, "") for key in watched.asked - {_PROBE}}
 
 
@@ -222,7 +212,10 @@ def deepspeed_refuses(settings: dict) -> list[Problem]:
     deepspeed_config = _quiet_deepspeed_config()
     found = []
     plain = {key: value for key, value in settings.items() if key != "inheritune"}
-    for name, part in [*((key, {MICRO: 1, key: value}) for key, value in plain.items()), ("", plain)]:
+    for name in (*plain, ""):
+        if found and not name:
+            break
+        part = {MICRO: 1, name: plain[name]} if name else plain
         try:
             deepspeed_config({**part})
         except ValidationError as error:
@@ -234,8 +227,6 @@ def deepspeed_refuses(settings: dict) -> list[Problem]:
         except Exception as error:
             what = f"'{name}' = {settings[name]!r}" if name else "these keys together"
             found.append(Problem(name, "refuse", f"DeepSpeed refuses {what}: {error}; correct it or leave it out"))
-        if found and not name:
-            break
     return found
 
 
@@ -259,13 +250,14 @@ def _by_rules(values: dict) -> list[Problem]:
 
 
 def _holds(rule: dict, values: dict) -> bool:
-    """Whether the rule's key has one of the values in `is` (any, without it; none, with `absent`), the keys of `with` have
-    theirs, and no key of `unless` has."""
+    """Whether the rule's key has one of the values in `is` (any, without it; it is missing, with `absent`) and none of `isnt`,
+    the keys of `with` have theirs, and no key of `unless` has."""
 
     def has(key, among):
         return key in values and (among is None or values[key] in among)
 
     own = rule["key"] not in values if rule.get("absent") else has(rule["key"], rule.get("is"))
+    own = own and values.get(rule["key"]) not in rule.get("isnt", [])
     others = all(has(*pair) for pair in rule.get("with", {}).items())
     return own and others and not any(has(*pair) for pair in rule.get("unless", {}).items())
 
@@ -290,26 +282,23 @@ def _by_ranks(values: dict, ranks: int, model: Model) -> list[Problem]:
 
 
 def _by_memory(pinned: dict[str, int], ranks: int, model: Model) -> list[Problem]:
-    """Pinned host memory, `pinned` {block: bytes per parameter}, against what this process and this job may have."""
+    """Pinned host memory, `pinned` {block: bytes per parameter}, against the --mem of this job. (CUDA's pinned memory counts
+    there; `ulimit -l` does not bind it.)"""
     from inheritune.models import count_parameters, hf_config
 
-    need = sum(pinned.values()) * count_parameters(hf_config(model, model.layers)) / ranks  # bytes of one rank
-    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    limits = [("ulimit -l", need, locked)] if locked != resource.RLIM_INFINITY else []
-    if os.environ.get("SLURM_MEM_PER_NODE"):  # MiB
-        here = int(os.environ.get("LOCAL_WORLD_SIZE") or min(ranks, 8))  # ranks of one host
-        limits.append(("the job's --mem", need * here, int(os.environ["SLURM_MEM_PER_NODE"]) * 2**20))
+    allowed = int(os.environ.get("SLURM_MEM_PER_NODE") or 0) * 2**20  # of MiB; 0 is all of the node's
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or min(ranks, 8))  # ranks of one host
+    need = sum(pinned.values()) * count_parameters(hf_config(model, model.layers)) * here / ranks if allowed else 0
+    if need <= allowed:
+        return []
     key = f"zero_optimization.{next(iter(pinned))}.pin_memory"
-    ways = "raise that limit, use more GPUs, or write false"
-    return [
-        Problem(key, "warn", f"'{key}' locks {wanted / 1e9:.1f} GB of the host, {name} is {allowed / 1e9:.1f} GB; {ways}")
-        for name, wanted, allowed in limits
-        if wanted > allowed
-    ]
+    got = f"'{key}' locks {need / 1e9:.1f} GB of each host, the job's --mem is {allowed / 1e9:.1f} GB"
+    return [Problem(key, "warn", f"{got}; ask for more, use more GPUs, or write false")]
 
 
 def _by_timeout() -> list[Problem]:
-    """DEEPSPEED_TIMEOUT, how long ranks wait for each other (dist.start: 60 minutes where it is not set)."""
+    """DEEPSPEED_TIMEOUT, how long ranks wait for each other (dist.start: 60 minutes where it is not set). DeepSpeed cannot even
+    be imported where it is no number."""
     key, patience = "DEEPSPEED_TIMEOUT", os.environ.get("DEEPSPEED_TIMEOUT", "60")
     if not (patience.isdigit() and int(patience)):
         return [Problem(key, "refuse", f"{key}={patience} is no number of minutes; set 60, or unset it")]

@@ -8,6 +8,7 @@ torch: it runs on a batch host.
 import os
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from inheritune.config import Experiment, Grow, Run, UserError, load_experiment
 from inheritune.dist import Stopped, asked_to_stop, launch
@@ -158,16 +159,15 @@ def check_json(experiment: Experiment, runs: list[str], ds: str | None, gpus: li
     """Print the warnings of the JSON files of `runs`, and how their batches are cut over each number of `gpus`.
 
     Raises UserError for what is refused. Where torch or DeepSpeed is missing (beside an image), the job itself checks."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # no GPU is asked for, and none is missed
-    try:
-        import deepspeed  # noqa: F401 - what the check reads the keys from
-
-        from inheritune.batches import Share
-        from inheritune.dslint import lint, report
-        from inheritune.engine import load_json
-    except ImportError as error:
-        print(f"the DeepSpeed JSON is not checked here ({error}); train does it at its start")
+    missing = [name for name in ("torch", "deepspeed") if not find_spec(name)]
+    if missing:
+        print(f"the DeepSpeed JSON is not checked here, without {' and '.join(missing)}; train does it at its start")
         return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # no GPU is asked for, and none is missed
+    from inheritune.batches import Share
+    from inheritune.dslint import lint, report
+    from inheritune.engine import load_json
+
     trained = [experiment.train_of(experiment.run(name)) for name in runs if not experiment.run(name).init.external]
     length = experiment.data.sequence_length
     for train in {(t.deepspeed, t.precision, t.batch_tokens): t for t in trained}.values():
