@@ -163,18 +163,14 @@ def valid_keys(path: tuple = ()) -> dict[str, tuple[str, str]]:
     block at `path` (() is the whole JSON), found by letting it read one; {} if nothing is read there by name."""
     from pydantic import ValidationError
 
-    deepspeed_config = _quiet_deepspeed_config()
     watched = _Watched({_PROBE: 0})
     nested: dict = watched
     for key in reversed(path):
         nested = {key: nested}
     nested.setdefault(MICRO, 1)
-    try:
-        deepspeed_config(nested)
-    except ValidationError as error:  # a pydantic block refuses the probe, and so names its class
+    error = _read(nested)  # its parser stumbles in many ways over a block where it wants a value
+    if isinstance(error, ValidationError):  # a pydantic block refuses the probe, and so names its class
         return _fields(error)
-    except Exception as error:  # the parser stumbles in many ways over a block where it wants a value
-        logging.getLogger(__name__).debug("reading %s: %s", path, error)
     return {key: (key, "") for key in watched.asked - {_PROBE}}
 
 
@@ -198,35 +194,34 @@ def _fields(error) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _quiet_deepspeed_config():
+def _read(settings: dict) -> Exception | None:
+    """Let DeepSpeed read `settings`.  -> what it raises"""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    return DeepSpeedConfig
+    try:
+        DeepSpeedConfig(settings)
+    except Exception as error:
+        return error
+    return None
 
 
 def deepspeed_refuses(settings: dict) -> list[Problem]:
-    """What DeepSpeed's own reader refuses, block by block and then as a whole; it says why, we say where."""
+    """What DeepSpeed's own reader refuses, block by block or else as a whole; it says why, we say where."""
     from pydantic import ValidationError
 
-    deepspeed_config = _quiet_deepspeed_config()
-    found = []
     plain = {key: value for key, value in settings.items() if key != "inheritune"}
-    for name in (*plain, ""):
-        if found and not name:
-            break
-        part = {MICRO: 1, name: plain[name]} if name else plain
-        try:
-            deepspeed_config({**part})
-        except ValidationError as error:
-            for problem in error.errors():
-                key = ".".join(str(word) for word in (name, *problem["loc"]) if word)
-                got = problem["input"] if problem["loc"] else ""
-                why = problem["msg"].removeprefix("Value error, ")
-                found.append(Problem(key, "refuse", f"DeepSpeed refuses {key} = {got!r}: {why}; correct it or leave it out"))
-        except Exception as error:
-            what = f"'{name}' = {settings[name]!r}" if name else "these keys together"
-            found.append(Problem(name, "refuse", f"DeepSpeed refuses {what}: {error}; correct it or leave it out"))
+    errors = {name: _read({MICRO: 1, name: value}) for name, value in plain.items()}
+    errors = {name: error for name, error in errors.items() if error} or {"these keys together": _read({**plain})}
+    found = []
+    for name, error in errors.items():
+        for problem in error.errors() if isinstance(error, ValidationError) else ():
+            key, why = ".".join(map(str, (name, *problem["loc"]))), problem["msg"].removeprefix("Value error, ")
+            got = f" = {problem['input']!r}" if problem["loc"] else ""
+            found.append(Problem(key, "refuse", f"DeepSpeed refuses {key}{got}: {why}; correct it or leave it out"))
+        if error and not isinstance(error, ValidationError):
+            got = f" = {settings[name]!r}" if name in settings else ""
+            found.append(Problem(name, "refuse", f"DeepSpeed refuses {name}{got}: {error}; correct it or leave it out"))
     return found
 
 

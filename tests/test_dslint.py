@@ -88,6 +88,8 @@ def test_mistake_is_caught_with_the_key_and_the_way_out(case, tmp_path, capsys):
 
 def test_cases_are_distinct_by_cause():
     assert len(CASES) >= 40 and len(set(NAMES)) == len(CASES)
+    keys = {"name", "stage", "set", "text", "experiment", "train", "gpus", "env", "severity", "says", "deepspeed", "words"}
+    assert not [case["name"] for case in CASES if set(case) - keys]
     causes = [(str(case["says"]), case.get("stage"), case.get("gpus")) for case in CASES]
     assert len(set(causes)) == len(causes)
 
