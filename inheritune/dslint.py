@@ -261,11 +261,13 @@ def _by_ranks(values: dict, ranks: int, model: Model) -> list[Problem]:
     """What the number of GPUs decides."""
     found = []
     zero = "zero_optimization."
-    secondary = values.get(f"{zero}zero_hpz_partition_size", 1)
-    if isinstance(secondary, int) and secondary > 1 and (secondary >= ranks or ranks % secondary):
-        got = f"'{zero}zero_hpz_partition_size' = {secondary} with {ranks} GPU(s)"
-        ways = "it must divide their number and be below it: write the GPUs of one node, or remove it"
-        found.append(Problem(f"{zero}zero_hpz_partition_size", "refuse", f"{got}: {ways}"))
+    second = values.get(f"{zero}zero_hpz_partition_size", 1)
+    if isinstance(second, int) and second > 1 and (second >= ranks or ranks % second):
+        severity = "warn" if second >= ranks else "refuse"
+        why = "keeps a second copy of the weights for nothing" if second >= ranks else "does not divide their number"
+        got = f"'{zero}zero_hpz_partition_size' = {second} with {ranks} GPU(s) {why}"
+        sentence = f"{got}; write the GPUs of one node of several, or remove it"
+        found.append(Problem(f"{zero}zero_hpz_partition_size", severity, sentence))
     blocks = {"offload_optimizer": 16, "offload_param": 4}  # bytes per parameter: master, two moments, gradient; weights
     moved = {name: size for name, size in blocks.items() if values.get(f"{zero}{name}.device", "none") != "none"}
     stage = values.get(f"{zero}stage", 0)
