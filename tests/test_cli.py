@@ -22,9 +22,9 @@ ORDER = """
 config rundir dist log tokens documents prepare batches models sources fetch inherit attention export validate dslint engine
 checkpoint train evaluate stages tables figures status
 """.split()  # noqa: SIM905 - a list to read
-CORE_EXCLUDES = {"tokens", "documents", "prepare", "fetch"} | {"attention", "evaluate"} | {"stages"}
+CORE_EXCLUDES = {"tokens", "documents", "prepare", "fetch"} | {"attention", "evaluate"} | {"stages", "dslint"}
 CORE_EXCLUDES |= {"tables", "figures", "status", "export"}
-"""Preparing, evaluating (losses and attention), planning, reporting: what is left is the core."""
+"""Preparing, evaluating (losses and attention), planning and checking, reporting: what is left is the core."""
 
 
 def refused(*words, **environment) -> str:
