@@ -91,11 +91,13 @@ class Verbs:
 
         grow(experiment, run, seed, procs, ds, bool(slot), rehearse)
 
-    def check(self, experiment, run=None, stage=None, seed=0, rehearse=None):
-        """Whether an experiment's file is sound and what --run starts from is there; loads no model and takes no GPU."""
+    def check(self, experiment, run=None, stage=None, seed=0, rehearse=None, ds=None, gpus=None):
+        """Whether an experiment, its DeepSpeed JSON (or --ds FILE) and what --run starts from are sound; takes no GPU.
+
+        --gpus 8, or --gpus 1,4,8, shows how the batch is cut over so many GPUs and what goes wrong there."""
         from inheritune.stages import check
 
-        check(experiment, run, stage, seed, rehearse)
+        check(experiment, run, stage, seed, rehearse, ds, gpus)
 
     def plan(self, experiment, run=None, ds=None, gpus=8, gpu="H100", gpu_memory=None, mfu=0.4, json=None, against=None,
              rehearse=None):  # fmt: skip
@@ -225,13 +227,13 @@ def bind(verb: str, function, argv: list[str]) -> dict:
         if name in found:
             raise UserError(f"{verb}: --{name} is given twice")
         # names, paths and layer ranges stay text: fire would read 1e3 as a number and 0:4 as a slice
-        number = name in (*COUNTS, *SWITCHES, "seed", "at")
+        number = name in (*COUNTS, *SWITCHES, "seed", "at") and (verb, name) != ("check", "gpus")  # that is a list
         found[name] = DefaultParseValue(value) if number or name == "mfu" else value
         if name == "mfu" and not isinstance(found[name], int | float):
             raise UserError(f"{verb}: --{name} takes a number (got '{value}')")
         if number and not isinstance(found[name], int):
             raise UserError(f"{verb}: --{name} takes a whole number (got '{value}')")
-        if name in COUNTS and found[name] < 1:
+        if number and name in COUNTS and found[name] < 1:
             raise UserError(f"{verb}: --{name} must be at least 1 (got {value})")
     missing = [name for name in positional if name not in found]
     if missing:

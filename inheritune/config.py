@@ -555,7 +555,7 @@ def _sentences(error: ValidationError, model: type[BaseModel], prefix: str = "")
         path = prefix + ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            owner = _model_at(model, problem["loc"][:-1])
+            owner = model_at(model, problem["loc"][:-1])
             valid = [field.alias or name for name, field in owner.model_fields.items()] if owner else []
             message = f"unknown key; {nearest(problem['loc'][-1], valid)}"
         elif problem["type"] != "value_error" and problem["type"] != "missing":
@@ -564,7 +564,7 @@ def _sentences(error: ValidationError, model: type[BaseModel], prefix: str = "")
     return sentences
 
 
-def _model_at(model, path):
+def model_at(model, path):
     """The pydantic class that the key path leads to, through optional fields, unions and mappings; None if unclear."""
     for part in path:
         fields = {field.alias or name: field for name, field in getattr(model, "model_fields", {}).items()}

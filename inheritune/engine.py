@@ -1,7 +1,7 @@
 """The DeepSpeed engine: parameter groups, learning rate, the JSON, building the model and giving it weights.
 
 ds_configs/*.json hold what changes memory and speed. What changes the mathematics belongs to the experiment and is put in
-here; a JSON that sets it too is refused, so that each number has one home.
+here; a JSON that sets it too is refused (dslint.py), so that each number has one home.
 """
 
 import math
@@ -10,27 +10,15 @@ from pathlib import Path
 
 import torch
 
+from inheritune import dslint
 from inheritune.config import GPUS, Train, UserError, nearest, resolve_path
 from inheritune.dist import rank
 from inheritune.models import architecture, build, linear_weights
 
-OWNED = {
-    "optimizer": "train.lr, betas, eps, weight_decay",
-    "scheduler": "train.schedule, warmup_steps, min_lr",
-    "gradient_clipping": "train.clip",
-    "fp16": "train.precision",
-    "bf16": "train.precision",
-    "torch_autocast": "train.precision",
-    "data_types": "train.precision",
-    "prescale_gradients": "train.precision",
-    "train_batch_size": "train.batch_tokens",
-    "gradient_accumulation_steps": "train.batch_tokens and the number of ranks",
-}
-"""DeepSpeed keys that the experiment decides, and where."""
-
 
 def load_json(path: str | Path) -> dict:
-    """A DeepSpeed JSON (comments allowed). Raises UserError if it is missing, malformed or sets what the experiment owns."""
+    """A DeepSpeed JSON (comments allowed). Raises UserError if it is missing, malformed or sets what the experiment owns;
+    dslint.lint says the rest."""
     import hjson
 
     file = resolve_path(str(path))
@@ -51,37 +39,21 @@ def load_json(path: str | Path) -> dict:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path} must hold a JSON object, not {type(settings).__name__}")
-    for key in settings:
-        if key in OWNED:
-            raise UserError(f"{path} sets '{key}', which belongs to the experiment ({OWNED[key]}); remove it from the JSON")
-    ours = settings.get("inheritune", {})
-    for key in ours:
-        if key not in ("activation_checkpointing", "compile"):
-            raise UserError(
-                f"{path}: unknown key '{key}' in 'inheritune'; {nearest(key, ['activation_checkpointing', 'compile'])}"
-            )
-    micro = settings.get("train_micro_batch_size_per_gpu")
-    if not isinstance(micro, int) or micro < 1:
-        raise UserError(f"{path}: train_micro_batch_size_per_gpu must be a positive number of sequences (got {micro!r})")
+    dslint.report(path, dslint.form(settings))
     return settings
 
 
 def deepspeed_config(settings: dict, train: Train, micro_batch: int, accumulation: int) -> dict:
-    """The whole configuration for `deepspeed.initialize`: the JSON's settings plus what the experiment owns.
-
-    Raises UserError for pure bf16 at ZeRO 0, where DeepSpeed's accumulation ends elsewhere than at ZeRO 1 to 3."""
+    """The whole configuration for `deepspeed.initialize`: the JSON's settings plus what the experiment owns."""
     config = {key: value for key, value in settings.items() if key != "inheritune"}
     config["train_micro_batch_size_per_gpu"] = micro_batch
     config["gradient_accumulation_steps"] = accumulation
     config["gradient_clipping"] = train.clip
     config["zero_allow_untested_optimizer"] = True
     config["zero_force_ds_cpu_optimizer"] = False  # offload too takes torch's fused AdamW: nothing is compiled
-    stage = zero_stage(settings)
     if train.precision == "bf16_autocast":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     elif train.precision == "bf16":
-        if stage == 0:
-            raise UserError("train.precision: bf16 is not exact at ZeRO 0; use a ZeRO 1, 2 or 3 JSON, or bf16_autocast")
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config

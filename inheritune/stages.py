@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from inheritune import dist
 from inheritune.config import REPOSITORY, Experiment, Grow, Run, UserError, load_experiment
@@ -130,11 +131,14 @@ def grow(experiment: str, run: str, seed: int = 0, procs: int = 1, ds: str | Non
     print(sentence(read_json(root.done), loaded, run, reference))
 
 
-def check(experiment: str, run: str | None = None, stage: int | None = None, seed: int = 0, rehearse=None) -> None:
-    """Print that the experiment is sound and, for `run` (and `stage` of a grown run), that what it starts from is there.
+def check(experiment: str, run: str | None = None, stage: int | None = None, seed: int = 0, rehearse=None,
+          ds: str | None = None, gpus: str | None = None) -> None:  # fmt: skip
+    """Print that the experiment is sound and, for `run` (and `stage` of a grown run), that what it starts from is there;
+    before that, what is wrong with the DeepSpeed JSON of its runs (or `ds`), for each number in `gpus` ("4" or "1,2,4").
 
-    Raises UserError naming what is missing, with the commands that make it."""
+    Raises UserError naming what is refused or missing, with the commands that make it."""
     loaded = load_experiment(experiment, rehearse)
+    check_json(loaded, [run] if run else list(loaded.runs), ds, _numbers(gpus))
     if run is None:
         print(f"{loaded.name}: the file is sound; runs: {', '.join(loaded.runs)}")
         return
@@ -153,6 +157,40 @@ def check(experiment: str, run: str | None = None, stage: int | None = None, see
         ways += f"First, on the login node, the data ({data_dir(loaded)}):\n"
         ways += f"    {fetch}{_again(loaded)}bash slurm/prepare.sh {experiment}\n"
     raise UserError((ways + (_two_ways(loaded, experiment, run, needed, stage) if needed else "")).rstrip())
+
+
+def check_json(experiment: Experiment, runs: list[str], ds: str | None, gpus: list[int]) -> None:
+    """Print the warnings of the JSON files of `runs`, and how their batches are cut over each number of `gpus`.
+
+    Raises UserError for what is refused. Where torch or DeepSpeed is missing (beside an image), the job itself checks."""
+    missing = [name for name in ("torch", "deepspeed") if not find_spec(name)]
+    if missing:
+        print(f"the DeepSpeed JSON is not checked here, without {' and '.join(missing)}; train does it at its start")
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # no GPU is asked for, and none is missed
+    from inheritune.batches import Share
+    from inheritune.dslint import lint, report
+    from inheritune.engine import load_json
+
+    trained = [experiment.train_of(experiment.run(name)) for name in runs if not experiment.run(name).init.external]
+    length = experiment.data.sequence_length
+    for train in {(t.deepspeed, t.precision, t.batch_tokens): t for t in trained}.values():
+        path = ds or train.deepspeed
+        settings = load_json(path)
+        found = [problem for n in gpus or [None] for problem in lint(settings, experiment.model, train, n)]
+        for warning in report(path, list(dict.fromkeys(found))):
+            print(f"warning: {warning}")
+        ceiling, batch = settings["train_micro_batch_size_per_gpu"], train.batch_tokens // length
+        for n in gpus:
+            print(Share.of(batch, 0, n, ceiling).describe(batch, n, ceiling, length))
+
+
+def _numbers(words: str | None) -> list[int]:
+    """[1, 2, 4] of "1,2,4"."""
+    numbers = words.split(",") if words else []
+    if not all(word.strip().isdigit() and int(word) for word in numbers):
+        raise UserError(f"check: --gpus takes a number of GPUs or several, as in 1,2,4 (got '{words}')")
+    return [int(word) for word in numbers]
 
 
 def unfinished_source(experiment: Experiment, spec: Run, seed: int) -> str | None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import yaml
 
-from inheritune import checkpoint, dist, validate
+from inheritune import checkpoint, dist, dslint, validate
 from inheritune.batches import Order, Share, Tokens, read_share
 from inheritune.config import RESUMABLE_KEYS, Experiment, Run, Train, UserError, load_experiment
 from inheritune.engine import (
@@ -115,7 +115,8 @@ def train_job(job: Job, ds: str | None = None) -> None:
         print(f"{job.title()} is finished: {job.dir.final}") if dist.rank() == 0 else None
         return
     dist.tell_run(job.dir.path)
-    settings = load_json(ds or job.settings.deepspeed)
+    path = ds or job.settings.deepspeed
+    settings = load_json(path)
     dist.start()
     setup()
     preflight = dist.preflight(data_dir(job.experiment))
@@ -123,6 +124,8 @@ def train_job(job: Job, ds: str | None = None) -> None:
     check_vocabulary(tokens.vocab_size, job.experiment.model.vocab_size, f"model.vocab_size of {job.experiment.name}")
     logger.info("%s", preflight)
     trainer = Trainer(job, settings, tokens)
+    for warning in dslint.report(path, dslint.lint(settings, job.experiment.model, trainer.train, dist.world())):
+        logger.warning("%s", warning) if dist.rank() == 0 else None
     lock = Lock(job.dir.path)
     dist.on_rank0(lock.acquire)
     try:

@@ -518,7 +518,7 @@ train() {
   stop_file=$(run_folder "${words[@]}")/STOP
   start "train ${words[0]}, run ${words[1]}${flags[*]:+ ${flags[*]}}"
   local options=() name
-  for name in stage seed; do if [ -n "$(flag $name)" ]; then options+=("--$name" "$(flag $name)"); fi; done
+  for name in stage seed ds; do if [ -n "$(flag $name)" ]; then options+=("--$name" "$(flag $name)"); fi; done
   check "${words[@]}" ${options[@]+"${options[@]}"}
   launch train "${words[0]}" --run "${words[1]}" ${flags[@]+"${flags[@]}"}
 }

@@ -19,12 +19,12 @@ from inheritune.rundir import data_dir
 
 # DESIGN: a file imports only from files before it; documents holds the readers that prepare and fetch share
 ORDER = """
-config rundir dist log tokens documents prepare batches models sources downstream fetch inherit attention export validate engine
-planning checkpoint train evaluate stages paper tables figures status
+config rundir dist log tokens documents prepare batches models sources downstream fetch inherit attention export validate dslint
+engine planning checkpoint train evaluate stages paper tables figures status
 """.split()  # noqa: SIM905 - a list to read
-CORE_EXCLUDES = {"tokens", "documents", "prepare", "fetch"} | {"attention", "evaluate", "downstream"} | {"stages", "planning"}
-CORE_EXCLUDES |= {"paper", "tables", "figures", "status", "export"}
-"""Preparing, evaluating (losses and attention), planning, reporting: what is left is the core."""
+CORE_EXCLUDES = {"tokens", "documents", "prepare", "fetch"} | {"attention", "evaluate", "downstream"}
+CORE_EXCLUDES |= {"stages", "planning", "dslint"} | {"paper", "tables", "figures", "status", "export"}
+"""Preparing, evaluating (losses and attention), planning and checking, reporting: what is left is the core."""
 
 
 def refused(*words, **environment) -> str:
@@ -245,7 +245,7 @@ def test_sizes_stay_readable():
     sizes = {p.stem: code_lines(p) for p in (REPOSITORY / "inheritune").glob("*.py")}
     assert max(sizes.values()) <= 500, sizes
     assert sum(n for name, n in sizes.items() if name not in CORE_EXCLUDES) < 3200, sizes
-    assert sum(sizes.values()) < 6700, sizes
+    assert sum(sizes.values()) < 7000, sizes
 
 
 # --- documents ------------------------------------------------------------------------------------------------------------

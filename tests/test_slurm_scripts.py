@@ -280,11 +280,11 @@ def test_a_lost_node_brings_the_job_back(tmp_path):
 
 @pytest.mark.slow
 def test_the_time_limit_asks_first(slurm, tmp_path):  # noqa: F811
-    """Slurm looks at limits every 30 s: with one minute and 40 s of lead the signal comes after some 15 s."""
-    job = slurm.submit(COUNTING, tmp_path / "a", 250, SITE_TIME=1, SITE_LEAD=40)
+    """Slurm looks at limits every 30 s: with one minute and 40 s of lead the signal comes after 20 to 50 s."""
+    job = slurm.submit(COUNTING, tmp_path / "a", 550, SITE_TIME=1, SITE_LEAD=40)
     (record,) = slurm.wait(job, timeout=200)
     assert record["JobState"] == "COMPLETED" and int(record["Restarts"]) >= 1, slurm.log(job)
-    assert "stopped at" in slurm.log(job) and "by SIGUSR1" in slurm.log(job) and counted(tmp_path / "a") == {250}
+    assert "stopped at" in slurm.log(job) and "by SIGUSR1" in slurm.log(job) and counted(tmp_path / "a") == {550}
 
 
 # --- failing --------------------------------------------------------------------------------------------------------------
