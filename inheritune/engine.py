@@ -171,7 +171,10 @@ def held_bytes(engine) -> dict[str, int]:
     Gradients are those between the last backward and step(); a master that is the weight itself (ZeRO 0) counts as weight."""
     zero, stage = engine.optimizer, engine.zero_optimization_stage()
     inner = zero if stage == 0 else zero.optimizer
-    weights = [t for p in engine.module.parameters() for t in (p.data, getattr(p, "ds_tensor", None)) if t is not None]
+    held = (
+        (p.data, getattr(p, "ds_tensor", None), getattr(p, "ds_secondary_tensor", None)) for p in engine.module.parameters()
+    )
+    weights = [tensor for tensors in held for tensor in tensors if tensor is not None]
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
     if stage == 3:
         masters, gradients = zero.fp32_partitioned_groups_flat, [zero.grad_partitions_flat_buffer]

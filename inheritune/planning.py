@@ -206,8 +206,11 @@ def memory(model: Model, layers: int, settings: dict, train: Train, ranks: int, 
         last = 4 * (trained - touched) if stage == 1 else 4 * touched * several  # beside held["gradients"]
     else:
         gathers = ranks > 1 or weights_away  # one rank's part is the whole weight
-        kept = sum(t.numel for t in its if t.numel <= zero["stage3_param_persistence_threshold"]) * gathers
+        persistent = zero["stage3_param_persistence_threshold"]
+        kept = sum(t.numel for t in its if t.numel <= persistent) * gathers
         held["weights"] = b * (kept + (0 if weights_away else sum(-(-t.numel // ranks) for t in its)))
+        if (second := zero.get("zero_hpz_partition_size", 1)) > 1:  # hierarchical partitioning: a copy on each node, in shards
+            held["weights"] += b * sum(t.numel // min(second, ranks) for t in its if t.numel > persistent or not t.trained)
         held |= {"gradients": 4 * part, "buckets": sum(dtypes) * zero["reduce_bucket_size"]}
         at_once = max(zero["stage3_max_live_parameters"], largest + zero["stage3_prefetch_bucket_size"])
         live = b * min(whole - kept, at_once) * gathers

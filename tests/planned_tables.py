@@ -89,30 +89,10 @@ def memory_table() -> str:
     return markdown(["model", "GPUs", *(file.removesuffix(".json") for file in files)], rows)
 
 
-def planned_md() -> str:
-    return f"""# Planned memory
-
-Peak of each GPU in GB, in brackets with activation checkpointing, for the paper's batch, sequence length and precision
-(bf16_autocast) and the micro batch of each file. Made by `python tests/planned_tables.py` from the arithmetic of `plan`; the
-allocator's and CUDA's own memory in it is an estimate ({planning.FRAMEWORK / 1e9:g} GB and {planning.FRAGMENTATION:.0%}).
-
-{memory_table()}
-
-## Measured
-
-On a GPU: nothing yet, the table is empty. On the CPU, with real DeepSpeed runs (tests/test_planning.py): what each rank holds,
-and its checkpoints, agree with the plan to 1%, activations and the peak of all allocations of one rank to 10%.
-`python -m inheritune plan EXPERIMENT --against RUN_FOLDER` shows it for a run of yours.
-
-| model | JSON | GPUs | planned GB | measured GB, allocated | reserved | hardware, versions |
-| --- | --- | --- | --- | --- | --- | --- |
-"""
-
-
 def documents() -> dict[Path, str]:
     """{file: its text with current tables}."""
-    texts = {REPOSITORY / "ds_configs" / "planned.md": planned_md()}
-    for folder, made in (("recipes", recipes_table()), ("slurm", slurm_table())):
+    texts = {}
+    for folder, made in (("ds_configs", memory_table()), ("recipes", recipes_table()), ("slurm", slurm_table())):
         file = REPOSITORY / folder / "README.md"
         before, _, rest = file.read_text(encoding="utf-8").partition(BEGIN)
         texts[file] = f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.partition(END)[2]}"

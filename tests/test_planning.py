@@ -21,11 +21,11 @@ SMALL_BUCKETS |= {"stage3_param_persistence_threshold": 10_000, "stage3_prefetch
 SMALL_BUCKETS |= {"stage3_max_live_parameters": 100_000, "stage3_max_reuse_distance": 100_000}
 
 
-def case(kind: str, model: dict, stage: int, accumulation: int, checkpointing: bool, sequences: int) -> dict:
+def case(kind: str, model: dict, stage: int, accumulation: int, checkpointing: bool, sequences: int, **zero) -> dict:
     settings = {
         "train_micro_batch_size_per_gpu": sequences,
         "inheritune": {"activation_checkpointing": checkpointing},
-        "zero_optimization": {"stage": stage, **SMALL_BUCKETS},
+        "zero_optimization": {"stage": stage, **SMALL_BUCKETS, **zero},
     }
     shape = {"model": model, "layers": 3, "sequences": sequences, "length": 96, "accumulation": accumulation}
     return {"name": f"{kind}_zero{stage}_{accumulation}", "precision": "fp32", "settings": settings, **shape}
@@ -33,6 +33,7 @@ def case(kind: str, model: dict, stage: int, accumulation: int, checkpointing: b
 
 CASES = [case("gpt2", GPT2, stage, 2, False, 5) for stage in range(4)]
 CASES += [case("llama", LLAMA, stage, 1, True, 2) for stage in range(4)]
+CASES += [case("second_copy", GPT2, 3, 1, False, 2, zero_hpz_partition_size=2)]
 
 
 def planned(its: dict, ranks: int) -> dict:
