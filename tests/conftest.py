@@ -96,7 +96,7 @@ def write_tokens(folder: Path, train_shards=(3000, 2500, 1500), val_tokens=1200,
     generator = np.random.default_rng(0)
     splits = {}
     (folder / "tokenizer").mkdir(parents=True)
-    train_bpe(f"bpe:{vocab}", [Path(__file__).read_text()], folder / "tokenizer")
+    train_bpe("bpe:300", [Path(__file__).read_text()], folder / "tokenizer")
     for split, sizes in (("train", train_shards), ("val", (val_tokens,))):
         shards = []
         for number, size in enumerate(sizes):
