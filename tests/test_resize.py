@@ -1,4 +1,5 @@
-"""A run goes on at another number of ranks or another ZeRO stage: every pair of 1, 2, 3 ranks and of ZeRO 1, 2, 3.
+"""A run goes on at another number of ranks or another ZeRO stage: every pair of 1, 2, 3 ranks and of ZeRO 1, 2, 3 (as a drill;
+else 15 of these 72 pairs, in which each shape is left and reached).
 
 Each source is stopped after step 4 of 14 (its folder is copied as it was then); the 10 steps after that must have the losses
 of the unbroken run. Two decay groups, accumulation, a clip that binds, three data shards, shares that do not divide.
@@ -52,9 +53,10 @@ def launch(jobs: list[dict], ranks: int, folder) -> None:
 class Lab:
     """The experiments, and every run of this file: an unbroken one per kind and source shape, a resized one per pair."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, thinned: int):
+        """`thinned`: take every so-manieth of the 72 pairs."""
         self.folder = folder
-        self.paths = {}
+        self.paths, self.pairs = {}, {kind: its[::thinned] if its is PAIRS else its for kind, (_, _, its) in KINDS.items()}
         for kind, (model, precision, _) in KINDS.items():
             raw = experiment_dict(model=model, runs={f"from_{n}_{z}": {"init": "random"} for n, z in SHAPES}, paper=[])
             raw["train"] |= {"steps": STEPS, "batch_tokens": 640, "lr": 3e-3, "clip": 0.1, "weight_decay": 0.5}
@@ -94,19 +96,19 @@ class Lab:
         return target
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    made = Lab(tmp_path_factory.mktemp("resize"))
+@pytest.fixture(scope="module", params=[5, pytest.param(1, marks=pytest.mark.drill)], ids=["some pairs", "every pair"])
+def lab(request, tmp_path_factory):
+    made = Lab(tmp_path_factory.mktemp("resize"), request.param)
     for ranks in (1, 2, 3):
         jobs = []
-        for kind, (_, _, pairs) in KINDS.items():
+        for kind, pairs in made.pairs.items():
             for before in dict.fromkeys(before for before, _ in pairs if before[0] == ranks):
                 made.run(kind, before)
                 jobs.append(made.job(kind, before))
         launch(jobs, ranks, made.folder)
     for ranks in (1, 2, 3):
         jobs = []
-        for kind, (_, _, pairs) in KINDS.items():
+        for kind, pairs in made.pairs.items():
             for before, now in pairs:
                 if now[0] == ranks:
                     made.stopped_copy(kind, before, now)
@@ -122,8 +124,8 @@ def column(run: RunDir, key: str = "loss") -> np.ndarray:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_after_a_resize_equal_the_unbroken_run(lab, kind):
-    _, precision, pairs = KINDS[kind]
-    for before, now in pairs:
+    precision = KINDS[kind][1]
+    for before, now in lab.pairs[kind]:
         whole, resized = lab.run(kind, before), lab.run(kind, before, now)
         where = f"{kind} {before} -> {now}"
         said = resized.log.read_text()
