@@ -38,7 +38,8 @@ def limit_error(error: Exception) -> Exception:
     words = "" if isinstance(error, UserError) else str(error).partition("\n")[0]
     if "Too many open files" in words:
         return NodeError(f"{words}; allow more, as in: ulimit -n 4096")
-    if isinstance(error, MemoryError) or any(w in words for w in ("allocate memory", "out of memory", "start new thread")):
+    signs = ("allocate memory", "out of memory", "start new thread", "failed to map segment")
+    if isinstance(error, MemoryError) or any(sign in words for sign in signs):
         what = f"out of memory ({words or type(error).__name__})"
         return NodeError(f"{what}; ask for more (--mem, ulimit -v) or use less (ds_configs/README.md; prepare --workers 1)")
     return error

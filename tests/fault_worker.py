@@ -16,7 +16,8 @@ import time
 from inheritune import __main__ as program
 from inheritune import dist, train, validate
 
-HANGS, START_S, HANG_S = ("sleep", "stopped", "held"), 150.0, 10.0  # the watch is strict only from that step on
+HANGS = ("sleep", "stopped", "held")
+START_S, HANG_S, LOOKS = 150.0, 10.0, 50  # the watch is strict only from that step on
 
 experiment, run, when = sys.argv[1:]
 kind, _, place = when.partition("@")
@@ -26,7 +27,11 @@ engine, watch, due = None, None, False
 
 def spoil_a_weight() -> None:
     parameter = next(iter(engine.module.parameters()))
-    getattr(parameter, "ds_tensor", parameter).data.view(-1)[0] = float("nan")  # at ZeRO 3 this rank's part
+    for held in {
+        parameter,
+        getattr(parameter, "ds_tensor", parameter),
+    }:  # at ZeRO 3 this rank's part, and the whole if it is there
+        held.data.view(-1)[:1] = float("nan")
 
 
 def hang() -> None:
@@ -36,7 +41,7 @@ def hang() -> None:
     elif kind == "stopped":
         os.kill(os.getpid(), signal.SIGSTOP)
     else:
-        time.sleep(START_S / 10 + 2)  # until the watch has become strict
+        time.sleep(START_S / LOOKS + 1)  # until the watch has become strict
         ctypes.PyDLL(None).sleep(1000)  # unlike CDLL it does not let other threads run
 
 
@@ -73,7 +78,7 @@ def keep_engine(result):
 def keep_watch(result):
     global watch
     watch = result
-    result.limit_s = START_S
+    result.limit_s, result.LOOKS = START_S, LOOKS
     return result
 
 

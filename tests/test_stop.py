@@ -46,7 +46,7 @@ def start(path, root, when: str, ranks: int = 2, worker="stop_worker.py", **envi
     said = []
     for worker in workers:
         try:
-            said.append(worker.communicate(timeout=20 if said else 180)[0])
+            said.append(worker.communicate(timeout=60 if said else 600)[0])
         except subprocess.TimeoutExpired:
             worker.kill()
             said.append(worker.communicate()[0])
