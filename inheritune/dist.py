@@ -5,6 +5,8 @@ failure.
 Nothing here needs a compiler: DeepSpeed's shared-memory CPU collective, the one op it would build at start, is turned off.
 """
 
+import faulthandler
+import json
 import logging
 import os
 import re
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +31,18 @@ class NodeError(UserError):
 
     def __init__(self, message: str):
         super().__init__(f"{node()} (rank {rank()}): {message}")
+
+
+def limit_error(error: Exception) -> Exception:
+    """`error` as a NodeError if it says that memory or open files are used up, else itself (a full disk: rundir.disk_error)."""
+    words = "" if isinstance(error, UserError) else str(error).partition("\n")[0]
+    if "Too many open files" in words:
+        return NodeError(f"{words}; allow more, as in: ulimit -n 4096")
+    signs = ("allocate memory", "out of memory", "start new thread", "failed to map segment")
+    if isinstance(error, MemoryError) or any(sign in words for sign in signs):
+        what = f"out of memory ({words or type(error).__name__})"
+        return NodeError(f"{what}; ask for more (--mem, ulimit -v) or use less (ds_configs/README.md; prepare --workers 1)")
+    return error
 
 
 class Stopped(Exception):
@@ -71,14 +86,23 @@ def start() -> None:
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
 
 
+def patience_s() -> float:
+    """Seconds that a rank waits for the others in a collective."""
+    return 60 * float(os.environ.get("DEEPSPEED_TIMEOUT") or 60)
+
+
 RENDEZVOUS_S = 300
 """How long ranks wait for each other at the start: the slowest node's import of torch from a shared disk."""
+
+
+_store = None  # where the ranks met: key and value, and no collective
 
 
 def _meet() -> None:
     """Join torch's process group, and prove it by one sum over all ranks. Raises NodeError naming the missing nodes."""
     import torch
 
+    global _store
     backend = "nccl" if device().type == "cuda" else "gloo"
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
@@ -87,6 +111,7 @@ def _meet() -> None:
         else:
             wait = timedelta(seconds=RENDEZVOUS_S)
             store = torch.distributed.TCPStore(address, port, world(), rank() == 0, wait, wait_for_workers=False)
+        _store = store
         store.set(f"here {rank()}", node())
         if rank() == 0:
             _wait_for_all(store)
@@ -95,7 +120,7 @@ def _meet() -> None:
             store.wait(["all here"], timedelta(seconds=RENDEZVOUS_S + 30))
     except torch.distributed.DistError as error:
         raise NodeError(f"cannot meet the other ranks at {address}:{port} ({str(error).splitlines()[0]})") from None
-    patience = timedelta(minutes=float(os.environ.get("DEEPSPEED_TIMEOUT") or 60))
+    patience = timedelta(seconds=patience_s())
     torch.distributed.init_process_group(backend, store=store, rank=rank(), world_size=world(), timeout=patience)
     done = threading.Event()
 
@@ -166,6 +191,80 @@ def preflight(folder: Path) -> str:
     nodes = len({facts["node"] for facts in seen})
     least = min(facts["shm"] for facts in seen) / 1e9
     return f"preflight: {world()} rank(s) on {nodes} node(s), a device each, a sum over all works, /dev/shm {least:.1f} GB free"
+
+
+# --- a rank that hangs ---------------------------------------------------------------------------------------------------
+
+
+class Watchdog:
+    """Ends a job that no longer gets on, with the stack of every rank in the log and a sentence that says which rank lags;
+    a context manager.
+
+    The work says `at` which place it has come to; all ranks come to the same places in the same order. A rank that stays at
+    one for `limit_s` seconds prints the stacks of its threads, hears how far the others are, and leaves with exit code 1. A
+    thread counts its own looks, not the clock: a job that Slurm suspended for an hour has not hung for an hour."""
+
+    LOOKS = 10
+
+    def __init__(self, limit_s: float):
+        self.limit_s, self.passed, self.place = limit_s, 0, "the start"
+        self._over = threading.Event()
+
+    def at(self, place: str) -> None:
+        self.passed, self.place = self.passed + 1, place
+
+    def __enter__(self) -> "Watchdog":
+        threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._over.set()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        seen, looks = -1, 0
+        while not self._over.wait(self.limit_s / self.LOOKS):
+            # if something keeps the interpreter to itself, this thread does not run either, but that one of C does
+            faulthandler.dump_traceback_later(self.limit_s)
+            looks, seen = looks + 1 if self.passed == seen else 0, self.passed
+            if looks == self.LOOKS:
+                self._end()
+
+    def _end(self) -> None:
+        """Say what this rank does; the first that still speaks says for all who lags. Never returns."""
+        stacks = [traceback.format_stack(f) for t, f in sys._current_frames().items() if t != threading.get_ident()]
+        said = f"{node()} (rank {rank()}) has been at '{self.place}' for {self.limit_s:.0f} s; the stacks of its threads:"
+        print("\n".join([f"inheritune: {said}", *("".join(stack) for stack in stacks)]), file=sys.stderr, flush=True)
+        try:
+            reports = self._reports()
+            if rank() == min(reports):
+                sentence = who_lags(reports, {r: _store.get(f"here {r}").decode() for r in range(world())})
+                print(f"inheritune: {sentence}", file=sys.stderr, flush=True)
+                tell_failure(sentence)
+            else:
+                time.sleep(3)  # srun --kill-on-bad-exit would end that one before it has spoken
+        finally:
+            os._exit(1)
+
+    def _reports(self) -> dict[int, tuple[int, str]]:
+        """{rank: (places passed, the last of them)} of those that hang too; waits a little for all to say so."""
+        _store.set(f"hangs {rank()}", json.dumps([self.passed, self.place]))
+        keys, deadline = {r: f"hangs {r}" for r in range(world())}, time.monotonic() + self.limit_s / 5
+        while time.monotonic() < deadline and not _store.check(list(keys.values())):
+            time.sleep(0.1)
+        return {r: tuple(json.loads(_store.get(key))) for r, key in keys.items() if _store.check([key])}
+
+
+def who_lags(reports: dict[int, tuple[int, str]], nodes: dict[int, str]) -> str:
+    """A sentence from {rank: (places passed, the last of them)} of the ranks that hang and still answer, and {rank: node} of
+    all: those that do not answer lag, or else those that have passed fewer places than others."""
+    silent, least = [r for r in nodes if r not in reports], min(reports.values())
+    late = silent or [r for r, report in reports.items() if report[0] == least[0]]
+    if len(late) == len(nodes):
+        return f"no progress: all ranks are at '{least[1]}' (their stacks are above): a collective, a GPU or a disk hangs"
+    whose = f"rank {', '.join(map(str, late))} on {', '.join(sorted({nodes[r] for r in late}))}"
+    how = "does not answer" if silent else f"is still at '{least[1]}'"
+    return f"no progress: {whose} {how}, the others wait at '{max(reports.values())[1]}' (stacks above)"
 
 
 # --- what a job and its ranks tell each other ---------------------------------------------------------------------------
@@ -243,6 +342,8 @@ def stop() -> None:
     """Leave the group: without this a process now and then aborts at exit although its work is done."""
     import torch
 
+    global _store
+    _store = None
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

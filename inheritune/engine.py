@@ -12,7 +12,7 @@ import torch
 
 from inheritune import dslint
 from inheritune.config import GPUS, Train, UserError, nearest, resolve_path
-from inheritune.dist import rank
+from inheritune.dist import all_sum, rank
 from inheritune.models import architecture, build, linear_weights
 
 
@@ -150,11 +150,23 @@ def set_learning_rate(engine, lr: float) -> None:
 
 def gradient_norm(engine) -> float | None:
     """Norm of the step's mean gradient before clipping, where DeepSpeed does not keep it (fp32 at ZeRO 0); call between
-    the last backward, which has averaged the gradients over ranks, and step()."""
+    the last backward, which has averaged the gradients over ranks, and step().
+
+    If it is not finite, step() will count a skipped step and leave weights and moments alone, as DeepSpeed sees to by itself
+    at ZeRO 1 to 3 (at ZeRO 0 its clipping would spread one nan over all weights)."""
     if engine.zero_optimization_stage() > 0:
         return None
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients))
+    norm, optimizer = float(torch.nn.utils.get_total_norm(gradients)), engine.optimizer
+    optimizer.overflow = not math.isfinite(norm)  # read by DeepSpeed's engine after the step
+    optimizer.found_inf = torch.ones((), device=engine.device) if optimizer.overflow else None  # by torch's fused AdamW in it
+    return norm
+
+
+def weights_are_finite(engine) -> bool:
+    """Whether no rank holds a weight that is nan or infinite; the same on every rank. One pass over this rank's weights."""
+    held = [getattr(p, "ds_tensor", p).detach() for p in engine.module.parameters()]
+    return math.isfinite(all_sum(torch.nn.utils.get_total_norm(held).to(engine.device)))
 
 
 def peak_flops(device) -> float | None:

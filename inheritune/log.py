@@ -8,10 +8,12 @@ import logging
 import os
 import platform
 import socket
+import statistics
 import subprocess
 import sys
 import time
 import uuid
+from collections import deque
 from importlib.metadata import PackageNotFoundError, version
 
 import yaml
@@ -45,11 +47,17 @@ def progress(steps=None, desc: str = "", unit: str = "it", **options) -> tqdm:
     return tqdm(steps, desc=desc, unit=unit, leave=False, disable=hidden, mininterval=0.5, dynamic_ncols=True, **options)
 
 
+SPIKE_SIGMAS, SPIKE_ROWS = 7, 100
+
+
 class Metrics:
     """Rank 0's writer of metrics.jsonl: one row per logged step (`loss` ...) or evaluation (`val_loss`).
 
     Rows after `step`, the step that the run resumes from (-1: from nothing), and evaluations after `evaluated`, the last
-    one that its checkpoint knows of, are moved to metrics.discarded.jsonl: nothing has two rows."""
+    one that its checkpoint knows of, are moved to metrics.discarded.jsonl: nothing has two rows.
+
+    A loss that lies SPIKE_SIGMAS standard deviations or more above the mean of the last SPIKE_ROWS logged ones gets a warning
+    and `spike`, how many (OLMo 2's measure of stability, arXiv 2501.00656, over fewer rows). It is only reported."""
 
     def __init__(self, run_dir: RunDir, step: int, evaluated: int = -1, mirror=None):
         rows = read_jsonl(run_dir.metrics)
@@ -60,12 +68,37 @@ class Metrics:
         write_text(run_dir.metrics, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = open(run_dir.metrics, "a", encoding="utf-8")  # noqa: SIM115 - open for the run's length
         self._mirror = mirror
+        self._losses = deque((row["loss"] for row in kept if "loss" in row), SPIKE_ROWS)
 
     def add(self, row: dict) -> None:
+        if "loss" in row:
+            row = {**row, **self._spike(row)}
+            self._losses.append(row["loss"])
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        if self._mirror is not None:
-            self._mirror.log(row)
+        self._to_mirror("log", row)
+
+    def _to_mirror(self, method: str, *arguments) -> None:
+        """W&B never stops a run: where it fails, also by an error of its own process, the run goes on without it."""
+        try:
+            if self._mirror is not None:
+                getattr(self._mirror, method)(*arguments)
+        except Exception as error:
+            self._mirror = None
+            logger.warning("W&B failed (%r); the run goes on without it, metrics.jsonl is the record", error)
+
+    def _spike(self, row: dict) -> dict:
+        if len(self._losses) < SPIKE_ROWS // 5:  # too few to tell a spike from the fall of the first steps
+            return {}
+        mean, deviation = statistics.fmean(self._losses), max(statistics.stdev(self._losses), 1e-3)
+        sigmas = (row["loss"] - mean) / deviation
+        if sigmas < SPIKE_SIGMAS:
+            return {}
+        logger.warning(
+            "step %d: the loss %.3f is %.0f standard deviations above the mean %.3f of the last %d logged; training goes on",
+            row["step"], row["loss"], sigmas, mean, len(self._losses),
+        )  # fmt: skip
+        return {"spike": round(sigmas, 1)}
 
     def sync(self) -> None:
         """Bring the rows to disk: before a checkpoint says that these steps are behind us."""
@@ -73,8 +106,7 @@ class Metrics:
 
     def close(self) -> None:
         self._file.close()
-        if self._mirror is not None:
-            self._mirror.finish()
+        self._to_mirror("finish")
 
 
 def start_wandb(run_dir: RunDir, experiment: Experiment, run: str, mode: str, project: str):
@@ -87,15 +119,16 @@ def start_wandb(run_dir: RunDir, experiment: Experiment, run: str, mode: str, pr
 
     try:
         return _open_wandb(
-            run_dir, f"{experiment.name}/{run}", experiment.model_dump(mode="json"), experiment.rehearsal, mode, project
+            run_dir, f"{experiment.name}/{run}", experiment.model_dump(mode="json"), experiment.rehearsal, mode, project, 60
         )
     except (wandb.errors.Error, OSError) as error:
         logger.warning("W&B could not start (%s); the run goes on, metrics.jsonl is the record", error)
         return None
 
 
-def _open_wandb(run_dir: RunDir, name: str, config: dict, rehearsal: bool, mode: str, project: str):
-    """The W&B run of this folder, new or continued. Raises what W&B raises."""
+def _open_wandb(run_dir: RunDir, name: str, config: dict, rehearsal: bool, mode: str, project: str, patience_s: int = 0):
+    """The W&B run of this folder, new or continued. What has not reached W&B `patience_s` after its end (0: for ever) stays on
+    disk only: a job near its time limit must not wait for a network. Raises what W&B raises."""
     import wandb
 
     if not run_dir.wandb_id.is_file():
@@ -109,7 +142,7 @@ def _open_wandb(run_dir: RunDir, name: str, config: dict, rehearsal: bool, mode:
         name=name,
         config=config,
         tags=["rehearsal"] if rehearsal else None,
-        settings=wandb.Settings(silent=True),
+        settings=wandb.Settings(silent=True, finish_timeout=patience_s),
     )
     mirror.define_metric("*", step_metric="step")  # rows are told apart by our step: a resumed run may log one again
     return mirror

@@ -4,6 +4,7 @@
         experiment.yaml  provenance.json  metrics.jsonl  train.log  attention.jsonl  results.json  *.png  validation/
         init/  checkpoints/step_00001000/{..., COMPLETE}  at_00010000/  final/  DONE
         STOP (made by a person: the run saves and leaves)  STOPPED (the last start saved and left before the end)
+        bad_batch.json (the last steps whose loss or gradient was not finite, in a row: what a replay needs)
 
 What has no marker (COMPLETE, DONE, manifest.json) does not exist for a reader: markers are written last and carry the
 size and xxh3-128 hash of every file they speak for.
@@ -79,6 +80,7 @@ class RunDir:
     done = property(lambda self: self.path / "DONE")
     stop = property(lambda self: self.path / "STOP")
     stopped = property(lambda self: self.path / "STOPPED")
+    bad_batch = property(lambda self: self.path / "bad_batch.json")
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:08d}"

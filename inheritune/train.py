@@ -13,8 +13,8 @@ import numpy as np
 import torch
 import yaml
 
-from inheritune import checkpoint, dist, dslint, validate
-from inheritune.batches import Order, Share, Tokens, read_share
+from inheritune import checkpoint, dist, dslint, rundir, validate
+from inheritune.batches import Order, Share, Tokens, check_some_shards, read_share
 from inheritune.config import RESUMABLE_KEYS, Experiment, Run, Train, UserError, load_experiment
 from inheritune.engine import (
     fill,
@@ -27,24 +27,18 @@ from inheritune.engine import (
     resolve_precision,
     set_learning_rate,
     start_engine,
+    weights_are_finite,
     zero_stage,
 )
 from inheritune.inherit import extend, halve, inherit, write_random
 from inheritune.log import Metrics, logger, progress, record_provenance, setup, start_wandb
 from inheritune.models import build, count_parameters, flops_per_token, hf_config
-from inheritune.rundir import (
-    Lock,
-    RunDir,
-    data_dir,
-    hash_folder,
-    node,
-    read_json,
-    remove_leftovers,
-    write_json,
-    write_text,
-)
+from inheritune.rundir import RunDir, data_dir, node, read_json, write_json, write_text
 from inheritune.sources import open_source
 from inheritune.tokens import check_vocabulary
+
+BAD_STEPS = 3
+"""Steps in a row whose loss or gradient is not finite, after which a run stops: a batch may be bad, but not three."""
 
 
 @dataclass(frozen=True)
@@ -122,15 +116,17 @@ def train_job(job: Job, ds: str | None = None) -> None:
     preflight = dist.preflight(data_dir(job.experiment))
     tokens = Tokens(data_dir(job.experiment), "train")
     check_vocabulary(tokens.vocab_size, job.experiment.model.vocab_size, f"model.vocab_size of {job.experiment.name}")
+    check_some_shards(tokens.folder)
     logger.info("%s", preflight)
     trainer = Trainer(job, settings, tokens)
     for warning in dslint.report(path, dslint.lint(settings, job.experiment.model, trainer.train, dist.world())):
         logger.warning("%s", warning) if dist.rank() == 0 else None
-    lock = Lock(job.dir.path)
+    lock = rundir.Lock(job.dir.path)
     dist.on_rank0(lock.acquire)
     try:
         if not dist.on_rank0(job.dir.is_done):  # another job may have finished it while this one waited
-            trainer.fit(lock)
+            with dist.Watchdog(dist.patience_s() * 3 / 4) as trainer.watch:  # it speaks before the collectives give up
+                trainer.fit(lock)
     finally:
         if dist.rank() == 0:
             lock.release()
@@ -171,7 +167,7 @@ def prepare_start(job: Job):
 def random_start(job: Job, layers: int):
     """The random model of this experiment and seed with `layers` blocks, written once.  -> its folder"""
     folder = job.root.seed_checkpoint(layers)
-    with Lock(folder):  # runs of one size share it, and may start at the same time
+    with rundir.Lock(folder):  # runs of one size share it, and may start at the same time
         if not (folder / "inherited.json").is_file():
             write_random(hf_config(job.experiment.model, layers), folder, seed=job.seed)
     return folder
@@ -196,7 +192,7 @@ class Teacher:
         """Raises UserError, on every rank, if it is a run of the file that is not finished or cannot be read."""
         self.alpha, self.temperature = job.run.distil.alpha, job.run.distil.temperature
         self.source = open_source(*dist.on_rank0(source_of, job, job.run.distil.teacher, job.run.distil.revision))
-        self.files = dist.on_rank0(lambda: hash_folder(self.source.folder, only=self.source.files()))
+        self.files = dist.on_rank0(lambda: rundir.hash_folder(self.source.folder, only=self.source.files()))
 
     def load(self, student, length: int, precision: str, device) -> None:
         """Build it and fill it; `student` is the student's configuration, `length` that of its sequences in tokens.
@@ -251,10 +247,11 @@ class Trainer:
         self.share = Share.of(self.batch, dist.rank(), dist.world(), ceiling)
         self.pace = "the start"
         self.why: str | None = None  # reason to stop before the end
+        self.bad: list[dict] = []  # the steps up to now, in a row, that were not finite: see _note_bad_step
         self.next_look = 0.0
         self.arithmetic = self.share.describe(self.batch, dist.world(), ceiling, self.length)
 
-    def fit(self, lock: Lock) -> None:
+    def fit(self, lock: rundir.Lock) -> None:
         """Everything from the start checkpoint to DONE. Raises dist.Stopped, with all saved, when asked to leave before."""
         job, run_dir = self.job, self.job.dir
         self.lock = lock
@@ -265,8 +262,10 @@ class Trainer:
             raise dist.Stopped(f"{job.title()} did not start: {self.why}", again="STOP" not in self.why)
         resume = checkpoint.find(run_dir)
         resized = resume is not None and checkpoint.is_resize(run_dir, resume, self.settings)
-        dist.on_rank0(remove_leftovers, run_dir.path)
+        dist.on_rank0(rundir.remove_leftovers, run_dir.path)
         start = dist.on_rank0(prepare_start, job)
+        if resume is None:
+            dist.on_rank0(rundir.check_files, start, rundir.marked_files(start / "inherited.json"))
         source = open_source(str(start))
         if self.teacher:
             self.teacher.load(source.config, self.length, self.train.precision, self.device)
@@ -306,16 +305,20 @@ class Trainer:
         self.held, t0, steps_since = {}, time.perf_counter(), 0
         while go_on and state["step"] < train.steps:
             step = state["step"] + 1
+            self.watch.at(f"step {step}: reading its batch")
             windows, weights = (torch.from_numpy(a).to(device) for a in read_share(self.order, step - 1, share))
             lr = learning_rate(step, train)
             set_learning_rate(engine, lr)
             sums = torch.zeros(len(mix), dtype=torch.float64, device=device)
             for window, weight in zip(windows, weights, strict=True):  # (M, T + 1), (M,)
+                self.watch.at(f"step {step}: forward, backward and update")
                 logits = engine(input_ids=window[:, :-1], use_cache=False).logits  # (M, T, V)
                 parts = [validate.token_losses(logits, window[:, 1:])]  # each (M, T)
                 parts += [self.teacher.divergences(window, logits)] if self.teacher else []
                 losses = torch.stack([part.sum(dim=1) @ weight for part in parts])
-                engine.backward(losses @ mix * scale)
+                loss = losses @ mix * scale
+                # times 1, or nan where the loss is not finite: then the gradient is not either, which all ranks will see
+                engine.backward(loss * (1 + 0 * loss.detach()))
                 sums += losses.detach()
                 norm = gradient_norm(engine) if engine.is_gradient_accumulation_boundary() else None
                 if step == train.steps and engine.is_gradient_accumulation_boundary():
@@ -325,11 +328,13 @@ class Trainer:
             bar.update()
             steps_since += 1
 
-            if step % train.log_every == 0 or step == train.steps:
+            if engine.was_step_applied():
+                self.bad = []
+            else:
+                self._note_bad_step(state, sums)
+            if not self.bad and (step % train.log_every == 0 or step == train.steps):
                 means = (dist.all_sum(sums) / step_tokens).tolist()
                 loss = sum(part * mean for part, mean in zip(mix.tolist(), means, strict=True))
-                if not math.isfinite(loss):
-                    raise RuntimeError(f"loss is {loss} at step {step}: stopped; the last checkpoint is whole")
                 seconds = (time.perf_counter() - t0) / steps_since
                 parts = dict(zip(("ce_loss", "distil_loss"), means, strict=False)) if self.teacher else {}
                 self._log_step(
@@ -344,6 +349,38 @@ class Trainer:
         bar.close()
         return go_on
 
+    def _note_bad_step(self, state: dict, sums: torch.Tensor) -> None:
+        """Record a step whose loss or gradient was not finite, and which the weights have therefore not taken, with what a
+        replay needs; `sums` are this rank's sums of losses. Raises UserError after BAD_STEPS in a row."""
+        job, share, step = self.job, self.share, state["step"]
+        losses = (sums / (share.count * self.length)).tolist()
+        starts = self.order.starts(step - 1)[share.first : share.first + share.count].tolist()
+        losses = [loss if math.isfinite(loss) else None for loss in losses]  # JSON has no nan
+        ranks = dist.gather({"node": node(), "losses": losses, "windows": starts})
+        self.bad.append({"step": step, "ranks": ranks})
+        facts = {"data": str(self.tokens.folder), "data_fingerprint": self.tokens.fingerprint, "seed": job.seed}
+        dist.on_rank0(write_json, job.dir.bad_batch, {**facts, "window_tokens": self.length + 1, "steps": self.bad})
+        if self.metrics:
+            self.metrics.add({"step": step, "tokens": state["tokens"], "skipped_steps": self.engine.skipped_steps})
+        where = [f"{r} ({its['node']})" for r, its in enumerate(ranks) if None in its["losses"]]
+        what = f"the loss of rank {', '.join(where)}" if where else "the gradient"
+        what += f" is not finite at step {step}, its batch is in {job.dir.bad_batch}"
+        if len(self.bad) == BAD_STEPS:
+            raise self._damaged(f"{what}, {BAD_STEPS} steps in a row")
+        logger.warning("%s: the step was skipped", what)
+
+    def _check_weights(self, state: dict) -> None:
+        """Raises UserError on every rank if a weight is not finite: such weights are never written."""
+        if not weights_are_finite(self.engine):
+            raise self._damaged(f"a weight is not finite after step {state['step']}")
+
+    def _damaged(self, what: str) -> UserError:
+        good = f"that of step {self.saved} is the last checkpoint" if self.saved else "there is no checkpoint yet"
+        return UserError(
+            f"{self.job.title()}: {what}; {good}, and the same command goes on from there; if it comes here again, lower "
+            f"train.lr, or use precision fp32 or another node"
+        )
+
     def _between_steps(self, state: dict) -> bool:
         """What is due at state["step"]: the curve's validation, kept weights, a checkpoint. False when asked to stop."""
         step, train, kept = state["step"], self.train, self.job.dir.kept(state["step"])
@@ -354,6 +391,7 @@ class Trainer:
                 return False
             state["evaluated"] = step
         if step in self.job.run.keep_at and not dist.on_rank0(kept.is_dir):
+            self._check_weights(state)
             checkpoint.export_weights(self.engine, kept, self.tokens.folder / "tokenizer")
         if step % train.checkpoint_every == 0 and self.saved < step < train.steps:
             self._save(state)
@@ -363,8 +401,10 @@ class Trainer:
     def _save(self, state: dict) -> None:
         if dist.on_rank0(self.lock.lost):
             raise RuntimeError(f"{self.job.dir.path} was taken over by another job, which took this one for dead: not saving")
+        self._check_weights(state)
         if self.metrics:
             self.metrics.sync()
+        self.watch.at(f"saving after step {state['step']}")
         seconds = checkpoint.save(self.engine, self.job.dir, state["step"], state, self.settings, self.train.keep_last)
         self.saved = state["step"]
         lead = float(os.environ.get("INHERITUNE_LEAD") or math.inf)
@@ -376,6 +416,7 @@ class Trainer:
 
     def _asked_to_stop(self) -> bool:
         """Whether any rank got a signal, or a STOP file lies in the run's folder; the same on every rank."""
+        self.watch.at("between two steps or two batches of validation")
         reason = dist.asked_to_stop()
         if reason is None and dist.rank() == 0 and time.monotonic() > self.next_look:
             self.next_look = time.monotonic() + 1  # a shared disk need not be asked at every step
@@ -420,6 +461,8 @@ class Trainer:
         )
         if losses is None:
             return None
+        if not np.isfinite(losses).all():
+            raise self._damaged(f"the validation loss is not finite after step {step}")
         on_curve = validate.interval(losses[curve] if final else losses)
         if self.metrics:
             self.metrics.add({"step": step, "tokens": tokens_seen, "val_loss": on_curve["mean"], "val_windows": on_curve["n"]})
@@ -527,7 +570,7 @@ class Trainer:
         }
         results.update(compare(job, losses, results))
         write_json(run_dir.results, results)
-        write_json(run_dir.done, {"final": hash_folder(run_dir.final)})
+        write_json(run_dir.done, {"final": rundir.hash_folder(run_dir.final)})
 
 
 def compare(job: Job, losses: np.ndarray, results: dict) -> dict:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from conftest import write_tokens
 
-from inheritune.batches import Order, Share, Tokens, read_share
+from inheritune import batches
+from inheritune.batches import Order, Share, Tokens, check_some_shards, read_share
 from inheritune.config import UserError
 
 
@@ -106,3 +107,28 @@ def test_cut_shard_and_missing_data_are_refused(tmp_path):
         Tokens(folder, "train")
     with pytest.raises(UserError, match="no prepared data"):
         Tokens(tmp_path, "train")
+
+
+def test_a_shard_whose_content_changed_is_found_by_the_hashes_of_some_start(tmp_path, monkeypatch):
+    folder = write_tokens(tmp_path / "data")
+    for draw in range(3):  # one training shard each, of three; the clock draws it
+        monkeypatch.setattr(batches.time, "time_ns", lambda draw=draw: draw)
+        check_some_shards(folder)
+    (folder / "train_00001.bin").write_bytes((folder / "train_00002.bin").read_bytes() * 2)  # of another size: always found
+    with pytest.raises(UserError, match="train_00001.bin has 6000 bytes"):
+        Tokens(folder, "train")
+    write_tokens(tmp_path / "again")
+    changed = bytearray((tmp_path / "again" / "train_00001.bin").read_bytes())
+    changed[1234] ^= 1
+    (tmp_path / "again" / "train_00001.bin").write_bytes(changed)
+    said = []
+    for draw in range(3):
+        monkeypatch.setattr(batches.time, "time_ns", lambda draw=draw: draw)
+        try:
+            check_some_shards(tmp_path / "again")
+        except UserError as error:
+            said.append(str(error))
+    assert len(said) == 1 and "train_00001.bin does not have the content" in said[0] and "run 'prepare' again" in said[0]
+    (tmp_path / "again" / "val_00000.bin").write_bytes(bytes(2400))  # validation is hashed at every start
+    with pytest.raises(UserError, match="val_00000.bin does not have the content"):
+        check_some_shards(tmp_path / "again")

@@ -32,18 +32,24 @@ def make(folder, stage: int = 3, root=None, **train):
         return path, root, RunDir.of(load_experiment(path), "reference")
 
 
-def start(path, root, when: str, ranks: int = 2, **environment) -> tuple[list[int], str]:
-    """Run stop_worker.py on `ranks` ranks.  -> (exit codes, what they printed)"""
+def start(path, root, when: str, ranks: int = 2, worker="stop_worker.py", **environment) -> tuple[list[int], str]:
+    """Run a worker on `ranks` ranks; those that rank 0 leaves behind are killed.  -> (exit codes, what they printed)"""
     common = {**os.environ, "INHERITUNE_ROOT": str(root), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
     common |= {"MASTER_PORT": str(free_port()), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment}
     workers = [
         subprocess.Popen(
-            [sys.executable, "tests/stop_worker.py", path, "reference", when], cwd=REPOSITORY, text=True,
+            [sys.executable, f"tests/{worker}", path, "reference", when], cwd=REPOSITORY, text=True,
             env={**common, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for r in range(ranks)
     ]  # fmt: skip
-    said = [worker.communicate(timeout=180)[0] for worker in workers]
+    said = []
+    for worker in workers:
+        try:
+            said.append(worker.communicate(timeout=60 if said else 600)[0])
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            said.append(worker.communicate()[0])
     return [worker.returncode for worker in workers], "".join(said)
 
 

@@ -1,0 +1,16 @@
+"""A verb with little memory left: python tests/limited_worker.py MEGABYTES VERB ARGUMENTS...
+
+The limit (RLIMIT_AS, as `ulimit -v` sets it) is what the process has mapped once its libraries are loaded, and MEGABYTES
+more."""
+
+import resource
+import sys
+from pathlib import Path
+
+import inheritune.inherit
+import inheritune.prepare  # noqa: F401
+from inheritune import __main__ as program
+
+mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (mapped + (int(sys.argv[1]) << 20), resource.RLIM_INFINITY))
+sys.exit(program.main(sys.argv[2:]))

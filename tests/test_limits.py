@@ -1,0 +1,138 @@
+"""Limits of the machine, met by the real verbs: memory and open files used up, a folder that cannot be written, W&B away.
+Each is one sentence with exit code 2 that leaves nothing half done, or does not stop the run at all."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment
+from test_stop import make
+
+from inheritune import log
+from inheritune.config import Model, load_experiment
+from inheritune.inherit import write_random
+from inheritune.log import Metrics, start_wandb
+from inheritune.models import hf_config
+from inheritune.rundir import RunDir, data_dir, read_jsonl
+
+
+def limited(megabytes: int, *words) -> str:
+    """A verb that has this much memory beside its libraries, and not enough.  -> its one sentence"""
+    command = [sys.executable, "tests/limited_worker.py", str(megabytes), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    return one_sentence(done)
+
+
+def one_sentence(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("inheritune: ")]
+    return line
+
+
+# --- memory and open files ------------------------------------------------------------------------------------------------
+
+
+def test_prepare_out_of_memory_is_one_sentence_and_goes_on_with_more(tmp_path):
+    words = random.Random(0).choices(["alpha", "beta", "(x)", " = ", "\n"], k=4_000_000)
+    texts = [" ".join(words[n : n + 500]) for n in range(0, 20_000, 500)] + [" ".join(words)]  # the last one has 15 MB
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    raw = experiment_dict()
+    raw["data"] |= {"source": "files", "files": [str(tmp_path / "docs.jsonl")], "tokenizer": "bpe:300"}
+    path = write_experiment(tmp_path, raw)
+    folder = data_dir(load_experiment(path))
+    assert "out of memory" in limited(20, "prepare", path, "--workers", 1)
+    assert not (folder / "manifest.json").exists() and not list(folder.glob(".*"))
+    run_verb("prepare", path, "--workers", 1)
+    assert json.loads((folder / "manifest.json").read_text())["splits"]["train"]["tokens"] > 1e6
+
+
+def test_inherit_out_of_memory_is_one_sentence_and_leaves_nothing(tmp_path):
+    sizes = {"layers": 2, "width": 1024, "heads": 2, "positions": 32, "vocab_size": 20_000}
+    write_random(hf_config(Model(size="gpt2_tiny", **sizes), 2), tmp_path / "source")  # its embedding has 80 MB
+    words = ("inherit", "--source", tmp_path / "source", "--layers", "0:1", "--out", tmp_path / "out")
+    assert "out of memory" in limited(40, *words)
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+    run_verb(*words)
+    assert (tmp_path / "out" / "inherited.json").is_file()
+
+
+def few_files(most: int, *words) -> subprocess.CompletedProcess:
+    """A verb that may open `most` files at a time."""
+    return subprocess.run(
+        [sys.executable, "-m", "inheritune", *map(str, words)], capture_output=True, text=True, cwd=REPOSITORY, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (most, most)),
+    )  # fmt: skip
+
+
+def test_64_open_files_are_enough_for_a_run_and_too_few_for_many_shards(tmp_path, monkeypatch):
+    path, root, run = make(tmp_path, steps=3)
+    monkeypatch.setenv("INHERITUNE_ROOT", str(root))
+    done = few_files(64, "train", path, "--run", "reference")
+    assert done.returncode == 0 and run.is_done(), done.stdout + done.stderr
+    assert few_files(64, "inherit", "--source", run.final, "--layers", "0:1", "--out", tmp_path / "out").returncode == 0
+    assert few_files(64, "prepare", "quickstart", "--rehearse").returncode == 0
+    # a data set of a hundred shards: each is mapped, and stays open
+    folder = data_dir(load_experiment(path))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["splits"]["train"]["shards"] *= 50
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    run.done.unlink()
+    said = one_sentence(few_files(64, "train", path, "--run", "reference"))
+    assert "Too many open files" in said and "ulimit -n" in said
+
+
+# --- a folder that cannot be written --------------------------------------------------------------------------------------
+
+
+def test_a_read_only_run_folder_is_one_sentence_naming_it(tmp_path):
+    path, root, run = make(tmp_path, steps=3)
+    runs = root / "runs"
+    runs.mkdir()
+    runs.chmod(0o555)
+    mounted = False
+    if os.geteuid() == 0:  # whom modes do not stop
+        bind = ["mount", "--bind", str(runs), str(runs)]
+        mounted = subprocess.run(bind, capture_output=True, check=False).returncode == 0
+        if not mounted:
+            pytest.skip("as root a folder is only read-only on a mount that is")
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(runs)], check=True)
+    try:
+        said = one_sentence(run_verb("train", path, "--run", "reference", check=False, INHERITUNE_ROOT=root))
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(runs)], check=True)
+    assert f"cannot write {runs}" in said and "INHERITUNE_ROOT" in said and not list(runs.iterdir())
+
+
+# --- W&B ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_wandb_cannot_be_reached(tmp_path):
+    path, root, run = make(tmp_path, steps=3, wandb="online")
+    away = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_INIT_TIMEOUT": 8}
+    said = run_verb("train", path, "--run", "reference", INHERITUNE_ROOT=root, **away).stdout
+    assert run.is_done() and "W&B could not start" in said and "0000" not in said
+
+
+def test_a_run_goes_on_when_wandbs_own_process_dies(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(log.logger, "propagate", True)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    run = RunDir(tmp_path)
+    mirror = start_wandb(run, load_experiment("quickstart"), "reference", "offline", "ours")
+    metrics = Metrics(run, -1, mirror=mirror)
+    metrics.add({"step": 1, "loss": 5.0})
+    children = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True, check=True).stdout.split()
+    (own,) = [pid for pid in children if "wandb-core" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(int(own), signal.SIGKILL)
+    for step in range(2, 50):
+        metrics.add({"step": step, "loss": 5.0})
+    metrics.close()
+    assert [row["step"] for row in read_jsonl(run.metrics)] == list(range(1, 50))
+    assert "W&B failed" in caplog.text and "metrics.jsonl is the record" in caplog.text
