@@ -70,9 +70,8 @@ def entries(experiment: Experiment, seed: int = 0) -> list[Entry]:
             flops += results["train_flops"]
             found.append(Entry(f"{row.label}, stage {number}", root.stage(number), results, flops))
             number += 1
-    data = {entry.results["data_fingerprint"]: entry.label for entry in found}
-    if len(data) > 1:
-        raise UserError(f"the runs were measured on different data and cannot share a table: {data}")
+    losses = [(entry.label, measure(entry.results, "validation")) for entry in found]
+    refuse_mixture("validation loss", f"the table of {experiment.name}", losses)
     return found
 
 
@@ -120,9 +119,10 @@ def make_table(experiment: Experiment, found: list[Entry]) -> list[list[str]]:
 
 
 def verdict(experiment: Experiment, found: list[Entry]) -> str:
-    """What was found, in words, whichever way it came out: the grown run's last stage against the reference, and against
-    the random runs of its size."""
-    grown = [entry for entry in found if entry.results.get("stage")]
+    """What was found, in words, whichever way it came out: the first grown run's last stage against the reference, and
+    against the random starts."""
+    grower = next((row.run for row in experiment.paper if experiment.run(row.run).grow), None)
+    grown = [entry for entry in found if entry.results["run"] == grower]
     if not grown:
         return "No grown run is finished yet."
     reference, mark = found[0].results, "REHEARSAL, not a result. " if experiment.rehearsal else ""
@@ -131,14 +131,15 @@ def verdict(experiment: Experiment, found: list[Entry]) -> str:
     chosen = next(e for e in grown if e.results["stage"] == decision["stage"]) if decision else grown[-1]
     gap = chosen.results["difference"]
     size = f"{chosen.results['layers']} of the reference's {reference['layers']} layers"
-    margin = experiment.run(next(row.run for row in experiment.paper if experiment.run(row.run).grow)).grow.margin
+    margin = experiment.run(grower).grow.margin
     reached = "reaches" if gap["high"] <= margin else "does not reach"
     text = (
         f"{mark}With {size}, Inheritune {reached} the reference's validation loss: {gap['mean']:+.4f} nats "
         f"({gap['low']:+.4f} to {gap['high']:+.4f})"
     )
     for entry in found[1:]:
-        if not entry.results.get("stage"):
+        run = experiment.run(entry.results["run"])
+        if run.init.random and experiment.reference_of(run) == experiment.paper[0].run:
             other = entry.results["validation"]["mean"] - chosen.results["validation"]["mean"]
             side = "above" if other > 0 else "below"
             shape = f"{entry.results['layers']} layers, {entry.results['steps']} steps"
@@ -169,9 +170,15 @@ def table(item: str, seed: int = 0, rehearse=None, missing: bool = False) -> Non
         )
     title = f"{'REHEARSAL ' if experiment.rehearsal else ''}{experiment.name}, seed {seed}"
     cells, n = make_table(experiment, found), found[0].results["validation"]["n"]
-    notes = [NOTE.format(n=n), verdict(experiment, found)]
-    records = [dict(zip(COLUMNS, row, strict=True)) for row in cells]
-    write_table(RunDir.of(experiment, "table", seed).path, title, list(COLUMNS), cells, notes, records)
+    columns, notes, name = list(COLUMNS), [NOTE.format(n=n), verdict(experiment, found)], f"the table of {experiment.name}"
+    for key, task in experiment.evaluate.tasks.items():
+        scores = [measure(entry.results, f"tasks.{key}.{task.metrics[0]}") for entry in found]
+        if any(score.measured for score in scores):
+            columns.append(f"{key}, {task.metrics[0]}")
+            refuse_mixture(columns[-1], name, [(entry.label, score) for entry, score in zip(found, scores, strict=True)])
+            cells = [[*row, score.own(2)] for row, score in zip(cells, scores, strict=True)]
+    records = [dict(zip(columns, row, strict=True)) for row in cells]
+    write_table(RunDir.of(experiment, "table", seed).path, title, columns, cells, notes, records)
 
 
 def write_table(stem: Path, title: str, headers: list[str], cells: list[list[str]], notes: list[str], records: list) -> None:
@@ -249,8 +256,14 @@ class Cell:
         theirs = mark(self.paper, self.bold[0]) + with_noise(self.paper_noise, shown) if self.paper else "-"
         if self.ours is None:
             return theirs + (f" / {self.state}" if self.state else "")
-        own = mark(f"{self.ours:.{shown}f}", self.bold[1]) + with_noise(self.noise, shown)
-        return f"{theirs} / {own}" + (f": {self.difference:+.{shown}f} {self.state}" if self.difference is not None else "")
+        verdict = f": {self.difference:+.{shown}f} {self.state}" if self.difference is not None else ""
+        return f"{theirs} / {self.own(shown)}{verdict}"
+
+    def own(self, digits: int) -> str:
+        """Our number with its noise."""
+        if self.ours is None:
+            return self.state
+        return mark(f"{self.ours:.{digits}f}", self.bold[1]) + with_noise(self.noise, digits)
 
 
 def mark(number: str, bold: bool) -> str:
@@ -284,6 +297,20 @@ def measure(results: dict, metric: str) -> Cell:
         ours=unit * found["score"], noise=unit * found["stderr"] if found["stderr"] is not None else None, ours_n=found["n"],
         measured=with_what,
     )  # fmt: skip
+
+
+def refuse_mixture(column: str, table: str, cells: list[tuple[str, Cell]]) -> None:
+    """Raise UserError if two (row, cell) of a column were measured on other data, or with another version of a task."""
+    measured = {}
+    for label, cell in cells:
+        if cell.measured:
+            measured.setdefault(cell.measured, label)
+    if len(measured) > 1:
+        (one, first), (two, second), *_ = measured.items()
+        raise UserError(
+            f"column '{column}' of {table} mixes what does not compare: '{first}' was measured with {one}, "
+            f"'{second}' with {two}; evaluate one of them again"
+        )
 
 
 def mean_of(cells: list[Cell]) -> Cell:
@@ -417,17 +444,8 @@ def paper_item(name: str, seed: int = 0, rehearse=None, only_missing: bool = Fal
         raise UserError(f"{name} is a figure; use: python -m inheritune figure {name}")
     cells = {(i, key): make_cell(item, row, column, experiments, seed)
              for i, row in enumerate(item.rows) for key, column in item.columns.items()}  # fmt: skip
-    for key in item.columns:
-        measured = {}
-        for index, row in enumerate(item.rows):
-            if cells[index, key].measured:
-                measured.setdefault(cells[index, key].measured, row.label)
-        if len(measured) > 1:
-            (one, first), (two, second), *_ = measured.items()
-            raise UserError(
-                f"column '{item.columns[key].label}' of {name} mixes what does not compare: '{first}' was measured with {one}, "
-                f"'{second}' with {two}; evaluate one of them again"
-            )
+    for key, column in item.columns.items():
+        refuse_mixture(column.label, name, [(row.label, cells[index, key]) for index, row in enumerate(item.rows)])
     if item.highlight == "version_1":
         highlight_version_1(item, cells)
     trained = any(column.metric not in (None, "parameters") or column.mean for column in item.columns.values())

@@ -36,6 +36,7 @@ from inheritune.rundir import (
     Lock,
     RunDir,
     data_dir,
+    finished_weights,
     hash_folder,
     node,
     read_json,
@@ -219,18 +220,6 @@ class Teacher:
         with torch.no_grad(), self.autocast:
             theirs = self.model(input_ids=windows[:, :-1], use_cache=False).logits  # (M, T, V)
         return validate.token_divergences(logits, theirs, self.temperature)
-
-
-def finished_weights(experiment: Experiment, name: str, seed: int):
-    """final/ of a finished run; of a grown one, of the stage that its DONE names."""
-    folder = RunDir.of(experiment, name, seed)
-    if not folder.is_done():
-        verb = "grow" if experiment.run(name).grow else "train"
-        raise UserError(
-            f"run '{name}' of {experiment.name} (seed {seed}) is not finished; first: "
-            f"python -m inheritune {verb} {experiment.name} --run {name}"
-        )
-    return folder.weights()
 
 
 class Trainer:

@@ -300,22 +300,20 @@ def test_what_is_missing_comes_in_order_and_once():
     assert lines[lines.index("train gpt2_medium_owt stacking_half 1,2") + 1] == "train gpt2_medium_owt stacking 1,2,4"
     assert plan("table6") == plan("toy") == []
     # one grown run for several rows, scores after training, models of others without training
-    assert plan("owt_perplexity")[-4:] == [
-        "grow gpt2_medium_owt inheritune 10,11",
-        "evaluate gpt2_medium_owt inheritune/stage1 17",
-        "evaluate gpt2_medium_owt inheritune/stage2 17",
-        "evaluate gpt2_medium_owt inheritune/stage3 17",
-    ]
-    assert plan("openllama_commonsense")[:3] == [
+    lines = plan("owt_perplexity")
+    (grown,) = [number for number, line in enumerate(lines, 1) if line.startswith("grow gpt2_medium_owt inheritune ")]
+    assert lines[-3:] == [f"evaluate gpt2_medium_owt inheritune/stage{stage} {grown}" for stage in (1, 2, 3)]
+    assert [line.split()[0] for line in lines] == ["prepare", *("train", "train", "train", "grow") * 2, *["evaluate"] * 10]
+    assert plan("openllama_commonsense")[:5] == [
         "prepare openllama_3b_1b - -",
+        *(f"train openllama_3b_1b {run} 1" for run in ("eight_epochs", "one_epoch", "released_391m")),
         "evaluate openllama_3b_1b reference 1",
-        "evaluate openllama_3b_1b opt_1b 1",
     ]
     assert "evaluate openllama_7b inheritune@152560 2" in plan("mmlu_tokens")
 
 
 def test_attention_is_measured_on_the_text_of_the_figure():
-    assert plan("fig16")[-1] == "analyze gpt2_medium_fineweb gpt2_large_owt/reference 3,6"
+    assert plan("fig16")[-1] == "analyze gpt2_medium_fineweb gpt2_large_owt/reference 3,4"
     assert "analyze gpt2_medium_owt reference 1,2 --maps 4:2,7:3,20:2,22:4" in plan("fig09")
     assert "analyze gpt2_medium_owt reference 1,2 --maps 2:2,3:3,7:2,8:4" in plan("fig09", rehearse=True)
     assert plan("fig11") == ["prepare attention/llama3_8b - -", "analyze attention/llama3_8b reference 1"]
