@@ -78,6 +78,10 @@ class Item(Published):
     """A table (columns and rows) or a figure (panels)."""
 
     title: str
+    reports: str = ""
+    """What the paper reports there, in few words, for the index."""
+    differs: str = ""
+    """What is otherwise here, and why."""
     columns: dict[str, Column] = {}
     rows: list[Row] = []
     panels: list[Panel] = []

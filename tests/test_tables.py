@@ -3,20 +3,20 @@ form, what is refused, what has to be run before."""
 
 import csv
 import json
-import os
 import re
 import shutil
 import subprocess
 from collections import Counter
 
 import numpy as np
+import paper_index
 import pytest
-from conftest import REPOSITORY, run_verb
+from conftest import run_verb
 
 from inheritune import figures, paper, tables
 from inheritune.config import RECIPES, UserError, load_experiment
 from inheritune.paper import item_names, load_experiments, load_item, missing, published, read_csv
-from inheritune.rundir import RunDir, read_jsonl, write_json, write_text
+from inheritune.rundir import RunDir, write_json, write_text
 
 TABLES = [name for name in item_names() if load_item(name).columns]
 FIGURES = [name for name in item_names() if load_item(name).panels]
@@ -427,24 +427,13 @@ def test_scripts_are_sound_and_cover_every_item():
         subprocess.run(["shellcheck", "--exclude=SC1091", *SCRIPTS, RECIPES / "paper_item.sh"], check=True)
 
 
-def test_the_index_names_every_script():
+def test_the_papers_numbers_are_listed_with_their_source():
+    listed = re.findall(r"\]\((\w+\.(?:csv|yaml))\)", (paper.PAPER / "README.md").read_text(encoding="utf-8"))
+    assert set(listed) == {path.name for path in paper.PAPER.iterdir() if path.suffix in (".csv", ".yaml")}
+
+
+def test_the_index_names_every_script_and_is_current():
     text = (RECIPES / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"\]\(((?:table|fig)\w+\.sh)\)", text)) == {script.name for script in SCRIPTS}
-
-
-@pytest.mark.drill
-def test_a_table_from_nothing_in_rehearsal(own_root):
-    """Everything that Table 4 needs, by its script; the second call only draws."""
-    words, how = (
-        ["bash", RECIPES / "table4_lazy_layers.sh"],
-        {"check": True, "capture_output": True, "text": True, "cwd": REPOSITORY},
-    )
-    environment = {**os.environ, "REHEARSE": "1"}
-    said = subprocess.run(words, env=environment, **how).stdout
-    assert "not run" not in said.partition("Verdicts")[0].rpartition("REHEARSAL, not a result.")[2]
-    runs = own_root / "runs" / "rehearsal"
-    manifest = json.loads((runs / "gpt2_small_owt" / "seed0" / "layers_9_to_12" / "init" / "inherited.json").read_text())
-    assert any("copied" in facts for facts in manifest["tensors"].values())
-    assert read_jsonl(RunDir(runs / "gpt2_small_owt" / "seed0" / "random_4").metrics)
-    again = subprocess.run(words, env=environment, **how).stdout
-    assert "==" not in again and again.strip() == said[said.index("REHEARSAL, not a result.") :].strip()
+    assert text == paper_index.document(), "recipes/README.md is stale: python tests/paper_index.py"
+    assert all(load_item(name).reports for name in item_names())
