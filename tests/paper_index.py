@@ -45,7 +45,9 @@ def row(script: Path) -> list:
     runs = sorted({r.run.rpartition("/")[0] for item in items for r in item.models() if r.run})
     hours, tokens = (sum(facts[key] for facts in models.values()) for key in ("gpu_hours", "tokens"))
     work = [len(models), span([hours]), span([tokens / 1e9])] if models else ["", "", ""]
-    said = ["; ".join(text for text in texts if text) for texts in ([i.reports for i in items], [i.differs for i in items])]
+    said = [
+        "; ".join(dict.fromkeys(filter(None, texts))) for texts in zip(*((i.reports, i.differs) for i in items), strict=True)
+    ]
     return ["; ".join(names), f"[{script.name}]({script.name})", ", ".join(runs), *work, *said]
 
 

@@ -197,6 +197,23 @@ def test_table_of_scores(capsys):
     assert f"47.74 / {mean:.2f}±0.46: {mean - 47.74:+.2f} worse" in capsys.readouterr().out
 
 
+def test_an_experiments_own_table_has_scores_and_baselines(capsys):
+    scores = {"wikitext": score(25.46, None, "word_perplexity"), "lambada_openai": score(0.3, 0.01)}
+    finish("gpt2_medium_owt", "reference", 2.8, tasks=scores)
+    finish("gpt2_medium_owt", "stacking", 2.9, tasks={"wikitext": scores["wikitext"]})
+    finish("gpt2_medium_owt", "random_16", 2.95)
+    tables.table("gpt2_medium_owt")
+    page = capsys.readouterr().out
+    lines = {line.split("|")[1].strip(): line.rstrip(" |").split(" | ") for line in page.splitlines() if line.startswith("| ")}
+    assert [cell.strip() for cell in lines["model"][-2:]] == ["wikitext, word_perplexity", "lambada_openai, acc"]
+    assert [cell.strip() for cell in lines["full size, random start"][-2:]] == ["25.46", "30.00±1.00"]
+    assert [cell.strip() for cell in lines["stacking"][-2:]] == ["25.46", "not run"]
+    assert "No grown run is finished yet." in page
+    finish("gpt2_medium_owt", "hybrid", 2.9, tasks={"wikitext": score(25.0, None, "word_perplexity", version="9")})
+    with pytest.raises(UserError, match="wikitext.* of the table of gpt2_medium_owt mixes .* version 1.0 .* version 9"):
+        tables.table("gpt2_medium_owt")
+
+
 def test_highlights_models_of_others_and_those_that_are_not_run(capsys):
     finish("openllama_3b_1b", "opt_1b", 2.0, tasks={"piqa": score(0.50, 0.01), "logiqa": score(0.2, 0.01)})
     finish("openllama_3b_1b", "pythia_1b", 2.0, tasks={"piqa": score(0.51, 0.01)})
