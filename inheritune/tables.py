@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from inheritune.config import Experiment, UserError, load_experiment
+from inheritune.config import Experiment, Run, UserError, load_experiment
 from inheritune.paper import (
     Column,
     Item,
@@ -256,7 +256,9 @@ class Cell:
         theirs = mark(self.paper, self.bold[0]) + with_noise(self.paper_noise, shown) if self.paper else "-"
         if self.ours is None:
             return theirs + (f" / {self.state}" if self.state else "")
-        verdict = f": {self.difference:+.{shown}f} {self.state}" if self.difference is not None else ""
+        verdict = (
+            "" if self.difference is None else f": {round(self.difference, shown) + 0.0:+.{shown}f} {self.state}"
+        )  # no -0.00
         return f"{theirs} / {self.own(shown)}{verdict}"
 
     def own(self, digits: int) -> str:
@@ -367,39 +369,43 @@ def parameters(row: Row) -> int:
     return count_parameters(hf_config(load_experiment(row.run.rpartition("/")[0], rehearse=False).model, layers_of_row(row)))
 
 
-def training_cost(experiment: Experiment, run: str, row: Row | None, seed: int) -> tuple[float, float | None] | None:
-    """(FLOPs of all rounds up to the row's stage, and with those of the runs it starts or learns from); None if not run, the
-    second None where one of these is not of this file."""
-    spec, row = experiment.run(run), row or Row(label=run, run=f"{experiment.name}/{run}")
-    folder = model_folder(experiment, row, seed)
+def rounds(folder: RunDir, spec: Run) -> list[RunDir]:
+    """The folders of the rounds of growth up to the one in `folder`; of a run that does not grow, only `folder`."""
+    if not spec.grow:
+        return [folder]
+    return [RunDir(folder.path.parent).stage(number + 1) for number in range(int(folder.path.name.removeprefix("stage")))]
+
+
+def training_cost(experiment: Experiment, run: str, row: Row, seed: int) -> tuple[float, float | None] | None:
+    """(FLOPs of all rounds up to the row's stage or kept weights, and with those of the runs it starts or learns from); None
+    if not run, the second None where one of these is not of this file."""
+    spec = experiment.run(run)
+    folder = model_folder(experiment, row.model_copy(update={"kept": None}), seed)
     if spec.init.external or folder is None:
         return None
-    stages = range(1, int(folder.path.name.removeprefix("stage")) + 1) if spec.grow else ()
-    folders = [RunDir.of(experiment, run, seed).stage(number) for number in stages] or [folder]
-    own = sum(read_json(one.results)["train_flops"] for one in folders)
+    own = sum(read_json(one.results)["train_flops"] for one in rounds(folder, spec))
+    own *= spec.keep_at[row.kept - 1] / experiment.train_of(spec).steps if row.kept else 1
     sources = [
-        training_cost(experiment, source, None, seed) if source in experiment.runs else None for source in dict(spec.sources())
+        training_cost(experiment, source, Row(label=source, run=f"{experiment.name}/{source}"), seed)
+        if source in experiment.runs
+        else None
+        for source in dict(spec.sources())
     ]
     return own, None if any(cost is None or cost[1] is None for cost in sources) else own + sum(cost[1] for cost in sources)
 
 
-def tokens_to_reference(experiment: Experiment, row: Row, seed: int) -> float | None:
-    """Training tokens until the curve is at or below the reference's last value, earlier rounds counted; None if never."""
-    run = row.run.rpartition("/")[2]
+def tokens_to_reference(experiment: Experiment, run: str, row: Row, seed: int) -> str:
+    """Training tokens until the curve is at or below the reference's last value, earlier rounds counted, as a cell."""
     spec, folder = experiment.run(run), model_folder(experiment, row, seed)
-    reference = experiment.reference_of(spec) or run
-    target = RunDir.of(experiment, reference, seed)
-    if folder is None or not (curve := validation_curve(target)):
-        return None
-    before = (
-        [RunDir(folder.path.parent).stage(k) for k in range(1, int(folder.path.name.removeprefix("stage")))]
-        if spec.grow
-        else []
-    )
+    reference = experiment.reference_of(spec) or (run if spec.init.random else None)
+    curve = validation_curve(RunDir.of(experiment, reference, seed)) if reference and folder else None
+    if not curve:
+        return ""
     step = steps_to(validation_curve(folder), curve[-1]["val_loss"])
     if step is None:
-        return None
-    return step * experiment.train_of(spec).batch_tokens + sum(read_json(one.results)["tokens"] for one in before)
+        return "not reached"
+    before = sum(read_json(one.results)["tokens"] for one in rounds(folder, spec)[:-1])
+    return f"{step * experiment.train_of(spec).batch_tokens + before:.2e}"
 
 
 def costs(row: Row, experiments: dict[str, Experiment], seed: int) -> list[str]:
@@ -408,28 +414,25 @@ def costs(row: Row, experiments: dict[str, Experiment], seed: int) -> list[str]:
     cost = training_cost(experiments[name], run, row, seed) if row.run else None
     if cost is None:
         return ["", "", ""]
-    tokens = tokens_to_reference(experiments[name], row, seed)
     with_sources = "not known" if cost[1] is None else f"{cost[1]:.2e}"
-    return [f"{cost[0]:.2e}", with_sources, "not reached" if tokens is None else f"{tokens:.2e}"]
+    return [f"{cost[0]:.2e}", with_sources, tokens_to_reference(experiments[name], run, row, seed)]
 
 
 def highlight_version_1(item: Item, cells: dict[tuple[int, str], Cell]) -> None:
     """The bold rule of version 1: at least 90% of the reference, or better than at least two baselines."""
-    for key in item.columns:
-        columns = {group: [i for i, row in enumerate(item.rows) if row.group == group] for group in ("reference", "baseline")}
-        for index, row in enumerate(item.rows):
-            bold = []
-            for side in ("paper", "ours"):
-                numbers = {i: getattr(cells[i, key], side) for i in range(len(item.rows))}
-                numbers = {i: float(number) for i, number in numbers.items() if number not in ("", None)}
-                beaten = (
-                    sum(numbers[index] > numbers[i] for i in columns["baseline"] if i in numbers) if index in numbers else 0
-                )
-                near = index in numbers and any(
-                    numbers[index] >= 0.9 * numbers[i] for i in columns["reference"] if i in numbers
-                )
-                bold.append(row.group == "ours" and (near or beaten >= 2))
-            cells[index, key].bold = tuple(bold)
+
+    def numbers(side: str, key: str, group: str) -> list[float]:
+        found = [getattr(cells[i, key], side) for i, row in enumerate(item.rows) if row.group == group]
+        return [float(number) for number in found if number not in ("", None)]
+
+    def is_high(side: str, key: str, number: float) -> bool:
+        near = any(number >= 0.9 * reference for reference in numbers(side, key, "reference"))
+        return near or sum(number > baseline for baseline in numbers(side, key, "baseline")) >= 2
+
+    for (index, key), cell in cells.items():
+        if item.rows[index].group == "ours":
+            own = {side: getattr(cell, side) for side in ("paper", "ours")}
+            cell.bold = tuple(number not in ("", None) and is_high(side, key, float(number)) for side, number in own.items())
 
 
 def paper_item(name: str, seed: int = 0, rehearse=None, only_missing: bool = False) -> None:

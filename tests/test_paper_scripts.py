@@ -2,6 +2,7 @@
 is made once. Each ends green with everything drawn; what the baselines did is read back from their weights and records."""
 
 import os
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -76,6 +77,29 @@ def test_a_script_of_each_kind_from_nothing(script):
 def test_a_second_call_only_draws():
     said = rehearse("table3_submodules")
     assert "==" not in said and said.startswith("REHEARSAL, not a result.")
+
+
+@pytest.mark.slow
+def test_submitted_jobs_wait_for_what_they_need(tmp_path, monkeypatch):
+    """`SUBMIT=1` on a login node whose sbatch only writes down what it is given (Slurm itself: test_slurm_growth.py)."""
+    sbatch = f'n=$(($(cat {tmp_path}/calls 2> /dev/null | wc -l) + 101)); echo "$@" >> {tmp_path}/calls; echo $n'
+    for name, body in (("sbatch", sbatch), ("sinfo", "echo idle"), ("squeue", "")):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("INHERITUNE_ROOT", str(tmp_path / "root"))
+    monkeypatch.setenv("SUBMIT", "1")
+    assert "When these jobs are done, run this again" in rehearse("table7_xl_downstream")
+    calls = [(re.findall(r"afterok:(\S+)", line), line.partition("/slurm/")[2]) for line in open(tmp_path / "calls")]
+    assert [(waits, job.removesuffix(" --parsable\n")) for waits, job in calls] == [
+        ([], "prepare.sh gpt2_xl_owt"),
+        (["101"], "train.sh gpt2_xl_owt reference --seed 0"),
+        (["101:102"], "grow.sh gpt2_xl_owt inheritune --seed 0"),
+        (["101:102"], "grow.sh gpt2_xl_owt inheritune_everything --seed 0"),
+        (["102"], "evaluate.sh gpt2_xl_owt --run reference --seed 0"),
+        (["103"], "evaluate.sh gpt2_xl_owt --run inheritune/stage1 --seed 0"),
+        (["104"], "evaluate.sh gpt2_xl_owt --run inheritune_everything/stage1 --seed 0"),
+    ]
 
 
 @pytest.mark.drill

@@ -172,6 +172,15 @@ def test_table_of_losses_with_a_part_of_the_runs(capsys):
     assert stem.with_suffix(".md").read_text() in page and r"\begin{tabular}" in stem.with_suffix(".tex").read_text()
 
 
+def test_weights_kept_on_the_way_have_their_share_of_the_cost(capsys):
+    run = finish("openllama_7b", "inheritune", 2.5)
+    write_json(RunDir(run.kept(152_560)).results, {"rehearsal": False, "tasks": {"mmlu": score(0.2537, 0.0037)}})
+    tables.table("mmlu_tokens")
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| OpenLLaMA-7B, 20B"))
+    assert "25.37±0.37 / 25.37±0.37: +0.00 matches" in line
+    assert [cell.strip() for cell in line.strip("| ").split("|")][2:] == ["4.00e+19", "not known"]
+
+
 def test_within_noise_of_both(capsys):
     finish("gpt2_large_owt", "reference", 2.8100, half=0.0196)  # 0.043 off; noise 2 sqrt(0.0233^2 + 0.01^2) = 0.051
     tables.table("table5")
