@@ -256,9 +256,8 @@ class Cell:
         theirs = mark(self.paper, self.bold[0]) + with_noise(self.paper_noise, shown) if self.paper else "-"
         if self.ours is None:
             return theirs + (f" / {self.state}" if self.state else "")
-        verdict = (
-            "" if self.difference is None else f": {round(self.difference, shown) + 0.0:+.{shown}f} {self.state}"
-        )  # no -0.00
+        difference = None if self.difference is None else round(self.difference, shown) + 0.0  # no -0.00
+        verdict = "" if difference is None else f": {difference:+.{shown}f} {self.state}"
         return f"{theirs} / {self.own(shown)}{verdict}"
 
     def own(self, digits: int) -> str:

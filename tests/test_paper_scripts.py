@@ -90,7 +90,8 @@ def test_submitted_jobs_wait_for_what_they_need(tmp_path, monkeypatch):
     monkeypatch.setenv("INHERITUNE_ROOT", str(tmp_path / "root"))
     monkeypatch.setenv("SUBMIT", "1")
     assert "When these jobs are done, run this again" in rehearse("table7_xl_downstream")
-    calls = [(re.findall(r"afterok:(\S+)", line), line.partition("/slurm/")[2]) for line in open(tmp_path / "calls")]
+    lines = (tmp_path / "calls").read_text().splitlines(keepends=True)
+    calls = [(re.findall(r"afterok:(\S+)", line), line.partition("/slurm/")[2]) for line in lines]
     assert [(waits, job.removesuffix(" --parsable\n")) for waits, job in calls] == [
         ([], "prepare.sh gpt2_xl_owt"),
         (["101"], "train.sh gpt2_xl_owt reference --seed 0"),
