@@ -46,10 +46,12 @@ class Verbs:
     def train(self, experiment, run, seed=0, stage=None, ds=None, procs=1, rehearse=None):
         """Train one run (or --stage N of a grown run) to its end; goes on from the last checkpoint if there is one.
 
+        --run A,B,C trains several, one after the other: the start-up takes longer than a small run.
         Start it with srun, torchrun or deepspeed on many GPUs, or give --procs N for N processes on this machine."""
         from inheritune.train import train
 
-        train(experiment, run, seed, stage, ds, rehearse)
+        for name in run.split(","):
+            train(experiment, name, seed, stage, ds, rehearse)
 
     def inherit(self, source, layers, out, parts=None, modules=None, seed=0, revision=None, depth=None, at=0):
         """Write an HF checkpoint of the chosen layers of SOURCE, e.g. --layers 0:16 for the first 16 (half-open).
@@ -112,10 +114,12 @@ class Verbs:
     def evaluate(self, experiment, run=None, model=None, tasks=None, seed=0, out=None, procs=1, rehearse=None):
         """Validation loss of a finished run, or of any checkpoint (--model), and the scores of the experiment's lm-eval tasks.
 
-        --tasks a,b takes only these, --tasks none only the loss. Each task is saved as it ends; the same command goes on."""
+        --run A,B/stage2,C@10000 measures several: runs, a stage of a grown one, weights kept at a step. --tasks a,b takes only
+        these tasks, --tasks none only the loss. Each task is saved as it ends; the same command goes on."""
         from inheritune.evaluate import evaluate
 
-        evaluate(experiment, run, model, tasks, seed, out, rehearse)
+        for name in run.split(",") if run else [None]:
+            evaluate(experiment, name, model, tasks, seed, out, rehearse)
 
     def table(self, item, seed=0, rehearse=None, missing=None):
         """A table of the paper (table5): ours beside theirs, with noise and verdicts; or that of an experiment.

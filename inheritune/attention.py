@@ -11,6 +11,7 @@ M = matrices.
 """
 
 import json
+import re
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from inheritune.batches import Tokens
 from inheritune.config import RECIPES, Experiment, UserError, load_experiment
 from inheritune.inherit import write_random
 from inheritune.models import hf_config
-from inheritune.rundir import RunDir, data_dir, root, write_text
+from inheritune.rundir import RunDir, beside, data_dir, finished_weights, root, write_text
 
 TAUS = (0.80, 0.85, 0.90, 0.95)
 """Shares of the squared singular values; the paper uses 0.90 and ablates the others (its Figure 10)."""
@@ -367,12 +368,12 @@ def describe(rows: list[dict]) -> str:
     return "\n".join([*lines, summary["reason"]])
 
 
-def named_run(model: str, experiment: Experiment, seed: int = 0) -> tuple[str, str | None, Path | None] | None:
-    """(checkpoint, its revision, folder for the rows) of a run of `experiment`: "RUN", "RUN/stage2", or, measured on the
-    data of `experiment`, a run of another: "EXPERIMENT/RUN". None if `model` is no such name.
+def named_run(model: str, experiment: Experiment, seed: int = 0) -> tuple[str, str | None, Path] | None:
+    """(checkpoint, its revision, folder for the rows) of a run of `experiment`: RUN, RUN/stage2, RUN@10000, or, measured on
+    the data of `experiment`, a run of another: EXPERIMENT/RUN. None if `model` is no such name.
 
     A model of others is a random one of that size in a rehearsal. Raises UserError if the run is not finished."""
-    name, _, stage = model.partition("/stage")
+    name = re.sub(r"(/stage\d+)?(@\d+)?$", "", model)
     owner, _, run = name.rpartition("/")
     if Path(model).exists() or (owner and not (RECIPES / f"{owner}.yaml").is_file()):
         return None
@@ -380,19 +381,15 @@ def named_run(model: str, experiment: Experiment, seed: int = 0) -> tuple[str, s
     if run not in owned.runs:
         return None
     folder, external = RunDir.of(owned, run, seed), owned.runs[run].init.external
-    out = folder.path / f"on_{experiment.name}" if owner else folder.path if external else None
     if external and owned.rehearsal:
-        start = folder.seed_checkpoint(owned.model.layers)
-        write_random(hf_config(owned.model, owned.model.layers), start, seed)
-        return str(start), None, out
-    if external:
-        return external.source, external.revision, out
-    folder = folder.stage(int(stage)) if stage else folder
-    if not folder.is_done():
-        raise UserError(
-            f"run '{model}' of {owned.name} (seed {seed}) is not finished: {folder.path} has no DONE; train it first"
-        )
-    return str(folder.path), None, out
+        weights, revision = folder.seed_checkpoint(owned.model.layers), None
+        write_random(hf_config(owned.model, owned.model.layers), weights, seed)
+    elif external:
+        weights, revision = external.source, external.revision
+    else:
+        weights, revision = finished_weights(owned, model.removeprefix(f"{owner}/"), seed), None
+        folder = beside(weights)
+    return str(weights), revision, folder.path / f"on_{experiment.name}" if owner else folder.path
 
 
 def run_analyze(

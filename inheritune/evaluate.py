@@ -1,6 +1,7 @@
 """`evaluate`: validation loss of a finished run, or of any checkpoint, on the experiment's fixed windows, and the scores of
 the experiment's downstream tasks (downstream.py), all with one copy of the model on each rank."""
 
+import re
 import time
 from pathlib import Path
 
@@ -14,15 +15,16 @@ from inheritune.config import Data, Train, UserError, load_experiment
 from inheritune.engine import resolve_precision
 from inheritune.log import logger, setup
 from inheritune.models import build, count_parameters
-from inheritune.rundir import data_dir, hash_folder, read_json, write_json
+from inheritune.rundir import beside, data_dir, finished_weights, hash_folder, read_json, write_json
 from inheritune.sources import TOKENIZER_FILES, Source, open_source
 from inheritune.tokens import PROBE, check_vocabulary, load_tokenizer
-from inheritune.train import Job, compare, finished_weights, random_start
+from inheritune.train import Job, compare, random_start
 
 
 def evaluate(experiment: str, run: str | None = None, model: str | None = None, tasks: str | None = None, seed: int = 0,
              out: str | None = None, rehearse=None) -> None:  # fmt: skip
-    """Measure `run` of `experiment`, or the checkpoint `model` (a folder or Hub id), and write results.json.
+    """Measure `run` of `experiment` (or RUN/stage2, RUN@10000), or the checkpoint `model` (a folder or Hub id), and write
+    results.json.
 
     A run's results.json keeps what training wrote; the validation and the difference to its reference are renewed. The
     experiment's downstream `tasks` ('a,b'; default all; 'none') are added one by one as each is scored; one that is there
@@ -31,7 +33,7 @@ def evaluate(experiment: str, run: str | None = None, model: str | None = None, 
     if (run is None) == (model is None):
         raise UserError("evaluate needs either --run NAME or --model CHECKPOINT")
     chosen = downstream.choose(loaded.evaluate, tasks)
-    job = Job(loaded, run, seed) if run else None
+    job = Job(loaded, re.split("[/@]", run)[0], seed) if run else None
     if job and job.run.init.external and loaded.rehearsal:  # the public model has not the rehearsal's size
         source, target = open_source(random_start(job, loaded.model.layers)), job.dir.results
     elif job and job.run.init.external:
@@ -39,7 +41,7 @@ def evaluate(experiment: str, run: str | None = None, model: str | None = None, 
         source, target = open_source(external.source, external.revision), job.dir.results
     elif job:
         weights = finished_weights(loaded, run, seed)
-        source, target = open_source(str(weights)), weights.parent / "results.json"
+        source, target = open_source(str(weights)), beside(weights).results
     else:
         source, target = open_source(model), Path(out) if out else None
     dist.start()

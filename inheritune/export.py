@@ -176,7 +176,7 @@ def model_card(run: RunDir, described: dict, name: str, dtype: str, compared: di
     head |= {"base_model": hub} if hub else {}
     head |= {"datasets": [data["repo"]]} if data["repo"] else {}
     known = set(licences.values()) - {"unknown"}
-    head |= {"license": known.pop()} if len(known) == 1 else {}
+    head |= {"license": known.pop().split()[0]} if len(known) == 1 else {}
     rehearsal = "**REHEARSAL: every size was shrunk to try the code; this is no result.**\n\n" if described["rehearsal"] else ""
     loss, gap = results["validation"], results.get("difference")
     against = f"\n- Difference to run '{results['compared_with']}': {_interval(gap, '+.4f')}, paired by window" if gap else ""

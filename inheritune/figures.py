@@ -38,10 +38,13 @@ PAPER = ": paper"
 
 
 def _styles(labels: list[str]) -> list[dict]:
-    """Colour and width of each line: one colour for a model, thin for the paper's numbers."""
+    """Colour, dashes and width of each line: one colour for a model, thin for the paper's numbers."""
     models = list(dict.fromkeys(label.removesuffix(PAPER) for label in labels))
-    colors = {model: COLORS[index % len(COLORS)] for index, model in enumerate(models)}
-    return [{"color": colors[n.removesuffix(PAPER)], "linewidth": 0.7 if n.endswith(PAPER) else 1.5} for n in labels]
+    look = {
+        model: {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i // len(COLORS) % len(DASHES)]}
+        for i, model in enumerate(models)
+    }
+    return [look[n.removesuffix(PAPER)] | {"linewidth": 0.7 if n.endswith(PAPER) else 1.5} for n in labels]
 
 
 @contextmanager
@@ -197,7 +200,7 @@ def plot_attention_maps(rows: list[dict], path: Path, label: str = "", rehearsal
     if not maps:
         raise UserError("no attention maps to draw; give 'maps' to analyze")
     rank = {row["layer"]: row["rank"][MAIN] for row in _layers(rows)}
-    columns = min(4, len(maps))
+    columns = min(5, len(maps))
     lines = -(-len(maps) // columns)
     with _figure(path, 2.5 * columns + 0.9, 2.35 * lines + 0.85, rehearsal) as figure:
         grid = figure.subplots(lines, columns, squeeze=False)
@@ -292,7 +295,7 @@ def plot_loss_curves(
         for index, (label, rows, ys) in enumerate(curves):
             few = len(rows) <= 25
             axes.plot(
-                [row["step"] for row in rows], ys, linestyle=DASHES[index // len(COLORS) % len(DASHES)],
+                [row["step"] for row in rows], ys,
                 marker=MARKERS[index % len(MARKERS)] if few else None, markersize=3.5,
                 label=f"{label} ({rows[-1]['val_loss']:.3f})", **styles[index],
             )  # fmt: skip
@@ -387,6 +390,10 @@ def _attention_panel(panel: Panel, experiments: dict[str, Experiment], seed: int
             raise UserError(
                 f"{attention_of(folder, row)} is a rehearsal's, not a result; delete it and analyze the model again"
             )
+        if panel.kind == "maps":  # only those that the paper shows
+            wanted = shown_maps(_of(row, experiments)[0], row)
+            rows = [r for r in rows if r["kind"] != "map" or (r["layer"], r["head"]) in wanted]
+            rows = rows if any(r["kind"] == "map" for r in rows) else []
         print(f"{panel.title}, {row.label}: {'drawn' if rows else 'not run'}")
         series += [(row.label, rows)] if rows else []
         if field and row.file and not small:
@@ -399,11 +406,7 @@ def _attention_panel(panel: Panel, experiments: dict[str, Experiment], seed: int
         (plot_max_rank if panel.kind == "max_rank" else plot_avg_mass)(series, path, rehearsal=small, title=panel.title)
     else:
         plot = {"taus": plot_tau_ablation, "heat": plot_heat_map, "maps": plot_attention_maps}[panel.kind]
-        shown, row = series[0][1], panel.rows[0]
-        if panel.kind == "maps":  # only those that the paper shows
-            wanted = shown_maps(_of(row, experiments)[0], row)
-            shown = [r for r in shown if r["kind"] != "map" or (r["layer"], r["head"]) in wanted]
-        plot(shown, path, panel.title, rehearsal=small)
+        plot(series[0][1], path, panel.title, rehearsal=small)
     return True
 
 

@@ -16,7 +16,7 @@ from typing import Literal
 import yaml
 
 from inheritune.config import RECIPES, Experiment, Strict, UserError, load_experiment, nearest, rehearsal_count, validate
-from inheritune.rundir import RunDir, data_dir, read_json, read_jsonl
+from inheritune.rundir import RunDir, beside, data_dir, find_weights, read_json, read_jsonl
 
 PAPER = RECIPES / "paper"
 
@@ -78,6 +78,10 @@ class Item(Published):
     """A table (columns and rows) or a figure (panels)."""
 
     title: str
+    reports: str = ""
+    """What the paper reports there, in few words, for the index."""
+    differs: str = ""
+    """What is otherwise here, and why."""
     columns: dict[str, Column] = {}
     rows: list[Row] = []
     panels: list[Panel] = []
@@ -212,7 +216,7 @@ class Step:
 def missing(item: Item, experiments: dict[str, Experiment], have: Callable[..., bool]) -> list[Step]:
     """What is still to be run for `item`, in order: data, runs with the runs they start from and are compared with, then
     scores and attention. `have(verb, experiment, run, row)` says what is there (pure)."""
-    steps, numbers = [], {}
+    steps, numbers, preparing = [], {}, {}  # preparing: data folder -> the experiment that makes it for all that share it
 
     def need(key: tuple, there: bool, before: list, options: str = "") -> int | None:
         """Number of the step that makes `key` = (verb, experiment, run); None if it is there already."""
@@ -224,6 +228,7 @@ def missing(item: Item, experiments: dict[str, Experiment], have: Callable[..., 
         return numbers[key]
 
     def data(name: str) -> int | None:
+        name = preparing.setdefault(data_dir(experiments[name]), name)
         return need(("prepare", name, "-"), have("prepare", name, "-", None), [])
 
     def trained(name: str, run: str) -> list[int | None]:
@@ -236,22 +241,19 @@ def missing(item: Item, experiments: dict[str, Experiment], have: Callable[..., 
         before = [step for other in others if other in experiment.runs and other != run for step in trained(name, other)]
         return [need(("grow" if spec.grow else "train", name, run), False, [data(name), *before])]
 
-    metrics = [metric for column in item.columns.values() for metric in (column.metric, *column.mean) if metric]
-    for row in item.rows if set(metrics) - {"parameters"} else ():
-        name, _, run = (row.run or "").rpartition("/")
-        if row.run:
-            before, scored = trained(name, run), any(metric.startswith("tasks.") for metric in metrics)
-            need(
-                ("evaluate", name, weights_name(experiments[name], row)), not scored or have("evaluate", name, run, row), before
-            )
-    for kind, row in [(panel.kind, row) for panel in item.panels for row in panel.rows if row.run]:
-        name, _, run = row.run.rpartition("/")
-        before = trained(name, run)
-        if kind != "loss":
-            on, model = row.data or name, f"{name}/" * bool(row.data) + weights_name(experiments[name], row)
+    metrics = {metric for column in item.columns.values() for metric in (column.metric, *column.mean) if metric}
+    rows = [(None, row) for row in item.rows if metrics - {"parameters"}]
+    rows = [(kind, row) for kind, row in rows + [(p.kind, row) for p in item.panels for row in p.rows] if row.run]
+    before = [trained(*row.run.rsplit("/", 1)) for _, row in rows]  # all that is trained comes first
+    for (kind, row), ready in zip(rows, before, strict=True):
+        name, run = row.run.rsplit("/", 1)
+        weights, on = weights_name(experiments[name], row), row.data or name
+        if kind is None and any(metric.startswith("tasks.") for metric in metrics):
+            need(("evaluate", name, weights), have("evaluate", name, run, row), ready)
+        elif kind not in (None, "loss"):
             maps = ",".join(f"{layer + 1}:{head + 1}" for layer, head in shown_maps(experiments[name], row))
-            there = have("analyze", name, run, row)
-            need(("analyze", on, model), there, [*before, data(on)], f"--maps {maps}" if maps else "")
+            there, model = have("analyze", name, run, row), f"{name}/" * bool(row.data) + weights
+            need(("analyze", on, model), there, [*ready, data(on)], f"--maps {maps}" if maps else "")
     return steps
 
 
@@ -304,14 +306,10 @@ def on_disk(item: Item, experiments: dict[str, Experiment], seed: int) -> Callab
 def model_folder(experiment: Experiment, row: Row, seed: int) -> RunDir | None:
     """The folder with the results of the row's run, stage, kept weights or model of others; None if it is not finished."""
     name = row.run.rpartition("/")[2]
-    folder, spec = RunDir.of(experiment, name, seed), experiment.run(name)
-    if spec.init.external:
-        return folder
-    if spec.grow and (stage := row.stage or (read_json(folder.done)["stage"] if folder.is_done() else None)):
-        folder = folder.stage(stage)
-    if not folder.is_done():
-        return None
-    return RunDir(folder.kept(spec.keep_at[row.kept - 1])) if row.kept else folder
+    if experiment.run(name).init.external:
+        return RunDir.of(experiment, name, seed)
+    weights = find_weights(experiment, weights_name(experiment, row), seed)
+    return beside(weights) if weights else None
 
 
 def attention_of(folder: RunDir, row: Row) -> Path:

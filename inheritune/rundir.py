@@ -17,6 +17,7 @@ import math
 import os
 import platform
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -104,6 +105,35 @@ class RunDir:
         """final/ of this finished run; of a grown one, that of the stage which its DONE names."""
         done = read_json(self.done)
         return self.stage(done["stage"]).final if "stage" in done else self.final
+
+
+def find_weights(experiment: Experiment, name: str, seed: int = 0) -> Path | None:
+    """The weights called NAME: RUN (of a grown one those of the stage that its DONE names), RUN/stage2, or RUN@10000, kept at
+    that step. None if the run or stage is not finished. Raises UserError for an unknown run."""
+    run, stage, step = re.fullmatch(r"(.*?)(?:/stage(\d+))?(?:@(\d+))?", name).groups()
+    experiment.run(run)
+    folder = RunDir.of(experiment, run, seed)
+    folder = folder.stage(int(stage)) if stage else folder
+    if not folder.is_done():
+        return None
+    return RunDir(folder.weights().parent).kept(int(step)) if step else folder.weights()
+
+
+def finished_weights(experiment: Experiment, name: str, seed: int = 0) -> Path:
+    """The same. Raises UserError, with what to do, if they are not there."""
+    if (weights := find_weights(experiment, name, seed)) is None:
+        run = re.split("[/@]", name)[0]
+        verb = "grow" if experiment.run(run).grow else "train"
+        raise UserError(
+            f"run '{name}' of {experiment.name} (seed {seed}) is not finished; first: "
+            f"python -m inheritune {verb} {experiment.name} --run {run}"
+        )
+    return weights
+
+
+def beside(weights: Path) -> RunDir:
+    """Where the results of final/, or of weights kept on the way, lie."""
+    return RunDir(weights.parent if weights.name == "final" else weights)
 
 
 # --- writing --------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from inheritune.config import Experiment, UserError, load_experiment
+from inheritune.config import Experiment, Run, UserError, load_experiment
 from inheritune.paper import (
     Column,
     Item,
@@ -70,9 +70,8 @@ def entries(experiment: Experiment, seed: int = 0) -> list[Entry]:
             flops += results["train_flops"]
             found.append(Entry(f"{row.label}, stage {number}", root.stage(number), results, flops))
             number += 1
-    data = {entry.results["data_fingerprint"]: entry.label for entry in found}
-    if len(data) > 1:
-        raise UserError(f"the runs were measured on different data and cannot share a table: {data}")
+    losses = [(entry.label, measure(entry.results, "validation")) for entry in found]
+    refuse_mixture("validation loss", f"the table of {experiment.name}", losses)
     return found
 
 
@@ -120,9 +119,10 @@ def make_table(experiment: Experiment, found: list[Entry]) -> list[list[str]]:
 
 
 def verdict(experiment: Experiment, found: list[Entry]) -> str:
-    """What was found, in words, whichever way it came out: the grown run's last stage against the reference, and against
-    the random runs of its size."""
-    grown = [entry for entry in found if entry.results.get("stage")]
+    """What was found, in words, whichever way it came out: the first grown run's last stage against the reference, and
+    against the random starts."""
+    grower = next((row.run for row in experiment.paper if experiment.run(row.run).grow), None)
+    grown = [entry for entry in found if entry.results["run"] == grower]
     if not grown:
         return "No grown run is finished yet."
     reference, mark = found[0].results, "REHEARSAL, not a result. " if experiment.rehearsal else ""
@@ -131,14 +131,15 @@ def verdict(experiment: Experiment, found: list[Entry]) -> str:
     chosen = next(e for e in grown if e.results["stage"] == decision["stage"]) if decision else grown[-1]
     gap = chosen.results["difference"]
     size = f"{chosen.results['layers']} of the reference's {reference['layers']} layers"
-    margin = experiment.run(next(row.run for row in experiment.paper if experiment.run(row.run).grow)).grow.margin
+    margin = experiment.run(grower).grow.margin
     reached = "reaches" if gap["high"] <= margin else "does not reach"
     text = (
         f"{mark}With {size}, Inheritune {reached} the reference's validation loss: {gap['mean']:+.4f} nats "
         f"({gap['low']:+.4f} to {gap['high']:+.4f})"
     )
     for entry in found[1:]:
-        if not entry.results.get("stage"):
+        run = experiment.run(entry.results["run"])
+        if run.init.random and experiment.reference_of(run) == experiment.paper[0].run:
             other = entry.results["validation"]["mean"] - chosen.results["validation"]["mean"]
             side = "above" if other > 0 else "below"
             shape = f"{entry.results['layers']} layers, {entry.results['steps']} steps"
@@ -169,9 +170,15 @@ def table(item: str, seed: int = 0, rehearse=None, missing: bool = False) -> Non
         )
     title = f"{'REHEARSAL ' if experiment.rehearsal else ''}{experiment.name}, seed {seed}"
     cells, n = make_table(experiment, found), found[0].results["validation"]["n"]
-    notes = [NOTE.format(n=n), verdict(experiment, found)]
-    records = [dict(zip(COLUMNS, row, strict=True)) for row in cells]
-    write_table(RunDir.of(experiment, "table", seed).path, title, list(COLUMNS), cells, notes, records)
+    columns, notes, name = list(COLUMNS), [NOTE.format(n=n), verdict(experiment, found)], f"the table of {experiment.name}"
+    for key, task in experiment.evaluate.tasks.items():
+        scores = [measure(entry.results, f"tasks.{key}.{task.metrics[0]}") for entry in found]
+        if any(score.measured for score in scores):
+            columns.append(f"{key}, {task.metrics[0]}")
+            refuse_mixture(columns[-1], name, [(entry.label, score) for entry, score in zip(found, scores, strict=True)])
+            cells = [[*row, score.own(2)] for row, score in zip(cells, scores, strict=True)]
+    records = [dict(zip(columns, row, strict=True)) for row in cells]
+    write_table(RunDir.of(experiment, "table", seed).path, title, columns, cells, notes, records)
 
 
 def write_table(stem: Path, title: str, headers: list[str], cells: list[list[str]], notes: list[str], records: list) -> None:
@@ -249,8 +256,15 @@ class Cell:
         theirs = mark(self.paper, self.bold[0]) + with_noise(self.paper_noise, shown) if self.paper else "-"
         if self.ours is None:
             return theirs + (f" / {self.state}" if self.state else "")
-        own = mark(f"{self.ours:.{shown}f}", self.bold[1]) + with_noise(self.noise, shown)
-        return f"{theirs} / {own}" + (f": {self.difference:+.{shown}f} {self.state}" if self.difference is not None else "")
+        difference = None if self.difference is None else round(self.difference, shown) + 0.0  # no -0.00
+        verdict = "" if difference is None else f": {difference:+.{shown}f} {self.state}"
+        return f"{theirs} / {self.own(shown)}{verdict}"
+
+    def own(self, digits: int) -> str:
+        """Our number with its noise."""
+        if self.ours is None:
+            return self.state
+        return mark(f"{self.ours:.{digits}f}", self.bold[1]) + with_noise(self.noise, digits)
 
 
 def mark(number: str, bold: bool) -> str:
@@ -284,6 +298,20 @@ def measure(results: dict, metric: str) -> Cell:
         ours=unit * found["score"], noise=unit * found["stderr"] if found["stderr"] is not None else None, ours_n=found["n"],
         measured=with_what,
     )  # fmt: skip
+
+
+def refuse_mixture(column: str, table: str, cells: list[tuple[str, Cell]]) -> None:
+    """Raise UserError if two (row, cell) of a column were measured on other data, or with another version of a task."""
+    measured = {}
+    for label, cell in cells:
+        if cell.measured:
+            measured.setdefault(cell.measured, label)
+    if len(measured) > 1:
+        (one, first), (two, second), *_ = measured.items()
+        raise UserError(
+            f"column '{column}' of {table} mixes what does not compare: '{first}' was measured with {one}, "
+            f"'{second}' with {two}; evaluate one of them again"
+        )
 
 
 def mean_of(cells: list[Cell]) -> Cell:
@@ -340,39 +368,43 @@ def parameters(row: Row) -> int:
     return count_parameters(hf_config(load_experiment(row.run.rpartition("/")[0], rehearse=False).model, layers_of_row(row)))
 
 
-def training_cost(experiment: Experiment, run: str, row: Row | None, seed: int) -> tuple[float, float | None] | None:
-    """(FLOPs of all rounds up to the row's stage, and with those of the runs it starts or learns from); None if not run, the
-    second None where one of these is not of this file."""
-    spec, row = experiment.run(run), row or Row(label=run, run=f"{experiment.name}/{run}")
-    folder = model_folder(experiment, row, seed)
+def rounds(folder: RunDir, spec: Run) -> list[RunDir]:
+    """The folders of the rounds of growth up to the one in `folder`; of a run that does not grow, only `folder`."""
+    if not spec.grow:
+        return [folder]
+    return [RunDir(folder.path.parent).stage(number + 1) for number in range(int(folder.path.name.removeprefix("stage")))]
+
+
+def training_cost(experiment: Experiment, run: str, row: Row, seed: int) -> tuple[float, float | None] | None:
+    """(FLOPs of all rounds up to the row's stage or kept weights, and with those of the runs it starts or learns from); None
+    if not run, the second None where one of these is not of this file."""
+    spec = experiment.run(run)
+    folder = model_folder(experiment, row.model_copy(update={"kept": None}), seed)
     if spec.init.external or folder is None:
         return None
-    stages = range(1, int(folder.path.name.removeprefix("stage")) + 1) if spec.grow else ()
-    folders = [RunDir.of(experiment, run, seed).stage(number) for number in stages] or [folder]
-    own = sum(read_json(one.results)["train_flops"] for one in folders)
+    own = sum(read_json(one.results)["train_flops"] for one in rounds(folder, spec))
+    own *= spec.keep_at[row.kept - 1] / experiment.train_of(spec).steps if row.kept else 1
     sources = [
-        training_cost(experiment, source, None, seed) if source in experiment.runs else None for source in dict(spec.sources())
+        training_cost(experiment, source, Row(label=source, run=f"{experiment.name}/{source}"), seed)
+        if source in experiment.runs
+        else None
+        for source in dict(spec.sources())
     ]
     return own, None if any(cost is None or cost[1] is None for cost in sources) else own + sum(cost[1] for cost in sources)
 
 
-def tokens_to_reference(experiment: Experiment, row: Row, seed: int) -> float | None:
-    """Training tokens until the curve is at or below the reference's last value, earlier rounds counted; None if never."""
-    run = row.run.rpartition("/")[2]
+def tokens_to_reference(experiment: Experiment, run: str, row: Row, seed: int) -> str:
+    """Training tokens until the curve is at or below the reference's last value, earlier rounds counted, as a cell."""
     spec, folder = experiment.run(run), model_folder(experiment, row, seed)
-    reference = experiment.reference_of(spec) or run
-    target = RunDir.of(experiment, reference, seed)
-    if folder is None or not (curve := validation_curve(target)):
-        return None
-    before = (
-        [RunDir(folder.path.parent).stage(k) for k in range(1, int(folder.path.name.removeprefix("stage")))]
-        if spec.grow
-        else []
-    )
+    reference = experiment.reference_of(spec) or (run if spec.init.random else None)
+    curve = validation_curve(RunDir.of(experiment, reference, seed)) if reference and folder else None
+    if not curve:
+        return ""
     step = steps_to(validation_curve(folder), curve[-1]["val_loss"])
     if step is None:
-        return None
-    return step * experiment.train_of(spec).batch_tokens + sum(read_json(one.results)["tokens"] for one in before)
+        return "not reached"
+    before = sum(read_json(one.results)["tokens"] for one in rounds(folder, spec)[:-1])
+    return f"{step * experiment.train_of(spec).batch_tokens + before:.2e}"
 
 
 def costs(row: Row, experiments: dict[str, Experiment], seed: int) -> list[str]:
@@ -381,28 +413,25 @@ def costs(row: Row, experiments: dict[str, Experiment], seed: int) -> list[str]:
     cost = training_cost(experiments[name], run, row, seed) if row.run else None
     if cost is None:
         return ["", "", ""]
-    tokens = tokens_to_reference(experiments[name], row, seed)
     with_sources = "not known" if cost[1] is None else f"{cost[1]:.2e}"
-    return [f"{cost[0]:.2e}", with_sources, "not reached" if tokens is None else f"{tokens:.2e}"]
+    return [f"{cost[0]:.2e}", with_sources, tokens_to_reference(experiments[name], run, row, seed)]
 
 
 def highlight_version_1(item: Item, cells: dict[tuple[int, str], Cell]) -> None:
     """The bold rule of version 1: at least 90% of the reference, or better than at least two baselines."""
-    for key in item.columns:
-        columns = {group: [i for i, row in enumerate(item.rows) if row.group == group] for group in ("reference", "baseline")}
-        for index, row in enumerate(item.rows):
-            bold = []
-            for side in ("paper", "ours"):
-                numbers = {i: getattr(cells[i, key], side) for i in range(len(item.rows))}
-                numbers = {i: float(number) for i, number in numbers.items() if number not in ("", None)}
-                beaten = (
-                    sum(numbers[index] > numbers[i] for i in columns["baseline"] if i in numbers) if index in numbers else 0
-                )
-                near = index in numbers and any(
-                    numbers[index] >= 0.9 * numbers[i] for i in columns["reference"] if i in numbers
-                )
-                bold.append(row.group == "ours" and (near or beaten >= 2))
-            cells[index, key].bold = tuple(bold)
+
+    def numbers(side: str, key: str, group: str) -> list[float]:
+        found = [getattr(cells[i, key], side) for i, row in enumerate(item.rows) if row.group == group]
+        return [float(number) for number in found if number not in ("", None)]
+
+    def is_high(side: str, key: str, number: float) -> bool:
+        near = any(number >= 0.9 * reference for reference in numbers(side, key, "reference"))
+        return near or sum(number > baseline for baseline in numbers(side, key, "baseline")) >= 2
+
+    for (index, key), cell in cells.items():
+        if item.rows[index].group == "ours":
+            own = {side: getattr(cell, side) for side in ("paper", "ours")}
+            cell.bold = tuple(number not in ("", None) and is_high(side, key, float(number)) for side, number in own.items())
 
 
 def paper_item(name: str, seed: int = 0, rehearse=None, only_missing: bool = False) -> None:
@@ -417,17 +446,8 @@ def paper_item(name: str, seed: int = 0, rehearse=None, only_missing: bool = Fal
         raise UserError(f"{name} is a figure; use: python -m inheritune figure {name}")
     cells = {(i, key): make_cell(item, row, column, experiments, seed)
              for i, row in enumerate(item.rows) for key, column in item.columns.items()}  # fmt: skip
-    for key in item.columns:
-        measured = {}
-        for index, row in enumerate(item.rows):
-            if cells[index, key].measured:
-                measured.setdefault(cells[index, key].measured, row.label)
-        if len(measured) > 1:
-            (one, first), (two, second), *_ = measured.items()
-            raise UserError(
-                f"column '{item.columns[key].label}' of {name} mixes what does not compare: '{first}' was measured with {one}, "
-                f"'{second}' with {two}; evaluate one of them again"
-            )
+    for key, column in item.columns.items():
+        refuse_mixture(column.label, name, [(row.label, cells[index, key]) for index, row in enumerate(item.rows)])
     if item.highlight == "version_1":
         highlight_version_1(item, cells)
     trained = any(column.metric not in (None, "parameters") or column.mean for column in item.columns.values())

@@ -33,7 +33,7 @@ from inheritune.engine import (
 from inheritune.inherit import extend, halve, inherit, write_random
 from inheritune.log import Metrics, logger, progress, record_provenance, setup, start_wandb
 from inheritune.models import build, count_parameters, flops_per_token, hf_config
-from inheritune.rundir import RunDir, data_dir, node, read_json, write_json, write_text
+from inheritune.rundir import RunDir, data_dir, finished_weights, node, read_json, write_json, write_text
 from inheritune.sources import open_source
 from inheritune.tokens import check_vocabulary
 
@@ -215,18 +215,6 @@ class Teacher:
         with torch.no_grad(), self.autocast:
             theirs = self.model(input_ids=windows[:, :-1], use_cache=False).logits  # (M, T, V)
         return validate.token_divergences(logits, theirs, self.temperature)
-
-
-def finished_weights(experiment: Experiment, name: str, seed: int):
-    """final/ of a finished run; of a grown one, of the stage that its DONE names."""
-    folder = RunDir.of(experiment, name, seed)
-    if not folder.is_done():
-        verb = "grow" if experiment.run(name).grow else "train"
-        raise UserError(
-            f"run '{name}' of {experiment.name} (seed {seed}) is not finished; first: "
-            f"python -m inheritune {verb} {experiment.name} --run {name}"
-        )
-    return folder.weights()
 
 
 class Trainer:

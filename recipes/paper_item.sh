@@ -20,43 +20,38 @@ inheritune() { python -m inheritune "$@"; }
 # One line for each thing that has to be run: verb, experiment, run, the lines it waits for, options.
 missing() { inheritune table "$1" --missing --seed "$SEED"; }
 
-# RUN/stage2, RUN@10000: a stage or weights kept on the way, which evaluate takes as a checkpoint with a results.json of its own.
-evaluate() {
-  local experiment=$1 run=$2 folder="${INHERITUNE_ROOT:-.}/runs"
-  if [ "${REHEARSE:-0}" != 0 ]; then folder+=/rehearsal; fi
-  folder+=/$(basename "$experiment")/seed$SEED/${run%@*}
-  case $run in
-    *@*)
-      folder+=/at_$(printf %08d "${run#*@}")
-      inheritune evaluate "$experiment" --model "$folder" --out "$folder/results.json"
-      ;;
-    */stage*) inheritune evaluate "$experiment" --model "$folder/final" --out "$folder/results.json" ;;
-    *) inheritune evaluate "$experiment" --run "$run" --seed "$SEED" ;;
-  esac
-}
-
 run_one() {
   local verb=$1 experiment=$2 run=$3 options=("${@:5}")
   case $verb in
     prepare) inheritune prepare "$experiment" ;;
     train | grow) inheritune "$verb" "$experiment" --run "$run" --seed "$SEED" --procs "$PROCS" ;;
-    evaluate) evaluate "$experiment" "$run" ;;
+    evaluate) inheritune evaluate "$experiment" --run "$run" --seed "$SEED" ;;
     analyze) inheritune analyze --model "$run" --data "$experiment" --seed "$SEED" "${options[@]}" ;;
   esac
 }
 
 # Asks again after each: a growth that ends early leaves no further stage to look at.
 run_missing() {
-  local line last='' words
-  while line=$(missing "$1" | sed -n 1p) && [ -n "$line" ]; do
-    if [ "$line" = "$last" ]; then
-      echo "this ended without an error but is still missing: $line" >&2
+  local last='' listed lines line words more
+  listed=$(missing "$1")
+  while [ -n "$listed" ]; do
+    mapfile -t lines <<< "$listed"
+    if [ "${lines[0]}" = "$last" ]; then
+      echo "this ended without an error but is still missing: $last" >&2
       exit 1
     fi
-    last=$line
-    printf '\n== %s\n' "$line"
-    read -ra words <<< "$line"
+    last=${lines[0]}
+    read -ra words <<< "$last"
+    if [ "${REHEARSE:-0}" != 0 ] && [[ ${words[0]} = train || ${words[0]} = evaluate ]]; then
+      for line in "${lines[@]:1}"; do # such runs are shorter than their start-up: those of one experiment share it
+        read -ra more <<< "$line"
+        [ "${more[*]:0:2}" = "${words[*]:0:2}" ] || break
+        words[2]+=,${more[2]}
+      done
+    fi
+    printf '\n== %s\n' "${words[*]:0:3}"
     run_one "${words[@]}"
+    listed=$(missing "$1")
   done
 }
 
@@ -70,8 +65,16 @@ submit() {
 
 submit_missing() {
   local lines=() jobs=() line words numbers number waits options id
-  local -A evaluated=()
-  mapfile -t lines < <(missing "$1")
+  mapfile -t lines <<< "$1"
+  if [ "${REHEARSE:-0}" = 0 ]; then # here, where there is internet: documents, tokenizers, models, tasks
+    local -A experiments=()
+    for line in "${lines[@]}"; do
+      read -ra words <<< "$line"
+      experiments[${words[1]}]=1
+      [ ! -f "recipes/${words[2]%/*}.yaml" ] || experiments[${words[2]%/*}]=1 # whose model is measured on the other's text
+    done
+    for line in "${!experiments[@]}"; do bash slurm/fetch.sh "$line"; done
+  fi
   for line in "${lines[@]}"; do
     read -ra words <<< "$line"
     waits='' id=''
@@ -81,32 +84,23 @@ submit_missing() {
     [ -z "$waits" ] || options=(-- "--dependency=afterok$waits")
     printf '\n== %s\n' "$line"
     case ${words[0]} in
-      prepare)
-        [ "${REHEARSE:-0}" != 0 ] || bash slurm/fetch.sh "${words[1]}"
-        id=$(submit slurm/prepare.sh "${words[1]}")
-        ;;
+      prepare) id=$(submit slurm/prepare.sh "${words[1]}") ;;
       train | grow) id=$(submit "slurm/${words[0]}.sh" "${words[1]}" "${words[2]}" --seed "$SEED" "${options[@]}") ;;
-      evaluate)
-        evaluated[${words[1]}]+=$waits
-        case ${words[2]} in *@*) echo "kept weights are no run: on a node with a GPU, run this script without SUBMIT" ;; esac
-        ;;
+      evaluate) id=$(FORCE=1 submit slurm/evaluate.sh "${words[1]}" --run "${words[2]}" --seed "$SEED" "${options[@]}") ;;
       analyze) id=$(FORCE=1 submit slurm/analyze.sh "${words[2]}" "${words[1]}" --seed "$SEED" "${words[@]:4}" "${options[@]}") ;;
     esac
     jobs[${#jobs[@]} + 1]=$id
   done
-  for line in "${!evaluated[@]}"; do # one array over all runs of the experiment
-    printf '\n== evaluate %s\n' "$line"
-    options=(--seed "$SEED")
-    [ -z "${evaluated[$line]}" ] || options+=(-- "--dependency=afterok${evaluated[$line]}")
-    FORCE=1 submit slurm/evaluate.sh "$line" "${options[@]}" > /dev/null
-  done
-  [ "${#lines[@]}" = 0 ] || echo "When these jobs are done, run this again: it then only draws."
+  echo "When these jobs are done, run this again: it then only draws."
 }
 
 for item in "$@"; do
-  if [ -n "${SUBMIT:-}" ] && [ -n "$(missing "$item")" ]; then
-    submit_missing "$item"
-    continue
+  if [ -n "${SUBMIT:-}" ]; then
+    listed=$(missing "$item")
+    if [ -n "$listed" ]; then
+      submit_missing "$listed"
+      continue
+    fi
   fi
   [ -n "${DRAW:-}" ] || run_missing "$item"
   case $item in

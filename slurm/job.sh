@@ -545,15 +545,20 @@ baselines() {
 evaluate() {
   defaults evaluate 1
   TASKS=1 cpu_tasks=1
-  read_arguments 1 "EXPERIMENT [--seed K] [--tasks A,B]" "$@"
-  over_runs all
-  start "evaluate the runs of ${words[0]}"
-  run_of_task all
-  if ! runs_of "${words[0]}" finished "$(flag seed 0)" | grep -Fxq -- "$run"; then
-    say "nothing to evaluate: run $run is not finished"
-    exit 0
+  read_arguments 1 "EXPERIMENT [--run RUN] [--seed K] [--tasks A,B]" "$@"
+  if [ -n "$(flag run)" ]; then
+    start "evaluate ${words[0]}, run $(flag run)"
+  else
+    over_runs all
+    start "evaluate the runs of ${words[0]}"
+    run_of_task all
+    if ! runs_of "${words[0]}" finished "$(flag seed 0)" | grep -Fxq -- "$run"; then
+      say "nothing to evaluate: run $run is not finished"
+      exit 0
+    fi
+    flags+=(--run "$run")
   fi
-  launch evaluate "${words[0]}" --run "$run" ${flags[@]+"${flags[@]}"}
+  launch evaluate "${words[0]}" "${flags[@]}"
 }
 
 analyze() {

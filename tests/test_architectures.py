@@ -21,6 +21,7 @@ from inheritune import models
 from inheritune.attention import TAUS, analyze, approximate_rank, read_windows
 from inheritune.batches import Tokens
 from inheritune.config import MODULES, NORMS, PARTS, REPOSITORY, UserError, load_experiment
+from inheritune.figures import plot_avg_mass, plot_heat_map
 from inheritune.inherit import inherit, write_random
 from inheritune.models import architecture, build, flops_per_token, linear_weights, tensor_shapes
 from inheritune.rundir import RunDir, data_dir
@@ -184,8 +185,8 @@ def data(tmp_path_factory):
     return write_tokens(tmp_path_factory.mktemp("data") / "tokens", vocab=61)
 
 
-def test_analyze_measures_the_maps_that_transformers_returns(source, data):
-    _, model, folder = source
+def test_analyze_measures_the_maps_that_transformers_returns(source, data, tmp_path):
+    family, model, folder = source
     tokens = Tokens(data, "val")
     rows = analyze(str(folder), tokens, n_sequences=3, length=12, maps=[(4, 3)])
     layers = [row for row in rows if row["kind"] == "layer"]
@@ -194,6 +195,10 @@ def test_analyze_measures_the_maps_that_transformers_returns(source, data):
     assert len(layers) == len(maps) == 5
     for row, A_BHTT in zip(layers, maps, strict=True):
         assert [row["rank"][f"{tau:g}"] for tau in TAUS] == approximate_rank(A_BHTT).double().mean(dim=1).tolist()
+    if family in ("llama", "falcon_7b", "olmo", "gpt2"):  # of Figures 11, 15, 21 and 22: LLaMA-3, OpenLLaMA, Cerebras-GPT too
+        plot_heat_map(rows, tmp_path / "ranks.png", family)
+        plot_avg_mass([(family, rows)], tmp_path / "mass.png")
+        assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in ("ranks.png", "mass.png"))
 
 
 @pytest.mark.slow

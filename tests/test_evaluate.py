@@ -125,6 +125,27 @@ def test_scores_are_those_of_the_lm_eval_command_on_one_rank_and_two(tmp_path, c
             assert value["stderr"] == (one["stderr"] and pytest.approx(one["stderr"], rel=1e-5))
 
 
+def test_stages_and_kept_weights_have_names_and_results_of_their_own(tmp_path, checkpoint):
+    path = write_own(tmp_path, checkpoint)
+    run = RunDir.of(load_experiment(path), "grown")
+    for stage in (1, 2):
+        shutil.copytree(checkpoint, run.stage(stage).final)
+        write_json(run.stage(stage).done, {"final": {}})
+    write_json(run.done, {"stage": 2, "layers": 3})
+    write_model(run.stage(1).kept(4), seed=2)
+    run_verb("evaluate", path, "--run", "grown/stage1,grown,grown/stage1@4", "--tasks", "choice", **ALONE)
+    folders = run.stage(1).path, run.stage(2).path, run.stage(1).kept(4)
+    first, chosen, kept = (read_json(folder / "results.json") for folder in folders)
+    assert first == chosen | {"model": first["model"]} and scores(first) and first["validation"]["n"] == 16
+    assert kept["validation"] != first["validation"] and identity_of(kept) != identity_of(first)
+    assert "run 'grown/stage3' of small (seed 0) is not finished" in refused("evaluate", path, "--run", "grown/stage3")
+    assert "has no run 'grwn'; did you mean 'grown'" in refused("evaluate", path, "--run", "grwn/stage1")
+
+
+def identity_of(results: dict) -> str:
+    return results["tasks"]["choice"]["checkpoint"]
+
+
 def test_an_interrupted_evaluation_goes_on_with_the_tasks_that_are_left(tmp_path, checkpoint):
     path = write_own(tmp_path, checkpoint)
     file = RunDir.of(load_experiment(path), "theirs").results

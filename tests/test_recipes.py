@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from inheritune.config import RECIPES, load_experiment, parse_layers
+from inheritune.config import RECIPES, REPOSITORY, load_experiment, parse_layers
 from inheritune.engine import load_json
 from inheritune.inherit import cut_config, half_config
 from inheritune.models import build, count_parameters, hf_config
@@ -295,6 +295,15 @@ def test_rehearsal_keeps_the_growth_and_the_kept_steps(name):
         if spec.init.stack:  # half of the blocks, twice
             blocks = spec.init.stack.blocks(small.model.layers)
             assert blocks[: len(blocks) // 2] == blocks[len(blocks) // 2 :]
+
+
+def test_licences_of_all_that_shipped_experiments_start_from_are_known():
+    licences = yaml.safe_load((REPOSITORY / "inheritune" / "licences.yaml").read_text(encoding="utf-8"))
+    names = [path.relative_to(RECIPES).with_suffix("") for path in (*RECIPES.glob("*.yaml"), *RECIPES.glob("attention/*.yaml"))]
+    experiments = [load_experiment(str(name)) for name in names]
+    models = {source for e in experiments for run in e.runs.values() for source, _ in run.sources() if source not in e.runs}
+    assert "facebook/opt-1.3b" in models and models <= set(licences["models"])
+    assert {e.data.repo or e.data.source for e in experiments} <= set(licences["data"])
 
 
 @pytest.mark.parametrize("name", TRAINED)

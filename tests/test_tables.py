@@ -3,20 +3,20 @@ form, what is refused, what has to be run before."""
 
 import csv
 import json
-import os
 import re
 import shutil
 import subprocess
 from collections import Counter
 
 import numpy as np
+import paper_index
 import pytest
-from conftest import REPOSITORY, run_verb
+from conftest import run_verb
 
 from inheritune import figures, paper, tables
 from inheritune.config import RECIPES, UserError, load_experiment
 from inheritune.paper import item_names, load_experiments, load_item, missing, published, read_csv
-from inheritune.rundir import RunDir, read_jsonl, write_json, write_text
+from inheritune.rundir import RunDir, write_json, write_text
 
 TABLES = [name for name in item_names() if load_item(name).columns]
 FIGURES = [name for name in item_names() if load_item(name).panels]
@@ -172,6 +172,15 @@ def test_table_of_losses_with_a_part_of_the_runs(capsys):
     assert stem.with_suffix(".md").read_text() in page and r"\begin{tabular}" in stem.with_suffix(".tex").read_text()
 
 
+def test_weights_kept_on_the_way_have_their_share_of_the_cost(capsys):
+    run = finish("openllama_7b", "inheritune", 2.5)
+    write_json(RunDir(run.kept(152_560)).results, {"rehearsal": False, "tasks": {"mmlu": score(0.2537, 0.0037)}})
+    tables.table("mmlu_tokens")
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| OpenLLaMA-7B, 20B"))
+    assert "25.37±0.37 / 25.37±0.37: +0.00 matches" in line
+    assert [cell.strip() for cell in line.strip("| ").split("|")][2:] == ["4.00e+19", "not known"]
+
+
 def test_within_noise_of_both(capsys):
     finish("gpt2_large_owt", "reference", 2.8100, half=0.0196)  # 0.043 off; noise 2 sqrt(0.0233^2 + 0.01^2) = 0.051
     tables.table("table5")
@@ -195,6 +204,23 @@ def test_table_of_scores(capsys):
     tables.table("table1")
     mean = (51.05 + 70 + 60 + 31 + 20) / 5
     assert f"47.74 / {mean:.2f}±0.46: {mean - 47.74:+.2f} worse" in capsys.readouterr().out
+
+
+def test_an_experiments_own_table_has_scores_and_baselines(capsys):
+    scores = {"wikitext": score(25.46, None, "word_perplexity"), "lambada_openai": score(0.3, 0.01)}
+    finish("gpt2_medium_owt", "reference", 2.8, tasks=scores)
+    finish("gpt2_medium_owt", "stacking", 2.9, tasks={"wikitext": scores["wikitext"]})
+    finish("gpt2_medium_owt", "random_16", 2.95)
+    tables.table("gpt2_medium_owt")
+    page = capsys.readouterr().out
+    lines = {line.split("|")[1].strip(): line.rstrip(" |").split(" | ") for line in page.splitlines() if line.startswith("| ")}
+    assert [cell.strip() for cell in lines["model"][-2:]] == ["wikitext, word_perplexity", "lambada_openai, acc"]
+    assert [cell.strip() for cell in lines["full size, random start"][-2:]] == ["25.46", "30.00±1.00"]
+    assert [cell.strip() for cell in lines["stacking"][-2:]] == ["25.46", "not run"]
+    assert "No grown run is finished yet." in page
+    finish("gpt2_medium_owt", "hybrid", 2.9, tasks={"wikitext": score(25.0, None, "word_perplexity", version="9")})
+    with pytest.raises(UserError, match="wikitext.* of the table of gpt2_medium_owt mixes .* version 1.0 .* version 9"):
+        tables.table("gpt2_medium_owt")
 
 
 def test_highlights_models_of_others_and_those_that_are_not_run(capsys):
@@ -300,22 +326,20 @@ def test_what_is_missing_comes_in_order_and_once():
     assert lines[lines.index("train gpt2_medium_owt stacking_half 1,2") + 1] == "train gpt2_medium_owt stacking 1,2,4"
     assert plan("table6") == plan("toy") == []
     # one grown run for several rows, scores after training, models of others without training
-    assert plan("owt_perplexity")[-4:] == [
-        "grow gpt2_medium_owt inheritune 10,11",
-        "evaluate gpt2_medium_owt inheritune/stage1 17",
-        "evaluate gpt2_medium_owt inheritune/stage2 17",
-        "evaluate gpt2_medium_owt inheritune/stage3 17",
-    ]
-    assert plan("openllama_commonsense")[:3] == [
+    lines = plan("owt_perplexity")
+    (grown,) = [number for number, line in enumerate(lines, 1) if line.startswith("grow gpt2_medium_owt inheritune ")]
+    assert lines[-3:] == [f"evaluate gpt2_medium_owt inheritune/stage{stage} {grown}" for stage in (1, 2, 3)]
+    assert [line.split()[0] for line in lines] == ["prepare", *("train", "train", "train", "grow") * 2, *["evaluate"] * 10]
+    assert plan("openllama_commonsense")[:5] == [
         "prepare openllama_3b_1b - -",
+        *(f"train openllama_3b_1b {run} 1" for run in ("eight_epochs", "one_epoch", "released_391m")),
         "evaluate openllama_3b_1b reference 1",
-        "evaluate openllama_3b_1b opt_1b 1",
     ]
     assert "evaluate openllama_7b inheritune@152560 2" in plan("mmlu_tokens")
 
 
 def test_attention_is_measured_on_the_text_of_the_figure():
-    assert plan("fig16")[-1] == "analyze gpt2_medium_fineweb gpt2_large_owt/reference 3,6"
+    assert plan("fig16")[-1] == "analyze gpt2_medium_fineweb gpt2_large_owt/reference 3,4"
     assert "analyze gpt2_medium_owt reference 1,2 --maps 4:2,7:3,20:2,22:4" in plan("fig09")
     assert "analyze gpt2_medium_owt reference 1,2 --maps 2:2,3:3,7:2,8:4" in plan("fig09", rehearse=True)
     assert plan("fig11") == ["prepare attention/llama3_8b - -", "analyze attention/llama3_8b reference 1"]
@@ -429,24 +453,13 @@ def test_scripts_are_sound_and_cover_every_item():
         subprocess.run(["shellcheck", "--exclude=SC1091", *SCRIPTS, RECIPES / "paper_item.sh"], check=True)
 
 
-def test_the_index_names_every_script():
+def test_the_papers_numbers_are_listed_with_their_source():
+    listed = re.findall(r"\]\((\w+\.(?:csv|yaml))\)", (paper.PAPER / "README.md").read_text(encoding="utf-8"))
+    assert set(listed) == {path.name for path in paper.PAPER.iterdir() if path.suffix in (".csv", ".yaml")}
+
+
+def test_the_index_names_every_script_and_is_current():
     text = (RECIPES / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"\]\(((?:table|fig)\w+\.sh)\)", text)) == {script.name for script in SCRIPTS}
-
-
-@pytest.mark.drill
-def test_a_table_from_nothing_in_rehearsal(own_root):
-    """Everything that Table 4 needs, by its script; the second call only draws."""
-    words, how = (
-        ["bash", RECIPES / "table4_lazy_layers.sh"],
-        {"check": True, "capture_output": True, "text": True, "cwd": REPOSITORY},
-    )
-    environment = {**os.environ, "REHEARSE": "1"}
-    said = subprocess.run(words, env=environment, **how).stdout
-    assert "not run" not in said.partition("Verdicts")[0].rpartition("REHEARSAL, not a result.")[2]
-    runs = own_root / "runs" / "rehearsal"
-    manifest = json.loads((runs / "gpt2_small_owt" / "seed0" / "layers_9_to_12" / "init" / "inherited.json").read_text())
-    assert any("copied" in facts for facts in manifest["tensors"].values())
-    assert read_jsonl(RunDir(runs / "gpt2_small_owt" / "seed0" / "random_4").metrics)
-    again = subprocess.run(words, env=environment, **how).stdout
-    assert "==" not in again and again.strip() == said[said.index("REHEARSAL, not a result.") :].strip()
+    assert text == paper_index.document(), "recipes/README.md is stale: python tests/paper_index.py"
+    assert all(load_item(name).reports for name in item_names())
