@@ -4,9 +4,9 @@ A benchmark is a file of this folder with `cases(size)` and, at its end, `main(_
 
     python tests/bench/batches.py [--size small|full|gpu] [--case WORDS] [--turns N] [--folder D] [--out F]
 
-A contestant is a function (work, folder) -> dict | None: what it measured (`seconds`, `cpu_seconds`, ...), or None, and then
-the time of the whole call counts. Turn 1 runs A, B, C, turn 2 B, C, A, and so on, so that a machine whose speed drifts is fair to
-all; a ratio is taken within a turn. Peak memory is that of the largest process of a turn, as the kernel counts it.
+A contestant is a function (work, folder) -> dict | None: what it measured (`seconds`, `cpu_seconds`, ...) or None, and then
+the time of the whole call counts. Turn 1 runs A, B, C, turn 2 B, C, A, and so on, so that a machine whose speed drifts is fair
+to all; a ratio is taken within a turn. Peak memory is that of the largest process of a turn, as the kernel counts it.
 """
 
 import argparse
