@@ -253,7 +253,7 @@ def _take_turns(file: str, case: Case, folder: Path, options) -> dict:
 def _start(file: str, case: Case, name: str, folder: Path, size: str, *more: str) -> dict:
     """One turn of a contestant in a fresh process (one for each rank): what it measured, with `peak_mb`; `error` if it
     failed."""
-    command = [sys.executable, file, "--turn", name, "--case", case.name, "--size", size, "--folder", str(folder), *more]
+    command = [sys.executable, file, f"--turn={name}", "--case", case.name, "--size", size, "--folder", str(folder), *more]
     if case.ranks > 1:
         from inheritune.dist import free_port
 
