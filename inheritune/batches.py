@@ -44,14 +44,14 @@ class Tokens:
                     f"token shard {path} has {size} bytes, its manifest says {expected}; delete {manifest} and run "
                     f"'prepare' again"
                 )
-            self._shards.append(np.memmap(path, dtype=dtype, mode="r"))
+            self._shards.append(np.asarray(np.memmap(path, dtype=dtype, mode="r")))  # slices of a memmap itself are slow
         self._ends = np.cumsum([len(s) for s in self._shards]) if self._shards else np.zeros(0, np.int64)
         self.n_tokens = int(self._ends[-1]) if self._shards else 0
 
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count) of the stream, across shard borders.  -> (count,) int64"""
-        out = np.empty(count, np.int64)
-        filled, shard = 0, int(np.searchsorted(self._ends, start, side="right"))
+    def read(self, start: int, count: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Tokens [start, start + count) of the stream, across shard borders, into `out` if given.  -> (count,) int64"""
+        out = np.empty(count, np.int64) if out is None else out
+        filled, shard = 0, int(self._ends.searchsorted(start, side="right"))
         while filled < count:
             offset = start + filled - (int(self._ends[shard - 1]) if shard else 0)
             piece = self._shards[shard][offset : offset + count - filled]
@@ -177,11 +177,11 @@ class Share:
 def read_share(order: Order, step: int, share: Share) -> tuple[np.ndarray, np.ndarray]:
     """This rank's part of step `step`: tokens (A, M, T + 1) int64 and weights (A, M) float32, for A accumulation steps of
     M sequences; padding repeats the rank's first window with weight zero."""
-    starts = order.starts(step)[share.first : share.first + share.count]
-    windows = np.stack([order.tokens.read(int(start), order.length + 1) for start in starts])
-    places = share.accumulation * share.micro_batch
-    weights = np.zeros(places, np.float32)
-    weights[: share.count] = 1.0
-    padded = np.concatenate([windows, np.repeat(windows[:1], places - share.count, axis=0)])
     shape = (share.accumulation, share.micro_batch)
-    return padded.reshape(*shape, order.length + 1), weights.reshape(shape)
+    windows, weights = np.empty((*shape, order.length + 1), np.int64), np.zeros(shape, np.float32)
+    rows = windows.reshape(-1, order.length + 1)
+    for row, start in zip(rows, order.starts(step)[share.first :][: share.count].tolist(), strict=False):
+        order.tokens.read(start, order.length + 1, out=row)
+    rows[share.count :] = rows[0]
+    weights.reshape(-1)[: share.count] = 1.0
+    return windows, weights

@@ -85,12 +85,14 @@ def _writing(engine):
 
         return call
 
-    writer, script = engine.checkpoint_engine.save, engine._copy_recovery_script
+    writer, script, crc32 = engine.checkpoint_engine.save, engine._copy_recovery_script, torch.serialization.get_crc32_options()
     engine.checkpoint_engine.save, engine._copy_recovery_script = guarded(writer), guarded(script)
+    torch.serialization.set_crc32_options(False)  # torch never reads them, and the marker has better hashes
     try:
         yield engine.checkpoint_engine.save, problems
     finally:
         engine.checkpoint_engine.save, engine._copy_recovery_script = writer, script
+        torch.serialization.set_crc32_options(crc32)
 
 
 def check_room(engine, run_dir: RunDir) -> None:

@@ -13,7 +13,7 @@ import torch
 from inheritune import dslint
 from inheritune.config import GPUS, Train, UserError, nearest, resolve_path
 from inheritune.dist import all_sum, rank
-from inheritune.models import architecture, build, linear_weights
+from inheritune.models import architecture, build, fuse_gelu, linear_weights
 
 
 def load_json(path: str | Path) -> dict:
@@ -99,6 +99,7 @@ def start_engine(hf_config, weights, settings: dict, train: Train, micro_batch: 
     stage = zero_stage(settings)
     with deepspeed.zero.Init(config_dict_or_path=config) if stage == 3 else nullcontext():
         model = build(hf_config)
+    fuse_gelu(model)
     if weights is not None:
         fill(model, weights, stage)
     ours = settings.get("inheritune", {})

@@ -12,7 +12,7 @@ import copy
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,8 +38,11 @@ class Origin:
     """0: the whole tensor. Else its first entries in every dimension, as many as the target has, where the last dimension is
     `fused` matrices side by side (queries, keys, values), each cut alike."""
 
-    def tensor(self, shape: Shape) -> torch.Tensor:
-        """The value from the source, cut to `shape` where it is cut."""
+    def value(self, shape: Shape) -> torch.Tensor | Iterator[memoryview]:
+        """The value from the source, cut to `shape` where it is cut; as blocks of bytes where these are only copied."""
+        blocks = self.source.blocks(self.name) if not self.fused and self.source.dtype(self.name) == self.dtype else None
+        if blocks:
+            return blocks
         tensor = self.source.tensor(self.name)
         if self.fused:
             corner = (*shape[:-1], self.fused, shape[-1] // self.fused)
@@ -264,10 +267,10 @@ def _write(out: Path, config, origins: dict[str, Origin], about: dict, seed: int
             )
     _check_room(out, sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values()))
 
-    def tensor_of(name: str) -> torch.Tensor:
+    def tensor_of(name: str) -> torch.Tensor | Iterator[memoryview]:
         origin = origins[name]
         if origin.source:
-            return origin.tensor(shapes[name])
+            return origin.value(shapes[name])
         return fresh_tensor(name, shapes[name], config, seed).to(origin.dtype)
 
     with rundir.replacing(out) as folder:

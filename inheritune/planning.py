@@ -121,9 +121,7 @@ def block_activations(model: Model, precision: str, length: int, keeps_inputs: b
         attention = model.heads * length * (4 if precision == "fp32" else 6)
     if model.family == "gpt2":
         norms = 2 * (r + e) * d + 16
-        # gelu_new is written out: x^3's x, tanh, 1 + tanh, x / 2 and the result; autocast takes x^3 in fp32
-        gelu = 16 * f if (r, e) == (4, 2) else 5 * e * f
-        return norms + 4 * e * d + attention + gelu
+        return norms + 4 * e * d + attention + 2 * e * f  # before and after the GELU
     kv = d * model.kv_heads // model.heads
     norms = 2 * (4 + r + (r if keeps_inputs else e)) * d + 8
     return norms + 2 * e * (d + kv) + attention + 4 * e * f  # q, k, v, out; gate, its SiLU, up, their product
@@ -131,8 +129,8 @@ def block_activations(model: Model, precision: str, length: int, keeps_inputs: b
 
 def activations(model: Model, layers: int, precision: str, tokens: int, length: int, checkpointing: bool, stage: int = 0,
                 eager: bool = False) -> dict[str, float]:  # fmt: skip
-    """{activations, autocast weights, logits, loss} of a micro batch of `tokens` at the end of its forward; the loss adds
-    log-probabilities (saved) and, at the start of backward, two gradients of that size."""
+    """{activations, autocast weights, logits, loss} of a micro batch of `tokens` at the end of its forward; the loss adds, at
+    the start of backward, the gradient of the logits."""
     r, e = element_sizes(precision)
     keeps_inputs = stage == 3 and model.family == "llama"  # GPT-2's Conv1D is not replaced
     block = block_activations(model, precision, length, keeps_inputs, eager)
@@ -144,7 +142,7 @@ def activations(model: Model, layers: int, precision: str, tokens: int, length: 
         "activations": tokens * (saved + last),
         "autocast weights": rounded,
         "logits": tokens * model.vocab_size * e,
-        "loss": tokens * model.vocab_size * 12,
+        "loss": tokens * model.vocab_size * e,
     }
 
 
@@ -223,15 +221,16 @@ def memory(model: Model, layers: int, settings: dict, train: Train, ranks: int, 
         held |= {"masters": 0, "moments": 0, "gradients": b * largest}
         step, between, last = 0, between if stage == 1 else 0, last if stage == 1 else 0
     static = held["weights"] + held["masters"] + held["moments"] + held["buckets"]
-    static += 4 * teacher + made["logits"] * (teacher > 0)
+    if teacher:  # the divergence keeps two log-softmaxes in fp32, and makes a gradient of that size
+        static, made["loss"] = static + 4 * teacher + made["logits"], made["loss"] + 12 * made["logits"] / e
     before = static + live + between * (several or stage == 3)
     saved, logits = made["activations"] + made["autocast weights"], made["logits"]
-    checked = EVAL_BATCH * length * model.vocab_size * (e + 8)  # logits, in fp32, their log-softmax
+    checked = EVAL_BATCH * length * model.vocab_size * e
     phases = {
         "loss": before + saved + logits + made["loss"],
-        "backward": before + saved + 2 * logits + 4 * largest + reducing * (stage > 0),
-        "reduction": static + live + held["gradients"] + last + logits + reducing,
-        "optimizer step": static + held["gradients"] + step + logits,
+        "backward": before + saved + logits + 4 * largest + reducing * (stage > 0),
+        "reduction": static + live + held["gradients"] + last + reducing,
+        "optimizer step": static + held["gradients"] + step,
         "validation": static + live + checked + made["autocast weights"] + held["gradients"] * (stage == 3),
     }
     worst = max(phases, key=phases.get)

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 COMMON_FILES = ["config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES]
 WEIGHTS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+BLOCK_BYTES = 1 << 21  # of a tensor that is copied: half a megabyte to a few, a processor's cache, did equally well
 
 Specs = dict[str, tuple[Shape, torch.dtype]]
 
@@ -390,6 +391,11 @@ class Source:
         """The tensor, read from its own bytes only. Raises UserError if the file has shrunk meanwhile."""
         return read_tensor(self._at(name))
 
+    def blocks(self, name: str) -> Iterator[memoryview] | None:
+        """`read_blocks` of the tensor; None if a part of it is stored in another dtype."""
+        stored = self._at(name)
+        return read_blocks(stored) if all(extent.dtype == stored.dtype for extent in stored.extents) else None
+
 
 def read_tensor(stored: Stored) -> torch.Tensor:
     """A tensor's elements, read into one buffer of its size."""
@@ -406,6 +412,23 @@ def read_tensor(stored: Stored) -> torch.Tensor:
             target.copy_(piece)
         position += extent.count
     return result
+
+
+def read_blocks(stored: Stored) -> Iterator[memoryview]:
+    """A tensor's bytes as they are stored, block after block in one small buffer: use each before asking for the next.
+
+    A block that was just read is still in the processor's cache, where hashing and writing it cost little."""
+    buffer = memoryview(bytearray(BLOCK_BYTES))
+    for extent in stored.extents:
+        left = extent.count * extent.dtype.itemsize
+        with open(extent.file, "rb", buffering=0) as file:
+            file.seek(extent.offset)
+            while left:
+                count = file.readinto(buffer[: min(left, BLOCK_BYTES)])
+                if not count:
+                    raise UserError(f"{extent.file} is cut off; copy it again")
+                yield buffer[:count]
+                left -= count
 
 
 def as_bytes(tensor: torch.Tensor):
@@ -557,23 +580,31 @@ class CheckpointWriter:
         self.files[name] = {"bytes": size, "xxh3": self._digest.hexdigest()}
         self._file = None
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Append the next tensor of `specs` (CPU or GPU; its dtype and shape must be those announced)."""
+    def add(self, name: str, tensor: torch.Tensor | Iterable[memoryview]) -> None:
+        """Append the next tensor of `specs` (CPU or GPU; its dtype and shape must be those announced), or blocks of its
+        bytes."""
         assert self._waiting and self._waiting[-1] == name, f"expected {self._waiting[-1:]}, got {name}"
         self._waiting.pop()
         if self.folder is None:
             return
         shape, dtype = self.specs[name]
-        assert (tuple(tensor.shape), tensor.dtype) == (shape, dtype), (
-            f"{name}: {tensor.shape} {tensor.dtype}, not {shape} {dtype}"
-        )
+        if torch.is_tensor(tensor):
+            assert (tuple(tensor.shape), tensor.dtype) == (shape, dtype), (
+                f"{name}: {tensor.shape} {tensor.dtype}, not {shape} {dtype}"
+            )
+            data = memoryview(as_bytes(tensor.detach().cpu().contiguous()))
+            tensor = (data[first : first + BLOCK_BYTES] for first in range(0, len(data), BLOCK_BYTES))
         file = self._file_of[name]
         if self._file is None or Path(self._file.name).name != file:
             self._end()
             self._open(file)
-        data = as_bytes(tensor.detach().cpu().contiguous())
-        self._put(data)
-        self.tensors[name] = {"file": file, "xxh3": xxhash.xxh3_128_hexdigest(data)}
+        digest, written = xxhash.xxh3_128(), 0
+        for block in tensor:
+            self._put(block)
+            digest.update(block)
+            written += len(block)
+        assert written == math.prod(shape) * dtype.itemsize, f"{name}: {written} bytes, not {shape} of {dtype}"
+        self.tensors[name] = {"file": file, "xxh3": digest.hexdigest()}
 
     def close(self) -> dict:
         """Write index and config; {"tensors": {name: {file, xxh3}}, "files": {name: {bytes, xxh3}}} of what was written."""
@@ -589,8 +620,9 @@ class CheckpointWriter:
         return {"tensors": self.tensors, "files": self.files}
 
 
-def write_checkpoint(folder: Path, config, specs: Specs, tensor_of: Callable[[str], torch.Tensor], **options) -> dict:
-    """Write the tensors of `specs`, each asked of `tensor_of` when its turn comes; the record of CheckpointWriter.close."""
+def write_checkpoint(folder: Path, config, specs: Specs, tensor_of: Callable, **options) -> dict:
+    """Write the tensors of `specs`, each asked of `tensor_of` (as `add` takes it) when its turn comes; the record of
+    CheckpointWriter.close."""
     writer = CheckpointWriter(folder, config, specs, **options)
     for name in specs:
         writer.add(name, tensor_of(name))

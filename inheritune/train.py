@@ -303,6 +303,7 @@ class Trainer:
                 logits = engine(input_ids=window[:, :-1], use_cache=False).logits  # (M, T, V)
                 parts = [validate.token_losses(logits, window[:, 1:])]  # each (M, T)
                 parts += [self.teacher.divergences(window, logits)] if self.teacher else []
+                del logits  # backward frees it, the largest tensor of all, as soon as it has its gradient
                 losses = torch.stack([part.sum(dim=1) @ weight for part in parts])
                 loss = losses @ mix * scale
                 # times 1, or nan where the loss is not finite: then the gradient is not either, which all ranks will see

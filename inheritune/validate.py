@@ -43,8 +43,38 @@ def curve_windows(n_final: int, count: int) -> np.ndarray:
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of every token in nats, in fp32.  logits (B, T, V), targets (B, T) -> (B, T)"""
-    losses = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-    return losses.view_as(targets)
+    return _TokenLosses.apply(logits.flatten(0, 1), targets.flatten()).view_as(targets)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Cross-entropy, tokens taken a few at a time: nothing of the logits' size is made in fp32, neither here (where torch
+    makes two such tensors under autocast) nor in backward (two more), which takes the softmax again.
+
+    Legend: N = tokens, V = vocabulary, C = tokens of a chunk."""
+
+    @staticmethod
+    def chunks(logits_NV: torch.Tensor, *others: torch.Tensor):
+        # 16 MB in fp32 lie within a processor's last cache; a GPU wants fewer and larger kernels
+        elements = 1 << (24 if logits_NV.is_cuda else 22)
+        size = max(1, elements // logits_NV.shape[1])
+        return zip(*(tensor.split(size) for tensor in (logits_NV, *others)), strict=True)
+
+    @staticmethod
+    def forward(ctx, logits_NV, targets_N):
+        sums_N = [part_CV.float().logsumexp(dim=-1) for (part_CV,) in _TokenLosses.chunks(logits_NV)]
+        sums_N = torch.cat(sums_N)
+        ctx.save_for_backward(logits_NV, targets_N, sums_N)
+        return sums_N - logits_NV.gather(1, targets_N[:, None]).squeeze(1).float()
+
+    @staticmethod
+    def backward(ctx, grads_N):
+        logits_NV, targets_N, sums_N = ctx.saved_tensors
+        result_NV = torch.empty_like(logits_NV)
+        for part, targets, sums, grads, out in _TokenLosses.chunks(logits_NV, targets_N, sums_N, grads_N, result_NV):
+            softmax_CV = (part.float() - sums[:, None]).exp_()
+            softmax_CV.scatter_add_(1, targets[:, None], torch.full_like(sums, -1.0)[:, None])
+            out.copy_(softmax_CV.mul_(grads[:, None]))
+        return result_NV, None
 
 
 def token_divergences(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -58,8 +58,8 @@ def run(case: dict, out: Path) -> None:
         for _ in range(3):
             for micro in range(case["accumulation"]):
                 window = torch.randint(0, model.vocab_size, shape)
-                logits = engine(input_ids=window[:, :-1], use_cache=False).logits
-                engine.backward(validate.token_losses(logits, window[:, 1:]).mean())
+                losses = validate.token_losses(engine(input_ids=window[:, :-1], use_cache=False).logits, window[:, 1:])
+                engine.backward(losses.mean())
                 if micro == case["accumulation"] - 1:
                     held.update(engines.held_bytes(engine))
                 engine.step()

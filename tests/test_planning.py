@@ -95,6 +95,7 @@ def a_model(sizes: dict, precision: str):
     model = models.build(models.hf_config(Model(**sizes), sizes["layers"]))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
+    models.fuse_gelu(model)  # as start_engine does
     return model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
 
 
@@ -114,7 +115,7 @@ def test_what_autograd_saves_is_planned_to_ten_percent(sizes, length, sequences,
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         validate.token_losses(model(input_ids=window[:, :-1], use_cache=False).logits, window[:, 1:])
     its = planning.activations(Model(**sizes), sizes["layers"], precision, sequences * length, length, False)
-    expected = its["activations"] + sequences * length * sizes["vocab_size"] * 4  # and the log-softmax
+    expected = its["activations"] + its["logits"]
     assert expected == pytest.approx(sum(t.untyped_storage().nbytes() for t in saved.values()), rel=0.10)
 
 
@@ -124,13 +125,12 @@ def test_what_checkpointing_keeps_is_planned_to_ten_percent(sizes, length, seque
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     window = torch.randint(0, sizes["vocab_size"], (sequences, length + 1))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        logits = model(input_ids=window[:, :-1], use_cache=False).logits
-        losses = validate.token_losses(logits, window[:, 1:])
+        losses = validate.token_losses(model(input_ids=window[:, :-1], use_cache=False).logits, window[:, 1:])
     alive = sum(e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
     tokens, its = sequences * length, Model(**sizes)
     made = planning.activations(its, sizes["layers"], "fp32", tokens, length, True)
     block = planning.block_activations(its, "fp32", length)  # made again in backward
-    expected = made["activations"] - tokens * block + made["logits"] + tokens * sizes["vocab_size"] * 4
+    expected = made["activations"] - tokens * block + made["logits"]
     assert losses.shape == (sequences, length) and expected == pytest.approx(alive, rel=0.10)
 
 
@@ -178,9 +178,9 @@ def test_cheapest_change_comes_first_and_offload_last():
     def change(room):
         return planning.plan_model(experiment, "reference", None, 48, settings, 8, room, "H100", 0.4)["change"]
 
-    assert change(40e9) == {"train_micro_batch_size_per_gpu": 2}
-    assert "zero_optimization.offload_optimizer" not in change(24e9)
-    assert "zero_optimization.offload_optimizer" in change(12e9)
+    assert change(24e9) == {"train_micro_batch_size_per_gpu": 2}
+    assert "zero_optimization.offload_optimizer" not in change(12e9)
+    assert "zero_optimization.offload_optimizer" in change(10e9)
     assert change(2e9) is None
 
 

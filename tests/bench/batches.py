@@ -1,0 +1,100 @@
+"""Reading one step's batch: ours beside nanoGPT's loader and a DataLoader over an Arrow file of the datasets library.
+
+The limit is a copy in memory of the same bytes. A goal sets the time beside that of a training step of the smallest paper model
+on eight GPUs at 40% of the H100's rate, of which each rank reads an eighth of the batch."""
+
+import numpy as np
+from harness import Case, Goal, clock, main, over, values, write_tokens
+
+REPEATS = 20
+
+
+def setup(work: dict, folder) -> None:
+    write_tokens(folder / "tokens", work["tokens"], work["length"] + 1, 50257)
+    from datasets import Dataset, Features, Sequence, Value
+
+    tokens = np.fromfile(folder / "tokens" / "train_00000.bin", "<u2")
+    rows = tokens[: len(tokens) // work["length"] * work["length"]].reshape(-1, work["length"])
+    features = Features({"input_ids": Sequence(Value("int64"))})  # what DataLoader code needs: torch has no 16-bit index
+    made = Dataset.from_generator(
+        lambda: ({"input_ids": row} for row in rows), features=features, cache_dir=str(folder / "cache")
+    )
+    made.save_to_disk(str(folder / "arrow"))
+
+
+def timed(step, work: dict) -> dict:
+    """Seconds of one call of `step`, over REPEATS calls after one that warms up."""
+    step(0)
+    with clock() as measured:
+        for number in range(1, REPEATS + 1):
+            step(number)
+    return {key: value / REPEATS for key, value in measured.items()} | {
+        "part_of_step": measured["seconds"] / REPEATS / step_s(work)
+    }
+
+
+def step_s(work: dict) -> float:
+    """Seconds of the GPU training step that a rank reads `work["sequences"]` for."""
+    from inheritune.config import GPUS, Model
+    from inheritune.planning import flops_per_token
+
+    flops = flops_per_token(Model(size="gpt2_small"), 12, work["length"]) * work["sequences"] * work["length"]
+    return flops / (0.4 * GPUS["H100"]["tflops"] * 1e12)
+
+
+def ours(work: dict, folder) -> dict:
+    """What the training loop calls: the order of the step and this rank's share, as torch tensors."""
+    import torch
+
+    from inheritune.batches import Order, Share, Tokens, read_share
+
+    order = Order(Tokens(folder / "tokens", "train"), "random_windows", work["length"], work["sequences"], seed=0)
+    share = Share.of(work["sequences"], 0, 1, work["sequences"])
+    return timed(lambda step: [torch.from_numpy(part) for part in read_share(order, step, share)], work)
+
+
+def nanogpt(work: dict, folder) -> dict:
+    """get_batch of nanoGPT's train.py: the file is mapped anew for each batch, two stacks of int64 windows."""
+    import torch
+
+    def get_batch(_):
+        data = np.memmap(folder / "tokens" / "train_00000.bin", dtype=np.uint16, mode="r")
+        ix = torch.randint(len(data) - work["length"], (work["sequences"],))
+        x = torch.stack([torch.from_numpy(data[i : i + work["length"]].astype(np.int64)) for i in ix])
+        y = torch.stack([torch.from_numpy(data[i + 1 : i + 1 + work["length"]].astype(np.int64)) for i in ix])
+        return x, y
+
+    return timed(get_batch, work)
+
+
+def arrow(work: dict, folder) -> dict:
+    """A shuffled DataLoader over rows of token ids in an Arrow file, in torch's format."""
+    import torch
+    from datasets import load_from_disk
+
+    rows = load_from_disk(str(folder / "arrow")).with_format("torch")
+    loader = iter(torch.utils.data.DataLoader(rows, batch_size=work["sequences"], shuffle=True, drop_last=True))
+    return timed(lambda _: next(loader), work)
+
+
+def copy(work: dict, folder) -> dict:
+    source = np.ones((work["sequences"], work["length"] + 1), np.int64)
+    target = np.empty_like(source)
+    return timed(lambda _: np.copyto(target, source), work)
+
+
+def cases(size: str) -> list[Case]:
+    sequences = 60 if size != "small" else 4  # the paper's 480 of 1,024 tokens on eight ranks
+    tokens = 2_000_000 if size == "small" else 100_000_000
+    contestants = {"ours": ours, "nanoGPT": nanogpt, "DataLoader over Arrow": arrow, "limit: memory copy": copy}
+    goals = [
+        Goal("time of nanoGPT's loader", 1 / 5, over("ours", "nanoGPT")),
+        Goal("part of a training step on H100s", 0.01, values("ours", "part_of_step")),
+        Goal("time of a memory copy (no goal)", None, over("ours", "limit: memory copy")),
+    ]
+    work = {"sequences": sequences, "length": 1024 if size != "small" else 128, "tokens": tokens}
+    return [Case(f"{sequences} sequences of {work['length']}", work, contestants, goals, setup)]
+
+
+if __name__ == "__main__":
+    main(__file__, cases)

@@ -1,0 +1,127 @@
+"""Saving a checkpoint: checkpoint.save (marker, hashes, generators) beside DeepSpeed's own synchronous save of the same engine.
+
+The limit is a plain write of as many bytes to the same disk. DeepSpeed flushes nothing, so the limit does not either; the
+flushed write is shown beside it.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from harness import Case, Goal, clock, main, over, run, values
+
+
+def setup(work: dict, folder: Path) -> None:
+    from inheritune.config import Model
+    from inheritune.inherit import write_random
+    from inheritune.models import hf_config
+
+    write_random(hf_config(Model(**work["model"])), folder / work["key"], seed=0)
+
+
+def engine_of(work: dict, folder: Path):
+    """(engine after one step on a few tokens, its DeepSpeed settings): masters and moments are there."""
+    import torch
+
+    from inheritune import dist
+    from inheritune.config import Train
+    from inheritune.engine import start_engine
+    from inheritune.sources import open_source
+
+    dist.start()
+    source = open_source(str(folder / work["key"]))
+    settings = {"zero_optimization": work["zero"]}
+    train = Train(steps=10, batch_tokens=8 * work["ranks"], lr=1e-4, warmup_steps=0, precision="fp32")
+    engine = start_engine(source.config, source, settings, train, 1, 1)
+    ids = torch.arange(8, device=dist.device())[None]
+    engine.backward(engine(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).mean())
+    engine.step()
+    return engine, settings
+
+
+def empty(folder: Path) -> Path:
+    """A place to save in, on which all ranks agree; nothing waits to be written."""
+    from inheritune import dist
+
+    def clear():
+        shutil.rmtree(folder / "saved", ignore_errors=True)
+        (folder / "saved").mkdir()
+        os.sync()
+
+    dist.on_rank0(clear)
+    return folder / "saved"
+
+
+def ours(work: dict, folder: Path) -> dict:
+    from inheritune import checkpoint, dist
+    from inheritune.rundir import RunDir
+
+    engine, settings = engine_of(work, folder)
+    run_dir = RunDir(empty(folder))
+    with clock() as measured:
+        checkpoint.save(engine, run_dir, 1, {"step": 1}, settings, keep_last=2)
+    files = [file for file in run_dir.path.rglob("*") if file.is_file()]
+    dist.on_rank0((folder / f"{work['key']}.bytes").write_text, str(sum(file.stat().st_size for file in files)))
+    dist.stop()
+    return measured | {"gb": sum(file.stat().st_size for file in files) / 1e9}
+
+
+def deepspeed(work: dict, folder: Path) -> dict:
+    from inheritune import dist
+
+    engine, _ = engine_of(work, folder)
+    place = empty(folder)
+    with clock() as measured:
+        engine.save_checkpoint(str(place), tag="deepspeed", client_state={"run": {"step": 1}})
+        dist.barrier()
+    dist.stop()
+    return measured | {"gb": sum(file.stat().st_size for file in place.rglob("*.pt")) / 1e9}
+
+
+def write(work: dict, folder: Path, flush: bool = False) -> dict:
+    """One rank writes ours' bytes (of the turn before) in blocks of 16 MB; the others have nothing to do."""
+    if int(os.environ.get("RANK") or 0):
+        return {"cpu_seconds": 0.0}
+    block, left = os.urandom(1 << 24), int((folder / f"{work['key']}.bytes").read_text())
+    shutil.rmtree(folder / "saved", ignore_errors=True)
+    (folder / "saved").mkdir()
+    os.sync()
+    with clock() as measured:
+        with open(folder / "saved" / "bytes", "wb") as file:
+            while left:
+                left -= file.write(block[:left])
+        run("sync", folder / "saved" / "bytes") if flush else None
+    return measured
+
+
+def write_flushed(work: dict, folder: Path) -> dict:
+    return write(work, folder, flush=True)
+
+
+def case(name: str, model: dict, stage: int, ranks: int) -> Case:
+    work = {"key": f"zero{stage}_{ranks}", "model": model, "zero": {"stage": stage}, "ranks": ranks}
+    contestants = {
+        "ours": ours,
+        "DeepSpeed's save_checkpoint": deepspeed,
+        "limit: write": write,
+        "limit: write, fsync": write_flushed,
+    }
+    goals = [
+        Goal("time of DeepSpeed's save", 1.0, over("ours", "DeepSpeed's save_checkpoint")),
+        Goal("time of a plain write", None, over("ours", "limit: write")),
+        Goal("GB written", None, values("ours", "gb")),
+    ]
+    return Case(name, json.loads(json.dumps(work)), contestants, goals, setup, ranks=ranks)
+
+
+def cases(size: str) -> list[Case]:
+    if size == "small":
+        toy = {"size": "gpt2_tiny", "layers": 2, "width": 64, "heads": 4, "positions": 64, "vocab_size": 512}
+        return [case("toy, ZeRO 1, one rank", toy, 1, 1), case("toy, ZeRO 3, two ranks", toy, 3, 2)]
+    small = {"size": "gpt2_small"}
+    return [case("GPT-2 124M, ZeRO 1, one rank", small, 1, 1), case("GPT-2 124M, ZeRO 3, two ranks", small, 3, 2)]
+
+
+if __name__ == "__main__":
+    main(__file__, cases)

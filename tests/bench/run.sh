@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Every benchmark, ours and what a user would take instead in turns, and the tables of tests/bench/README.md.
+#   bash tests/bench/run.sh [--size small] [--turns N]      about 2 hours on two cores; --size small: 10 minutes, nothing is kept
+#   PARTS="batches prepare" bash tests/bench/run.sh          only these
+#   BENCH_FOLDER=/fast/disk bash tests/bench/run.sh          where inputs and outputs lie (20 GB; default: a temporary folder)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+# shellcheck source=recipes/setup.sh
+source recipes/setup.sh
+setup_environment tests/requirements.txt
+export INHERITUNE_GPT2_BPE="${INHERITUNE_GPT2_BPE:-${INHERITUNE_ROOT:-$PWD}/data/gpt2-bpe}"
+bash tests/fetch_gpt2_bpe.sh "$INHERITUNE_GPT2_BPE"
+parts=${PARTS:-batches startup downstream checkpoint analyze inherit prepare train_step growth}
+work=$(mktemp -d "${BENCH_FOLDER:-${TMPDIR:-/tmp}}/inheritune_bench.XXXXXX")
+trap 'rm -rf "$work"' EXIT
+
+# mergekit beside the environment, not in it: two packages that requirements.txt lacks; its other needs are there
+export BENCH_MERGEKIT=${BENCH_MERGEKIT:-$work/mergekit}
+case " $parts " in
+  *" inherit "*)
+    [ -d "$BENCH_MERGEKIT" ] ||
+      python -m pip install --quiet --no-deps --target "$BENCH_MERGEKIT" mergekit==0.1.5 immutables==0.21 ||
+      echo "mergekit could not be installed: its row is left out"
+    ;;
+esac
+
+for part in $parts; do
+  python "tests/bench/$part.py" --folder "$work/$part" "$@"
+  rm -rf "${work:?}/$part"
+done
+python tests/bench/report.py
