@@ -43,12 +43,15 @@ STAGES = (0, 1, 2, 3)
 BF16 = ("gpt2_tied", "llama_untied")
 ALL = {(stage, ranks) for stage in STAGES for ranks in (1, 2, 3)}
 SOME = {(0, 1), (1, 2), (2, 3), (3, 2), (3, 3)}
-"""(ZeRO stage, ranks). Two families are trained at all of them in fp32; the two others, and bf16, at some: what differs between
-tied and untied heads, or between precisions, does not depend on the pair."""
+FEW = {(0, 1), (1, 3), (3, 2)}
+"""(ZeRO stage, ranks). One family is trained at all of them in fp32, a second one too as a drill; the others, and bf16, at
+some: what differs between tied and untied heads, or between precisions, does not depend on the pair."""
 
 
-def shapes(family: str, precision: str) -> set[tuple[int, int]]:
-    return ALL if precision == "fp32" and family in ("gpt2_tied", "llama_untied") else SOME
+def shapes(family: str, precision: str, drill: bool) -> set[tuple[int, int]]:
+    if precision == "bf16":
+        return FEW
+    return ALL if family == "gpt2_tied" or (drill and family == "llama_untied") else SOME
 
 
 def write_family(root, family: str) -> str:
@@ -71,8 +74,8 @@ def write_family(root, family: str) -> str:
     return path
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory):
+@pytest.fixture(scope="session", params=[False, pytest.param(True, marks=pytest.mark.drill)], ids=["some", "more"])
+def trained(request, tmp_path_factory):
     """{(family, precision, stage, ranks): run folder} of every combination, one launch per number of ranks."""
     runs = {}
     for ranks in (1, 2, 3):
@@ -85,7 +88,7 @@ def trained(tmp_path_factory):
                 experiment = load_experiment(path)
                 for name in experiment.runs:
                     precision, stage = name.split("_")
-                    if (int(stage), ranks) in shapes(family, precision):
+                    if (int(stage), ranks) in shapes(family, precision, request.param):
                         words.append(f"{path}:{name}")
                         runs[family, precision, int(stage), ranks] = RunDir.of(experiment, name)
             launch(["tests/train_many.py", *words], ranks, INHERITUNE_ROOT=root)
@@ -108,7 +111,7 @@ def losses_of(run: RunDir, key: str = "loss") -> np.ndarray:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_same_seed_same_loss_in_fp32(trained, family):
     runs = {key: run for key, run in trained.items() if key[:2] == (family, "fp32")}
-    assert {key[2:] for key in runs} == shapes(family, "fp32")
+    assert {key[2:] for key in runs} >= (ALL if family == "gpt2_tied" else SOME)
     first = losses_of(runs[family, "fp32", 0, 1])
     assert len(first) == STEPS and first[-1] < first[0] - 0.3  # it learns
     for key, run in runs.items():
