@@ -30,7 +30,7 @@ def spoil_a_weight() -> None:
     for held in {
         parameter,
         getattr(parameter, "ds_tensor", parameter),
-    }:  # at ZeRO 3 this rank's part, and the whole if it is there
+    }:  # at ZeRO 3 its part, and the whole
         held.data.view(-1)[:1] = float("nan")
 
 
