@@ -50,8 +50,7 @@ class Verbs:
         Start it with srun, torchrun or deepspeed on many GPUs, or give --procs N for N processes on this machine."""
         from inheritune.train import train
 
-        for name in run.split(","):
-            train(experiment, name, seed, stage, ds, rehearse)
+        train(experiment, run, seed, stage, ds, rehearse)
 
     def inherit(self, source, layers, out, parts=None, modules=None, seed=0, revision=None, depth=None, at=0):
         """Write an HF checkpoint of the chosen layers of SOURCE, e.g. --layers 0:16 for the first 16 (half-open).
@@ -118,8 +117,7 @@ class Verbs:
         these tasks, --tasks none only the loss. Each task is saved as it ends; the same command goes on."""
         from inheritune.evaluate import evaluate
 
-        for name in run.split(",") if run else [None]:
-            evaluate(experiment, name, model, tasks, seed, out, rehearse)
+        evaluate(experiment, run, model, tasks, seed, out, rehearse)
 
     def table(self, item, seed=0, rehearse=None, missing=None):
         """A table of the paper (table5): ours beside theirs, with noise and verdicts; or that of an experiment.

@@ -11,7 +11,7 @@ import xxhash
 
 from inheritune import dist, downstream, validate
 from inheritune.batches import Tokens
-from inheritune.config import Data, Train, UserError, load_experiment
+from inheritune.config import Data, Experiment, Task, Train, UserError, load_experiment
 from inheritune.engine import resolve_precision
 from inheritune.log import logger, setup
 from inheritune.models import build, count_parameters
@@ -23,8 +23,8 @@ from inheritune.train import Job, compare, random_start
 
 def evaluate(experiment: str, run: str | None = None, model: str | None = None, tasks: str | None = None, seed: int = 0,
              out: str | None = None, rehearse=None) -> None:  # fmt: skip
-    """Measure `run` of `experiment` (or RUN/stage2, RUN@10000), or the checkpoint `model` (a folder or Hub id), and write
-    results.json.
+    """Measure `run` of `experiment` (RUN, RUN/stage2, RUN@10000, or several: 'a,b'), or the checkpoint `model` (a folder or Hub
+    id), and write results.json beside the weights, or at `out`.
 
     A run's results.json keeps what training wrote; the validation and the difference to its reference are renewed. The
     experiment's downstream `tasks` ('a,b'; default all; 'none') are added one by one as each is scored; one that is there
@@ -33,17 +33,25 @@ def evaluate(experiment: str, run: str | None = None, model: str | None = None, 
     if (run is None) == (model is None):
         raise UserError("evaluate needs either --run NAME or --model CHECKPOINT")
     chosen = downstream.choose(loaded.evaluate, tasks)
-    job = Job(loaded, re.split("[/@]", run)[0], seed) if run else None
-    if job and job.run.init.external and loaded.rehearsal:  # the public model has not the rehearsal's size
-        source, target = open_source(random_start(job, loaded.model.layers)), job.dir.results
-    elif job and job.run.init.external:
-        external = job.run.init.external
-        source, target = open_source(external.source, external.revision), job.dir.results
-    elif job:
-        weights = finished_weights(loaded, run, seed)
-        source, target = open_source(str(weights)), beside(weights).results
-    else:
-        source, target = open_source(model), Path(out) if out else None
+    found = [weights_of(loaded, name, seed) for name in run.split(",")] if run else []
+    for job, source, target in found or [(None, open_source(model), Path(out) if out else None)]:
+        measure(loaded, chosen, job, source, target)
+
+
+def weights_of(experiment: Experiment, name: str, seed: int) -> tuple[Job, Source, Path]:
+    """The job, weights and results.json of the weights called `name`. Raises UserError if they are not there."""
+    job = Job(experiment, re.split("[/@]", name)[0], seed)
+    external = job.run.init.external
+    if external and experiment.rehearsal:  # the public model has not the rehearsal's size
+        return job, open_source(random_start(job, experiment.model.layers)), job.dir.results
+    if external:
+        return job, open_source(external.source, external.revision), job.dir.results
+    weights = finished_weights(experiment, name, seed)
+    return job, open_source(str(weights)), beside(weights).results
+
+
+def measure(loaded: Experiment, chosen: dict[str, Task], job: Job | None, source: Source, target: Path | None) -> None:
+    """Validation loss and `chosen` tasks of `source`, into `target`."""
     dist.start()
     setup()
     tokens, foreign = Tokens(data_dir(loaded), "val"), job is None or job.run.init.external

@@ -244,9 +244,11 @@ def missing(item: Item, experiments: dict[str, Experiment], have: Callable[..., 
     metrics = {metric for column in item.columns.values() for metric in (column.metric, *column.mean) if metric}
     rows = [(None, row) for row in item.rows if metrics - {"parameters"}]
     rows = [(kind, row) for kind, row in rows + [(p.kind, row) for p in item.panels for row in p.rows] if row.run]
-    before = [trained(*row.run.rsplit("/", 1)) for _, row in rows]  # all that is trained comes first
-    for (kind, row), ready in zip(rows, before, strict=True):
-        name, run = row.run.rsplit("/", 1)
+    names = [row.run.rsplit("/", 1) for _, row in rows]
+    names.sort(key=lambda name: bool(experiments[name[0]].run(name[1]).grow))  # what is trained in one start comes together
+    before = {f"{name}/{run}": trained(name, run) for name, run in names}
+    for kind, row in rows:
+        (name, run), ready = row.run.rsplit("/", 1), before[row.run]
         weights, on = weights_name(experiments[name], row), row.data or name
         if kind is None and any(metric.startswith("tasks.") for metric in metrics):
             need(("evaluate", name, weights), have("evaluate", name, run, row), ready)

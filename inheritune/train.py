@@ -90,17 +90,21 @@ class Job:
 
 
 def train(experiment: str, run: str, seed: int = 0, stage: int | None = None, ds: str | None = None, rehearse=None) -> None:
-    """Train `run` of `experiment` on the ranks of this launch; see the module's docstring."""
-    job = Job(load_experiment(experiment, rehearse), run, seed, stage)
-    if job.run.init.external:
-        raise UserError(
-            f"run '{run}' is a finished model of others ({job.run.init.external.source}); only evaluate or analyze it"
-        )
-    if job.run.grow and not stage:
-        raise UserError(f"run '{run}' grows by stages; use 'grow {experiment} --run {run}', or give --stage N")
-    if stage and not job.run.grow:
-        raise UserError(f"run '{run}' has no 'grow' section, so it has no stage {stage}; leave out --stage")
-    train_job(job, ds)
+    """Train `run` of `experiment`, or several ('a,b') one after the other, on the ranks of this launch; see the module's
+    docstring."""
+    loaded = load_experiment(experiment, rehearse)
+    jobs = [Job(loaded, name, seed, stage) for name in run.split(",")]
+    for job in jobs:
+        if job.run.init.external:
+            raise UserError(
+                f"run '{job.name}' is a finished model of others ({job.run.init.external.source}); only evaluate or analyze it"
+            )
+        if job.run.grow and not stage:
+            raise UserError(f"run '{job.name}' grows by stages; use 'grow {experiment} --run {job.name}', or give --stage N")
+        if stage and not job.run.grow:
+            raise UserError(f"run '{job.name}' has no 'grow' section, so it has no stage {stage}; leave out --stage")
+    for job in jobs:
+        train_job(job, ds)
 
 
 def train_job(job: Job, ds: str | None = None) -> None:

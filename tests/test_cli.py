@@ -44,6 +44,7 @@ def refused(*words, **environment) -> str:
         (["train", "quickstart"], "train needs RUN"),
         (["train", "quickstrat", "--run", "reference"], "did you mean 'quickstart'?"),
         (["train", "quickstart", "--run", "refrence"], "has no run 'refrence'; did you mean 'reference'?"),
+        (["train", "quickstart", "--run", "reference,refrence"], "has no run 'refrence'; did you mean 'reference'?"),
         (["train", "quickstart", "--run", "reference", "--seed", "one"], "--seed takes a whole number (got 'one')"),
         (["train", "quickstart", "--run", "reference", "--seed", "1", "--seed", "2"], "--seed is given twice"),
         (["train", "quickstart", "--run", "reference", "--ds"], "--ds needs a value"),
