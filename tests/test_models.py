@@ -8,8 +8,18 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
+from inheritune import validate
 from inheritune.config import Model, UserError
-from inheritune.models import architecture, build, count_parameters, flops_per_token, fresh_tensor, hf_config, linear_weights
+from inheritune.models import (
+    architecture,
+    build,
+    count_parameters,
+    flops_per_token,
+    fresh_tensor,
+    fuse_gelu,
+    hf_config,
+    linear_weights,
+)
 
 
 def model_of(size, **changes):
@@ -153,3 +163,30 @@ def test_every_tensor_of_both_families_has_a_part():
         assert blocks | {("token_embedding", None), ("final_norm", None)} <= parts
         with pytest.raises(UserError, match="has no place"):
             table.part_of("transformer.unknown.weight")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_token_losses_and_their_gradient_are_torchs(monkeypatch, dtype):
+    monkeypatch.setattr(validate._TokenLosses, "CHUNK", 4 * 50 + 7)  # 4 tokens at a time, of 21: the last chunk is shorter
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(3, 7, 50, generator=generator) * 5).to(dtype).requires_grad_(True)
+    targets, weights = torch.randint(0, 50, (3, 7), generator=generator), torch.rand(3, 7, generator=generator)
+    losses = validate.token_losses(logits, targets)
+    (gradient,) = torch.autograd.grad((losses * weights).sum(), logits)
+    exact = logits.detach().double().requires_grad_(True)
+    expected = torch.nn.functional.cross_entropy(exact.flatten(0, 1), targets.flatten(), reduction="none").view(3, 7)
+    (its,) = torch.autograd.grad((expected * weights).sum(), exact)
+    assert losses.dtype == torch.float32 and torch.allclose(losses.double(), expected, rtol=0, atol=2e-6)
+    rounding = 2.0**-8 if dtype == torch.bfloat16 else 1e-6
+    assert gradient.dtype == dtype and torch.allclose(gradient.double(), its, rtol=rounding, atol=1e-6)
+
+
+def test_a_fused_gelu_is_the_one_written_out():
+    model = build(hf_config(model_of("gpt2_tiny")))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    ids = torch.arange(40)[None]
+    before = model(input_ids=ids).logits
+    fuse_gelu(model)
+    assert "NewGELUActivation" not in str(model) and "GELUTanh" in str(model)
+    assert torch.allclose(model(input_ids=ids).logits, before, rtol=1e-5, atol=1e-5)
