@@ -4,6 +4,7 @@ python-fire calls a verb before it looks at the flags it does not know, and retu
 flags are checked here first, and verbs return nothing.
 """
 
+import errno
 import inspect
 import os
 import sys
@@ -13,6 +14,7 @@ from inheritune import dist
 from inheritune.config import UserError, nearest
 
 SWITCHES = ("rehearse", "slot", "json", "missing")
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EIO, errno.ESTALE, errno.EROFS)
 COUNTS = ("stage", "procs", "workers", "sequences", "length", "gpus", "gpu_memory", "depth")
 
 
@@ -165,6 +167,7 @@ class Verbs:
 def main(argv: list[str]) -> int:
     """Run one verb. Exit code 0, or 2 for a user's mistake, told in one sentence."""
     argv = [word for word in argv if not word.startswith("--local_rank=")]  # the deepspeed launcher's; so says the environment
+    os.umask(os.umask(0o022) | 0o002)  # what a run loads again is never for everyone to write; a group may be let in
     verbs = {name: f for name, f in inspect.getmembers(Verbs, inspect.isfunction) if not name.startswith("_")}
     try:
         if not argv or argv[0] in ("-h", "--help", "help"):
@@ -253,6 +256,10 @@ def run(verb: str, arguments: dict, argv: list[str]) -> int:
 
     try:
         fire.Fire(Verbs(), command=[verb, *(f"--{name}={value!r}" for name, value in arguments.items())], name="inheritune")
+    except OSError as error:  # wherever it was met: the file's state is the user's affair
+        if error.errno not in UNUSABLE or not error.filename:
+            raise
+        raise UserError(f"{error.filename} cannot be used ({error.strerror}): see its owner and mode, or restore it") from error
     finally:
         if "torch" in sys.modules:
             dist.stop()

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from inheritune.config import UserError
-from inheritune.rundir import read_json
+from inheritune.config import Experiment, UserError
+from inheritune.rundir import check_files, data_dir, read_json
 
 
 class Tokens:
@@ -45,6 +45,16 @@ class Tokens:
             self._shards.append(np.memmap(path, dtype=dtype, mode="r"))
         self._ends = np.cumsum([len(s) for s in self._shards]) if self._shards else np.zeros(0, np.int64)
         self.n_tokens = int(self._ends[-1]) if self._shards else 0
+
+    @classmethod
+    def of(cls, experiment: Experiment, split: str) -> "Tokens":
+        """The experiment's data. Raises UserError if manifest, tokenizer or validation are not as `prepare` left them."""
+        tokens, asked = cls(data_dir(experiment), split), experiment.data.preparation()
+        if tokens.manifest.get("preparation", asked) != asked:
+            raise UserError(f"{tokens.folder / 'manifest.json'} describes other data than {experiment.name} asks for: replaced")
+        small = {shard["file"]: shard for shard in tokens.manifest["splits"]["val"]["shards"]} if split == "val" else {}
+        check_files(tokens.folder, small | tokens.manifest.get("tokenizer_files", {}))
+        return tokens
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count) of the stream, across shard borders.  -> (count,) int64"""

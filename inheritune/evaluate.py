@@ -14,7 +14,7 @@ from inheritune.config import Data, Train, UserError, load_experiment
 from inheritune.engine import resolve_precision
 from inheritune.log import logger, setup
 from inheritune.models import build, count_parameters
-from inheritune.rundir import data_dir, hash_folder, read_json, write_json
+from inheritune.rundir import RunDir, hash_folder, read_json, write_json
 from inheritune.sources import TOKENIZER_FILES, Source, open_source
 from inheritune.tokens import PROBE, check_vocabulary, load_tokenizer
 from inheritune.train import Job, compare, finished_weights, random_start
@@ -44,9 +44,11 @@ def evaluate(experiment: str, run: str | None = None, model: str | None = None, 
         source, target = open_source(model), Path(out) if out else None
     dist.start()
     setup()
-    tokens, foreign = Tokens(data_dir(loaded), "val"), job is None or job.run.init.external
+    tokens, foreign = Tokens.of(loaded, "val"), job is None or job.run.init.external
     benchmarks = downstream.load_tasks(chosen, loaded.evaluate.task_files)  # all that can be refused comes before the work
-    results = read_json(target) if target and target.is_file() else {"model": source.origin, "layers": None, "steps": None}
+    results = {"model": source.origin, "layers": None, "steps": None}
+    if (job and not job.run.init.external) or (target and target.is_file()):
+        results = RunDir(target.parent).read_results() if target.name == "results.json" else read_json(target)
     identity = dist.on_rank0(checkpoint_hash, source) if chosen else None
     missing = downstream.unscored(chosen, benchmarks, results, identity)
     tokenizer = downstream.open_tokenizer(source.folder) if chosen or foreign else None
