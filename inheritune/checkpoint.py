@@ -53,9 +53,7 @@ def save(engine, run_dir: RunDir, step: int, state: dict, settings: dict, keep_l
         engine.save_checkpoint(str(temporary), tag=TAG, client_state={"run": dict(state)}, save_latest=False)
         write(_generators(), str(temporary / f"rng_{rank():05d}.pt"))
     _agree_on(_explain(problems[0], target) if problems else None, temporary)
-    on_rank0(engine.module.config.save_pretrained, temporary)  # so that `inherit` can read this checkpoint
-    if rank() == 0 and run_dir.metrics.is_file():
-        shutil.copyfile(run_dir.metrics, temporary / run_dir.metrics.name)  # the record, that a resumed run goes on with
+    on_rank0(_add_readable, engine, run_dir, temporary)
     names = sorted(p.relative_to(temporary).as_posix() for p in temporary.rglob("*") if p.is_file())
     hashes = gather(hash_folder(temporary, only=set(names[rank() :: world()])))
 
@@ -71,6 +69,16 @@ def save(engine, run_dir: RunDir, step: int, state: dict, settings: dict, keep_l
     seconds = time.perf_counter() - t0
     logger.info("checkpoint of step %d written in %.1f s", step, seconds)
     return seconds
+
+
+def _add_readable(engine, run_dir: RunDir, folder: Path) -> None:
+    """Put config.json into a checkpoint, so that `inherit` can read it, and the record, which a resumed run goes on with."""
+    try:
+        engine.module.config.save_pretrained(folder)
+        if run_dir.metrics.is_file():
+            shutil.copyfile(run_dir.metrics, folder / run_dir.metrics.name)
+    except OSError as error:
+        raise disk_error(error, folder) from error
 
 
 @contextmanager
