@@ -167,6 +167,7 @@ class Verbs:
 def main(argv: list[str]) -> int:
     """Run one verb. Exit code 0, or 2 for a user's mistake, told in one sentence."""
     argv = [word for word in argv if not word.startswith("--local_rank=")]  # the deepspeed launcher's; so says the environment
+    os.umask(os.umask(0o022) | 0o002)  # what a run loads again is never for everyone to write; a group may be let in
     verbs = {name: f for name, f in inspect.getmembers(Verbs, inspect.isfunction) if not name.startswith("_")}
     try:
         if not argv or argv[0] in ("-h", "--help", "help"):

@@ -10,7 +10,6 @@ Legend of suffixes: N = sequences, B = sequences of one batch, H = heads, T = to
 M = matrices.
 """
 
-import json
 import re
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -19,14 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from tqdm import tqdm
 
 from inheritune.batches import Tokens
-from inheritune.config import RECIPES, Experiment, UserError, load_experiment
+from inheritune.config import RECIPES, Experiment, UserError, load_experiment, read_yaml
 from inheritune.inherit import write_random
 from inheritune.models import hf_config
-from inheritune.rundir import RunDir, beside, data_dir, finished_weights, root, write_text
+from inheritune.rundir import RunDir, beside, check_own, finished_weights, root, write_jsonl
 
 TAUS = (0.80, 0.85, 0.90, 0.95)
 """Shares of the squared singular values; the paper uses 0.90 and ablates the others (its Figure 10)."""
@@ -98,6 +96,7 @@ def load_model(model: str, revision: str | None = None, attention: str = "eager"
     logging.disable_progress_bar()
     if not Path(model).is_dir() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
         raise UserError(f"there is no model folder {model}; give a folder with config.json, or a Hub id such as owner/name")
+    check_own(Path(model))
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(
             model,
@@ -107,8 +106,8 @@ def load_model(model: str, revision: str | None = None, attention: str = "eager"
             trust_remote_code=False,
             output_loading_info=True,
         )
-    # transformers' words for: not there, not a causal LM, needs its own code, quantized by a library that is not here
-    except (OSError, ValueError, ImportError) as error:
+    # transformers and torch have many words for: not there, not a causal LM, needs its own code, cut off, unsafe to unpickle
+    except Exception as error:
         raise UserError(f"model {model} cannot be loaded as a causal LM: {' '.join(str(error).split())[:300]}") from None
     if report["missing_keys"]:  # transformers would fill them with random numbers
         raise UserError(
@@ -408,10 +407,10 @@ def run_analyze(
     (`named_run`, of that seed). `data` is an experiment or a folder of prepared data. `out` is by default the run folder that
     holds the weights, else runs/analysis/<model>. In a rehearsal, whose models are short, `length` is cut to its sequences."""
     if (Path(data) / "manifest.json").is_file():
-        experiment, prepared = None, Path(data)
+        experiment, tokens = None, Tokens(data, "val")
     else:
         experiment = load_experiment(data)
-        prepared = data_dir(experiment)
+        tokens = Tokens.of(experiment, "val")
     if experiment and (named := named_run(model, experiment, seed)):
         model, revision, out = named[0], revision or named[1], out or named[2]
     if RunDir(model).is_done():
@@ -420,13 +419,12 @@ def run_analyze(
     is_final = Path(model).resolve() == run.final and run.final.is_dir()
     described = [experiment.model_dump(mode="json")] if experiment else []
     if is_final and run.experiment.is_file():
-        described.append(yaml.safe_load(run.experiment.read_text(encoding="utf-8")))
+        described.append(read_yaml(run.experiment))
     rehearsals = [one["data"]["sequence_length"] for one in described if one["rehearsal"]]
     length = min([length, *rehearsals])
-    tokens = Tokens(prepared, "val")
-
     rows = analyze(model, tokens, sequences, length, seed, maps, revision=revision, progress=True)
     rows[0]["rehearsal"] = bool(rehearsals)
+    rows[0] |= {"weights": run.weights_hash()} if is_final and run.is_done() and not out else {}
     if out:
         folder = Path(out)
     elif is_final:
@@ -434,6 +432,6 @@ def run_analyze(
     else:  # a local folder by its last two names (at_00010000 alone would not say whose), a Hub id by both of its own
         name = "--".join((Path(model).resolve() if Path(model).exists() else Path(model)).parts[-2:])
         folder = root() / "runs" / ("rehearsal/analysis" if rehearsals else "analysis") / name
-    write_text(RunDir(folder).attention, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    write_jsonl(RunDir(folder).attention, rows)
     print(describe(rows))
     return folder

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from inheritune.config import UserError
+from inheritune.config import Experiment, UserError
 from inheritune.dist import gather, on_rank0, rank
-from inheritune.rundir import damages, marked_files, read_json
+from inheritune.rundir import check_files, damages, data_dir, marked_files, read_json
 
 
 class Tokens:
@@ -47,6 +47,16 @@ class Tokens:
             self._shards.append(np.asarray(np.memmap(path, dtype=dtype, mode="r")))  # slices of a memmap itself are slow
         self._ends = np.cumsum([len(s) for s in self._shards]) if self._shards else np.zeros(0, np.int64)
         self.n_tokens = int(self._ends[-1]) if self._shards else 0
+
+    @classmethod
+    def of(cls, experiment: Experiment, split: str) -> "Tokens":
+        """The experiment's data. Raises UserError if manifest, tokenizer or validation are not as `prepare` left them."""
+        tokens, asked = cls(data_dir(experiment), split), experiment.data.preparation()
+        if tokens.manifest.get("preparation", asked) != asked:
+            raise UserError(f"{tokens.folder / 'manifest.json'} describes other data than {experiment.name} asks for: replaced")
+        small = {shard["file"]: shard for shard in tokens.manifest["splits"]["val"]["shards"]} if split == "val" else {}
+        check_files(tokens.folder, small | tokens.manifest.get("tokenizer_files", {}))
+        return tokens
 
     def read(self, start: int, count: int, out: np.ndarray | None = None) -> np.ndarray:
         """Tokens [start, start + count) of the stream, across shard borders, into `out` if given.  -> (count,) int64"""

@@ -24,6 +24,7 @@ from inheritune.rundir import (
     check_files,
     disk_error,
     hash_folder,
+    marked_files,
     node,
     read_json,
     remove,
@@ -52,7 +53,7 @@ def save(engine, run_dir: RunDir, step: int, state: dict, settings: dict, keep_l
         engine.save_checkpoint(str(temporary), tag=TAG, client_state={"run": dict(state)}, save_latest=False)
         write(_generators(), str(temporary / f"rng_{rank():05d}.pt"))
     _agree_on(_explain(problems[0], target) if problems else None, temporary)
-    on_rank0(engine.module.config.save_pretrained, temporary)  # so that `inherit` can read this checkpoint
+    on_rank0(_add_readable, engine, run_dir, temporary)
     names = sorted(p.relative_to(temporary).as_posix() for p in temporary.rglob("*") if p.is_file())
     hashes = gather(hash_folder(temporary, only=set(names[rank() :: world()])))
 
@@ -68,6 +69,16 @@ def save(engine, run_dir: RunDir, step: int, state: dict, settings: dict, keep_l
     seconds = time.perf_counter() - t0
     logger.info("checkpoint of step %d written in %.1f s", step, seconds)
     return seconds
+
+
+def _add_readable(engine, run_dir: RunDir, folder: Path) -> None:
+    """Put config.json into a checkpoint, so that `inherit` can read it, and the record, which a resumed run goes on with."""
+    try:
+        engine.module.config.save_pretrained(folder)
+        if run_dir.metrics.is_file():
+            shutil.copyfile(run_dir.metrics, folder / run_dir.metrics.name)
+    except OSError as error:
+        raise disk_error(error, folder) from error
 
 
 @contextmanager
@@ -142,15 +153,21 @@ def _agree_on(problem: Exception | None, unfinished: Path) -> None:
 def find(run_dir: RunDir) -> int | None:
     """Step of the newest checkpoint whose files are what its marker says, or None; the same on every rank.
 
-    A damaged one is passed over with a warning."""
+    A damaged one is passed over with a warning. Raises UserError if all that have a marker are damaged."""
 
     def newest():
-        for step in reversed(run_dir.complete_checkpoints()):
+        for folder in sorted(run_dir.checkpoints.glob("step_" + 8 * "[0-9]"), reverse=True):
+            step = int(folder.name.removeprefix("step_"))
             try:
-                check_files(run_dir.checkpoint(step), read_json(run_dir.checkpoint(step) / MARKER)["files"])
+                check_files(folder, marked_files(folder / MARKER))
                 return step
-            except UserError as damage:
+            except (UserError, OSError) as error:
+                damage = error
                 logger.warning("checkpoint of step %d is passed over: %s", step, damage)
+        if run_dir.complete_checkpoints():  # rather than train from the start for days what a copy may restore
+            raise UserError(
+                f"{damage}; no other checkpoint is whole: restore it, or delete {run_dir.checkpoints} to start over"
+            )
         return None
 
     return on_rank0(newest)
@@ -282,6 +299,8 @@ def export_weights(engine, folder: Path, tokenizer: Path) -> None:
                 writer.close()
                 for file in tokenizer.iterdir():
                     (temporary / file.name).write_bytes(file.read_bytes())
+                if folder.name != "final":  # whose marker is DONE
+                    write_json(temporary / MARKER, {"files": hash_folder(temporary)})
         except Exception as error:
             problem = _explain(error, folder)
     for _ in parameters:  # gathering needs every rank, also for what rank 0 could not write

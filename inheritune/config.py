@@ -64,7 +64,7 @@ class ValidationSplit(Strict):
 class Data(Strict):
     """Documents, how they become tokens, and in which order the tokens are read."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")]
     source: Literal["embedded", "files", "hub"]
     """embedded: the Python standard library's text; files: local globs; hub: a pinned data set on the Hub."""
     files: list[str] | dict[str, list[str]] = []
@@ -379,7 +379,7 @@ class TableRow(Strict):
 class Experiment(Strict):
     """A whole file. `name` is the file's stem; `rehearsal` is set by `rehearse`."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[^./\x00][^/\x00]*$")]
     rehearsal: bool = False
     about: str = ""
     paper: list[TableRow] = []
@@ -387,7 +387,7 @@ class Experiment(Strict):
     data: Data
     model: Model
     train: Train
-    runs: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], Run]
+    runs: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")], Run]
     evaluate: Evaluate = Evaluate()
 
     @field_validator("runs")
@@ -519,6 +519,17 @@ def resolve_path(path: str) -> Path:
     return given if given.is_absolute() or given.exists() else REPOSITORY / given
 
 
+def read_yaml(path: Path) -> dict:
+    """The mapping in a YAML file, an experiment's or a run's. Raises UserError if there is none."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must hold a mapping with data, model, train and runs, not {type(raw).__name__}")
+    return raw
+
+
 def load_experiment(name: str, rehearse: bool | None = None) -> Experiment:
     """Read recipes/<name>.yaml, or the YAML file at path `name`; rehearsed if asked for or if REHEARSE=1.
 
@@ -527,12 +538,7 @@ def load_experiment(name: str, rehearse: bool | None = None) -> Experiment:
     if not path.is_file():
         known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
         raise UserError(f"no experiment '{name}' ({path} is missing); {nearest(name, known)}")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} must hold a mapping with data, model, train and runs, not {type(raw).__name__}")
+    raw = read_yaml(path)
     raw.setdefault("name", path.stem)
     experiment = validate(Experiment, raw, str(path))
     if rehearse if rehearse is not None else os.environ.get("REHEARSE", "0") not in ("", "0"):

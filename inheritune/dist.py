@@ -5,6 +5,7 @@ failure.
 Nothing here needs a compiler: DeepSpeed's shared-memory CPU collective, the one op it would build at start, is turned off.
 """
 
+import errno
 import faulthandler
 import json
 import logging
@@ -33,8 +34,14 @@ class NodeError(UserError):
         super().__init__(f"{node()} (rank {rank()}): {message}")
 
 
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EIO, errno.ESTALE, errno.EROFS)
+
+
 def limit_error(error: Exception) -> Exception:
-    """`error` as a NodeError if it says that memory or open files are used up, else itself (a full disk: rundir.disk_error)."""
+    """`error` as a NodeError if it says that memory or open files are used up or that a file cannot be used, else itself (a
+    full disk: rundir.disk_error)."""
+    if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename:  # wherever met: it is the user's affair
+        return NodeError(f"{error.filename} cannot be used ({error.strerror}): see its owner and mode, or restore it")
     words = "" if isinstance(error, UserError) else str(error).partition("\n")[0]
     if "Too many open files" in words:
         return NodeError(f"{words}; allow more, as in: ulimit -n 4096")

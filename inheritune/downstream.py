@@ -92,8 +92,8 @@ def open_tokenizer(folder: Path):
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises nothing more precise
         raise UserError(f"the tokenizer in {folder} cannot be opened: {' '.join(str(error).split())[:200]}") from None
     if (folder / "tokenizer.model").is_file():
         import sentencepiece
@@ -146,7 +146,8 @@ def unscored(chosen: dict[str, Task], loaded: dict, results: dict, checkpoint: s
         elif row["version"] != now:
             raise UserError(
                 f"the score of {name} in results.json is of version {row['version']} of the task (lm-eval {row['lm_eval']}), "
-                f"lm-eval {version('lm-eval')} has {now}; delete that row to score it anew, or install the other lm-eval"
+                f"lm-eval {version('lm-eval')} has {now}; delete that row, and 'seal', to score it anew, or install the other "
+                f"lm-eval"
             )
     if chosen:
         results["tasks"] = rows

@@ -15,7 +15,7 @@ from inheritune.config import Data, Experiment, Task, Train, UserError, load_exp
 from inheritune.engine import resolve_precision
 from inheritune.log import logger, setup
 from inheritune.models import build, count_parameters
-from inheritune.rundir import beside, data_dir, finished_weights, hash_folder, read_json, write_json
+from inheritune.rundir import RunDir, beside, finished_weights, hash_folder, read_json, write_json
 from inheritune.sources import TOKENIZER_FILES, Source, open_source
 from inheritune.tokens import PROBE, check_vocabulary, load_tokenizer
 from inheritune.train import Job, compare, random_start
@@ -54,9 +54,11 @@ def measure(loaded: Experiment, chosen: dict[str, Task], job: Job | None, source
     """Validation loss and `chosen` tasks of `source`, into `target`."""
     dist.start()
     setup()
-    tokens, foreign = Tokens(data_dir(loaded), "val"), job is None or job.run.init.external
+    tokens, foreign = Tokens.of(loaded, "val"), job is None or job.run.init.external
     benchmarks = downstream.load_tasks(chosen, loaded.evaluate.task_files)  # all that can be refused comes before the work
-    results = read_json(target) if target and target.is_file() else {"model": source.origin, "layers": None, "steps": None}
+    results = {"model": source.origin, "layers": None, "steps": None}
+    if target and (target.is_file() or (job and RunDir(target.parent).is_done())):
+        results = RunDir(target.parent).read_results() if target.name == "results.json" else read_json(target)
     identity = dist.on_rank0(checkpoint_hash, source) if chosen else None
     missing = downstream.unscored(chosen, benchmarks, results, identity)
     tokenizer = downstream.open_tokenizer(source.folder) if chosen or foreign else None

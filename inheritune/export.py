@@ -15,10 +15,10 @@ import torch
 import yaml
 
 from inheritune.attention import load_model
-from inheritune.config import Data, UserError, nearest
+from inheritune.config import Data, UserError, nearest, read_yaml
 from inheritune.inherit import MANIFEST
 from inheritune.models import seeded, tensor_shapes
-from inheritune.rundir import RunDir, check_files, read_json, replacing, write_json, write_text
+from inheritune.rundir import RunDir, read_json, replacing, write_json, write_text
 from inheritune.sources import TOKENIZER_FILES, Source, open_source, write_checkpoint
 from inheritune.tokens import load_tokenizer
 
@@ -40,13 +40,12 @@ def export(folder: str, to: str, dtype: str = "fp32") -> None:
     out, run = Path(to), finished(RunDir(folder))
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} already holds something; choose another folder, or delete it")
-    check_files(run.final, read_json(run.done)["final"])
     if not any((run.final / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise UserError(
             f"{run.final} holds no tokenizer (tokenizer.json or tokenizer.model); copy the files of the prepared data's "
             f"tokenizer/ into it, and export again"
         )
-    described = yaml.safe_load(run.experiment.read_text(encoding="utf-8"))
+    described = read_yaml(run.experiment)
     tokenizer = load_tokenizer(Data.model_validate(described["data"]), run.final)
     source = open_source(run.final)
     config = outside_config(source.config, tokenizer.vocab_size, tokenizer.end_of_text)
@@ -54,9 +53,11 @@ def export(folder: str, to: str, dtype: str = "fp32") -> None:
     with replacing(out) as temporary:
         temporary.mkdir()
         write_checkpoint(temporary, config, specs, lambda name: outside_tensor(source, config, name).to(DTYPES[dtype]))
-        write_json(temporary / "config.json", read_json(temporary / "config.json") | older_keys(config, DTYPES[dtype]))
+        described_model = read_json(temporary / "config.json") | older_keys(config, DTYPES[dtype])
+        write_json(temporary / "config.json", described_model, seal=False)
         special = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id")}
-        write_json(temporary / "generation_config.json", special | {"pad_token_id": tokenizer.end_of_text})
+        special["pad_token_id"] = tokenizer.end_of_text
+        write_json(temporary / "generation_config.json", special, seal=False)
         for name in TOKENIZER_FILES:
             if (run.final / name).is_file():
                 shutil.copyfile(run.final / name, temporary / name)
@@ -75,8 +76,7 @@ def finished(run: RunDir) -> RunDir:
             raise UserError(f"{run.path} holds the weights of a run; give the run's folder, {run.path.parent}")
         what = "is not finished (no DONE)" if run.experiment.is_file() or any(run.path.glob("stage*")) else "is no run folder"
         raise UserError(f"{run.path} {what}; export takes runs/<experiment>/seed<k>/<run> of a finished run")
-    done = read_json(run.done)
-    return run.stage(done["stage"]) if "stage" in done else run
+    return run.chosen()
 
 
 def outside_config(config, vocab_size: int, end_of_text: int):
@@ -144,7 +144,7 @@ def parents(run: RunDir) -> dict[str, str | None]:
         if origin["revision"]:
             found[f"[{name}](https://huggingface.co/{name}) at revision {origin['revision']}, {copied}"] = name
         elif parent.experiment.is_file():
-            described = yaml.safe_load(parent.experiment.read_text(encoding="utf-8"))
+            described = read_yaml(parent.experiment)
             found[f"{_title(described)}, {copied}"] = None
             found |= parents(parent)
         else:  # the path is this machine's own affair
@@ -166,7 +166,7 @@ def _ranges(layers: list[int]) -> str:
 
 def model_card(run: RunDir, described: dict, name: str, dtype: str, compared: dict) -> str:
     """README.md of the export: a YAML head as the Hub reads it, and what the model is, from the run's own JSON."""
-    results, start = read_json(run.results), read_json(run.provenance)["starts"][-1]
+    results, start = run.read_results(), read_json(run.provenance)["starts"][-1]
     data, train, lineage = described["data"], described["train"], parents(run)
     hub = [parent for parent in lineage.values() if parent]
     licences = {parent: LICENCES["models"].get(parent, "unknown") for parent in hub}

@@ -225,7 +225,7 @@ def plot_attention_maps(rows: list[dict], path: Path, label: str = "", rehearsal
 def plot_attention(folder: str | Path) -> list[Path]:
     """All figures of one analyzed model, beside its attention.jsonl. Returns their paths."""
     run = RunDir(folder)
-    rows = read_jsonl(run.attention)
+    rows = run.read_attention()
     if not rows:
         raise UserError(f"{run.attention} is missing or empty; run 'python -m inheritune analyze --model M --data D' first")
     header = rows[0]
@@ -342,7 +342,7 @@ def figure(item: str, seed: int = 0, rehearse: bool | None = None) -> list[Path]
     losses = [(_title(entry), validation_curve(entry.folder)) for entry in found]
     plot_loss_curves(losses, folder / "loss.png", losses[0][1][-1]["val_loss"], rehearsal=experiment.rehearsal)
     paths = [folder / "loss.png"]
-    analyzed = [(_title(entry), read_jsonl(entry.folder.attention)) for entry in found if entry.folder.attention.is_file()]
+    analyzed = [(_title(entry), entry.folder.read_attention()) for entry in found if entry.folder.attention.is_file()]
     if analyzed:
         plot_max_rank(analyzed, folder / "max_rank.png", rehearsal=experiment.rehearsal)
         plot_avg_mass(analyzed, folder / "avg_mass.png", rehearsal=experiment.rehearsal)
@@ -385,10 +385,10 @@ def _attention_panel(panel: Panel, experiments: dict[str, Experiment], seed: int
     field, series = {"max_rank": "max_rank", "mass": "avg_mass"}.get(panel.kind), []
     for row in panel.rows:
         folder = model_folder(_of(row, experiments)[0], row, seed)
-        rows = read_jsonl(attention_of(folder, row)) if folder else []
+        rows = attention_of(folder, row).read_attention() if folder else []
         if rows and rows[0].get("rehearsal", False) != small:
             raise UserError(
-                f"{attention_of(folder, row)} is a rehearsal's, not a result; delete it and analyze the model again"
+                f"{attention_of(folder, row).attention} is a rehearsal's, not a result; delete it and analyze the model again"
             )
         if panel.kind == "maps":  # only those that the paper shows
             wanted = shown_maps(_of(row, experiments)[0], row)
@@ -416,7 +416,9 @@ def _loss_panel(panel: Panel, experiments: dict[str, Experiment], seed: int, pat
     for row in panel.rows:
         experiment, run = _of(row, experiments)
         folder = RunDir.of(experiment, run, seed)
-        rows = curve_rows(read_jsonl((folder.stage(row.stage) if row.stage else folder).metrics), panel.loss)
+        folder = folder.stage(row.stage) if row.stage else folder
+        folder.read_results() if folder.results.is_file() else None  # names a record that is not the finished run's
+        rows = curve_rows(read_jsonl(folder.metrics), panel.loss)
         curve = {} if small else row_curve(row, panel.loss)
         read_off = bool(row.file) and not small  # from a figure, whose curves are smoothed
         if read_off:

@@ -16,10 +16,9 @@ import uuid
 from collections import deque
 from importlib.metadata import PackageNotFoundError, version
 
-import yaml
 from tqdm import tqdm
 
-from inheritune.config import REPOSITORY, Experiment, UserError
+from inheritune.config import REPOSITORY, Experiment, UserError, read_yaml
 from inheritune.dist import rank, world
 from inheritune.rundir import RunDir, read_json, read_jsonl, root, write_json, write_text
 
@@ -53,15 +52,19 @@ SPIKE_SIGMAS, SPIKE_ROWS = 7, 100
 class Metrics:
     """Rank 0's writer of metrics.jsonl: one row per logged step (`loss` ...) or evaluation (`val_loss`).
 
-    Rows after `step`, the step that the run resumes from (-1: from nothing), and evaluations after `evaluated`, the last
-    one that its checkpoint knows of, are moved to metrics.discarded.jsonl: nothing has two rows.
+    A run that resumes at `step` (-1: from nothing) goes on with the rows that its checkpoint keeps; those after them are moved
+    to metrics.discarded.jsonl: nothing has two rows.
 
     A loss that lies SPIKE_SIGMAS standard deviations or more above the mean of the last SPIKE_ROWS logged ones gets a warning
     and `spike`, how many (OLMo 2's measure of stability, arXiv 2501.00656, over fewer rows). It is only reported."""
 
-    def __init__(self, run_dir: RunDir, step: int, evaluated: int = -1, mirror=None):
-        rows = read_jsonl(run_dir.metrics)
-        kept = [row for row in rows if row["step"] <= (min(step, evaluated) if "val_loss" in row else step)]
+    def __init__(self, run_dir: RunDir, step: int, mirror=None):
+        kept = read_jsonl(RunDir(run_dir.checkpoint(step)).metrics)
+        try:
+            rows = read_jsonl(run_dir.metrics)
+        except UserError as damage:
+            logger.warning("the record up to the checkpoint is restored, what came after it is lost: %s", damage)
+            rows = []
         if len(kept) < len(rows):
             with open(run_dir.discarded_metrics, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows if row not in kept)
@@ -164,7 +167,7 @@ def sync(folder: str) -> None:
     mode = os.environ.get("WANDB_MODE") or "online"
     if mode not in ("online", "offline"):
         raise UserError(f"WANDB_MODE is '{mode}', so there is nothing to sync to; unset it, or use offline or online")
-    described, marker = yaml.safe_load(run_dir.experiment.read_text(encoding="utf-8")), run_dir.path / "wandb_synced.json"
+    described, marker = read_yaml(run_dir.experiment), run_dir.path / "wandb_synced.json"
     rows = read_jsonl(run_dir.metrics)
     synced = read_json(marker) if marker.is_file() and run_dir.wandb_id.is_file() else None
     # what was written to an offline segment has not reached W&B, as far as can be seen here

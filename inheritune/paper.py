@@ -10,13 +10,12 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import yaml
 
 from inheritune.config import RECIPES, Experiment, Strict, UserError, load_experiment, nearest, rehearsal_count, validate
-from inheritune.rundir import RunDir, beside, data_dir, find_weights, read_json, read_jsonl
+from inheritune.rundir import RunDir, beside, data_dir, find_weights
 
 PAPER = RECIPES / "paper"
 
@@ -296,10 +295,10 @@ def on_disk(item: Item, experiments: dict[str, Experiment], seed: int) -> Callab
         if (folder := model_folder(experiment, row, seed)) is None:  # growth that is over has no further stage to look at
             return RunDir.of(experiment, run, seed).is_done()
         if verb == "analyze":
-            rows = read_jsonl(attention_of(folder, row))
+            rows = attention_of(folder, row).read_attention()
             kept = {(r["layer"], r["head"]) for r in rows if r["kind"] == "map"}
             return bool(rows) and kept.issuperset(shown_maps(experiment, row))
-        results = read_json(folder.results) if folder.results.is_file() else {}
+        results = folder.read_results() if folder.results.is_file() else {}
         return all(score(results, metric) for metric in metrics)
 
     return have
@@ -314,9 +313,9 @@ def model_folder(experiment: Experiment, row: Row, seed: int) -> RunDir | None:
     return beside(weights) if weights else None
 
 
-def attention_of(folder: RunDir, row: Row) -> Path:
-    """attention.jsonl of a row, measured on the run's own data or on that of `row.data`."""
-    return (RunDir(folder.path / f"on_{row.data}") if row.data else folder).attention
+def attention_of(folder: RunDir, row: Row) -> RunDir:
+    """The folder of a row's attention.jsonl, measured on the run's own data or on that of `row.data`."""
+    return RunDir(folder.path / f"on_{row.data}") if row.data else folder
 
 
 def score(results: dict, metric: str) -> dict | None:

@@ -456,7 +456,7 @@ def compare(folder: RunDir, experiment: Experiment) -> list[list]:
     """[component, planned, measured] of a finished run: the same JSON, ranks and precision as its last start.
 
     Raises UserError if the run has left no measurement."""
-    results = read_json(folder.results) if folder.results.is_file() else {}
+    results = folder.read_results() if folder.results.is_file() else {}
     measured = [rank for rank in results.get("memory", []) if "weights" in rank]
     if not measured:
         raise UserError(f"{folder.path} holds no measured memory (results.json of a finished run); train it to its end first")

@@ -35,9 +35,12 @@ from inheritune.dist import Stopped, asked_to_stop
 from inheritune.documents import Batch, Source, Unusable, parse, read_batches
 from inheritune.rundir import (
     Lock,
+    damages,
     data_dir,
     disk_error,
     hash_file,
+    hash_folder,
+    marked_files,
     read_json,
     remove,
     remove_leftovers,
@@ -88,15 +91,12 @@ def prepare(experiment: Experiment, workers: int | None = None) -> Path:
 
 
 def _is_prepared(folder: Path) -> bool:
-    """Whether the manifest is there and each shard has the size that it says."""
+    """Whether the manifest is there and each file has the content that it says."""
     if not (folder / "manifest.json").is_file():
         return False
-    manifest = read_json(folder / "manifest.json")
-    for shard in (shard for split in manifest["splits"].values() for shard in split["shards"]):
-        path = folder / shard["file"]
-        if not path.is_file() or path.stat().st_size != shard["bytes"]:
-            log.warning("%s is missing or has another size than manifest.json says: preparing again", path)
-            return False
+    if damage := next(damages(folder, marked_files(folder / "manifest.json")), None):
+        log.warning("%s: preparing again", damage)
+        return False
     log.info("%s is already prepared", folder)
     return True
 
@@ -442,6 +442,8 @@ class _Job:
         }
         if data.source == "embedded":
             manifest |= {"python": platform.python_version(), "licence": LICENCES["embedded"]}
+        files = hash_folder(self.folder / "tokenizer")
+        manifest["tokenizer_files"] = {f"tokenizer/{name}": facts for name, facts in files.items()}
         write_json(self.folder / "manifest.json", manifest)
         remove(self.progress_file)
         if self.bad:

@@ -7,7 +7,7 @@
         bad_batch.json (the last steps whose loss or gradient was not finite, in a row: what a replay needs)
 
 What has no marker (COMPLETE, DONE, manifest.json) does not exist for a reader: markers are written last and carry the
-size and xxh3-128 hash of every file they speak for.
+size and xxh3-128 hash of every file they speak for. JSON of ours carries a hash of itself.
 """
 
 import errno
@@ -101,10 +101,43 @@ class RunDir:
     def is_done(self) -> bool:
         return self.done.is_file()
 
-    def weights(self) -> Path:
-        """final/ of this finished run; of a grown one, that of the stage which its DONE names."""
+    def chosen(self) -> "RunDir":
+        """This finished run; of a grown one, the stage that its DONE names. Raises UserError if that is of other weights."""
         done = read_json(self.done)
-        return self.stage(done["stage"]).final if "stage" in done else self.final
+        if "stage" not in done:
+            return self
+        stage = self.stage(done["stage"])
+        if done.get("weights") and done["weights"] != stage.weights_hash():
+            raise UserError(f"{self.done} does not name the weights that {stage.done} does: one of the two was replaced")
+        return stage
+
+    def weights(self) -> Path:
+        """final/ of this finished run; of a grown one, that of the chosen stage."""
+        return self.chosen().final
+
+    def weights_hash(self) -> str:
+        """What tells the finished weights from others, as DONE knows them."""
+        return seal_of(read_json(self.done).get("final"))
+
+    def _check_measured(self, facts: dict, file: Path) -> None:
+        """Raises UserError if `facts`, from `file`, were measured on other weights than those that DONE names."""
+        if "weights" in facts and self.is_done() and facts["weights"] != self.weights_hash():
+            raise UserError(f"{file} was measured on other weights than those of {self.final}: replaced, or older than they")
+
+    def read_results(self) -> dict:
+        """results.json. Raises UserError if it, or the record behind its numbers, is not what the finished run left."""
+        results = read_json(self.results)
+        self._check_measured(results, self.results)
+        check_files(self.path, results.get("record", {}) if self.is_done() else {})
+        return results
+
+    def read_attention(self) -> list[dict]:
+        """Rows of attention.jsonl. Raises UserError if they are not as written, or of other weights."""
+        rows = read_jsonl(self.attention)
+        if not rows and self.attention.is_file():
+            raise UserError(f"{self.attention} is empty; analyze the model again")
+        self._check_measured(rows[0] if rows else {}, self.attention)
+        return rows
 
 
 def find_weights(experiment: Experiment, name: str, seed: int = 0) -> Path | None:
@@ -184,14 +217,44 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value) -> None:
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+SEAL = "seal"
+"""Key of the hash of itself that a JSON object of ours carries: no other file knows what it should hold."""
+
+
+def seal_of(value) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(value).encode())
+
+
+def sealed(value):
+    """`value`, if it is an object with its seal, which `unsealed` checks and takes off."""
+    return {**value, SEAL: seal_of(value)} if isinstance(value, dict) else value
+
+
+def unsealed(value, where: str):
+    """Raises UserError naming `where` if an object is not as it was sealed; what has no seal passes."""
+    if not isinstance(value, dict) or SEAL not in value:
+        return value
+    content = {key: its for key, its in value.items() if key != SEAL}
+    if seal_of(content) != value[SEAL]:
+        raise UserError(f"{where} is not as it was written; restore it (if you edited it on purpose, delete its '{SEAL}')")
+    return content
+
+
+def write_json(path: Path, value, seal: bool = True) -> None:
+    """`seal`: not for files that other programs define."""
+    write_text(path, json.dumps(sealed(value) if seal else value, indent=1, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    """A whole file of rows, sealed in the first."""
+    first = {**rows[0], SEAL: sealed({**rows[0], "rows": rows[1:]})[SEAL]}
+    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in (first, *rows[1:])))
 
 
 def read_json(path: Path):
-    """The JSON value in `path`. Raises UserError if it is missing or damaged."""
+    """The JSON value in `path`. Raises UserError if it is missing, damaged or not as it was written."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return unsealed(json.loads(path.read_text(encoding="utf-8")), str(path))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (ValueError, OSError, RecursionError) as error:
@@ -199,11 +262,17 @@ def read_json(path: Path):
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The rows of a JSON-lines file; a last line cut off by a crash is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else ():
-        if line.endswith("\n"):
-            rows.append(json.loads(line))
+    """The rows of a JSON-lines file, none if there is no file; a last line cut off by a crash is left out.
+
+    Raises UserError if a line is no row, or a file whose first row bears a seal is not as `write_jsonl` left it."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        rows = [{**json.loads(line)} for line in lines if line.endswith("\n")]
+    except (ValueError, TypeError, OSError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as rows of JSON ({error}); restore it") from None
+    if rows and SEAL in rows[0]:
+        rows[0] = unsealed({**rows[0], "rows": rows[1:]}, str(path))
+        del rows[0]["rows"]
     return rows
 
 
@@ -412,6 +481,14 @@ def check_files(folder: Path, files: dict[str, dict]) -> None:
         raise UserError(problem)
 
 
+def check_own(folder: Path) -> None:
+    """Raises UserError if `folder` is of our making (a checkpoint, kept weights, an inherited start, final/) and not as it was
+    left."""
+    for place, name in ((folder, "COMPLETE"), (folder, "inherited.json"), (folder.parent, "DONE")):
+        if (place / name).is_file() and (place == folder or folder.name == "final"):
+            check_files(place, marked_files(place / name))
+
+
 def marked_files(marker: Path) -> dict[str, dict]:
     """{name relative to the marker's folder: {bytes, xxh3}} of the files that a marker speaks for (the DONE of a grown run
     only names a stage: none). Raises UserError if it is damaged."""
@@ -421,6 +498,7 @@ def marked_files(marker: Path) -> dict[str, dict]:
             listed = {f"final/{name}": facts for name, facts in found.get("final", {}).items()}
         elif marker.name == "manifest.json":
             listed = {shard["file"]: shard for split in found["splits"].values() for shard in split["shards"]}
+            listed |= found.get("tokenizer_files", {})
         else:
             listed = found["files"]
         return {str(name): {"bytes": int(facts["bytes"]), "xxh3": facts["xxh3"]} for name, facts in listed.items()}

@@ -11,7 +11,9 @@ import math
 import os
 import re
 import struct
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,13 +132,20 @@ _STANDINS = [
 ]
 
 
-def load_skeleton(path: Path):
-    """The object in a torch file, its tensors without data (device meta) but knowing their place in the file.
+def load_skeleton(path: Path, check: bool = False):
+    """The object in a torch file, its tensors without data (device meta) but knowing their place in the file; `check` reads it
+    all, for the checksums that its parts have as those of a zip archive.
 
-    Raises UserError if the file is cut off, in the format of torch < 1.6, or asks for a class outside the allowed ones."""
+    Raises UserError if the file is damaged, in the format of torch < 1.6, or asks for a class outside the allowed ones."""
     try:
         with torch.serialization.safe_globals(_STANDINS):
-            return torch.load(path, map_location="meta", weights_only=True)
+            loaded = torch.load(path, map_location="meta", weights_only=True)
+        with zipfile.ZipFile(path) if check and zipfile.is_zipfile(path) else nullcontext() as archive:
+            # our own checkpoints have hashes in their marker, and zeros for checksums
+            has_sums = archive and any(part.CRC for part in archive.infolist())
+            if damaged := has_sums and archive.testzip():
+                raise ValueError(f"the checksum of {damaged} is wrong")
+        return loaded
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError ... for one and the same damage
         reason = " ".join(str(error).split())
         if unsafe := re.search(r"GLOBAL ([\w.]+)", reason):
@@ -157,7 +166,7 @@ def _extent(path: Path, tensor: torch.Tensor) -> Extent:
 
 def read_bin(path: Path) -> dict[str, Stored]:
     """The tensors of one pytorch_model*.bin; what is no float tensor (GPT-2's old masks) is left out."""
-    loaded = load_skeleton(path)
+    loaded = load_skeleton(path, check=True)
     if not isinstance(loaded, dict):
         raise UserError(f"{path} holds a {type(loaded).__name__}, not a mapping of names to tensors")
     floats = {n: t for n, t in loaded.items() if isinstance(t, torch.Tensor) and t.dtype in DTYPE_NAMES}
@@ -209,7 +218,7 @@ def _tag_folder(folder: Path) -> Path | None:
         return folder
     tags = [p for p in sorted(folder.iterdir()) if p.is_dir() and any(p.glob("*_model_states.pt"))]
     if (folder / "latest").is_file():
-        latest = (folder / "latest").read_text(encoding="utf-8").strip()
+        latest = (folder / "latest").read_text(encoding="utf-8", errors="replace").strip()
         if latest not in [p.name for p in tags]:
             raise UserError(f"{folder / 'latest'} names '{latest}', which holds no DeepSpeed files; give the tag's own folder")
         return folder / latest
@@ -233,7 +242,7 @@ def _rank_files(folder: Path, kind: str) -> list[Path]:
     return [ranks[r] for r in range(len(ranks))]
 
 
-def read_deepspeed(folder: Path, what: str = "master") -> dict[str, Stored]:
+def read_deepspeed(folder: Path, what: str = "master", check: bool = False) -> dict[str, Stored]:
     """The fp32 masters in a folder that `engine.save_checkpoint` wrote, ZeRO 0 to 3, any number of ranks; at ZeRO 1 to 3 also
     (`what`) "exp_avg", "exp_avg_sq" and "step" of AdamW, of the trained parameters only.
 
@@ -242,7 +251,7 @@ def read_deepspeed(folder: Path, what: str = "master") -> dict[str, Stored]:
     model_files = _rank_files(folder, "model") or [folder / "mp_rank_00_model_states.pt"]
     if not model_files[0].is_file():
         raise UserError(f"{folder} lacks {model_files[0].name}; the checkpoint is incomplete, use another one")
-    models = [load_skeleton(path) for path in model_files]
+    models = [load_skeleton(path, check) for path in model_files]
     if not isinstance(models[0], dict) or not isinstance(models[0].get("module"), dict):
         raise UserError(f"{model_files[0]} holds no whole model (pipeline parallelism is not supported); export it first")
     groups, n_ranks = models[0].get("param_shapes"), models[0].get("dp_world_size")
@@ -255,7 +264,7 @@ def read_deepspeed(folder: Path, what: str = "master") -> dict[str, Stored]:
         return stored
 
     optim_files = _rank_files(folder, "optim")
-    states = [load_skeleton(path)["optimizer_state_dict"] for path in optim_files]
+    states = [load_skeleton(path, check)["optimizer_state_dict"] for path in optim_files]
     stage = int(states[0].get("zero_stage", 1)) if states else 0
     for kind, files in (("optimizer", optim_files), ("model", model_files if stage == 3 else optim_files)):
         if len(files) != n_ranks:
@@ -474,8 +483,9 @@ def _split(stored: dict[str, Stored], pieces: dict[str, tuple[Shape, dict[str, S
 def open_source(path_or_id: str | Path, revision: str | None = None) -> Source:
     """Open a folder of Hugging Face or DeepSpeed weights, or a Hub id (downloaded or from the cache), reading headers only.
 
-    Raises UserError if there is no such folder or model, if files are missing, cut off, left over or unsafe, or if the
-    tensors are not those that the config describes."""
+    A folder of our own making is compared with its hashes, torch files with their checksums. Raises UserError if there is no
+    such folder or model, if files are missing, cut off, damaged, left over or unsafe, or if the tensors are not those that the
+    config describes."""
     folder = Path(path_or_id).expanduser()
     if folder.is_file():
         raise UserError(f"source '{path_or_id}' is a file; give the folder that holds it and config.json")
@@ -485,6 +495,7 @@ def open_source(path_or_id: str | Path, revision: str | None = None) -> Source:
         origin, commit = str(path_or_id), folder.name  # a snapshot's folder is called by its commit
     elif revision:
         raise UserError(f"revision '{revision}' was given, but {folder} is a folder: only a Hub id has revisions; leave it out")
+    rundir.check_own(folder)
     stored = _read_folder(folder, "model", ".safetensors", read_safetensors)
     kind, config_folder = "safetensors", folder
     if stored is None:
@@ -493,12 +504,21 @@ def open_source(path_or_id: str | Path, revision: str | None = None) -> Source:
         kind, config_folder = "deepspeed", tag if (tag / "config.json").is_file() else folder
         if folder.parent.name == "checkpoints" and folder.name.startswith("step_") and not (folder / "COMPLETE").is_file():
             raise UserError(f"{folder} has no COMPLETE marker: its saving was interrupted; use an earlier checkpoint")
-        folder, stored = tag, read_deepspeed(tag)
+        try:  # of our own the hashes have been checked
+            folder, stored = tag, read_deepspeed(tag, check=not (folder / "COMPLETE").is_file())
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise UserError(f"{tag} does not hold what DeepSpeed's engine saves ({what}); use another checkpoint") from None
     if stored is None and (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder} is an adapter without the model it adapts; merge it into its base model first")
     if stored is None:
         hint = f"; did you mean {folder / 'final'}?" if (folder / "final").is_dir() else ""
         raise UserError(f"{folder} holds no weights (model.safetensors, pytorch_model.bin or a DeepSpeed checkpoint){hint}")
+    place = folder.resolve()
+    place = place.parent.parent if place.parent.name == "snapshots" else place  # the Hub's cache links to blobs/ beside them
+    for path in {extent.file for its in stored.values() for extent in its.extents}:
+        if not path.resolve().is_relative_to(place):
+            raise UserError(f"{path} is a link to {path.resolve()}, outside its folder; put the file itself there")
     return Source(origin, commit, folder, config_folder / "config.json", kind, stored)
 
 
@@ -614,7 +634,7 @@ class CheckpointWriter:
         self._end()
         total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.specs.values())
         index = {"metadata": {"total_size": total}, "weight_map": self._file_of}
-        rundir.write_json(self.folder / "model.safetensors.index.json", index)
+        rundir.write_json(self.folder / "model.safetensors.index.json", index, seal=False)
         write_config(self.folder / "config.json", self.config, next(iter(self.specs.values()))[1])
         self.files |= rundir.hash_folder(self.folder, only=("model.safetensors.index.json", "config.json"))
         return {"tensors": self.tensors, "files": self.files}

@@ -29,6 +29,8 @@ class StageResult:
     difference: dict
     paper_rule: bool
     train_flops: float
+    weights: str | None = None
+    """Hash that tells its weights from others."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ def _verdict(stages: list[StageResult], best: int, reached: bool, grow: Grow) ->
     return {
         "stage": best,
         "layers": stages[best - 1].layers,
+        "weights": stages[best - 1].weights,
         "parity": reached,
         "margin": grow.margin,
         "difference": stages[best - 1].difference,
@@ -85,10 +88,11 @@ def read_stages(root: RunDir, n_stages: int) -> list[StageResult]:
         stage = root.stage(number)
         if not stage.is_done():
             break
-        results = read_json(stage.results)
+        results = stage.read_results()
         if "difference" not in results:
             raise UserError(f"{stage.results} holds no difference to the reference; run evaluate, or train the stage again")
-        found.append(StageResult(results["layers"], results["difference"], results["paper_rule"], results["train_flops"]))
+        keys = ("layers", "difference", "paper_rule", "train_flops")
+        found.append(StageResult(*(results[key] for key in keys), results.get("weights")))
     return found
 
 

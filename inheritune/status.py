@@ -239,7 +239,7 @@ def verify(path: str | Path, progress: Callable[[list], Iterable] = iter) -> Non
         try:
             files = marked_files(marker)
             problems = list(damages(marker.parent, files))
-        except UserError as error:
+        except (UserError, OSError) as error:
             files, problems = {}, [str(error)]
         damaged += len(problems)
         size = sum(facts["bytes"] for facts in files.values()) / 1e6

@@ -31,7 +31,7 @@ from inheritune.paper import (
     row_curve,
     score,
 )  # fmt: skip
-from inheritune.rundir import RunDir, read_json, read_jsonl, root, write_text
+from inheritune.rundir import RunDir, read_jsonl, root, write_text
 
 COLUMNS = (
     "model", "layers", "parameters", "steps", "validation loss (95% interval)", "difference to the reference (95% interval)",
@@ -61,12 +61,12 @@ def entries(experiment: Experiment, seed: int = 0) -> list[Entry]:
         run, root = experiment.run(row.run), RunDir.of(experiment, row.run, seed)
         if not run.grow:
             if root.is_done():
-                results = read_json(root.results)
+                results = root.read_results()
                 found.append(Entry(row.label, root, results, results.get("train_flops", 0.0)))
             continue
         number, flops = 1, 0.0
         while root.stage(number).is_done():
-            results = read_json(root.stage(number).results)
+            results = root.stage(number).read_results()
             flops += results["train_flops"]
             found.append(Entry(f"{row.label}, stage {number}", root.stage(number), results, flops))
             number += 1
@@ -127,8 +127,8 @@ def verdict(experiment: Experiment, found: list[Entry]) -> str:
         return "No grown run is finished yet."
     reference, mark = found[0].results, "REHEARSAL, not a result. " if experiment.rehearsal else ""
     root = RunDir(grown[-1].folder.path.parent)
-    decision = read_json(root.done) if root.is_done() else None
-    chosen = next(e for e in grown if e.results["stage"] == decision["stage"]) if decision else grown[-1]
+    decision = root.chosen().path if root.is_done() else grown[-1].folder.path
+    chosen = next(entry for entry in grown if entry.folder.path == decision)
     gap = chosen.results["difference"]
     size = f"{chosen.results['layers']} of the reference's {reference['layers']} layers"
     margin = experiment.run(grower).grow.margin
@@ -329,7 +329,7 @@ def make_cell(item: Item, row: Row, column: Column, experiments: dict[str, Exper
     results, metric = {}, column.metric or ""
     if row.run and (metric or column.mean) and metric != "parameters":
         folder = model_folder(experiments[name], row, seed)
-        results = read_json(folder.results) if folder and folder.results.is_file() else {}
+        results = folder.read_results() if folder and folder.results.is_file() else {}
         if results and bool(results.get("rehearsal")) != experiments[name].rehearsal:
             raise UserError(
                 f"{row.run} ({row.label}) is a rehearsal, not a result, in the folder of the real run; delete it there"
@@ -382,7 +382,7 @@ def training_cost(experiment: Experiment, run: str, row: Row, seed: int) -> tupl
     folder = model_folder(experiment, row.model_copy(update={"kept": None}), seed)
     if spec.init.external or folder is None:
         return None
-    own = sum(read_json(one.results)["train_flops"] for one in rounds(folder, spec))
+    own = sum(one.read_results()["train_flops"] for one in rounds(folder, spec))
     own *= spec.keep_at[row.kept - 1] / experiment.train_of(spec).steps if row.kept else 1
     sources = [
         training_cost(experiment, source, Row(label=source, run=f"{experiment.name}/{source}"), seed)
@@ -403,7 +403,7 @@ def tokens_to_reference(experiment: Experiment, run: str, row: Row, seed: int) -
     step = steps_to(validation_curve(folder), curve[-1]["val_loss"])
     if step is None:
         return "not reached"
-    before = sum(read_json(one.results)["tokens"] for one in rounds(folder, spec)[:-1])
+    before = sum(one.read_results()["tokens"] for one in rounds(folder, spec)[:-1])
     return f"{step * experiment.train_of(spec).batch_tokens + before:.2e}"
 
 

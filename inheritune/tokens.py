@@ -214,12 +214,15 @@ class FastTokenizer(Tokenizer):
                 f"tokenizer '{name}': {folder} holds no tokenizer.json and tokenizer_config.json; run 'prepare' first"
             )
         self._files = {file: (folder / file).read_bytes() for file in self.FILES if (folder / file).is_file()}
-        self._backend = Backend.from_buffer(self._files["tokenizer.json"])
+        try:
+            self._backend = Backend.from_buffer(self._files["tokenizer.json"])
+            end = json.loads(self._files["tokenizer_config.json"]).get("eos_token")
+            end = end["content"] if isinstance(end, dict) else end
+        except Exception as error:  # the tokenizers library raises nothing more precise
+            raise UserError(f"tokenizer '{name}' in {folder} cannot be read ({_first_line(error)}); restore it") from None
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True  # "<|endoftext|>" in a document is ordinary text
-        end = json.loads(self._files["tokenizer_config.json"]).get("eos_token")
-        end = end["content"] if isinstance(end, dict) else end
         if end is None or self._backend.token_to_id(end) is None:
             raise UserError(f"tokenizer '{name}' has no end-of-text (EOS) token, which separates documents; use one that has")
         self.name, self.vocab_size = name, max(self._backend.get_vocab().values()) + 1
@@ -246,7 +249,7 @@ def _open_pretrained(name: str, revision: str | None) -> FastTokenizer:
     local = resolve_path(name)
     with hub_errors(f"tokenizer '{name}'", name):
         tokenizer = AutoTokenizer.from_pretrained(
-            local if local.is_dir() else name, revision=None if local.is_dir() else revision
+            local if local.is_dir() else name, revision=None if local.is_dir() else revision, trust_remote_code=False
         )
     if not tokenizer.is_fast:
         raise UserError(

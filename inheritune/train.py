@@ -15,7 +15,7 @@ import yaml
 
 from inheritune import checkpoint, dist, dslint, rundir, validate
 from inheritune.batches import Order, Share, Tokens, check_some_shards, read_share
-from inheritune.config import RESUMABLE_KEYS, Experiment, Run, Train, UserError, load_experiment
+from inheritune.config import RESUMABLE_KEYS, Experiment, Run, Train, UserError, load_experiment, read_yaml
 from inheritune.engine import (
     fill,
     gradient_norm,
@@ -118,7 +118,7 @@ def train_job(job: Job, ds: str | None = None) -> None:
     dist.start()
     setup()
     preflight = dist.preflight(data_dir(job.experiment))
-    tokens = Tokens(data_dir(job.experiment), "train")
+    tokens = Tokens.of(job.experiment, "train")
     check_vocabulary(tokens.vocab_size, job.experiment.model.vocab_size, f"model.vocab_size of {job.experiment.name}")
     check_some_shards(tokens.folder)
     logger.info("%s", preflight)
@@ -494,7 +494,7 @@ class Trainer:
         run_dir = self.job.dir
         if not run_dir.experiment.is_file():
             return
-        before, now = yaml.safe_load(run_dir.experiment.read_text(encoding="utf-8")), self.job.resolved(self.train)
+        before, now = read_yaml(run_dir.experiment), self.job.resolved(self.train)
         differences = _differences(before, yaml.safe_load(yaml.safe_dump(now)))
         differences = [d for d in differences if d[0].removeprefix("train.") not in RESUMABLE_KEYS]
         if differences:
@@ -541,7 +541,7 @@ class Trainer:
         self.metrics = None
         if dist.rank() == 0:
             mirror = start_wandb(job.dir, job.experiment, job.name, self.train.wandb, self.train.wandb_project)
-            self.metrics = Metrics(job.dir, -1 if resume is None else resume, state["evaluated"], mirror)
+            self.metrics = Metrics(job.dir, -1 if resume is None else resume, mirror)
 
     def _write_results(self, losses: np.ndarray, config, memory: list[dict]) -> None:
         job, run_dir = self.job, self.job.dir
@@ -562,8 +562,11 @@ class Trainer:
             "memory": memory,
         }
         results.update(compare(job, losses, results))
-        write_json(run_dir.results, results)
-        write_json(run_dir.done, {"final": rundir.hash_folder(run_dir.final)})
+        record = ("metrics.jsonl", f"validation/step_{self.train.steps}.npy")
+        results["record"] = rundir.hash_folder(run_dir.path, only=record)
+        done = {"final": rundir.hash_folder(run_dir.final)}
+        write_json(run_dir.results, {**results, "weights": rundir.seal_of(done["final"])})
+        write_json(run_dir.done, done)
 
 
 def compare(job: Job, losses: np.ndarray, results: dict) -> dict:
@@ -575,7 +578,7 @@ def compare(job: Job, losses: np.ndarray, results: dict) -> dict:
     if not name or not job.sibling(name).is_done():
         return {}
     reference = job.sibling(name)
-    theirs = read_json(reference.results)
+    theirs = reference.read_results()
     for key in ("data_fingerprint", "precision"):
         if theirs[key] != results[key]:
             raise UserError(

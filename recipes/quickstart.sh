@@ -20,7 +20,7 @@ check_gpu
 started=$SECONDS
 inheritune() { python -m inheritune "$@"; }
 say() { printf '\n== %s\n' "$*"; }
-runs=$(python -c "from inheritune.rundir import root; print(root() / 'runs/quickstart/seed$SEED')")
+runs=$(python -c "import sys; from inheritune.rundir import root; print(root() / 'runs/quickstart' / sys.argv[1])" "seed$SEED")
 
 say "1/6 prepare: the Python standard library's text becomes tokens"
 inheritune prepare quickstart

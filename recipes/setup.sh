@@ -3,6 +3,7 @@
 #   file system) or in the repository, and reused for as long as the requirements stay the same.
 # shellcheck shell=bash
 set -euo pipefail
+umask o-w # what is run or loaded again is never for everyone to write
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"

@@ -245,8 +245,8 @@ def test_sizes_stay_readable():
     paper's tables came, the core also since it stops at numbers that are not finite and at ranks that hang."""
     sizes = {p.stem: code_lines(p) for p in (REPOSITORY / "inheritune").glob("*.py")}
     assert max(sizes.values()) <= 500, sizes
-    assert sum(n for name, n in sizes.items() if name not in CORE_EXCLUDES) < 3400, sizes
-    assert sum(sizes.values()) < 7100, sizes
+    assert sum(n for name, n in sizes.items() if name not in CORE_EXCLUDES) < 3500, sizes
+    assert sum(sizes.values()) < 7200, sizes
 
 
 # --- documents ------------------------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ def trained(tmp_path_factory):
             done = RunDir.of(experiment, run)
             store(done.final, random_model(open_source(done.final).config, seed=len(run)))
             write_json(done.done, {"final": hash_folder(done.final)})
+            write_json(done.results, read_json(done.results) | {"weights": done.weights_hash()})
         return RunDir.of(experiment, "").path
 
 

@@ -114,7 +114,10 @@ def test_a_loss_spike_is_reported_once_and_nothing_else_is(tmp_path, caplog, mon
     found = [row for row in read_jsonl(run.metrics) if "spike" in row]
     assert [row["step"] for row in found] == [2000] and 12 < found[0]["spike"] < 30
     assert [r.message for r in caplog.records if "standard deviations above the mean" in r.message] and len(caplog.records) == 1
-    # a start that resumes just before it sees the same
+    # a start that resumes just before it, with the record that its checkpoint keeps, sees the same
+    run.checkpoint(1999).mkdir(parents=True)
+    kept = run.metrics.read_text().splitlines(keepends=True)[:1999]
+    (run.checkpoint(1999) / "metrics.jsonl").write_text("".join(kept))
     again = Metrics(run, 1999)
     again.add(rows[1999])
     again.close()

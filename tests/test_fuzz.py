@@ -10,14 +10,16 @@ import struct
 import numpy as np
 import pytest
 import yaml
-from conftest import experiment_dict, write_tokens
+from conftest import REPOSITORY, experiment_dict, write_tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import config_of, random_model
 
+from inheritune import dslint
 from inheritune.batches import Tokens
 from inheritune.config import Experiment, UserError, load_experiment, parse_layers, rehearsal, validate
-from inheritune.rundir import read_json
+from inheritune.engine import load_json
+from inheritune.rundir import read_json, read_jsonl, sealed
 from inheritune.sources import open_source, read_safetensors
 from inheritune.status import verify
 
@@ -173,6 +175,39 @@ def test_manifest_of_data(prepared, data):
 
     survives(read)
     survives(verify, folder)
+
+
+LOADED = validate(Experiment, EXPERIMENT, "small.yaml")
+SHIPPED = [load_json(path) for path in sorted((REPOSITORY / "ds_configs").glob("*.json"))]
+
+
+@fuzzed
+@given(
+    st.one_of(
+        st.sampled_from(SHIPPED).flatmap(changed).map(json.dumps).map(str.encode),
+        values.map(json.dumps).map(str.encode),
+        st.text(max_size=60).map(str.encode),
+        st.binary(max_size=40),
+    ),
+    st.sampled_from([None, 1, 3, 8]),
+)
+def test_deepspeed_json(tmp_path, content, ranks):
+    """As `check --ds` reads it; whatever DeepSpeed's own reader raises is a sentence."""
+    path = tmp_path / "ds.json"
+    path.write_bytes(content)
+
+    def check():
+        assert all(dslint.report(path, dslint.lint(load_json(path), LOADED.model, LOADED.train, ranks)))
+
+    survives(check)
+
+
+@fuzzed
+@given(st.lists(st.one_of(values, changed({"step": 3, "loss": 2.5}))), st.booleans(), st.binary(max_size=9))
+def test_rows(tmp_path, rows, seal, extra):
+    rows = [sealed(row) for row in rows] if seal else rows
+    (tmp_path / "metrics.jsonl").write_bytes("".join(json.dumps(row) + "\n" for row in rows).encode() + extra)
+    survives(read_jsonl, tmp_path / "metrics.jsonl")
 
 
 MARKER = {"step": 4, "ranks": 2, "zero_stage": 3, "files": {"a": {"bytes": 3, "xxh3": "x"}}}

@@ -2,7 +2,6 @@
 
 import copy
 import errno
-import json
 import os
 import shutil
 import subprocess
@@ -80,7 +79,7 @@ def test_slice_equals_the_model_cut_by_hand(source, tmp_path, layers):
     assert manifest["moved_blocks"]["changed"] == moves
     rundir.check_files(tmp_path / "out", manifest["files"])
     assert set(manifest["files"]) | {"inherited.json"} == {p.name for p in (tmp_path / "out").iterdir()}
-    assert json.loads((tmp_path / "out" / "inherited.json").read_text()) == manifest
+    assert rundir.read_json(tmp_path / "out" / "inherited.json") == manifest
     assert (tmp_path / "out" / "tokenizer.json").is_file() and snapshot(folder) == before
 
 

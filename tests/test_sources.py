@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from inheritune import sources
 from inheritune.config import REPOSITORY, UserError
 from inheritune.models import tensor_shapes
+from inheritune.rundir import write_json
 from inheritune.sources import CheckpointWriter, open_source, write_checkpoint
 
 KINDS = ("paper", "public", "llama", "llama_tied")
@@ -193,7 +194,7 @@ def test_zero_tag_folder_one_level_down(zero_checkpoints, tmp_path):
     (step / "latest").write_text("global_step2\n")
     with pytest.raises(UserError, match="no COMPLETE marker"):
         open_source(step)
-    (step / "COMPLETE").write_text("{}")
+    write_json(step / "COMPLETE", {"files": {}})
     assert open_source(step).file_of("transformer.wte.weight") == "zero_pp_rank_*_mp_rank_00_optim_states.pt"
     (step / "latest").write_text("elsewhere")
     with pytest.raises(UserError, match="names 'elsewhere'"):

@@ -1,0 +1,250 @@
+"""What others made is read, never run, and read from its own folder only; secrets of the environment are in no file or word
+that a run leaves; no file is for everyone to write; names are data, not shell. (More refusals: test_sources.py.)"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY, experiment_dict, write_experiment
+from tiny_models import config_of, random_model
+
+from inheritune.attention import load_model
+from inheritune.config import UserError, load_experiment
+from inheritune.downstream import open_tokenizer
+from inheritune.inherit import inherit
+from inheritune.rundir import RunDir
+from inheritune.sources import open_source
+from inheritune.tokens import load_tokenizer, train_bpe
+
+# --- code of others ---------------------------------------------------------------------------------------------------------
+
+
+class Trap:
+    """Pickles to a call that leaves the file `trapped` in the current folder."""
+
+    def __reduce__(self):
+        return open, ("trapped", "w")
+
+
+def zip_of(folder: Path) -> None:
+    torch.save({"a": Trap()}, folder / "pytorch_model.bin")
+
+
+def old_pickle(folder: Path) -> None:
+    torch.save({"a": Trap()}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+
+
+def deepspeed_model(folder: Path) -> None:
+    torch.save({"module": {}, "param_shapes": [Trap()]}, folder / "mp_rank_00_model_states.pt")
+
+
+def deepspeed_optimizer(folder: Path) -> None:
+    state = {"module": {}, "param_shapes": [{}], "dp_world_size": 1, "shared_params": {}}
+    torch.save(state, folder / "mp_rank_00_model_states.pt")
+    torch.save({"optimizer_state_dict": Trap()}, folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+
+
+def not_deepspeed(folder: Path) -> None:
+    torch.save({"module": {"a": torch.zeros(2)}, "param_shapes": 3}, folder / "mp_rank_00_model_states.pt")
+
+
+@pytest.mark.parametrize("make", [zip_of, old_pickle, deepspeed_model, deepspeed_optimizer, not_deepspeed])
+def test_nothing_of_others_is_unpickled(tmp_path, monkeypatch, make):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "source"
+    config_of("public").save_pretrained(folder)
+    make(folder)
+    with pytest.raises(UserError) as refused:
+        inherit(folder, "0:1", tmp_path / "out")
+    assert str(folder) in str(refused.value) and "\n" not in str(refused.value)
+    if make in (zip_of, old_pickle):
+        with pytest.raises(UserError, match="cannot be loaded"):  # analyze opens it by transformers
+            load_model(str(folder))
+    assert not Path("trapped").exists() and not Path("out").exists()
+
+
+EVIL = "open('trapped', 'w')\nclass Evil:\n    from_pretrained = classmethod(lambda cls, *a, **k: open('trapped', 'w'))\n"
+
+
+@pytest.mark.parametrize("model_type", ["mine", "gpt2"])
+def test_code_beside_a_model_is_not_run(tmp_path, monkeypatch, model_type):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "source"
+    random_model(config_of("public")).save_pretrained(folder)
+    train_bpe("bpe:300", [EVIL * 9], folder)
+    for name in ("config.json", "tokenizer_config.json"):
+        content = json.loads((folder / name).read_text())
+        code = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+        content |= {"auto_map": code} | ({"model_type": model_type} if name == "config.json" else {})
+        content |= {"tokenizer_class": "Evil"} if name == "tokenizer_config.json" else {}
+        (folder / name).write_text(json.dumps(content))
+    (folder / "evil.py").write_text(EVIL)
+    raw = experiment_dict()
+    raw["data"]["tokenizer"] = str(folder)
+    data = load_experiment(write_experiment(tmp_path, raw)).data
+    for opening in (
+        lambda: open_source(folder),
+        lambda: load_model(str(folder)),
+        lambda: open_tokenizer(folder),
+        lambda: load_tokenizer(data),
+    ):
+        try:  # a family of transformers' own may be opened, by transformers' own code
+            opening()
+        except UserError as error:
+            assert "\n" not in str(error)
+        assert not Path("trapped").exists()
+
+
+def test_links_out_of_the_folder_are_refused(tmp_path):
+    folder, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
+    random_model(config_of("public")).save_pretrained(folder)
+    elsewhere.mkdir()
+    shutil.move(folder / "model.safetensors", elsewhere / "secret")
+    (folder / "model.safetensors").symlink_to(elsewhere / "secret")
+    with pytest.raises(UserError, match="is a link to .*secret, outside its folder"):
+        open_source(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("weights")
+    shutil.move(elsewhere / "secret", folder / "weights")
+    assert open_source(folder).names()  # a link within the folder is the folder's own affair
+    cache = tmp_path / "models--a--b"
+    (cache / "blobs").mkdir(parents=True)
+    shutil.move(folder / "weights", cache / "blobs" / "0123")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("../../blobs/0123")
+    shutil.copytree(folder, cache / "snapshots" / "4567", symlinks=True)
+    assert open_source(cache / "snapshots" / "4567").names()  # as the Hub's cache has it
+
+
+@pytest.mark.parametrize(
+    "change", [{"name": "../../outside"}, {"name": "/tmp/outside"}, {"name": ".."}, {"runs": {"..": {"init": "random"}}}]
+)
+def test_an_experiment_cannot_name_a_folder_outside(tmp_path, change):
+    with pytest.raises(UserError, match="match pattern"):
+        load_experiment(write_experiment(tmp_path, experiment_dict(paper=[], **change)))
+
+
+# --- what a run leaves --------------------------------------------------------------------------------------------------------
+
+SECRETS = {"WANDB_API_KEY": "5ec2e7" + "0123456789abcdef" * 2 + "aa", "HF_TOKEN": "hf_SeCrEtSeCrEtSeCrEtSeCrEtSeCr"}
+
+
+@pytest.fixture(scope="module")
+def left(tmp_path_factory):
+    """(root, what was printed) of a real growth with W&B offline, begun under umask 000 with secrets in the environment."""
+    folder = tmp_path_factory.mktemp("left")
+    raw = experiment_dict()
+    raw["data"] |= {"max_tokens": 20_000, "shard_tokens": 8000}
+    raw["train"]["wandb"] = "offline"
+    raw["runs"]["grown"]["grow"]["margin"] = 9.0  # parity at once: one stage
+    path = write_experiment(folder, raw)
+    environment = {**os.environ, **SECRETS, "INHERITUNE_ROOT": str(folder / "root")}
+    words = [sys.executable, "-m", "inheritune", "grow", path, "--run", "grown", "--procs", "2"]
+    done = subprocess.run(words, cwd=REPOSITORY, env=environment, umask=0, text=True, stdout=-1, stderr=-2, check=False)
+    assert done.returncode == 0, done.stdout
+    return folder / "root", done.stdout
+
+
+@pytest.mark.slow
+def test_no_secret_is_in_what_a_run_leaves(left):
+    root, said = left
+    files = [path for path in root.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files) and any(path.name == "provenance.json" for path in files)
+    for name, secret in SECRETS.items():
+        assert secret not in said
+        assert not [path for path in files if secret.encode() in path.read_bytes()], name
+
+
+@pytest.mark.slow
+def test_nothing_is_for_everyone_to_write(left):
+    root, _ = left
+    everything = [root, *root.rglob("*")]
+    assert len(everything) > 50
+    assert not [path for path in everything if path.lstat().st_mode & stat.S_IWOTH and not path.is_symlink()]
+
+
+@pytest.mark.parametrize(("umask", "file", "folder"), [(0, 0o664, 0o775), (0o002, 0o664, 0o775), (0o077, 0o600, 0o700)])
+def test_a_group_may_share_what_its_umask_says(tmp_path, umask, file, folder):
+    source = tmp_path / "source"
+    random_model(config_of("public")).save_pretrained(source)
+    code = "import sys; from inheritune.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    words = ["inherit", "--source", source, "--layers", "0:2", "--out", tmp_path / "out"]
+    subprocess.run([sys.executable, "-c", code, *words], cwd=REPOSITORY, umask=umask, check=True, stdout=subprocess.DEVNULL)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == folder
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {file}
+
+
+# --- names in scripts ---------------------------------------------------------------------------------------------------------
+
+NAME = 'it\'s "a" $(touch pwned) `touch pwned`; touch pwned & * \\ name'
+GENERIC = {"train": [NAME, NAME], "grow": [NAME, NAME, "--seed", "1"], "analyze": [NAME, NAME], "prepare": [NAME],
+           "evaluate": [NAME], "baselines": [NAME]}  # fmt: skip
+
+
+@pytest.fixture
+def login_node(tmp_path) -> dict:
+    """Environment of a machine where sinfo shows a node of 8 GPUs, sbatch says what it would run, and so does its bash."""
+    commands = {
+        "sinfo": "echo 'gpu*|2|64|512000|1-00:00:00|gpu:8'",
+        "sbatch": 'for word; do last=$word; done; eval "$last"',  # as the node's shell takes --wrap apart
+        "bash": 'printf "%s\\n" "$@"',
+    }
+    (tmp_path / "bin").mkdir()
+    for name, body in commands.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "SITE_"))}
+    return {**kept, "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}", "INHERITUNE_ROOT": str(tmp_path / NAME)}
+
+
+@pytest.mark.parametrize("script", GENERIC)
+def test_a_name_reaches_the_job_as_it_is(tmp_path, login_node, script):
+    (tmp_path / "here").mkdir()
+    path = REPOSITORY / "slurm" / f"{script}.sh"
+    done = subprocess.run(["/bin/bash", path, *GENERIC[script], "--dry-run"], cwd=tmp_path / "here", text=True, check=False,
+                          env={**login_node, "ARRAY": "1"}, capture_output=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    line = done.stdout.splitlines()[0]
+    ran = subprocess.run(
+        ["/bin/sh", "-c", line], cwd=tmp_path / "here", text=True, check=True, env=login_node, capture_output=True
+    )
+    assert ran.stdout.splitlines() == [str(path), *GENERIC[script]]
+    assert f"--job-name={script}-" in line and shlex.split(line)
+    assert not list(tmp_path.rglob("pwned"))
+
+
+def test_a_name_is_a_name_for_the_paper_scripts(tmp_path):
+    """An item of that name does not exist, which is all that happens."""
+    environment = {
+        **os.environ,
+        "INHERITUNE_ROOT": str(tmp_path),
+        "DRAW": "1",
+        "VIRTUAL_ENV": sys.prefix,
+        "SEED": "0$(touch pwned)",
+    }
+    script = REPOSITORY / "recipes" / "paper_item.sh"
+    done = subprocess.run(["bash", script, NAME], cwd=tmp_path, text=True, env=environment, capture_output=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("inheritune: ") == 1, done.stderr
+    assert not list(tmp_path.rglob("pwned")) and not (REPOSITORY / "pwned").exists()
+
+
+def test_no_script_puts_a_variable_into_code():
+    """`python -c "... $name ..."` would run what the name says."""
+    for script in REPOSITORY.glob("*/*.sh"):
+        found = re.findall(r'(?:python3?|sh|bash) -c "[^"]*\$[^"]*"|eval "?\$(?!\(conda)[^"\n]*', script.read_text())
+        assert not found, (script, found)
+
+
+def test_run_folder_and_experiment_of_a_name_with_spaces_and_quotes(tmp_path, own_root):
+    path = tmp_path / f"{NAME}.yaml"
+    Path(write_experiment(tmp_path, experiment_dict())).rename(path)
+    experiment = load_experiment(str(path))
+    assert experiment.name == NAME and RunDir.of(experiment, "reference").path.parent.parent == own_root / "runs" / NAME
