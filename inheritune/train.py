@@ -255,6 +255,7 @@ class Trainer:
         resume = checkpoint.find(run_dir)
         resized = resume is not None and checkpoint.is_resize(run_dir, resume, self.settings)
         dist.on_rank0(rundir.remove_leftovers, run_dir.path)
+        self.watch.at("loading the start or a checkpoint")
         start = dist.on_rank0(prepare_start, job)
         if resume is None:
             dist.on_rank0(rundir.check_files, start, rundir.marked_files(start / "inherited.json"))

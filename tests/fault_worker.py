@@ -17,7 +17,7 @@ from inheritune import __main__ as program
 from inheritune import dist, train, validate
 
 HANGS = ("sleep", "stopped", "held")
-START_S, HANG_S, LOOKS = 150.0, 10.0, 50  # the watch is strict only from that step on
+START_S, HANG_S, LOOKS = 1500.0, 10.0, 500  # the watch is strict only from that step on
 
 experiment, run, when = sys.argv[1:]
 kind, _, place = when.partition("@")
