@@ -346,7 +346,7 @@ def outcome(world: World, copy: Path, scene: str, pattern: str, damage: str) -> 
     if code == 2:
         lines = [line for line in said.splitlines() if line.startswith("inheritune: ")]
         folders = [str(folder) for folder in path.parents if folder.is_relative_to(copy) and folder != copy]
-        named = [str(path), *folders, f"run '{path.parent.name}'"]
+        named = [str(path), *folders, f"run '{path.parent.name}'", f"{copy / RUNS}/reference was started with"]
         assert len(lines) == 1 and any(name in lines[0] for name in named), said
         return "refused", said
     assert code == 0, said
