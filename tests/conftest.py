@@ -17,7 +17,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # these tests are about the code, not abou
 
 
 LONGEST = ["slurm_growth", "train", "resize", "slurm_scripts", "stop", "grow", "planning", "baselines", "resume", "export"]
-LONGEST += ["paper_scripts", "architectures", "status", "evaluate"]
+LONGEST += ["faults", "paper_scripts", "architectures", "status", "evaluate", "limits"]
 
 
 def pytest_collection_modifyitems(items):
