@@ -19,6 +19,7 @@ FRAGMENTATION = 0.05  # of the peak: what PyTorch's allocator reserves beyond wh
 PROCESS = 3.0e9  # host memory of one Python process with torch and CUDA loaded; typical, not measured here
 GPUS_PER_HOST = 8
 EVAL_BATCH = 8  # validate.EVAL_BATCH
+LOSS_CHUNK = 1 << 26  # elements of the logits that the loss takes to fp32 at once on a GPU: validate._TokenLosses.CHUNK
 MFU = 0.4
 DEFAULTS = {
     "reduce_bucket_size": 5e8, "sub_group_size": 1e9, "stage3_prefetch_bucket_size": 5e7,
@@ -130,7 +131,7 @@ def block_activations(model: Model, precision: str, length: int, keeps_inputs: b
 def activations(model: Model, layers: int, precision: str, tokens: int, length: int, checkpointing: bool, stage: int = 0,
                 eager: bool = False) -> dict[str, float]:  # fmt: skip
     """{activations, autocast weights, logits, loss} of a micro batch of `tokens` at the end of its forward; the loss adds, at
-    the start of backward, the gradient of the logits."""
+    the start of backward, the gradient of the logits and the softmax of a chunk of them."""
     r, e = element_sizes(precision)
     keeps_inputs = stage == 3 and model.family == "llama"  # GPT-2's Conv1D is not replaced
     block = block_activations(model, precision, length, keeps_inputs, eager)
@@ -142,7 +143,7 @@ def activations(model: Model, layers: int, precision: str, tokens: int, length: 
         "activations": tokens * (saved + last),
         "autocast weights": rounded,
         "logits": tokens * model.vocab_size * e,
-        "loss": tokens * model.vocab_size * e,
+        "loss": tokens * model.vocab_size * e + 4 * min(tokens * model.vocab_size, LOSS_CHUNK),
     }
 
 
@@ -225,7 +226,8 @@ def memory(model: Model, layers: int, settings: dict, train: Train, ranks: int, 
         static, made["loss"] = static + 4 * teacher + made["logits"], made["loss"] + 12 * made["logits"] / e
     before = static + live + between * (several or stage == 3)
     saved, logits = made["activations"] + made["autocast weights"], made["logits"]
-    checked = EVAL_BATCH * length * model.vocab_size * e
+    checked = EVAL_BATCH * length * model.vocab_size
+    checked = checked * e + 8 * min(checked, LOSS_CHUNK)
     phases = {
         "loss": before + saved + logits + made["loss"],
         "backward": before + saved + logits + 4 * largest + reducing * (stage > 0),

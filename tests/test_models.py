@@ -167,7 +167,7 @@ def test_every_tensor_of_both_families_has_a_part():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_token_losses_and_their_gradient_are_torchs(monkeypatch, dtype):
-    monkeypatch.setattr(validate._TokenLosses, "CHUNK", 4 * 50 + 7)  # 4 tokens at a time, of 21: the last chunk is shorter
+    monkeypatch.setitem(validate._TokenLosses.CHUNK, "cpu", 4 * 50 + 7)  # 4 tokens at a time, of 21: the last chunk is shorter
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(3, 7, 50, generator=generator) * 5).to(dtype).requires_grad_(True)
     targets, weights = torch.randint(0, 50, (3, 7), generator=generator), torch.rand(3, 7, generator=generator)
@@ -176,8 +176,8 @@ def test_token_losses_and_their_gradient_are_torchs(monkeypatch, dtype):
     exact = logits.detach().double().requires_grad_(True)
     expected = torch.nn.functional.cross_entropy(exact.flatten(0, 1), targets.flatten(), reduction="none").view(3, 7)
     (its,) = torch.autograd.grad((expected * weights).sum(), exact)
-    assert losses.dtype == torch.float32 and torch.allclose(losses.double(), expected, rtol=0, atol=2e-6)
-    rounding = 2.0**-8 if dtype == torch.bfloat16 else 1e-6
+    assert losses.dtype == torch.float32 and torch.allclose(losses.double(), expected, rtol=0, atol=4e-6)
+    rounding = 2.0**-8 if dtype == torch.bfloat16 else 1e-5
     assert gradient.dtype == dtype and torch.allclose(gradient.double(), its, rtol=rounding, atol=1e-6)
 
 

@@ -151,7 +151,7 @@ def test_defaults_are_those_of_the_installed_deepspeed():
 
     fields = {field.alias or name: field.default for name, field in DeepSpeedZeroConfig.model_fields.items()}
     assert {key: fields[key] for key in planning.DEFAULTS} == planning.DEFAULTS
-    assert planning.EVAL_BATCH == validate.EVAL_BATCH
+    assert planning.EVAL_BATCH == validate.EVAL_BATCH and validate._TokenLosses.CHUNK["cuda"] == planning.LOSS_CHUNK
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
