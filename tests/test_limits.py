@@ -69,21 +69,16 @@ def few_files(most: int, *words) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-def test_64_open_files_are_enough_for_a_run_and_too_few_for_many_shards(tmp_path, monkeypatch):
+def test_64_open_files_are_enough_for_a_run_of_many_shards(tmp_path, monkeypatch):
     path, root, run = make(tmp_path, steps=3)
     monkeypatch.setenv("INHERITUNE_ROOT", str(root))
-    done = few_files(64, "train", path, "--run", "reference")
-    assert done.returncode == 0 and run.is_done(), done.stdout + done.stderr
-    assert few_files(64, "inherit", "--source", run.final, "--layers", "0:1", "--out", tmp_path / "out").returncode == 0
-    assert few_files(64, "prepare", "quickstart", "--rehearse").returncode == 0
-    # a data set of a hundred shards: each is mapped, and stays open
     folder = data_dir(load_experiment(path))
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["splits"]["train"]["shards"] *= 50
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    run.done.unlink()
-    said = one_sentence(few_files(64, "train", path, "--run", "reference"))
-    assert "Too many open files" in said and "ulimit -n" in said
+    done = few_files(64, "train", path, "--run", "reference")
+    assert done.returncode == 0 and run.is_done(), done.stdout + done.stderr
+    assert few_files(64, "inherit", "--source", run.final, "--layers", "0:1", "--out", tmp_path / "out").returncode == 0
 
 
 # --- a folder that cannot be written --------------------------------------------------------------------------------------
