@@ -109,8 +109,7 @@ def _meet() -> None:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent holds the store
             store, *_ = next(torch.distributed.rendezvous("env://", rank(), world()))
         else:
-            wait = timedelta(seconds=RENDEZVOUS_S)
-            store = torch.distributed.TCPStore(address, port, world(), rank() == 0, wait, wait_for_workers=False)
+            store = _open_store(address, port)
         _store = store
         store.set(f"here {rank()}", node())
         if rank() == 0:
@@ -141,6 +140,21 @@ def _meet() -> None:
     done.set()
     if got != expected:
         raise NodeError(f"the sum of the ranks is {got} instead of {expected}: the network or a GPU is broken")
+
+
+def _open_store(address: str, port: int):
+    """The ranks' store, held by rank 0. The port follows from job and step, so that one that was just requeued may still hold
+    it for a moment: then it is tried again for a while. Raises torch's DistError."""
+    import torch
+
+    wait, deadline = timedelta(seconds=RENDEZVOUS_S), time.monotonic() + 60
+    while True:
+        try:
+            return torch.distributed.TCPStore(address, port, world(), rank() == 0, wait, wait_for_workers=False)
+        except torch.distributed.DistError as error:
+            if "EADDRINUSE" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(1)
 
 
 def _wait_for_all(store) -> None:
