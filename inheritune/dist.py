@@ -33,8 +33,8 @@ class NodeError(UserError):
         super().__init__(f"{node()} (rank {rank()}): {message}")
 
 
-def limit_error(error: Exception) -> Exception:
-    """`error` as a NodeError if it says that memory or open files are used up, else itself (a full disk: rundir.disk_error)."""
+def limit_error(error: Exception) -> NodeError | None:
+    """What to tell if `error` says that memory or open files are used up, else None (a full disk: rundir.disk_error)."""
     words = "" if isinstance(error, UserError) else str(error).partition("\n")[0]
     if "Too many open files" in words:
         return NodeError(f"{words}; allow more, as in: ulimit -n 4096")
@@ -42,7 +42,7 @@ def limit_error(error: Exception) -> Exception:
     if isinstance(error, MemoryError) or any(sign in words for sign in signs):
         what = f"out of memory ({words or type(error).__name__})"
         return NodeError(f"{what}; ask for more (--mem, ulimit -v) or use less (ds_configs/README.md; prepare --workers 1)")
-    return error
+    return None
 
 
 class Stopped(Exception):
