@@ -257,7 +257,9 @@ def run(verb: str, arguments: dict, argv: list[str]) -> int:
     try:
         fire.Fire(Verbs(), command=[verb, *(f"--{name}={value!r}" for name, value in arguments.items())], name="inheritune")
     except Exception as error:
-        raise dist.limit_error(error) from None
+        if limit := dist.limit_error(error):
+            raise limit from None
+        raise
     finally:
         if "torch" in sys.modules:
             dist.stop()

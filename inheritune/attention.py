@@ -10,7 +10,6 @@ Legend of suffixes: N = sequences, B = sequences of one batch, H = heads, T = to
 M = matrices.
 """
 
-import re
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from inheritune.batches import Tokens
 from inheritune.config import RECIPES, Experiment, UserError, load_experiment, read_yaml
 from inheritune.inherit import write_random
 from inheritune.models import hf_config
-from inheritune.rundir import RunDir, beside, check_own, finished_weights, root, write_jsonl
+from inheritune.rundir import RunDir, beside, check_own, finished_weights, parse_weights_name, root, write_jsonl
 
 TAUS = (0.80, 0.85, 0.90, 0.95)
 """Shares of the squared singular values; the paper uses 0.90 and ablates the others (its Figure 10)."""
@@ -372,7 +371,7 @@ def named_run(model: str, experiment: Experiment, seed: int = 0) -> tuple[str, s
     the data of `experiment`, a run of another: EXPERIMENT/RUN. None if `model` is no such name.
 
     A model of others is a random one of that size in a rehearsal. Raises UserError if the run is not finished."""
-    name = re.sub(r"(/stage\d+)?(@\d+)?$", "", model)
+    name, *_ = parse_weights_name(model)
     owner, _, run = name.rpartition("/")
     if Path(model).exists() or (owner and not (RECIPES / f"{owner}.yaml").is_file()):
         return None

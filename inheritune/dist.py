@@ -37,9 +37,9 @@ class NodeError(UserError):
 UNUSABLE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EIO, errno.ESTALE, errno.EROFS)
 
 
-def limit_error(error: Exception) -> Exception:
-    """`error` as a NodeError if it says that memory or open files are used up or that a file cannot be used, else itself (a
-    full disk: rundir.disk_error)."""
+def limit_error(error: Exception) -> NodeError | None:
+    """What to tell if `error` says that memory or open files are used up or that a file cannot be used, else None (a full
+    disk: rundir.disk_error)."""
     if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename:  # wherever met: it is the user's affair
         return NodeError(f"{error.filename} cannot be used ({error.strerror}): see its owner and mode, or restore it")
     words = "" if isinstance(error, UserError) else str(error).partition("\n")[0]
@@ -49,7 +49,7 @@ def limit_error(error: Exception) -> Exception:
     if isinstance(error, MemoryError) or any(sign in words for sign in signs):
         what = f"out of memory ({words or type(error).__name__})"
         return NodeError(f"{what}; ask for more (--mem, ulimit -v) or use less (ds_configs/README.md; prepare --workers 1)")
-    return error
+    return None
 
 
 class Stopped(Exception):
@@ -116,8 +116,7 @@ def _meet() -> None:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent holds the store
             store, *_ = next(torch.distributed.rendezvous("env://", rank(), world()))
         else:
-            wait = timedelta(seconds=RENDEZVOUS_S)
-            store = torch.distributed.TCPStore(address, port, world(), rank() == 0, wait, wait_for_workers=False)
+            store = _open_store(address, port)
         _store = store
         store.set(f"here {rank()}", node())
         if rank() == 0:
@@ -148,6 +147,21 @@ def _meet() -> None:
     done.set()
     if got != expected:
         raise NodeError(f"the sum of the ranks is {got} instead of {expected}: the network or a GPU is broken")
+
+
+def _open_store(address: str, port: int):
+    """The ranks' store, held by rank 0. The port follows from job and step, so that one that was just requeued may still hold
+    it for a moment: then it is tried again for a while. Raises torch's DistError."""
+    import torch
+
+    wait, deadline = timedelta(seconds=RENDEZVOUS_S), time.monotonic() + 60
+    while True:
+        try:
+            return torch.distributed.TCPStore(address, port, world(), rank() == 0, wait, wait_for_workers=False)
+        except torch.distributed.DistError as error:
+            if "EADDRINUSE" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(1)
 
 
 def _wait_for_all(store) -> None:

@@ -166,7 +166,12 @@ def gradient_norm(engine) -> float | None:
 
 def weights_are_finite(engine) -> bool:
     """Whether no rank holds a weight that is nan or infinite; the same on every rank. One pass over this rank's weights."""
-    held = [getattr(p, "ds_tensor", p).detach() for p in engine.module.parameters()]
+    held = []
+    for parameter in engine.module.parameters():
+        if (part := getattr(parameter, "ds_tensor", None)) is None:
+            held.append(parameter.detach())
+        else:  # the last rank's part ends in padding that nobody has written
+            held.append(part.detach().flatten()[: max(0, parameter.ds_numel - rank() * part.numel())])
     return math.isfinite(all_sum(torch.nn.utils.get_total_norm(held).to(engine.device)))
 
 

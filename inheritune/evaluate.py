@@ -1,7 +1,6 @@
 """`evaluate`: validation loss of a finished run, or of any checkpoint, on the experiment's fixed windows, and the scores of
 the experiment's downstream tasks (downstream.py), all with one copy of the model on each rank."""
 
-import re
 import time
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from inheritune.config import Data, Experiment, Task, Train, UserError, load_exp
 from inheritune.engine import resolve_precision
 from inheritune.log import logger, setup
 from inheritune.models import build, count_parameters
-from inheritune.rundir import RunDir, beside, finished_weights, hash_folder, read_json, write_json
+from inheritune.rundir import RunDir, beside, finished_weights, hash_folder, parse_weights_name, read_json, write_json
 from inheritune.sources import TOKENIZER_FILES, Source, open_source
 from inheritune.tokens import PROBE, check_vocabulary, load_tokenizer
 from inheritune.train import Job, compare, random_start
@@ -40,7 +39,7 @@ def evaluate(experiment: str, run: str | None = None, model: str | None = None, 
 
 def weights_of(experiment: Experiment, name: str, seed: int) -> tuple[Job, Source, Path]:
     """The job, weights and results.json of the weights called `name`. Raises UserError if they are not there."""
-    job = Job(experiment, re.split("[/@]", name)[0], seed)
+    job = Job(experiment, parse_weights_name(name)[0], seed)
     external = job.run.init.external
     if external and experiment.rehearsal:  # the public model has not the rehearsal's size
         return job, open_source(random_start(job, experiment.model.layers)), job.dir.results

@@ -140,10 +140,15 @@ class RunDir:
         return rows
 
 
+def parse_weights_name(name: str) -> tuple[str, str | None, str | None]:
+    """(run, stage, step) of "RUN", "RUN/stage2", "RUN@10000" or "RUN/stage2@10000"; None for what is not said."""
+    return re.fullmatch(r"(.*?)(?:/stage(\d+))?(?:@(\d+))?", name, re.DOTALL).groups()
+
+
 def find_weights(experiment: Experiment, name: str, seed: int = 0) -> Path | None:
     """The weights called NAME: RUN (of a grown one those of the stage that its DONE names), RUN/stage2, or RUN@10000, kept at
     that step. None if the run or stage is not finished. Raises UserError for an unknown run."""
-    run, stage, step = re.fullmatch(r"(.*?)(?:/stage(\d+))?(?:@(\d+))?", name).groups()
+    run, stage, step = parse_weights_name(name)
     experiment.run(run)
     folder = RunDir.of(experiment, run, seed)
     folder = folder.stage(int(stage)) if stage else folder
@@ -155,7 +160,7 @@ def find_weights(experiment: Experiment, name: str, seed: int = 0) -> Path | Non
 def finished_weights(experiment: Experiment, name: str, seed: int = 0) -> Path:
     """The same. Raises UserError, with what to do, if they are not there."""
     if (weights := find_weights(experiment, name, seed)) is None:
-        run = re.split("[/@]", name)[0]
+        run, *_ = parse_weights_name(name)
         verb = "grow" if experiment.run(run).grow else "train"
         raise UserError(
             f"run '{name}' of {experiment.name} (seed {seed}) is not finished; first: "

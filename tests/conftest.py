@@ -14,10 +14,11 @@ import yaml
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # these tests are about the code, not about a GPU that may be there
+os.environ["PYTHONPATH"] = str(REPOSITORY)  # for the programs that the tests start, wherever pytest itself is started from
 
 
 LONGEST = ["slurm_growth", "train", "resize", "slurm_scripts", "stop", "grow", "planning", "baselines", "resume", "export"]
-LONGEST += ["paper_scripts", "architectures", "status", "evaluate"]
+LONGEST += ["faults", "paper_scripts", "architectures", "status", "evaluate", "limits"]
 
 
 def pytest_collection_modifyitems(items):

@@ -1,6 +1,8 @@
 """Ranks and devices: what is said about a GPU that torch cannot use; several processes end together."""
 
 import os
+import socket
+import threading
 
 import pytest
 from conftest import REPOSITORY, run_verb
@@ -66,3 +68,15 @@ def test_first_failing_process_ends_the_others_with_its_code(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     assert stages.launch(["train", "quickstart", "--run", "nothing"], 2) == 2
     assert stages.launch(["--help"], 2) == 0
+
+
+def test_a_port_that_the_job_before_still_holds_is_waited_for(monkeypatch):
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        held.listen()
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        threading.Timer(2, held.close).start()
+        store = dist._open_store("127.0.0.1", held.getsockname()[1])
+        store.set("key", "value")
+        assert store.get("key") == b"value"

@@ -16,7 +16,7 @@ from inheritune.dist import who_lags
 from inheritune.log import SPIKE_ROWS, Metrics
 from inheritune.rundir import RunDir, check_files, hash_folder, read_json, read_jsonl
 
-STAGES = [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
+STAGES = [pytest.param(stage, marks=pytest.mark.drill if stage in (1, 2) else pytest.mark.slow) for stage in range(4)]
 
 
 def faulty(path, root, when: str, **environment) -> tuple[list[int], str]:
@@ -127,7 +127,7 @@ def test_a_loss_spike_is_reported_once_and_nothing_else_is(tmp_path, caplog, mon
 # --- a rank that hangs ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["sleep", pytest.param("stopped", marks=pytest.mark.slow), "held"])
+@pytest.mark.parametrize("kind", ["sleep", *(pytest.param(kind, marks=pytest.mark.drill) for kind in ("stopped", "held"))])
 def test_a_rank_that_hangs_ends_the_job_with_every_stack_and_is_named(tmp_path, kind):
     path, root, run = make(tmp_path, stage=1)
     codes, said = faulty(path, root, f"{kind}@3:1", INHERITUNE_JOB=str(tmp_path / "job"))

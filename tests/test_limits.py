@@ -14,7 +14,6 @@ import pytest
 from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment
 from test_stop import make
 
-from inheritune import log
 from inheritune.config import Model, load_experiment
 from inheritune.inherit import write_random
 from inheritune.log import Metrics, start_wandb
@@ -70,21 +69,16 @@ def few_files(most: int, *words) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-def test_64_open_files_are_enough_for_a_run_and_too_few_for_many_shards(tmp_path, monkeypatch):
+def test_64_open_files_are_enough_for_a_run_of_many_shards(tmp_path, monkeypatch):
     path, root, run = make(tmp_path, steps=3)
     monkeypatch.setenv("INHERITUNE_ROOT", str(root))
-    done = few_files(64, "train", path, "--run", "reference")
-    assert done.returncode == 0 and run.is_done(), done.stdout + done.stderr
-    assert few_files(64, "inherit", "--source", run.final, "--layers", "0:1", "--out", tmp_path / "out").returncode == 0
-    assert few_files(64, "prepare", "quickstart", "--rehearse").returncode == 0
-    # a data set of a hundred shards: each is mapped, and stays open
     folder = data_dir(load_experiment(path))
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["splits"]["train"]["shards"] *= 50
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    run.done.unlink()
-    said = one_sentence(few_files(64, "train", path, "--run", "reference"))
-    assert "Too many open files" in said and "ulimit -n" in said
+    done = few_files(64, "train", path, "--run", "reference")
+    assert done.returncode == 0 and run.is_done(), done.stdout + done.stderr
+    assert few_files(64, "inherit", "--source", run.final, "--layers", "0:1", "--out", tmp_path / "out").returncode == 0
 
 
 # --- a folder that cannot be written --------------------------------------------------------------------------------------
@@ -121,10 +115,9 @@ def test_a_run_goes_on_where_wandb_cannot_be_reached(tmp_path):
     assert run.is_done() and "W&B could not start" in said and "0000" not in said
 
 
-def test_a_run_goes_on_when_wandbs_own_process_dies(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(log.logger, "propagate", True)
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    run = RunDir(tmp_path)
+def lose_wandb(folder: str) -> None:
+    """Log on while W&B's own process is killed; in a process of its own, since wandb keeps to the dead one."""
+    run = RunDir(Path(folder))
     mirror = start_wandb(run, load_experiment("quickstart"), "reference", "offline", "ours")
     metrics = Metrics(run, -1, mirror=mirror)
     metrics.add({"step": 1, "loss": 5.0})
@@ -134,5 +127,16 @@ def test_a_run_goes_on_when_wandbs_own_process_dies(tmp_path, caplog, monkeypatc
     for step in range(2, 50):
         metrics.add({"step": step, "loss": 5.0})
     metrics.close()
-    assert [row["step"] for row in read_jsonl(run.metrics)] == list(range(1, 50))
-    assert "W&B failed" in caplog.text and "metrics.jsonl is the record" in caplog.text
+    print("all is logged", flush=True)
+    os._exit(0)  # what W&B says at its own exit is its own affair
+
+
+def test_a_run_goes_on_when_wandbs_own_process_dies(tmp_path):
+    code = "import sys, logging, test_limits; logging.basicConfig(stream=sys.stdout); from inheritune.log import logger; "
+    code += "logger.propagate = True; test_limits.lose_wandb(sys.argv[1])"
+    environment = {**os.environ, "WANDB_DIR": str(tmp_path), "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0 and "all is logged" in done.stdout, done.stdout + done.stderr
+    assert [row["step"] for row in read_jsonl(RunDir(tmp_path).metrics)] == list(range(1, 50))
+    assert "W&B failed" in done.stdout and "metrics.jsonl is the record" in done.stdout

@@ -18,9 +18,8 @@ from inheritune.rundir import RunDir, read_json, read_jsonl
 from inheritune.sources import open_source
 from inheritune.tables import paper_folder
 
-# one for each kind of run and of drawing: starts from modules, distilled, from random; grown, attention, lazy layers; scores of
-# ours and of others' models; attention of others' models. Together they take three minutes on two cores.
-SHORT = ("table3_submodules", "fig17_distillation", "fig02_lazy_small", "table_openllama_commonsense", "table6_model_configs")
+# starts from modules, distilled, nothing to train; the drill runs them all
+SHORT = ("table3_submodules", "fig17_distillation", "table6_model_configs")
 LONG = [script.stem for script in SCRIPTS]
 
 
@@ -163,7 +162,7 @@ def test_submodules_start_with_these_tensors_of_the_reference():
         assert torch.equal(start["transformer.wte.weight"], reference["transformer.wte.weight"])
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_distilled_runs_learn_from_the_teacher_and_others_do_not():
     runs = made("gpt2_medium_owt", "reference", "kd_random", "kd_teacher", "kd_teacher_12", "random_16")
     steps = {name: [row for row in read_jsonl(run.metrics) if "loss" in row] for name, run in runs.items()}
@@ -181,7 +180,7 @@ def test_distilled_runs_learn_from_the_teacher_and_others_do_not():
     assert copied_from(weights(runs["kd_teacher_12"].init), teacher) == [0, 2, 4, 6]
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_lazy_layers_are_those_of_their_depth():
     runs = made("gpt2_small_owt", "reference", "layers_5_to_8", "layers_9_to_12", "inheritune")
     starts = [runs["inheritune"].stage(1).init, runs["layers_5_to_8"].init, runs["layers_9_to_12"].init]
@@ -190,7 +189,7 @@ def test_lazy_layers_are_those_of_their_depth():
     assert [read_json(start / "inherited.json")["layers"] for start in starts] == [[0, 1], [2], [3]]
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_stacked_hybrid_half_wide_and_placed_starts():
     runs = made("gpt2_medium_owt", "reference", "stacking_half", "stacking", "hybrid", "half_width", "lazy_deep_24")
     reference, half = weights(runs["reference"].final), weights(runs["stacking_half"].final)

@@ -39,7 +39,7 @@ def launch(jobs: list[dict], ranks: int, folder) -> None:
     """Run the jobs as srun's tasks on a Slurm of two nodes, or under torchrun where Slurm is missing."""
     (folder / f"jobs{ranks}.json").write_text(json.dumps(jobs))
     worker = [sys.executable, str(REPOSITORY / "tests/resize_worker.py"), str(folder / f"jobs{ranks}.json")]
-    environment = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    environment = {"OMP_NUM_THREADS": "1"}
     if shutil.which("slurmctld", path=os.environ["PATH"] + ":/usr/sbin"):
         with cluster(LAB_GPUS=0) as slurm:
             srun = ["srun", f"--nodes={min(ranks, 2)}", f"--ntasks={ranks}", "--export=ALL", "--kill-on-bad-exit=1"]

@@ -15,7 +15,7 @@ from tiny_models import config_of, logits, random_model, weights_of
 from transformers import AutoModelForCausalLM
 
 from inheritune import sources
-from inheritune.config import REPOSITORY, UserError
+from inheritune.config import UserError
 from inheritune.models import tensor_shapes
 from inheritune.rundir import write_json
 from inheritune.sources import CheckpointWriter, open_source, write_checkpoint
@@ -136,7 +136,7 @@ def test_only_the_tensor_asked_for_is_read(tmp_path, monkeypatch):
 def zero_checkpoints(tmp_path_factory) -> Path:
     """Checkpoints of real one- and two-rank runs, all stages (zero_worker.py), both launches at once."""
     out = tmp_path_factory.mktemp("zero")
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     worker = str(Path(__file__).with_name("zero_worker.py"))
     launches = []
     for ranks in (1, 2):

@@ -35,7 +35,7 @@ def make(folder, stage: int = 3, root=None, **train):
 def start(path, root, when: str, ranks: int = 2, worker="stop_worker.py", **environment) -> tuple[list[int], str]:
     """Run a worker on `ranks` ranks; those that rank 0 leaves behind are killed.  -> (exit codes, what they printed)"""
     common = {**os.environ, "INHERITUNE_ROOT": str(root), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-    common |= {"MASTER_PORT": str(free_port()), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment}
+    common |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", **environment}
     workers = [
         subprocess.Popen(
             [sys.executable, f"tests/{worker}", path, "reference", when], cwd=REPOSITORY, text=True,

@@ -98,8 +98,8 @@ def trained(request, tmp_path_factory):
 def launch(command: list[str], ranks: int, **environment) -> None:
     """Run a Python program under torchrun, as a user's launcher would."""
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command]
-    paths = {"PYTHONPATH": str(REPOSITORY), **{k: str(v) for k, v in environment.items()}}
-    done = subprocess.run(run, cwd=REPOSITORY, env={**os.environ, **paths}, capture_output=True, text=True, check=False)
+    added = {k: str(v) for k, v in environment.items()}
+    done = subprocess.run(run, cwd=REPOSITORY, env={**os.environ, **added}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
@@ -264,7 +264,7 @@ def test_deepspeeds_own_launcher_works(small, own_root):
         "--run",
         "reference",
     ]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "INHERITUNE_ROOT": str(own_root)}
+    environment = {**os.environ, "INHERITUNE_ROOT": str(own_root)}
     done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     run = RunDir.of(load_experiment(small), "reference")
     assert run.is_done(), done.stdout[-2000:] + done.stderr[-3000:]
