@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
+from random_shards import write_shards
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -91,22 +91,11 @@ def write_experiment(folder: Path, raw: dict, name: str = "small") -> str:
 
 def write_tokens(folder: Path, train_shards=(3000, 2500, 1500), val_tokens=1200, vocab=300, fingerprint="tiny") -> Path:
     """A prepared data folder with random tokens, in the form that `prepare` leaves."""
-    from inheritune.rundir import hash_file
     from inheritune.tokens import train_bpe
 
-    generator = np.random.default_rng(0)
-    splits = {}
     (folder / "tokenizer").mkdir(parents=True)
     train_bpe("bpe:300", [Path(__file__).read_text()], folder / "tokenizer")
-    for split, sizes in (("train", train_shards), ("val", (val_tokens,))):
-        shards = []
-        for number, size in enumerate(sizes):
-            # a random walk over the vocabulary: something can be learned from it
-            tokens = np.cumsum(generator.integers(0, 7, size=size)) % vocab
-            path = folder / f"{split}_{number:05d}.bin"
-            tokens.astype("<u2").tofile(path)
-            shards.append({"file": path.name, "tokens": size, "bytes": 2 * size, "xxh3": hash_file(path)})
-        splits[split] = {"tokens": sum(sizes), "documents": 1, "shards": shards}
+    splits = write_shards(folder, {"train": train_shards, "val": [val_tokens]}, vocab)
     manifest = {"fingerprint": fingerprint, "dtype": "<u2", "splits": splits, "tokenizer": {"vocab_size": vocab}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
@@ -142,3 +131,17 @@ def run_verb(*words, check=True, procs=1, **environment) -> subprocess.Completed
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def one_sentence(done: subprocess.CompletedProcess) -> str:
+    """What a refusal says: exit code 2, no traceback, one line that begins with the program's name."""
+    said = done.stdout + done.stderr
+    assert done.returncode == 2 and "Traceback" not in said, said
+    lines = [line for line in done.stderr.splitlines() if line.startswith("inheritune: ")]
+    assert len(lines) == 1, said
+    return lines[0]
+
+
+def refused(*words, **environment) -> str:
+    """The sentence with which `python -m inheritune WORDS` is refused."""
+    return one_sentence(run_verb(*words, check=False, **environment))

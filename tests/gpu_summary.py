@@ -7,7 +7,8 @@ from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
-from harness import describe, machine, markdown
+from harness import describe, machine
+from written import markdown
 
 from inheritune.config import load_experiment
 from inheritune.rundir import RunDir, read_json, read_jsonl

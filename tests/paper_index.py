@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from planned_tables import markdown, span
+from planned_tables import span
+from written import filled, markdown
 
 from inheritune import planning
 from inheritune.config import RECIPES
 from inheritune.paper import Item, load_experiments, load_item, missing
 
-BEGIN, END = "<!-- made by tests/paper_index.py -->", "<!-- end of what tests/paper_index.py makes -->"
 FILE = RECIPES / "README.md"
 
 
@@ -55,8 +55,8 @@ def document() -> str:
     """recipes/README.md with a current index."""
     scripts = sorted(RECIPES.glob("table*.sh")) + sorted(RECIPES.glob("fig*.sh"))
     heads = ["paper", "script", "runs of", "models", "GPU-hours", "B tokens", "the paper reports", "what differs"]
-    before, _, rest = FILE.read_text(encoding="utf-8").partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{markdown(heads, [row(script) for script in scripts])}\n\n{END}{rest.partition(END)[2]}"
+    made = markdown(heads, [row(script) for script in scripts])
+    return filled(FILE.read_text(encoding="utf-8"), "tests/paper_index.py", made)
 
 
 if __name__ == "__main__":

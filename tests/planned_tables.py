@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from written import filled, markdown
+
 from inheritune import planning
 from inheritune.config import RECIPES, REPOSITORY, load_experiment
 from inheritune.engine import load_json
 
-BEGIN, END = "<!-- made by tests/planned_tables.py -->", "<!-- end of what tests/planned_tables.py makes -->"
 SIZES = [("gpt2_small_owt", 12), ("gpt2_medium_owt", 24), ("gpt2_large_owt", 36), ("gpt2_xl_owt", 24), ("gpt2_xl_owt", 48)]
 SIZES += [("openllama_3b_1b", 13), ("openllama_7b", 6), ("llama2_7b", 7)]
 
@@ -20,10 +21,6 @@ def span(values: list[float]) -> str:
     """'38' or '38 to 47', rounded to what a reader needs."""
     ends = [f"{value:,.0f}" if value >= 10 else f"{value:.1f}" for value in (min(values), max(values))]
     return ends[0] if ends[0] == ends[1] else " to ".join(ends)
-
-
-def markdown(heads: list, rows: list[list]) -> str:
-    return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in [heads, ["---"] * len(heads), *rows])
 
 
 def experiments() -> dict[str, list[dict]]:
@@ -94,8 +91,7 @@ def documents() -> dict[Path, str]:
     texts = {}
     for folder, made in (("ds_configs", memory_table()), ("recipes", recipes_table()), ("slurm", slurm_table())):
         file = REPOSITORY / folder / "README.md"
-        before, _, rest = file.read_text(encoding="utf-8").partition(BEGIN)
-        texts[file] = f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.partition(END)[2]}"
+        texts[file] = filled(file.read_text(encoding="utf-8"), "tests/planned_tables.py", made)
     return texts
 
 

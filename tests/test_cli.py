@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment, write_tokens
+from conftest import REPOSITORY, experiment_dict, refused, run_verb, write_experiment, write_tokens
 
 from inheritune.config import load_experiment
 from inheritune.rundir import data_dir
@@ -25,15 +25,6 @@ engine planning checkpoint train evaluate stages paper tables figures status
 CORE_EXCLUDES = {"tokens", "documents", "prepare", "fetch"} | {"attention", "evaluate", "downstream"}
 CORE_EXCLUDES |= {"stages", "planning", "dslint"} | {"paper", "tables", "figures", "status", "export"}
 """Preparing, evaluating (losses and attention), planning and checking, reporting: what is left is the core."""
-
-
-def refused(*words, **environment) -> str:
-    done = run_verb(*words, check=False, **environment)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr + done.stdout
-    lines = [line for line in done.stderr.splitlines() if line.startswith("inheritune: ")]
-    assert len(lines) == 1, done.stderr
-    return lines[0]
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import yaml
-from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment, write_tokens
+from conftest import REPOSITORY, experiment_dict, refused, run_verb, write_experiment, write_tokens
 from hub_server import Hub
+from lm_eval_command import lm_eval_command, lm_eval_results
 from tiny_models import random_model
 
 from inheritune import models
@@ -73,34 +74,16 @@ def scores(results: dict) -> dict:
     return {(name, metric): value for name, row in rows for metric, value in row.items() if isinstance(value, dict)}
 
 
-def refused(*words, **variables) -> str:
-    done = run_verb(*words, check=False, **variables)
-    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
-    assert len([line for line in done.stderr.splitlines() if line.startswith("inheritune: ")]) == 1, done.stderr
-    return done.stderr
-
-
 def test_scores_are_those_of_the_lm_eval_command_on_one_rank_and_two(tmp_path, checkpoint):
     path = write_own(tmp_path, checkpoint)
     said = run_verb("evaluate", path, "--run", "theirs", **ALONE)
     ours = results_of(path)
     assert ours["validation"]["n"] == 16 and ours["layers"] == 3 and not ours["rehearsal"]
-    command = [
-        sys.executable,
-        "-m",
-        "lm_eval",
-        "run",
-        "--model",
-        "hf",
-        "--model_args",
-        f"pretrained={checkpoint},dtype=float32",
-    ]
-    command += ["--tasks", ",".join(task["task"] for task in OWN.values()), "--include_path", str(tmp_path / "own")]
-    command += ["--num_fewshot", "1", "--device", "cpu", "--batch_size", "3", "--output_path", str(tmp_path / "theirs")]
+    names, more = [task["task"] for task in OWN.values()], ("--num_fewshot", 1, "--device", "cpu", "--batch_size", 3)
+    command = lm_eval_command(checkpoint, names, tmp_path / "own", tmp_path / "theirs", *more)
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
     assert done.returncode == 0, done.stderr
-    (file,) = (tmp_path / "theirs").rglob("results_*.json")
-    theirs = json.loads(file.read_text())
+    theirs = lm_eval_results(tmp_path / "theirs")
     for name, task in OWN.items():
         values = theirs["results"][task["task"]]
         for metric in task["metrics"]:

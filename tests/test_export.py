@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment, write_tokens
-from test_cli import refused
+from conftest import REPOSITORY, experiment_dict, refused, run_verb, write_experiment, write_tokens
 from tiny_models import config_of, random_model, weights_of
 
 from inheritune import export as module

@@ -16,7 +16,7 @@ from inheritune.dist import who_lags
 from inheritune.log import SPIKE_ROWS, Metrics
 from inheritune.rundir import RunDir, check_files, hash_folder, read_json, read_jsonl
 
-STAGES = [pytest.param(stage, marks=pytest.mark.drill if stage in (1, 2) else pytest.mark.slow) for stage in range(4)]
+STAGES = [pytest.param(stage, marks=pytest.mark.slow if stage == 3 else pytest.mark.drill) for stage in range(4)]
 
 
 def faulty(path, root, when: str, **environment) -> tuple[list[int], str]:

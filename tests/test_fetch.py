@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import sentencepiece
-from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment
+from conftest import REPOSITORY, experiment_dict, refused, run_verb, write_experiment
 from hub_server import COMMIT, Hub
 from tiny_models import config_of, random_model
 
@@ -75,12 +75,6 @@ def environment(hub: Hub, tmp_path: Path, home: Path | None = None) -> dict:
         "HF_HUB_DISABLE_XET": 1,
         "HF_HUB_DISABLE_PROGRESS_BARS": 1,
     }
-
-
-def refused(*words, **variables) -> str:
-    done = run_verb(*words, check=False, **variables)
-    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
-    return done.stderr.strip().splitlines()[-1]
 
 
 def test_takes_what_is_needed_once_and_everything_works_offline_afterwards(request, tmp_path, files):

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment
+from conftest import REPOSITORY, experiment_dict, one_sentence, run_verb, write_experiment
 from test_stop import make
 
 from inheritune.config import Model, load_experiment
@@ -26,12 +26,6 @@ def limited(megabytes: int, *words) -> str:
     command = [sys.executable, "tests/limited_worker.py", str(megabytes), *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
     return one_sentence(done)
-
-
-def one_sentence(done: subprocess.CompletedProcess) -> str:
-    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("inheritune: ")]
-    return line
 
 
 # --- memory and open files ------------------------------------------------------------------------------------------------

@@ -20,12 +20,12 @@ TWO_NODES = {"GPUS": 2, "SITE_GPUS_PER_NODE": 1, "SITE_CPUS_PER_GPU": 1, "SITE_M
 STEPS = 40
 
 
-def make(folder: Path, root: Path, monkeypatch) -> tuple[str, RunDir, RunDir]:
+def make(folder: Path, root: Path, monkeypatch, steps: int = STEPS) -> tuple[str, RunDir, RunDir]:
     """An experiment that grows over two stages, its data, its root.  -> path, grown run, reference"""
     monkeypatch.setenv("INHERITUNE_ROOT", str(root))
     raw = experiment_dict()
     raw["train"] |= {
-        "steps": STEPS,
+        "steps": steps,
         "checkpoint_every": 10,
         "eval_every": 20,
         "keep_last": 2,
@@ -131,6 +131,28 @@ def test_two_arrays_do_not_meet_and_a_disturbed_one_ends_with_the_same_bits(slur
     assert verdicts[0] == verdicts[1]
     table = run_verb("table", path).stdout
     assert "Inheritune, stage 2" in table and "does not reach" in table
+
+
+@pytest.mark.drill
+def test_an_array_whose_tasks_meet_their_time_limit_ends_with_the_same_bits(slurm, tmp_path, monkeypatch):  # noqa: F811
+    """Limits of one minute, which Slurm itself keeps: it looks at them every 30 s."""
+    (tmp_path / "calm").mkdir(), (tmp_path / "wild").mkdir()
+    path, calm, calm_reference = make(tmp_path / "calm", tmp_path / "calm-root", monkeypatch, steps=1000)
+    run_verb("grow", path, "--run", "grown", procs=2)
+    path, wild, reference = make(tmp_path / "wild", tmp_path / "wild-root", monkeypatch, steps=1000)
+    array = slurm.submit(SLURM / "grow.sh", path, "grown", **TWO_NODES, ARRAY="1-20%1", SITE_TIME=1, SITE_LEAD=40)
+    records = slurm.wait(array, timeout=1500)
+    assert {record["JobState"] for record in records} == {"COMPLETED"} and wild.is_done(), slurm.logs()
+    assert {record["TimeLimit"] for record in records} == {"00:01:00"}
+    stops = []
+    for ours, theirs in [(reference, calm_reference), (wild.stage(1), calm.stage(1)), (wild.stage(2), calm.stage(2))]:
+        assert record(ours) == record(theirs), slurm.logs()
+        assert hash_folder(ours.final) == hash_folder(theirs.final)
+        starts = [start["resumed_at"] for start in read_json(ours.provenance)["starts"]]
+        assert starts[0] is None and None not in starts[1:]
+        stops += starts[1:]
+    assert any(step % 10 for step in stops), f"no limit struck between two checkpoints: {stops}"
+    print(f"limits met at steps {stops}")
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ what makes maps at all) and of the fused one. Every contestant that has ranks wr
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -51,18 +52,18 @@ def by_svd(work: dict, folder: Path) -> dict:
     """output_attentions=True and torch.linalg.svd, head by head; k* by the definition."""
     import torch
 
-    model, windows = loaded(work, folder)
-    ranks = []
-    with clock() as measured, torch.inference_mode():
-        for batch in windows.split(BATCH):
-            maps = model.base_model(input_ids=batch, use_cache=False, output_attentions=True).attentions
-            ranks.append([[[_k_star(torch.linalg.svd(head)[1]) for head in one] for one in layer] for layer in maps])
-    means = np.concatenate(ranks, axis=1).mean(axis=1)  # (L, N, H) -> (L, H)
-    return measured | compared(folder, means)
+    return by_maps(work, folder, lambda layer: [[torch.linalg.svd(head)[1] for head in one] for one in layer])
 
 
 def batched(work: dict, folder: Path) -> dict:
     """output_attentions=True and one svdvals per layer."""
+    import torch
+
+    return by_maps(work, folder, torch.linalg.svdvals)
+
+
+def by_maps(work: dict, folder: Path, spectra: Callable) -> dict:
+    """Ranks from the maps that the model returns. `spectra`: (N, H, T, T) of a layer -> singular values (N, H, T)."""
     import torch
 
     model, windows = loaded(work, folder)
@@ -70,8 +71,9 @@ def batched(work: dict, folder: Path) -> dict:
     with clock() as measured, torch.inference_mode():
         for batch in windows.split(BATCH):
             maps = model.base_model(input_ids=batch, use_cache=False, output_attentions=True).attentions
-            ranks.append([[[_k_star(head) for head in one] for one in torch.linalg.svdvals(layer)] for layer in maps])
-    return measured | compared(folder, np.concatenate(ranks, axis=1).mean(axis=1))
+            ranks.append([[[_k_star(head) for head in one] for one in spectra(layer)] for layer in maps])
+    means = np.concatenate(ranks, axis=1).mean(axis=1)  # (L, N, H) -> (L, H)
+    return measured | compared(folder, means)
 
 
 def _k_star(singular) -> int:

@@ -7,10 +7,10 @@ model once for all of them, and both must give the same scores. Times are those 
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 from harness import Case, Goal, clock, main, over, run, verb, write_experiment, write_tokens
+from lm_eval_command import lm_eval_command, lm_eval_results
 
 TASKS = {
     "choice": {"task": "rehearsal_choice", "metrics": ["acc"]},
@@ -67,23 +67,12 @@ def ours(work: dict, folder: Path) -> dict:
 
 
 def lm_eval(work: dict, folder: Path, *more) -> dict:
-    place, names = folder / "downstream", ",".join(task["task"] for task in TASKS.values())
+    place, names = folder / "downstream", [task["task"] for task in TASKS.values()]
     shutil.rmtree(place / "theirs", ignore_errors=True)
-    command = [
-        sys.executable,
-        "-m",
-        "lm_eval",
-        "run",
-        "--model",
-        "hf",
-        "--model_args",
-        f"pretrained={place / 'model'},dtype=float32",
-    ]
-    command += ["--tasks", names, "--include_path", place / "tasks", "--output_path", place / "theirs", *more]
+    command = lm_eval_command(place / "model", names, place / "tasks", place / "theirs", *more)
     with clock() as measured:
         run(*command, **OFFLINE)
-    (file,) = (place / "theirs").rglob("results_*.json")
-    rows = json.loads(file.read_text())["results"]
+    rows = lm_eval_results(place / "theirs")["results"]
     return measured | {f"score_{name}": rows[its["task"]][f"{its['metrics'][0]},none"] for name, its in TASKS.items()}
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import prepare
 import train_step
 from harness import HERE, Case, spread
+from written import markdown
 
 
 def only_ours(case: Case, name: str, amount: float) -> Case:
@@ -71,7 +72,7 @@ def table(results: list[dict]) -> str:
     for part, its in curves(results).items():
         for size, seconds, peaks in zip(its["sizes"], its["seconds"], its["peak_mb"], strict=True):
             rows.append([part, f"{size:.3g} {PARTS[part]}", spread(seconds), spread(peaks), f"{its['exponent']:.2f}"])
-    return harness.markdown(["part", "size", "seconds", "peak MB", "exponent of all four"], rows)
+    return markdown(["part", "size", "seconds", "peak MB", "exponent of all four"], rows)
 
 
 def plot(results: list[dict], path) -> None:

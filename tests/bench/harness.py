@@ -26,11 +26,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
-import numpy as np
-
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
-sys.path.insert(0, str(REPOSITORY))
+sys.path[:0] = [str(REPOSITORY), str(HERE.parent)]
+from random_shards import write_shards  # noqa: E402
+from written import markdown  # noqa: E402
+
 MARK = "BENCH "  # begins the line on which a turn prints what it measured
 Turns = dict[str, list[dict]]
 """{contestant: what it measured in each turn}; a turn that failed holds `error` alone."""
@@ -118,17 +119,12 @@ def verb(*words, **environment) -> None:
 
 def write_tokens(folder: Path, train: int, val: int, vocabulary: int, shard: int = 100_000_000) -> None:
     """A prepared data folder of tokens that a model can learn something from (a random walk over the vocabulary)."""
-    from inheritune.rundir import hash_file, write_json
+    from inheritune.rundir import write_json
 
-    generator, splits = np.random.default_rng(0), {}
     (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
-    for split, count in (("train", train), ("val", val)):
-        shards = []
-        for first in range(0, count, shard):
-            size, path = min(shard, count - first), folder / f"{split}_{first // shard:05d}.bin"
-            (generator.integers(0, 7, size=size).cumsum() % vocabulary).astype("<u2").tofile(path)
-            shards.append({"file": path.name, "tokens": size, "bytes": 2 * size, "xxh3": hash_file(path)})
-        splits[split] = {"tokens": count, "documents": 1, "shards": shards}
+    counts = {"train": train, "val": val}
+    sizes = {split: [min(shard, count - first) for first in range(0, count, shard)] for split, count in counts.items()}
+    splits = write_shards(folder, sizes, vocabulary)
     tokenizer = {"vocab_size": vocabulary}
     write_json(folder / "manifest.json", {"fingerprint": "bench", "dtype": "<u2", "splits": splits, "tokenizer": tokenizer})
 
@@ -364,11 +360,6 @@ def goal_rows(result: dict) -> list[list[str]]:
         verdict = {True: "met", False: "missed", None: ""}[goal["met"]]
         rows.append([f"{result['part']}: {result['case']}", goal["what"], bound, measured, verdict])
     return rows
-
-
-def markdown(heads: list[str], rows: list[list[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 HEADS = ["part", "contestant", "seconds", "CPU seconds", "peak MB"]

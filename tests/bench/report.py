@@ -1,12 +1,11 @@
 """Writes the tables of tests/bench/README.md from results/*.json: python tests/bench/report.py"""
 
 import json
-import re
 
 import growth
-from harness import GOAL_HEADS, HEADS, HERE, goal_rows, markdown, rows_of
+from harness import GOAL_HEADS, HEADS, HERE, goal_rows, rows_of
+from written import filled, markdown
 
-BEGIN, END = "<!-- made by tests/bench/report.py -->", "<!-- end of what tests/bench/report.py makes -->"
 ORDER = ("train_step", "prepare", "inherit", "analyze", "batches", "checkpoint", "startup", "downstream")
 
 
@@ -48,9 +47,7 @@ def text() -> str:
 
 def main() -> None:
     readme = HERE / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    after = re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{text()}\n{END}", before, flags=re.DOTALL)
-    readme.write_text(after, encoding="utf-8")
+    readme.write_text(filled(readme.read_text(encoding="utf-8"), "tests/bench/report.py", text()), encoding="utf-8")
 
 
 if __name__ == "__main__":
