@@ -142,7 +142,7 @@ def left(tmp_path_factory):
     """(root, what was printed) of a real growth with W&B offline, begun under umask 000 with secrets in the environment."""
     folder = tmp_path_factory.mktemp("left")
     raw = experiment_dict()
-    raw["data"] |= {"max_tokens": 20_000, "shard_tokens": 8000}
+    raw["data"] |= {"max_tokens": 100_000, "shard_tokens": 40_000, "validation": {"fraction": 0.2}}
     raw["train"]["wandb"] = "offline"
     raw["runs"]["grown"]["grow"]["margin"] = 9.0  # parity at once: one stage
     path = write_experiment(folder, raw)
