@@ -146,7 +146,7 @@ load_software() {
 }
 
 # The Python next to srun: the environment's, or the host's where the tasks run in an image.
-host_python() { if [ -n "$SITE_APPTAINER" ]; then python3 "$@"; else python "$@"; fi; }
+if [ -n "$SITE_APPTAINER" ]; then host_python=python3; else host_python=python; fi
 
 export_environment() {
   local cache
@@ -229,7 +229,8 @@ begin() {
 
 # --- running, and what comes after
 
-# Run "$@" (srun, or the program that starts it) to its end, then decide: finished, go on, or failed. Does not return.
+# Run "$@" (srun, or the program that starts it) to its end, then decide: finished, go on, or failed. Does not return. No shell
+# function: that would run in a shell of its own, which USR1 ends, and the tasks would learn of the time limit by Slurm's TERM.
 work() {
   local child code=0
   signalled=$early
@@ -481,7 +482,7 @@ run_folder() {
 
 # The names of an experiment's runs, one a line: "all", or "baselines" (trained, not grown, and not the reference).
 runs_of() {
-  host_python "$slurm_folder/runs.py" "$@"
+  "$host_python" "$slurm_folder/runs.py" "$@"
 }
 
 # One array task for each of the experiment's runs of a kind (see runs_of), unless ARRAY says otherwise.
@@ -507,7 +508,7 @@ run_of_task() {
   fi
 }
 
-check() { host_python -m inheritune check "$1" --run "$2" "${@:3}" || fail $?; }
+check() { "$host_python" -m inheritune check "$1" --run "$2" "${@:3}" || fail $?; }
 
 # shellcheck disable=SC2086 # INHERITUNE_LAUNCH is a list of plain words
 launch() { work $INHERITUNE_LAUNCH python -m inheritune "$@"; }
@@ -529,7 +530,7 @@ grow() {
   read_arguments 2 "EXPERIMENT RUN [--seed K] [--ds FILE]" "$@"
   stop_file=$(run_folder "${words[@]}")/STOP
   start "grow ${words[0]}, run ${words[1]}${flags[*]:+ ${flags[*]}}: one slot of the growth"
-  work host_python -m inheritune grow "${words[0]}" --run "${words[1]}" --slot ${flags[@]+"${flags[@]}"}
+  work "$host_python" -m inheritune grow "${words[0]}" --run "${words[1]}" --slot ${flags[@]+"${flags[@]}"}
 }
 
 baselines() {
@@ -582,5 +583,5 @@ fetch() {
   kind=fetch
   read_arguments 1 "EXPERIMENT" "$@"
   load_software
-  host_python -m inheritune fetch "${words[0]}" ${flags[@]+"${flags[@]}"}
+  "$host_python" -m inheritune fetch "${words[0]}" ${flags[@]+"${flags[@]}"}
 }

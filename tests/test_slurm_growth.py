@@ -125,7 +125,8 @@ def test_two_arrays_do_not_meet_and_a_disturbed_one_ends_with_the_same_bits(slur
     assert all(0 < at < STEPS for steps in by_run.values() for at in steps)
     # the kill struck between two checkpoints: what came after the newest was done again
     assert [row["step"] for row in read_jsonl(reference.discarded_metrics)][0] == 11
-    # USR1 saved at the very step
+    # USR1 saved at the very step, and reached the tasks as such
+    assert "(SIGUSR1), all saved" in slurm.logs() and "before the tasks had started" not in slurm.logs()
     assert read_json(wild.stage(1).provenance)["starts"][1]["resumed_at"] >= 14
     verdicts = [read_json(run.done) for run in (wild, calm)]
     assert verdicts[0] == verdicts[1]
@@ -137,13 +138,14 @@ def test_two_arrays_do_not_meet_and_a_disturbed_one_ends_with_the_same_bits(slur
 def test_an_array_whose_tasks_meet_their_time_limit_ends_with_the_same_bits(slurm, tmp_path, monkeypatch):  # noqa: F811
     """Limits of one minute, which Slurm itself keeps: it looks at them every 30 s."""
     (tmp_path / "calm").mkdir(), (tmp_path / "wild").mkdir()
-    path, calm, calm_reference = make(tmp_path / "calm", tmp_path / "calm-root", monkeypatch, steps=1000)
+    path, calm, calm_reference = make(tmp_path / "calm", tmp_path / "calm-root", monkeypatch, steps=80)
     run_verb("grow", path, "--run", "grown", procs=2)
-    path, wild, reference = make(tmp_path / "wild", tmp_path / "wild-root", monkeypatch, steps=1000)
-    array = slurm.submit(SLURM / "grow.sh", path, "grown", **TWO_NODES, ARRAY="1-20%1", SITE_TIME=1, SITE_LEAD=40)
+    path, wild, reference = make(tmp_path / "wild", tmp_path / "wild-root", monkeypatch, steps=80)
+    array = slurm.submit(SLURM / "grow.sh", path, "grown", **TWO_NODES, ARRAY="1-30%1", SITE_TIME=1, SITE_LEAD=40)
     records = slurm.wait(array, timeout=1500)
     assert {record["JobState"] for record in records} == {"COMPLETED"} and wild.is_done(), slurm.logs()
     assert {record["TimeLimit"] for record in records} == {"00:01:00"}
+    assert "(SIGUSR1), all saved" in slurm.logs() and "(SIGTERM), all saved" not in slurm.logs()
     stops = []
     for ours, theirs in [(reference, calm_reference), (wild.stage(1), calm.stage(1)), (wild.stage(2), calm.stage(2))]:
         assert record(ours) == record(theirs), slurm.logs()
