@@ -86,11 +86,24 @@ def start() -> None:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would compile for half a minute, or fail without g++
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    _import_muon()
     if device().type == "cuda":
         torch.cuda.set_device(device())
     if not torch.distributed.is_initialized():
         _meet()
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+
+
+def _import_muon() -> None:
+    """DeepSpeed's engine imports its Muon at every start, whose decorators would load torch's compiler: seconds, for an
+    optimizer that no run uses. Imported here first, undecorated, it costs nothing."""
+    from deepspeed.runtime import compiler
+
+    usual, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+    try:
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        compiler.compile = usual
 
 
 def patience_s() -> float:

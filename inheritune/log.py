@@ -16,6 +16,7 @@ import uuid
 from collections import deque
 from importlib.metadata import PackageNotFoundError, version
 
+import psutil
 from tqdm import tqdm
 
 from inheritune.config import REPOSITORY, Experiment, UserError, read_yaml
@@ -231,6 +232,27 @@ def record_provenance(run_dir: RunDir, **facts) -> None:
         }
     )
     write_json(run_dir.provenance, {"starts": starts})
+
+
+class StartClock:
+    """Seconds of a start by part: from the beginning of the process, or of a later job in it, to the end of the first step."""
+
+    def __init__(self, first: bool):
+        self.parts: dict[str, float] = {}
+        self._last = psutil.Process().create_time() if first else time.time()
+
+    def end(self, part: str) -> None:
+        """`part` ends now."""
+        now = time.time()
+        self.parts[part], self._last = round(now - self._last, 2), now
+
+    def record(self, run_dir: RunDir) -> None:
+        """Say it, and add it to this start in provenance.json."""
+        shown = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.parts.items())
+        logger.info("the first step ended %.1f s after the start: %s", sum(self.parts.values()), shown)
+        starts = read_json(run_dir.provenance)["starts"]
+        starts[-1]["start_s"] = self.parts
+        write_json(run_dir.provenance, {"starts": starts})
 
 
 def git_commit() -> str | None:

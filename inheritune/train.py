@@ -31,7 +31,7 @@ from inheritune.engine import (
     zero_stage,
 )
 from inheritune.inherit import extend, halve, inherit, write_random
-from inheritune.log import Metrics, logger, progress, record_provenance, setup, start_wandb
+from inheritune.log import Metrics, StartClock, logger, progress, record_provenance, setup, start_wandb
 from inheritune.models import build, count_parameters, flops_per_token, hf_config
 from inheritune.rundir import RunDir, data_dir, finished_weights, node, read_json, write_json, write_text
 from inheritune.sources import open_source
@@ -115,9 +115,12 @@ def train_job(job: Job, ds: str | None = None) -> None:
     dist.tell_run(job.dir.path)
     path = ds or job.settings.deepspeed
     settings = load_json(path)
+    clock = StartClock(first=not torch.distributed.is_initialized())
+    clock.end("imports")
     dist.start()
     setup()
     preflight = dist.preflight(data_dir(job.experiment))
+    clock.end("preflight")
     tokens = Tokens.of(job.experiment, "train")
     check_vocabulary(tokens.vocab_size, job.experiment.model.vocab_size, f"model.vocab_size of {job.experiment.name}")
     check_some_shards(tokens.folder)
@@ -125,8 +128,11 @@ def train_job(job: Job, ds: str | None = None) -> None:
     trainer = Trainer(job, settings, tokens)
     for warning in dslint.report(path, dslint.lint(settings, job.experiment.model, trainer.train, dist.world())):
         logger.warning("%s", warning) if dist.rank() == 0 else None
+    clock.end("data")
     lock = rundir.Lock(job.dir.path)
     dist.on_rank0(lock.acquire)
+    clock.end("lock")
+    trainer.clock = clock
     try:
         if not dist.on_rank0(job.dir.is_done):  # another job may have finished it while this one waited
             with dist.Watchdog(dist.patience_s() * 3 / 4) as trainer.watch:  # it speaks before the collectives give up
@@ -254,12 +260,14 @@ class Trainer:
             raise dist.Stopped(f"{job.title()} did not start: {self.why}", again="STOP" not in self.why)
         resume = checkpoint.find(run_dir)
         resized = resume is not None and checkpoint.is_resize(run_dir, resume, self.settings)
+        self.clock.end("hashes of checkpoints")
         dist.on_rank0(rundir.remove_leftovers, run_dir.path)
         self.watch.at("loading the start or a checkpoint")
         start = dist.on_rank0(prepare_start, job)
         if resume is None:
             dist.on_rank0(rundir.check_files, start, rundir.marked_files(start / "inherited.json"))
         source = open_source(str(start))
+        self.clock.end("making the start")
         if self.teacher:
             self.teacher.load(source.config, self.length, self.train.precision, self.device)
         setup(run_dir)
@@ -271,10 +279,12 @@ class Trainer:
         self.engine = start_engine(
             source.config, weights, self.settings, self.train, self.share.micro_batch, self.share.accumulation
         )
+        self.clock.end("engine")
         state = {"step": 0, "tokens": 0, "data": self.tokens.fingerprint, "evaluated": -1}
         if resume is not None:
             state = (checkpoint.restore_resized if resized else checkpoint.restore)(self.engine, run_dir, resume)
             logger.info("resumed at step %d of %d", state["step"], self.train.steps)
+        self.clock.end("checkpoint")
         if state["step"] < self.train.steps:
             checkpoint.check_room(self.engine, run_dir)  # now, not after the first thousand steps
         self.saved = state["step"] if resume is not None else 0  # step of the newest checkpoint
@@ -295,6 +305,7 @@ class Trainer:
         engine.train()
         bar = progress(desc="training", unit="step", total=train.steps, initial=state["step"])
         go_on = self._between_steps(state)  # an earlier start may have stopped before what was due at this step
+        self.clock.end("validation")
         self.held, t0, steps_since = {}, time.perf_counter(), 0
         while go_on and state["step"] < train.steps:
             step = state["step"] + 1
@@ -321,6 +332,9 @@ class Trainer:
             state["step"], state["tokens"] = step, step * step_tokens
             bar.update()
             steps_since += 1
+            if "first step" not in self.clock.parts:
+                self.clock.end("first step")
+                dist.rank() == 0 and self.clock.record(self.job.dir)
 
             if engine.was_step_applied():
                 self.bad = []

@@ -10,17 +10,18 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, experiment_dict, write_experiment, write_tokens
+from conftest import REPOSITORY, experiment_dict, free_port, write_experiment, write_tokens
 
 from inheritune.batches import Order, Tokens
 from inheritune.config import load_experiment
 from inheritune.engine import learning_rate
 from inheritune.models import build, linear_weights
-from inheritune.rundir import RunDir, data_dir, read_jsonl
+from inheritune.rundir import RunDir, data_dir, read_json, read_jsonl
 from inheritune.sources import open_source
 
 STEPS = 50
@@ -248,24 +249,26 @@ def test_activation_checkpointing_and_compile_leave_the_losses_alone(tmp_path, o
 
 
 @pytest.mark.slow
+def test_a_start_does_not_load_torchs_compiler(small):
+    """Which takes longer than everything else that a start of this size does (DeepSpeed's Muon asks for it)."""
+    code = "import sys; from inheritune import train; train.train(sys.argv[1], 'reference'); "
+    code += "print('loaded:', 'torch._inductor.compile_fx' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, small], capture_output=True, text=True, check=True)
+    assert "loaded: False" in done.stdout
+
+
+@pytest.mark.slow
 def test_deepspeeds_own_launcher_works(small, own_root):
     """It adds --local_rank to the command line, which is taken as said by the environment."""
-    launcher = shutil.which("deepspeed")
-    command = [
-        launcher,
-        "--num_gpus",
-        "2",
-        "--master_port",
-        "29871",
-        "--module",
-        "inheritune",
-        "train",
-        small,
-        "--run",
-        "reference",
-    ]
-    environment = {**os.environ, "INHERITUNE_ROOT": str(own_root)}
-    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    words = ["--num_gpus=2", f"--master_port={free_port()}", "--module", "inheritune", "train", small, "--run", "reference"]
+    began = time.time()
+    done = subprocess.run([shutil.which("deepspeed"), *words], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     run = RunDir.of(load_experiment(small), "reference")
     assert run.is_done(), done.stdout[-2000:] + done.stderr[-3000:]
-    assert json.loads(run.provenance.read_text())["starts"][0]["ranks"] == 2
+    (start,) = read_json(run.provenance)["starts"]
+    assert start["ranks"] == 2
+    # what the start took, by part
+    took = list(start["start_s"].values())
+    assert list(start["start_s"])[0] == "imports" and list(start["start_s"])[-1] == "first step"
+    assert min(took) >= 0 and 1 < sum(took) < time.time() - began
+    assert f"the first step ended {sum(took):.1f} s after the start: imports {took[0]:.1f}," in run.log.read_text()
