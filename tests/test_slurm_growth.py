@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from pathlib import Path
+from statistics import median
 
 import pytest
 from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment, write_tokens
@@ -136,15 +137,19 @@ def test_two_arrays_do_not_meet_and_a_disturbed_one_ends_with_the_same_bits(slur
 
 @pytest.mark.drill
 def test_an_array_whose_tasks_meet_their_time_limit_ends_with_the_same_bits(slurm, tmp_path, monkeypatch):  # noqa: F811
-    """Limits of one minute, which Slurm itself keeps: it looks at them every 30 s."""
-    (tmp_path / "calm").mkdir(), (tmp_path / "wild").mkdir()
-    path, calm, calm_reference = make(tmp_path / "calm", tmp_path / "calm-root", monkeypatch, steps=80)
+    """Limits of two minutes, which Slurm itself keeps: it looks at them every 30 s. Each model takes about 100 s of steps."""
+    for name in ("try", "calm", "wild"):
+        (tmp_path / name).mkdir()
+    path, _, tried = make(tmp_path / "try", tmp_path / "try-root", monkeypatch, steps=20)
+    run_verb("train", path, "--run", "reference", procs=2)
+    steps = int(100 / median(row["step_s"] for row in read_jsonl(tried.metrics) if "loss" in row))
+    path, calm, calm_reference = make(tmp_path / "calm", tmp_path / "calm-root", monkeypatch, steps)
     run_verb("grow", path, "--run", "grown", procs=2)
-    path, wild, reference = make(tmp_path / "wild", tmp_path / "wild-root", monkeypatch, steps=80)
-    array = slurm.submit(SLURM / "grow.sh", path, "grown", **TWO_NODES, ARRAY="1-30%1", SITE_TIME=1, SITE_LEAD=40)
+    path, wild, reference = make(tmp_path / "wild", tmp_path / "wild-root", monkeypatch, steps)
+    array = slurm.submit(SLURM / "grow.sh", path, "grown", **TWO_NODES, ARRAY="1-30%1", SITE_TIME=2, SITE_LEAD=40)
     records = slurm.wait(array, timeout=1500)
     assert {record["JobState"] for record in records} == {"COMPLETED"} and wild.is_done(), slurm.logs()
-    assert {record["TimeLimit"] for record in records} == {"00:01:00"}
+    assert {record["TimeLimit"] for record in records} == {"00:02:00"}
     assert "(SIGUSR1), all saved" in slurm.logs() and "(SIGTERM), all saved" not in slurm.logs()
     stops = []
     for ours, theirs in [(reference, calm_reference), (wild.stage(1), calm.stage(1)), (wild.stage(2), calm.stage(2))]:
