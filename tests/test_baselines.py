@@ -20,7 +20,7 @@ from inheritune.config import Model, UserError, load_experiment
 from inheritune.engine import learning_rate
 from inheritune.inherit import half_config, halve, inherit, write_random
 from inheritune.models import architecture, build, count_parameters, flops_per_token, hf_config, linear_weights, seeded
-from inheritune.rundir import RunDir, data_dir, read_json, read_jsonl
+from inheritune.rundir import RunDir, data_dir, hash_folder, read_json, read_jsonl, write_json
 from inheritune.sources import open_source
 
 KINDS = ("paper", "public", "llama", "llama_tied")
@@ -473,11 +473,14 @@ def test_resumed_distillation_is_the_unbroken_one_and_needs_the_same_teacher(run
     shutil.rmtree(run.final)
     shutil.rmtree(run.checkpoint(12)) if run.checkpoint(12).exists() else None
     victim = next(teacher.final.glob("model-*.safetensors"))
-    saved = victim.read_bytes()
-    victim.write_bytes(saved[:-4] + b"\0\0\0\1")
+    saved = {file: file.read_bytes() for file in (victim, teacher.done, teacher.results)}
+    victim.write_bytes(saved[victim][:-4] + b"\0\0\0\1")  # as if trained again
+    write_json(teacher.done, {"final": hash_folder(teacher.final)})
+    write_json(teacher.results, read_json(teacher.results) | {"weights": teacher.weights_hash()})
     refused = run_verb("train", path, "--run", "taught_3", procs=2, check=False)
     assert refused.returncode == 2 and "whose weights are not those of" in refused.stderr and "Traceback" not in refused.stderr
-    victim.write_bytes(saved)
+    for file, content in saved.items():
+        file.write_bytes(content)
     again = run_verb("train", path, "--run", "taught_3", procs=2)
     assert "resumed at step 8" in again.stdout
     now = [{k: v for k, v in row.items() if not re.search("_s$|memory|mfu", k)} for row in read_jsonl(run.metrics)]
