@@ -114,6 +114,7 @@ def test_stages_and_kept_weights_have_names_and_results_of_their_own(tmp_path, c
     for stage in (1, 2):
         shutil.copytree(checkpoint, run.stage(stage).final)
         write_json(run.stage(stage).done, {"final": {}})
+        write_json(run.stage(stage).results, {})
     write_json(run.done, {"stage": 2, "layers": 3})
     write_model(run.stage(1).kept(4), seed=2)
     run_verb("evaluate", path, "--run", "grown/stage1,grown,grown/stage1@4", "--tasks", "choice", **ALONE)
