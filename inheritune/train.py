@@ -16,8 +16,8 @@ import yaml
 from inheritune import checkpoint, dist, dslint, rundir, validate
 from inheritune.batches import Order, Share, Tokens, check_some_shards, read_share
 from inheritune.config import RESUMABLE_KEYS, Experiment, Run, Train, UserError, load_experiment, read_yaml
+from inheritune.distil import Teacher
 from inheritune.engine import (
-    fill,
     gradient_norm,
     held_bytes,
     learning_rate,
@@ -32,7 +32,7 @@ from inheritune.engine import (
 )
 from inheritune.inherit import extend, halve, inherit, write_random
 from inheritune.log import Metrics, StartClock, logger, progress, record_provenance, setup, start_wandb
-from inheritune.models import build, count_parameters, flops_per_token, hf_config
+from inheritune.models import count_parameters, flops_per_token, hf_config
 from inheritune.rundir import RunDir, data_dir, finished_weights, node, read_json, write_json, write_text
 from inheritune.sources import open_source
 from inheritune.tokens import check_vocabulary
@@ -193,40 +193,6 @@ def source_of(job: Job, source: str, revision: str | None) -> tuple[str, str | N
     return source, revision
 
 
-class Teacher:
-    """The model whose logits a distilled run learns: plain, frozen and whole on every rank (an engine of its own would save
-    memory only where the teacher does not fit beside the student; GPT-2 Medium takes 1.4 GB in fp32), in the student's
-    precision."""
-
-    def __init__(self, job: Job):
-        """Raises UserError, on every rank, if it is a run of the file that is not finished or cannot be read."""
-        self.alpha, self.temperature = job.run.distil.alpha, job.run.distil.temperature
-        self.source = open_source(*dist.on_rank0(source_of, job, job.run.distil.teacher, job.run.distil.revision))
-        self.files = dist.on_rank0(lambda: rundir.hash_folder(self.source.folder, only=self.source.files()))
-
-    def load(self, student, length: int, precision: str, device) -> None:
-        """Build it and fill it; `student` is the student's configuration, `length` that of its sequences in tokens.
-
-        Raises UserError if the teacher's vocabulary is not the student's or it has too few positions."""
-        config = self.source.config
-        positions = getattr(config, "max_position_embeddings", length)  # Bloom has no limit
-        if config.vocab_size != student.vocab_size or positions < length:
-            raise UserError(
-                f"the teacher {self.source.folder} has {config.vocab_size} tokens and {positions} positions, the student "
-                f"{student.vocab_size} tokens and sequences of {length}; use a teacher that fits"
-            )
-        self.model = build(config)
-        fill(self.model, self.source, stage=0)
-        self.model.to(device, torch.bfloat16 if precision == "bf16" else torch.float32).requires_grad_(False).eval()
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16_autocast")
-
-    def divergences(self, windows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Of each token of (M, T + 1) windows, from the student's logits (M, T, V) on.  -> (M, T)"""
-        with torch.no_grad(), self.autocast:
-            theirs = self.model(input_ids=windows[:, :-1], use_cache=False).logits  # (M, T, V)
-        return validate.token_divergences(logits, theirs, self.temperature)
-
-
 class Trainer:
     """One job on this launch's ranks: its data, engine and record."""
 
@@ -253,7 +219,9 @@ class Trainer:
         """Everything from the start checkpoint to DONE. Raises dist.Stopped, with all saved, when asked to leave before."""
         job, run_dir = self.job, self.job.dir
         self.lock = lock
-        self.teacher = Teacher(job) if job.run.distil else None
+        self.teacher = None
+        if distil := job.run.distil:
+            self.teacher = Teacher(distil, *dist.on_rank0(source_of, job, distil.teacher, distil.revision))
         dist.on_rank0(self._check_same_experiment)
         dist.on_rank0(self._check_reference)
         if self._asked_to_stop():
