@@ -17,8 +17,9 @@ class Teacher:
     def __init__(self, settings: Distil, source: str, revision: str | None):
         """Raises UserError, on every rank, if `source` (path or id) cannot be read."""
         self.alpha, self.temperature = settings.alpha, settings.temperature
-        self.source = open_source(source, revision)
-        self.files = dist.on_rank0(lambda: rundir.hash_folder(self.source.folder, only=self.source.files()))
+        dist.on_rank0(lambda: bool(open_source(source, revision)))  # compares the hashes, once for all ranks
+        self.source = open_source(source, revision, check=False)
+        self.files = dist.on_rank0(rundir.hash_folder, self.source.folder, only=self.source.files())
 
     def load(self, student, length: int, precision: str, device) -> None:
         """Build it and fill it; `student` is the student's configuration, `length` that of its sequences in tokens.

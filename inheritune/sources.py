@@ -480,12 +480,12 @@ def _split(stored: dict[str, Stored], pieces: dict[str, tuple[Shape, dict[str, S
                 position += count
 
 
-def open_source(path_or_id: str | Path, revision: str | None = None) -> Source:
+def open_source(path_or_id: str | Path, revision: str | None = None, check: bool = True) -> Source:
     """Open a folder of Hugging Face or DeepSpeed weights, or a Hub id (downloaded or from the cache), reading headers only.
 
-    A folder of our own making is compared with its hashes, torch files with their checksums. Raises UserError if there is no
-    such folder or model, if files are missing, cut off, damaged, left over or unsafe, or if the tensors are not those that the
-    config describes."""
+    A folder of our own making is compared with its hashes (unless `check` is False: one rank did so for all), torch files with
+    their checksums. Raises UserError if there is no such folder or model, if files are missing, cut off, damaged, left over or
+    unsafe, or if the tensors are not those that the config describes."""
     folder = Path(path_or_id).expanduser()
     if folder.is_file():
         raise UserError(f"source '{path_or_id}' is a file; give the folder that holds it and config.json")
@@ -495,7 +495,8 @@ def open_source(path_or_id: str | Path, revision: str | None = None) -> Source:
         origin, commit = str(path_or_id), folder.name  # a snapshot's folder is called by its commit
     elif revision:
         raise UserError(f"revision '{revision}' was given, but {folder} is a folder: only a Hub id has revisions; leave it out")
-    rundir.check_own(folder)
+    if check:
+        rundir.check_own(folder)
     stored = _read_folder(folder, "model", ".safetensors", read_safetensors)
     kind, config_folder = "safetensors", folder
     if stored is None:

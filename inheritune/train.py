@@ -232,9 +232,8 @@ class Trainer:
         dist.on_rank0(rundir.remove_leftovers, run_dir.path)
         self.watch.at("loading the start or a checkpoint")
         start = dist.on_rank0(prepare_start, job)
-        if resume is None:
-            dist.on_rank0(rundir.check_files, start, rundir.marked_files(start / "inherited.json"))
-        source = open_source(str(start))
+        dist.on_rank0(rundir.check_files, start, rundir.marked_files(start / "inherited.json"))
+        source = open_source(str(start), check=False)
         self.clock.end("making the start")
         if self.teacher:
             self.teacher.load(source.config, self.length, self.train.precision, self.device)
@@ -243,7 +242,7 @@ class Trainer:
         logger.info("%s on %d rank(s), %s, ZeRO %s", job.title(), dist.world(), self.device, zero_stage(self.settings))
         logger.info("%s", self.arithmetic)
 
-        weights = source if resume is None else open_source(str(run_dir.checkpoint(resume))) if resized else None
+        weights = source if resume is None else open_source(str(run_dir.checkpoint(resume)), check=False) if resized else None
         self.engine = start_engine(
             source.config, weights, self.settings, self.train, self.share.micro_batch, self.share.accumulation
         )
