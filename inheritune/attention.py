@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from inheritune.batches import Tokens
 from inheritune.config import RECIPES, Experiment, UserError, load_experiment, read_yaml
+from inheritune.dist import limit_error
 from inheritune.inherit import write_random
 from inheritune.models import hf_config
 from inheritune.rundir import RunDir, beside, check_own, finished_weights, parse_weights_name, root, write_jsonl
@@ -107,6 +108,8 @@ def load_model(model: str, revision: str | None = None, attention: str = "eager"
         )
     # transformers and torch have many words for: not there, not a causal LM, needs its own code, cut off, unsafe to unpickle
     except Exception as error:
+        if limit_error(error):  # the machine's fault, not the model's
+            raise
         raise UserError(f"model {model} cannot be loaded as a causal LM: {' '.join(str(error).split())[:300]}") from None
     if report["missing_keys"]:  # transformers would fill them with random numbers
         raise UserError(
