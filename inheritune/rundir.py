@@ -252,7 +252,7 @@ def write_json(path: Path, value, seal: bool = True) -> None:
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     """A whole file of rows, sealed in the first."""
-    first = {**rows[0], SEAL: sealed({**rows[0], "rows": rows[1:]})[SEAL]}
+    first = {**rows[0], SEAL: seal_of({**rows[0], "rows": rows[1:]})}
     write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in (first, *rows[1:])))
 
 
