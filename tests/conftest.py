@@ -112,6 +112,27 @@ def small(tmp_path, own_root):
     return path
 
 
+def write_lone_run(folder: Path, settings: dict, model: dict | None = None, **train) -> str:
+    """An experiment whose only run is `reference`, its data prepared, with the DeepSpeed JSON `settings`; its path."""
+    from inheritune.config import load_experiment
+    from inheritune.rundir import data_dir
+
+    (folder / "ds.json").write_text(json.dumps(settings))
+    raw = experiment_dict(paper=[], runs={"reference": {"init": "random"}})
+    raw["model"] |= model or {}
+    raw["train"] |= {"deepspeed": str(folder / "ds.json"), **train}
+    path = write_experiment(folder, raw)
+    write_tokens(data_dir(load_experiment(path)))
+    return path
+
+
+def last_step(run) -> int:
+    """The last step in the record of a run folder; 0 if there is none."""
+    from inheritune.rundir import read_jsonl
+
+    return max((row["step"] for row in read_jsonl(run.metrics)), default=0)
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

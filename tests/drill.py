@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from conftest import REPOSITORY, experiment_dict, free_port, write_experiment
+from conftest import REPOSITORY, experiment_dict, free_port, last_step, write_experiment
 from drill_worker import POINTS
 from tabulate import tabulate
 
@@ -76,7 +76,7 @@ class Chain:
         program = [sys.executable, "-m", "inheritune"]
         if strike:
             program = [sys.executable, "tests/drill_worker.py", str(trace), *map(str, strike)]
-        common = {**os.environ, "INHERITUNE_ROOT": str(self.folder), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+        common = {**os.environ, "INHERITUNE_ROOT": str(self.folder), "OMP_NUM_THREADS": "1"}
         common |= {"INHERITUNE_LOCK_WAIT": "30"}
         if ranks > 1:
             common |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -129,7 +129,7 @@ class Chain:
         # each is passed in every start but these: the weights at the start only in the first one, the last ones only at the end
         place = {"train: writing the start": -1, "train: writing final/": 1, "train: before DONE": 2}
         for point in [*sorted(points, key=lambda point: place.get(point, 0)), None]:
-            reached = max((row["step"] for row in read_jsonl(run.metrics)), default=0)
+            reached = last_step(run)
             before = starts_of(run)
             self.kill(words, ranks, point) if point else self.finish(words, ranks)
             if len(now := starts_of(run)) > len(before):

@@ -19,32 +19,18 @@ from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from conftest import REPOSITORY, experiment_dict, write_experiment, write_tokens
+from conftest import REPOSITORY, last_step, write_lone_run
 from written import markdown
 
 from inheritune.config import load_experiment
 from inheritune.planning import plan_experiment
-from inheritune.rundir import RunDir, data_dir, read_json, read_jsonl
+from inheritune.rundir import RunDir, read_json, read_jsonl
 
 PERIOD = 2 * 3600
 DISK = 1e9  # bytes a second of a shared disk that many nodes use
 BY_BYTES = ("hashes of checkpoints", "checkpoint")  # parts that grow with the model; the rest is as long as here
+PASSES = ("hashes of the checkpoint", "reading it", "writing it")
 XL = "gpt2_xl_owt"
-
-
-def make(folder: Path, steps: int) -> str:
-    raw = experiment_dict(paper=[], runs={"reference": {"init": "random"}})
-    raw["model"] |= {"layers": 1, "width": 16}
-    raw["train"] |= {"steps": steps, "batch_tokens": 32, "eval_every": steps, "checkpoint_every": steps, "log_every": 100}
-    raw["train"] |= {"deepspeed": str(folder / "ds.json")}
-    (folder / "ds.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}))
-    path = write_experiment(folder, raw)
-    write_tokens(data_dir(load_experiment(path)))
-    return path
-
-
-def last_step(run: RunDir) -> int:
-    return max((row["step"] for row in read_jsonl(run.metrics)), default=0)
 
 
 def train(path: str, run: RunDir, every: int) -> float:
@@ -73,7 +59,10 @@ def main() -> None:
     xl = plan_experiment(load_experiment(XL), "reference")[0]
     xl_step = 3600 * xl["hours"] / xl["steps"]
     every = options.every or int(PERIOD / xl_step)
-    path = make(folder, every * (options.preemptions + 1))
+    steps = every * (options.preemptions + 1)
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}
+    path = write_lone_run(folder, settings, {"layers": 1, "width": 16}, steps=steps, batch_tokens=32, eval_every=steps,
+                          checkpoint_every=steps, log_every=100)  # fmt: skip
     run = RunDir.of(load_experiment(path), "reference")
     wall = train(path, run, every)
 
@@ -85,11 +74,7 @@ def main() -> None:
     parts = {part: median(start[part] for start in again) for part in again[0]}
     saves = [float(s) for s in re.findall(r"checkpoint of step \d+ written in ([0-9.]+) s", run.log.read_text())]
     fixed = sum(seconds for part, seconds in parts.items() if part not in BY_BYTES)
-    by_bytes = {
-        "hashes of the checkpoint": xl["checkpoint"] / DISK,
-        "reading it": xl["checkpoint"] / DISK,
-        "writing it": xl["checkpoint"] / DISK,
-    }
+    by_bytes = dict.fromkeys(PASSES, xl["checkpoint"] / DISK)
     lost = fixed + sum(by_bytes.values())
     result = {
         "every": every, "starts": len(starts), "seconds": wall, "seconds_that_count": counted, "goodput": counted / wall,

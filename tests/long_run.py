@@ -20,25 +20,13 @@ import numpy as np
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from conftest import REPOSITORY, experiment_dict, write_experiment, write_tokens
+from conftest import REPOSITORY, write_lone_run
 from written import markdown
 
 from inheritune.config import load_experiment
-from inheritune.rundir import RunDir, data_dir, read_jsonl
+from inheritune.rundir import RunDir, read_jsonl
 
 STRETCHES = 20
-
-
-def make(folder: Path, steps: int) -> str:
-    """The experiment: a validation, a checkpoint and their rows again and again, as in a run of weeks."""
-    ds = folder / "ds.json"
-    ds.write_text(json.dumps({"train_micro_batch_size_per_gpu": 10, "zero_optimization": {"stage": 1}}))
-    raw = experiment_dict(paper=[], runs={"reference": {"init": "random"}})
-    raw["train"] |= {"steps": steps, "eval_every": steps // 50, "checkpoint_every": steps // 25, "keep_last": 2}
-    raw["train"] |= {"deepspeed": str(ds), "log_every": 10}
-    path = write_experiment(folder, raw)
-    write_tokens(data_dir(load_experiment(path)))
-    return path
 
 
 def watch(path: str, ranks: int, run: RunDir) -> list[dict]:
@@ -121,7 +109,10 @@ def main() -> None:
     options, folder = parser.parse_args(), tempfile.mkdtemp(prefix="long_run_")
     os.environ["INHERITUNE_ROOT"] = folder
     Path(options.out).mkdir(parents=True, exist_ok=True)
-    path = make(Path(folder), options.steps)
+    settings = {"train_micro_batch_size_per_gpu": 10, "zero_optimization": {"stage": 1}}
+    # a validation, a checkpoint and their rows again and again, as in a run of weeks
+    path = write_lone_run(Path(folder), settings, steps=options.steps, eval_every=options.steps // 50,
+                          checkpoint_every=options.steps // 25, keep_last=2, log_every=10)  # fmt: skip
     run = RunDir.of(load_experiment(path), "reference")
     print(report(watch(path, options.ranks, run), run, options.ranks, Path(options.out)))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, experiment_dict, write_experiment
+from conftest import REPOSITORY, experiment_dict, one_sentence, write_experiment
 from tiny_models import config_of, random_model
 
 from inheritune.attention import load_model
@@ -232,7 +232,7 @@ def test_a_name_is_a_name_for_the_paper_scripts(tmp_path):
     }
     script = REPOSITORY / "recipes" / "paper_item.sh"
     done = subprocess.run(["bash", script, NAME], cwd=tmp_path, text=True, env=environment, capture_output=True, check=False)
-    assert done.returncode == 2 and done.stderr.count("inheritune: ") == 1, done.stderr
+    one_sentence(done)
     assert not list(tmp_path.rglob("pwned")) and not (REPOSITORY / "pwned").exists()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment, write_tokens
+from conftest import REPOSITORY, experiment_dict, last_step, run_verb, write_experiment, write_tokens
 from slurm_cluster import Slurm, cluster, session_cluster, slurm  # noqa: F401
 
 from inheritune.config import load_experiment
@@ -46,10 +46,6 @@ def make(folder: Path, root: Path, monkeypatch, steps: int = STEPS) -> tuple[str
 
 def record(run: RunDir) -> list[tuple]:
     return [tuple(row.get(key) for key in ("step", "loss", "grad_norm", "val_loss")) for row in read_jsonl(run.metrics)]
-
-
-def last_step(run: RunDir) -> int:
-    return max((row["step"] for row in read_jsonl(run.metrics)), default=0)
 
 
 def tasks_of(rank: int) -> list[int]:
