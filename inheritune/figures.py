@@ -354,6 +354,32 @@ def _title(entry) -> str:
     return f"{entry.label}, {entry.results['layers']} layers"
 
 
+def plot_cells(records: list[dict], path: Path, title: str, rehearsal: bool = False) -> None:
+    """A panel per column of a table of the paper, a line per model: the paper's number hollow, ours filled, with their noise.
+
+    `records` are the rows of the table's CSV file; a cell without either number is left empty."""
+    columns, models = ([*dict.fromkeys(record[key] for record in records)] for key in ("column", "row"))
+    with _figure(path, 3.2 + 3.4 * len(columns), 1.2 + 0.27 * len(models), rehearsal) as figure:
+        panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+        for axes, column in zip(panels, columns, strict=True):
+            for side, noise, look in (
+                ("paper", "paper_noise", {"color": REFERENCE_GREY, "mfc": "white", "zorder": 4, "label": "paper"}),
+                ("ours", "noise", {"color": COLORS[0], "label": "ours"}),
+            ):
+                there = [record for record in records if record["column"] == column and record[side] not in ("", None)]
+                axes.errorbar(
+                    [float(record[side]) for record in there], [models.index(record["row"]) for record in there],
+                    xerr=[record[noise] or 0 for record in there], fmt="o", markersize=5, linewidth=1.2, **look,
+                )  # fmt: skip
+            axes.set_yticks(range(len(models)), models)
+            axes.set_ylim(len(models) - 0.5, -0.5)
+            axes.set_xlabel(column)
+            axes.grid(color="#DDDDDD", linewidth=0.6)
+            axes.set_axisbelow(True)
+        figure.suptitle(title, size=11)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+
+
 # --- figures of the paper -------------------------------------------------------------------------------------------------
 
 

@@ -83,6 +83,8 @@ class Item(Published):
     """What is otherwise here, and why."""
     columns: dict[str, Column] = {}
     rows: list[Row] = []
+    drawn: bool = False
+    """A table that is a figure in the paper: its numbers are drawn too."""
     panels: list[Panel] = []
     highlight: Literal["none", "version_1"] = "none"
     notes: list[str] = []

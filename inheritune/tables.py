@@ -468,6 +468,10 @@ def paper_item(name: str, seed: int = 0, rehearse=None, only_missing: bool = Fal
     stem = paper_folder(small, seed) / name
     title = f"{'REHEARSAL, not a result. ' if small else ''}{item.title}, seed {seed}"
     write_table(stem, title, headers, shown, [*([PAPER_NOTE] if trained else []), *item.notes], records)
+    if item.drawn:
+        from inheritune.figures import plot_cells  # figures imports this module
+
+        plot_cells(records, stem.with_suffix(".png"), item.title, small)
 
 
 def paper_folder(rehearsal: bool, seed: int) -> Path:

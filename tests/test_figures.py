@@ -57,7 +57,18 @@ DRAWN = {
     "loss": lambda path, **how: figures.plot_loss_curves(
         [("a", make_curve(100, 8, 3)), ("b", make_curve(200, 8, 2.9))], path, reference_loss=3.01, **how
     ),
+    "cells": lambda path, **how: figures.plot_cells(make_cells(), path, "two columns", **how),
 }
+
+
+def make_cells() -> list[dict]:
+    """Both numbers, the paper's only, ours only, none: as `table` writes them into a CSV file."""
+    cells = [("49.1", None, 48.2, 0.9), ("50.3", 0.4, None, None), ("", None, 47.0, None), ("", None, None, None)]
+    return [
+        {"row": f"model {i}", "column": column, "paper": paper, "paper_noise": spread, "ours": ours, "noise": noise}
+        for i, (paper, spread, ours, noise) in enumerate(cells)
+        for column in ("mean", "MMLU")
+    ]
 
 
 @pytest.mark.parametrize("name", DRAWN)
