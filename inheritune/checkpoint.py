@@ -62,13 +62,19 @@ def save(engine, run_dir: RunDir, step: int, state: dict, settings: dict, keep_l
         files = {name: facts for part in hashes for name, facts in part.items()}
         marker = {"step": step, "ranks": world(), "zero_stage": zero_stage(settings), "files": files}
         write_json(target / MARKER, marker)
-        for old in run_dir.complete_checkpoints()[:-keep_last]:
-            remove(run_dir.checkpoint(old))
+        prune(run_dir, step, keep_last)
 
     on_rank0(finish)
     seconds = time.perf_counter() - t0
     logger.info("checkpoint of step %d written in %.1f s", step, seconds)
     return seconds
+
+
+def prune(run_dir: RunDir, newest: int, keep_last: int) -> None:
+    """Delete all but the last `keep_last` checkpoints up to step `newest`, which is known to be whole: a start does it too, for
+    one that was killed in between."""
+    for old in [step for step in run_dir.complete_checkpoints() if step <= newest][:-keep_last]:
+        remove(run_dir.checkpoint(old))
 
 
 def _add_readable(engine, run_dir: RunDir, folder: Path) -> None:

@@ -230,6 +230,8 @@ class Trainer:
         resized = resume is not None and checkpoint.is_resize(run_dir, resume, self.settings)
         self.clock.end("hashes of checkpoints")
         dist.on_rank0(rundir.remove_leftovers, run_dir.path)
+        if resume is not None:
+            dist.on_rank0(checkpoint.prune, run_dir, resume, self.train.keep_last)
         self.watch.at("loading the start or a checkpoint")
         start = dist.on_rank0(prepare_start, job)
         dist.on_rank0(rundir.check_files, start, rundir.marked_files(start / "inherited.json"))

@@ -127,4 +127,4 @@ def test_resume_refuses_what_would_change_the_run(tmp_path):
     # what does not change a step may change
     (tmp_path / "small.yaml").write_text(original.replace("keep_last: 2", "keep_last: 1"))
     run_verb("train", path, "--run", "reference", procs=2, INHERITUNE_ROOT=root)
-    assert run.is_done()
+    assert run.is_done() and run.complete_checkpoints() == [12], "a start that saves nothing keeps to keep_last too"
