@@ -105,7 +105,7 @@ def _per_layer(axes, lines: list[tuple[str, list[dict], str, str]]) -> None:
     last = max(row["layer"] + 1 for _, layers, _, _ in lines for row in layers)
     axes.set_xticks(_count_ticks(last))
     axes.set_xlim(0.5, last + 0.5)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * axes.dataLim.y1)  # a margin of the data's own range cuts flat lines off
     axes.set_xlabel("layer")
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
