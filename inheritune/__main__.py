@@ -191,7 +191,7 @@ def main(argv: list[str]) -> int:
     except dist.Stopped as stop:
         if dist.rank() == 0:
             print(f"inheritune: {stop}", flush=True)
-            dist.tell_more(str(stop)) if stop.again else None
+            dist.tell_stopped(stop)
         return 0
     except Exception as error:
         dist.tell_failure(f"{type(error).__name__}: {error}")

@@ -339,12 +339,12 @@ def tell_run(folder: Path) -> None:
         (Path(job) / "run").write_text(f"{folder.relative_to(root())}\n", encoding="utf-8")
 
 
-def tell_more(sentence: str) -> None:
+def tell_stopped(stop: Stopped) -> None:
     """Tell the job's script ($INHERITUNE_JOB, slurm/job.sh) that this start has saved and stopped with work left."""
     folder = os.environ.get("INHERITUNE_JOB")
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "more").write_text(sentence + "\n", encoding="utf-8")
+        (Path(folder) / ("more" if stop.again else "stopped")).write_text(f"{stop}\n", encoding="utf-8")
 
 
 def tell_failure(sentence: str, code: int = 1) -> None:

@@ -5,6 +5,7 @@
 # per GPU with srun, passes USR1 (the end of the time is near) on to them, and goes on in another job while there is work left:
 #
 #   $INHERITUNE_JOB/more     written by the program: it saved and stopped, and there is more to do
+#   $INHERITUNE_JOB/stopped  written by the program: a person's STOP file ended it before its work was done
 #   $INHERITUNE_JOB/failure  written by the program when it fails: "NODE rank R: cause", and its exit code on a second line
 #
 # The exit code alone could not say so: Slurm ends a step whose first task leaves with an error while others still save, and
@@ -212,7 +213,7 @@ begin() {
   jobs_folder=$INHERITUNE_ROOT/runs/jobs
   export INHERITUNE_JOB="$jobs_folder/$this_job"
   mkdir -p "$INHERITUNE_JOB"
-  rm -f "$INHERITUNE_JOB/more" "$INHERITUNE_JOB/failure"
+  rm -f "$INHERITUNE_JOB/more" "$INHERITUNE_JOB/stopped" "$INHERITUNE_JOB/failure"
   export_environment
   commit=$(git -C "$repository" rev-parse --short HEAD 2> /dev/null || echo unknown)
   if [ "$commit" != unknown ] && [ -n "$(git -C "$repository" status --porcelain --untracked-files=no)" ]; then commit+=" with changes"; fi
@@ -256,7 +257,11 @@ after() {
   if [ -e "$INHERITUNE_JOB/more" ] && [ ! -e "$INHERITUNE_JOB/failure" ] && { [ "$1" = 0 ] || [ -n "$signalled" ]; }; then go_on; fi
   if [ "$1" != 0 ]; then fail "$1"; fi
   if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then rm -f "$(last_failure)"; fi
-  say "finished"
+  if [ -e "$INHERITUNE_JOB/stopped" ]; then
+    say "stopped, not finished: $(cat "$INHERITUNE_JOB/stopped")"
+  else
+    say "finished"
+  fi
   exit 0
 }
 

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from slurm_cluster import REPOSITORY, cluster, session_cluster, slurm  # noqa: F401
 
+from inheritune.config import load_experiment
+from inheritune.rundir import RunDir
+
 SCRIPTS = sorted(p for p in (REPOSITORY / "slurm").glob("*.sh") if p.name not in ("job.sh", "site.sh", "fetch.sh"))
 COUNTING = REPOSITORY / "tests" / "slurm" / "counting.sh"
 PROFILES = {
@@ -168,6 +171,17 @@ def test_prepare_rehearses_for_real(slurm, small, own_root):  # noqa: F811
     (record,) = slurm.wait(job, timeout=120)
     assert record["JobState"] == "COMPLETED", slurm.logs()
     assert "'bash" not in slurm.log(job) and slurm.log(job).splitlines()[-1].endswith("finished")
+
+
+def test_a_job_whose_run_has_a_stop_file_says_so_last(slurm, small, own_root):  # noqa: F811
+    run = RunDir.of(load_experiment(small), "reference")
+    run.path.mkdir(parents=True)
+    run.stop.touch()
+    job = slurm.submit(REPOSITORY / "slurm" / "train.sh", small, "reference", TASKS=1, NODES=1)
+    (record,) = slurm.wait(job, timeout=120)
+    assert record["JobState"] == "COMPLETED" and not run.is_done(), slurm.logs()
+    last = slurm.log(job).splitlines()[-1]
+    assert "stopped, not finished:" in last and f"{run.stop} is there; delete it to go on" in last, slurm.logs()
 
 
 def test_a_job_without_gpus_and_unequal_nodes_are_refused(slurm, tmp_path):  # noqa: F811

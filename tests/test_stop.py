@@ -93,6 +93,7 @@ def test_stop_file_keeps_a_run_from_starting_and_asks_for_no_requeue(tmp_path):
     done = run_verb("train", path, "--run", "reference", INHERITUNE_ROOT=root, INHERITUNE_JOB=tmp_path / "job")
     assert f"{run.stop} is there; delete it to go on" in done.stdout
     assert not (tmp_path / "job" / "more").exists() and list(run.path.iterdir()) == [run.stop]
+    assert "delete it to go on" in (tmp_path / "job" / "stopped").read_text()
 
 
 @pytest.mark.drill
