@@ -287,9 +287,13 @@ def overview(verbs: dict) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    code = main(sys.argv[1:])
+def leave(code: int) -> None:
+    """End this process."""
     if "torch.distributed" in sys.modules:  # torch's own threads abort a process at its exit now and then, work done
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))

@@ -84,4 +84,4 @@ def arm(trace: str, point: str, n: int, sign: str, who: str) -> None:
 
 if __name__ == "__main__":
     arm(sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:6])
-    sys.exit(program.main(sys.argv[6:]))
+    program.leave(program.main(sys.argv[6:]))

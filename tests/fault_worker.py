@@ -95,4 +95,4 @@ if kind == "unsaved":
     wrap(train, "weights_are_finite", before=lambda engine: spoil_a_weight() if engine.global_steps == int(step) else None)
 elif kind in HANGS:
     wrap(dist, "Watchdog", after=keep_watch)
-sys.exit(program.main(["train", experiment, "--run", run]))
+program.leave(program.main(["train", experiment, "--run", run]))

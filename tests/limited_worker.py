@@ -13,4 +13,4 @@ from inheritune import __main__ as program
 
 mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (mapped + (int(sys.argv[1]) << 20), resource.RLIM_INFINITY))
-sys.exit(program.main(sys.argv[2:]))
+program.leave(program.main(sys.argv[2:]))

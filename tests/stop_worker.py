@@ -50,4 +50,4 @@ elif moment == "validation":
     before(validate, "token_losses", is_nth_validation_forward)
 elif moment == "unchecked":  # the disk fills up between the look at it and the write
     checkpoint.checkpoint_bytes = lambda *sizes: 0
-sys.exit(program.main(["train", experiment, "--run", run]))
+program.leave(program.main(["train", experiment, "--run", run]))
