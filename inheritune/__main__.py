@@ -125,7 +125,10 @@ class Verbs:
         --missing prints what has to be run before: verb, experiment, run, the lines it waits for, options; for figures too."""
         from inheritune.tables import table
 
-        table(item, seed, rehearse, bool(missing))
+        if drawn := table(item, seed, rehearse, bool(missing)):
+            from inheritune.figures import plot_cells
+
+            plot_cells(*drawn)
 
     def figure(self, item, seed=0, rehearse=None):
         """A figure of the paper (fig05), its data beside ours; or the plots of an experiment."""

@@ -155,7 +155,7 @@ NOTE = (
 )
 
 
-def table(item: str, seed: int = 0, rehearse=None, missing: bool = False) -> None:
+def table(item: str, seed: int = 0, rehearse=None, missing: bool = False) -> tuple | None:
     """Print the table of a paper item or of an experiment, and write it as .md, .csv and .tex beside the runs; `missing`:
     print what has to be run before, one `verb experiment run after options` a line (`after`: the lines it waits for).
 
@@ -434,14 +434,14 @@ def highlight_version_1(item: Item, cells: dict[tuple[int, str], Cell]) -> None:
             cell.bold = tuple(number not in ("", None) and is_high(side, key, float(number)) for side, number in own.items())
 
 
-def paper_item(name: str, seed: int = 0, rehearse=None, only_missing: bool = False) -> None:
-    """The verb for an item of the paper."""
+def paper_item(name: str, seed: int = 0, rehearse=None, only_missing: bool = False) -> tuple | None:
+    """The verb for an item of the paper.  -> what figures.plot_cells takes, if its numbers are to be drawn"""
     item = load_item(name)
     experiments = load_experiments(item, rehearse)
     if only_missing:
         for step in missing(item, experiments, on_disk(item, experiments, seed)):
             print(step.line())
-        return
+        return None
     if not item.columns:
         raise UserError(f"{name} is a figure; use: python -m inheritune figure {name}")
     cells = {(i, key): make_cell(item, row, column, experiments, seed)
@@ -468,10 +468,7 @@ def paper_item(name: str, seed: int = 0, rehearse=None, only_missing: bool = Fal
     stem = paper_folder(small, seed) / name
     title = f"{'REHEARSAL, not a result. ' if small else ''}{item.title}, seed {seed}"
     write_table(stem, title, headers, shown, [*([PAPER_NOTE] if trained else []), *item.notes], records)
-    if item.drawn:
-        from inheritune.figures import plot_cells  # figures imports this module
-
-        plot_cells(records, stem.with_suffix(".png"), item.title, small)
+    return (records, stem.with_suffix(".png"), item.title, small) if item.drawn else None
 
 
 def paper_folder(rehearsal: bool, seed: int) -> Path:
