@@ -1,6 +1,6 @@
 """The drill: a grown run, from its documents to its export, killed again and again, must end as the unbroken one did.
 
-    python tests/drill.py                       200 kills, about half an hour on two cores; prints the table of the README
+    python tests/drill.py                       200 kills, about 50 minutes on two cores; prints a table as in the README
     python tests/drill.py --kills 12 --seed 7   a short form
 
 Rounds: each does the whole chain (prepare, reference, stage 1, stage 2, a resized run, analyze, inherit, export, table) in a
