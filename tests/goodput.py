@@ -57,8 +57,9 @@ def main() -> None:
     parser.add_argument("--every", type=int)
     parser.add_argument("--compile", action="store_true", help="torch.compile of the blocks, again at every start")
     parser.add_argument("--out", default=str(Path(__file__).with_name("long_run")))
-    options, folder = parser.parse_args(), Path(tempfile.mkdtemp(prefix="goodput_"))
-    os.environ["INHERITUNE_ROOT"] = str(folder)
+    options, place = parser.parse_args(), tempfile.TemporaryDirectory(prefix="goodput_")
+    folder = Path(place.name)
+    os.environ["INHERITUNE_ROOT"] = place.name
     xl = plan_experiment(load_experiment(XL), "reference")[0]
     xl_step = 3600 * xl["hours"] / xl["steps"]
     every = options.every or int(PERIOD / xl_step)
@@ -100,6 +101,7 @@ def report(result: dict) -> str:
     table.append(["the same but for the checkpoint, the dearest", *empty, f"{xl['fixed_s']:.1f}"])
     table += [[what, *empty, f"{xl[what]:.1f}"] for what in PASSES]
     between = result["seconds_that_count"] / len(result["ranks"])
+    table.append(["saving", *[f"{result['save_s']:.2f}"] * len(kinds), ""])
     table.append(["steps between two preemptions", *[f"{between:.0f}"] * len(kinds), f"{PERIOD}"])
     table.append(["goodput", f"{result['goodput']:.1%}", *empty[1:], f"{result['xl_goodput']:.1%}"])
     how = f"{result['every']} steps between preemptions, blocks {'' if result['compiled'] else 'not '}compiled"

@@ -106,12 +106,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--out", default=str(Path(__file__).with_name("long_run")))
-    options, folder = parser.parse_args(), tempfile.mkdtemp(prefix="long_run_")
-    os.environ["INHERITUNE_ROOT"] = folder
+    options, place = parser.parse_args(), tempfile.TemporaryDirectory(prefix="long_run_")
+    folder = Path(place.name)
+    os.environ["INHERITUNE_ROOT"] = place.name
     Path(options.out).mkdir(parents=True, exist_ok=True)
     settings = {"train_micro_batch_size_per_gpu": 10, "zero_optimization": {"stage": 1}}
     # a validation, a checkpoint and their rows again and again, as in a run of weeks
-    path = write_lone_run(Path(folder), settings, steps=options.steps, eval_every=options.steps // 50,
+    path = write_lone_run(folder, settings, steps=options.steps, eval_every=options.steps // 50,
                           checkpoint_every=options.steps // 25, keep_last=2, log_every=10)  # fmt: skip
     run = RunDir.of(load_experiment(path), "reference")
     print(report(watch(path, options.ranks, run), run, options.ranks, Path(options.out)))
