@@ -340,7 +340,8 @@ def tell_run(folder: Path) -> None:
 
 
 def tell_stopped(stop: Stopped) -> None:
-    """Tell the job's script ($INHERITUNE_JOB, slurm/job.sh) that this start has saved and stopped with work left."""
+    """Tell the job's script ($INHERITUNE_JOB, slurm/job.sh) that this start has saved and stopped with work left, which the
+    script goes on with ("more") or leaves to the person who asked for the stop ("stopped")."""
     folder = os.environ.get("INHERITUNE_JOB")
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)

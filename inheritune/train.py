@@ -234,7 +234,7 @@ class Trainer:
             dist.on_rank0(checkpoint.prune, run_dir, resume, self.train.keep_last)
         self.watch.at("loading the start or a checkpoint")
         start = dist.on_rank0(prepare_start, job)
-        dist.on_rank0(rundir.check_files, start, rundir.marked_files(start / "inherited.json"))
+        dist.on_rank0(rundir.check_own, start)
         source = open_source(str(start), check=False)
         self.clock.end("making the start")
         if self.teacher:
