@@ -37,6 +37,7 @@ def setup(run_dir: RunDir | None = None) -> None:
     if run_dir is not None and rank() == 0:
         run_dir.path.mkdir(parents=True, exist_ok=True)
         file = logging.FileHandler(run_dir.log, encoding="utf-8")
+        file.handleError = lambda _: None  # a full disk: the record's own write says so, once
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         logger.addHandler(file)
 

@@ -204,9 +204,12 @@ def replacing(path: Path):
         raise
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
 def disk_error(error: OSError, path: Path) -> Exception:
     """`error` as a UserError if it says that the disk is full or not writable, else itself."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL:
         where = next(p for p in (path, *path.parents) if p.is_dir())
         free = shutil.disk_usage(where).free
         return UserError(
@@ -366,6 +369,7 @@ class Lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file.write_text(json.dumps(me), encoding="utf-8")
         except OSError as error:
+            self.file.unlink(missing_ok=True)  # an empty one, on a full disk, would look like another's for minutes
             raise disk_error(error, self.file) from error
         now = self.file.stat().st_mtime  # the file server's clock, which the beats of others are measured by
         for other in self.path.parent.glob(f".{self.path.name}.lock.*"):

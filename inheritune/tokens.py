@@ -21,7 +21,7 @@ import numpy as np
 import xxhash
 
 from inheritune.config import Data, UserError, resolve_path
-from inheritune.rundir import disk_error, replacing, root
+from inheritune.rundir import FULL, disk_error, replacing, root
 
 log = logging.getLogger(__name__)
 
@@ -418,7 +418,7 @@ def hub_errors(what: str, page: str):
     try:
         yield
     except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if getattr(error, "errno", None) in (*FULL, errno.EACCES, errno.EROFS):
             raise disk_error(error, Path(constants.HF_HUB_CACHE)) from error
         raise gate(error, what, page) or UserError(
             f"{what} is neither in the cache ({constants.HF_HUB_CACHE}) nor can it be had from the Hub ({_first_line(error)}); "

@@ -1,10 +1,12 @@
-"""Limits of the machine, met by the real verbs: memory and open files used up, a folder that cannot be written, W&B away.
+"""Limits of the machine, met by the real verbs: memory, open files and disk used up, a folder that cannot be written, W&B away.
 Each is one sentence with exit code 2 that leaves nothing half done, or does not stop the run at all."""
 
+import errno
 import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +14,15 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, experiment_dict, one_sentence, run_verb, write_experiment
+from drill import write_documents
 from test_stop import make
 
-from inheritune.config import Model, load_experiment
+from inheritune.config import Model, UserError, load_experiment
+from inheritune.dist import limit_error
 from inheritune.inherit import write_random
 from inheritune.log import Metrics, start_wandb
 from inheritune.models import hf_config
-from inheritune.rundir import RunDir, data_dir, read_jsonl
+from inheritune.rundir import Lock, RunDir, data_dir, hash_folder, read_jsonl, remove
 
 
 def limited(megabytes: int, *words) -> str:
@@ -96,6 +100,91 @@ def test_a_read_only_run_folder_is_one_sentence_naming_it(tmp_path):
         if mounted:
             subprocess.run(["umount", str(runs)], check=True)
     assert f"cannot write {runs}" in said and "INHERITUNE_ROOT" in said and not list(runs.iterdir())
+
+
+# --- a full disk ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.drill
+def test_a_disk_that_fills_up_at_any_moment_of_any_verb(tmp_path, monkeypatch):
+    """Each verb of a chain meets a disk with room for a share of what it writes, then one with room for all."""
+    disk, roomy = tmp_path / "disk", tmp_path / "roomy"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+
+    def used() -> int:
+        facts = os.statvfs(disk)
+        return (facts.f_blocks - facts.f_bfree) * facts.f_frsize
+
+    def allow(n_bytes: int) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={max(4, -(-n_bytes // 4096) * 4)}k", disk], check=True)
+
+    raw = experiment_dict()
+    raw["data"] |= {"source": "files", "files": [str(tmp_path / "docs.jsonl")], "tokenizer": "bpe:512", "shard_tokens": 400_000}
+    raw["model"] |= {"vocab_size": 512}
+    raw["train"] |= {"steps": 4, "eval_every": 2, "checkpoint_every": 2, "log_every": 1}
+    raw["paper"], raw["runs"] = raw["paper"][:1], {"reference": {"init": "random"}}
+    write_documents(tmp_path / "docs.jsonl")
+    path = write_experiment(tmp_path, raw)
+
+    def chain(root: Path) -> list[tuple]:
+        monkeypatch.setenv("INHERITUNE_ROOT", str(root))
+        run = RunDir.of(load_experiment(path), "reference")
+        analyze = ("analyze", "--model", run.final, "--data", path, "--length", 16, "--sequences", 4)
+        return [
+            ("prepare", path, "--workers", 1), ("train", path, "--run", "reference"), analyze,
+            ("inherit", "--source", run.final, "--layers", "0:1", "--out", root / "cut"),
+            ("export", run.path, "--to", root / "out"), ("table", path),
+        ]  # fmt: skip
+
+    def left(root: Path) -> dict:
+        return {name: facts for name, facts in hash_folder(root).items() if name.endswith((".safetensors", ".bin", ".png"))}
+
+    try:
+        for words in chain(disk):
+            before = used()
+            shutil.copytree(disk, tmp_path / "saved")
+            run_verb(*words)
+            needs = used() - before
+            for entry in disk.iterdir():
+                remove(entry)
+            shutil.copytree(tmp_path / "saved", disk, dirs_exist_ok=True)
+            shutil.rmtree(tmp_path / "saved")
+            for share in (0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97):
+                allow(before + int(needs * share))
+                done = run_verb(*words, check=False)
+                if done.returncode:
+                    assert "MB free" in one_sentence(done)
+                else:
+                    assert share > 0, f"{words}: nothing is written?"
+                assert not list(disk.rglob(".*")), f"{words}, {share}"
+                allow(1 << 30)
+            run_verb(*words)
+        monkeypatch.undo()
+        for words in chain(roomy):
+            run_verb(*words)
+        assert left(disk) == left(roomy) and len(left(disk)) > 5
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_no_lock_is_left_where_it_could_not_be_written(tmp_path, monkeypatch):
+    def fill(self, text, **_):
+        self.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", fill)
+    with pytest.raises(UserError, match="no space left while writing .*MB free"):
+        Lock(tmp_path / "run", wait=0).acquire()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EDQUOT, "Disk quota exceeded"), Exception("No space left on device (os error 28)")]
+)
+def test_a_full_disk_is_told_whoever_says_so(error):
+    assert "no space left while writing" in str(limit_error(error))
 
 
 # --- W&B ------------------------------------------------------------------------------------------------------------------
