@@ -23,6 +23,7 @@ from inheritune.rundir import (
     RunDir,
     check_files,
     disk_error,
+    flush,
     hash_folder,
     marked_files,
     node,
@@ -55,10 +56,18 @@ def save(engine, run_dir: RunDir, step: int, state: dict, settings: dict, keep_l
     _agree_on(_explain(problems[0], target) if problems else None, temporary)
     on_rank0(_add_readable, engine, run_dir, temporary)
     names = sorted(p.relative_to(temporary).as_posix() for p in temporary.rglob("*") if p.is_file())
-    hashes = gather(hash_folder(temporary, only=set(names[rank() :: world()])))
+    share, problem = set(names[rank() :: world()]), None
+    try:
+        for name in share:  # a node that dies now must not leave a marker beside files that it alone had
+            flush(temporary / name)
+    except OSError as error:
+        problem = disk_error(error, target)
+    _agree_on(problem, temporary)
+    hashes = gather(hash_folder(temporary, only=share))
 
     def finish():
         temporary.rename(target)
+        flush(target.parent)
         files = {name: facts for part in hashes for name, facts in part.items()}
         marker = {"step": step, "ranks": world(), "zero_stage": zero_stage(settings), "files": files}
         write_json(target / MARKER, marker)
@@ -79,12 +88,9 @@ def prune(run_dir: RunDir, newest: int, keep_last: int) -> None:
 
 def _add_readable(engine, run_dir: RunDir, folder: Path) -> None:
     """Put config.json into a checkpoint, so that `inherit` can read it, and the record, which a resumed run goes on with."""
-    try:
-        engine.module.config.save_pretrained(folder)
-        if run_dir.metrics.is_file():
-            shutil.copyfile(run_dir.metrics, folder / run_dir.metrics.name)
-    except OSError as error:
-        raise disk_error(error, folder) from error
+    engine.module.config.save_pretrained(folder)
+    if run_dir.metrics.is_file():
+        shutil.copyfile(run_dir.metrics, folder / run_dir.metrics.name)
 
 
 @contextmanager
@@ -133,10 +139,7 @@ def check_room(engine, run_dir: RunDir) -> None:
 def _prepare(temporary: Path, target: Path) -> None:
     remove_leftovers(target.parent)  # ours, and those of killed processes: this job holds the run's lock
     remove(target)  # an earlier attempt that died before its marker
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise disk_error(error, target) from error
+    temporary.mkdir(parents=True)
 
 
 def _explain(error: Exception, path: Path) -> Exception:

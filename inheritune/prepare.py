@@ -72,10 +72,7 @@ def prepare(experiment: Experiment, workers: int | None = None) -> Path:
     with Lock(folder, wait=math.inf):  # a second prepare of the same data waits here, then finds it done
         if _is_prepared(folder):
             return folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise disk_error(error, folder) from error
+        folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
         remove(folder / "manifest.json")
         job = _Job(data, folder, Source(data, folder))
@@ -234,10 +231,7 @@ class Shards:
     def save(self) -> dict:
         """Make what is written survive a power cut; the state from which a later process can go on."""
         if self._file:
-            try:
-                os.fsync(self._file.fileno())
-            except OSError as error:
-                raise disk_error(error, self.path) from error
+            os.fsync(self._file.fileno())
         state = {"tokens": self.tokens, "documents": self.documents, "shards": self.shards}
         return state | {"open": self.path.name, "open_bytes": self.filled * self.dtype.itemsize}
 

@@ -191,11 +191,11 @@ def replacing(path: Path):
             remove(left)
     try:
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)  # a folder cannot be renamed over a filled one
         os.replace(temporary, path)
-        _flush(path.parent)
+        flush(path.parent)
     except OSError as error:
         remove(temporary)
         raise disk_error(error, path) from error
@@ -210,8 +210,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 def disk_error(error: OSError, path: Path) -> Exception:
     """`error` as a UserError if it says that the disk is full or not writable, else itself."""
     if error.errno in FULL:
-        where = next(p for p in (path, *path.parents) if p.is_dir())
-        free = shutil.disk_usage(where).free
+        free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.is_dir())).free
         return UserError(
             f"no space left while writing {path} ({free / 1e6:.0f} MB free); free some, or set INHERITUNE_ROOT to a larger disk"
         )
@@ -298,7 +297,7 @@ def remove_leftovers(folder: Path) -> None:
         remove(left)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Make a file, or a folder's entries, survive a power cut before a name points at them."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -4,6 +4,7 @@ python tests/fault_worker.py EXPERIMENT RUN KIND@STEP:RANK, where KIND is
     loss     the loss of one micro batch of that step is infinite, its gradient is not
     weight   one weight of this rank becomes nan before that step, and stays so until it is loaded again
     unsaved  one weight becomes nan between that step and its checkpoint
+    slow     whatever this rank brings to disk, at any step, takes half a second per file more
     sleep, stopped, held   in that step this rank sleeps for ever, is stopped from outside, keeps the interpreter to itself
 """
 
@@ -93,6 +94,8 @@ wrap(train, "read_share", before=at_step)
 wrap(validate, "token_losses", after=spoil_the_loss)
 if kind == "unsaved":
     wrap(train, "weights_are_finite", before=lambda engine: spoil_a_weight() if engine.global_steps == int(step) else None)
+elif kind == "slow":
+    wrap(os, "fsync", before=lambda file: time.sleep(0.5) if dist.rank() == int(who) else None)
 elif kind in HANGS:
     wrap(dist, "Watchdog", after=keep_watch)
 program.leave(program.main(["train", experiment, "--run", run]))

@@ -3,6 +3,7 @@ skipped can be read again, a loss spike is reported, and a rank that hangs ends 
 
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -142,6 +143,17 @@ def test_a_rank_that_hangs_ends_the_job_with_every_stack_and_is_named(tmp_path, 
         assert ("in hang" in said) == (kind == "held")  # C's thread prints the stack of who keeps the interpreter to itself
     assert "no progress: rank 1 on " in sentence and sentence.endswith("\n1\n")
     assert run.complete_checkpoints() == []
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_slow_on_one_rank_costs_time_only(tmp_path, unbroken):
+    path, root, run = make(tmp_path, 3)
+    codes, said = faulty(path, root, "slow@0:1")
+    assert codes == [0, 0], said
+    assert record(run) == record(unbroken(3)[2])
+    assert hash_folder(run.final) == hash_folder(unbroken(3)[2].final)
+    saves = [float(seconds) for seconds in re.findall(r"written in ([\d.]+) s", said)]
+    assert saves and min(saves) >= 1, saves  # every file reaches the disk before the marker, half of them by this rank
 
 
 def test_who_lags_is_who_passed_fewest_places_or_does_not_answer():
