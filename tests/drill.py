@@ -1,6 +1,6 @@
 """The drill: a grown run, from its documents to its export, killed again and again, must end as the unbroken one did.
 
-    python tests/drill.py                       200 kills, about 50 minutes on two cores; prints a table as in the README
+    python tests/drill.py                       200 kills, more than an hour on two cores; prints a table as in the README
     python tests/drill.py --kills 12 --seed 7   a short form
 
 Rounds: each does the whole chain (prepare, reference, stage 1, stage 2, a resized run, analyze, inherit, export, table) in a
@@ -87,18 +87,19 @@ class Chain:
                 [*program, *words], cwd=REPOSITORY, env=env, stdout=log, stderr=subprocess.STDOUT, process_group=group
             ))  # fmt: skip
             group = group or processes[0].pid
-        while any(process.poll() is None for process in processes):
-            time.sleep(0.05)
-            failed = [process for process in processes if process.poll() not in (None, 0)]
-            if failed:  # as srun --kill-on-bad-exit does
-                deadline = time.monotonic() + 5
-                while time.monotonic() < deadline and any(process.poll() is None for process in processes):
-                    time.sleep(0.05)
-                for process in processes:
-                    process.kill()
-        log.close()
-        with suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)  # workers of prepare that are left
+        try:
+            while any(process.poll() is None for process in processes):
+                time.sleep(0.05)
+                if any(process.poll() not in (None, 0) for process in processes):  # as srun --kill-on-bad-exit does
+                    deadline = time.monotonic() + 5
+                    while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+                        time.sleep(0.05)
+                    for process in processes:
+                        process.kill()
+        finally:
+            log.close()
+            with suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)  # workers of prepare that are left, and all of them if the drill is stopped
         return [process.wait() for process in processes], (self.folder / "log").read_text(errors="replace"), trace.exists()
 
     def kill(self, words: list[str], ranks: int, point: str) -> None:
@@ -109,7 +110,8 @@ class Chain:
             who = "0"  # only rank 0 writes
         n = self.choose.randint(1, LAST_PASSAGE.get(point, 1))
         codes, said, struck = self.start(words, ranks, (point, n, sign, who))
-        if not struck:
+        if not struck:  # it was not at the point again, and went on to its end
+            assert set(codes) == {0}, f"{point} was not reached: exit codes {codes}\n{said[-3000:]}"
             return
         # a signal that asks to stop may also come so late that the verb just ends
         expected = {0, -9, 1, 2} if sign == "SIGKILL" else {0, -signal.SIGTERM, -signal.SIGUSR1}
@@ -123,12 +125,17 @@ class Chain:
         assert set(codes) == {0}, f"{words}: exit codes {codes}\n{said[-3000:]}"
         return said
 
-    def train(self, run: RunDir, words: list[str], points: list[str], ranks: int = 2) -> None:
-        """Train to the end, struck at each of `points`; no start may lose more than one interval of checkpoints."""
+    def train(self, run: RunDir, words: list[str], points: list[str], ranks: int = 2, begin=lambda: None) -> None:
+        """Train to the end, struck at each of `points`; no start may lose more than one interval of checkpoints. A run that got
+        to its end with points left to strike is begun anew, by `begin`."""
         words = ["train", self.path, *words]
+        begin()
         # each is passed in every start but these: the weights at the start only in the first one, the last ones only at the end
         place = {"train: writing the start": -1, "train: writing final/": 1, "train: before DONE": 2}
         for point in [*sorted(points, key=lambda point: place.get(point, 0)), None]:
+            if point and run.is_done():
+                shutil.rmtree(run.path)
+                begin()
             reached = last_step(run)
             before = starts_of(run)
             self.kill(words, ranks, point) if point else self.finish(words, ranks)
@@ -143,33 +150,38 @@ class Chain:
             self.choose.shuffle(chosen)
             return chosen[:few]
 
-        def disturbed(words, at) -> None:
+        def disturbed(words, at, marker) -> None:
             for point in at:
+                if marker.exists():  # it got to its end, with points left to strike
+                    shutil.rmtree(marker.parent)
                 self.kill(words, 1, point)
             self.finish(words, 1)
 
         os.environ["INHERITUNE_ROOT"] = str(self.folder)
         experiment = load_experiment(self.path)
-        disturbed(["prepare", self.path, "--workers", "2"], points("prepare", 2))
+        disturbed(["prepare", self.path, "--workers", "2"], points("prepare", 2), data_dir(experiment) / "manifest.json")
         self.train(RunDir.of(experiment, "reference"), ["--run", "reference"], points("train"))
         for stage in (1, 2):
             self.train(RunDir.of(experiment, "grown").stage(stage), ["--run", "grown", "--stage", str(stage)], points("train"))
-        # a point that a start does not reach lets it finish, which the last two points of the runs before may not survive
-        ending = ["train: writing final/", "train: before DONE"] if kills else []
-        self.resize(RunDir.of(experiment, "resized"), points("resize", 2) + ending)
-        final = str(RunDir.of(experiment, "reference").final)
-        disturbed(["inherit", "--source", final, "--layers", "1:3", "--out", str(self.folder / "cut")], points("inherit", 2))
+        self.resize(RunDir.of(experiment, "resized"), points("resize", 2))
+        final, cut, out = str(RunDir.of(experiment, "reference").final), self.folder / "cut", self.folder / "out"
+        words = ["inherit", "--source", final, "--layers", "1:3", "--out", str(cut)]
+        disturbed(words, points("inherit", 2), cut / "inherited.json")
         self.finish(["grow", self.path, "--run", "grown"], 1)
-        disturbed(["export", str(RunDir.of(experiment, "grown").path), "--to", str(self.folder / "out")], points("export", 2))
+        words = ["export", str(RunDir.of(experiment, "grown").path), "--to", str(out)]
+        disturbed(words, points("export", 2), out / "config.json")
         self.finish(["analyze", "--model", final, "--data", self.path, "--length", "32", "--sequences", "8"], 1)
         self.finish(["table", self.path], 1)
 
     def resize(self, run: RunDir, points: list[str]) -> None:
         """Six steps on two ranks, then the rest on one."""
-        words = ["train", self.path, "--run", "resized"]
-        codes, said, struck = self.start(words, 2, ("train: in a step", 6, "SIGUSR1", "1"))
-        assert codes == [0, 0] and struck and run.complete_checkpoints()[-1] == 6, said
-        self.train(run, words[2:], points, ranks=1)
+        words = ["--run", "resized"]
+
+        def begin() -> None:
+            codes, said, struck = self.start(["train", self.path, *words], 2, ("train: in a step", 6, "SIGUSR1", "1"))
+            assert codes == [0, 0] and struck and run.complete_checkpoints()[-1] == 6, said
+
+        self.train(run, words, points, ranks=1, begin=begin)
 
     def outcome(self) -> dict:
         """All that must not depend on kills: weights, data, the record, the measures of attention."""
@@ -268,6 +280,7 @@ def main() -> None:
         ended = (f"\n{table(total)}\n\n{sum(total.values())} kills, all rounds ended with the bits of the unbroken run; "
                  f"steps lost at a restart: at most {max(lost)} of {EVERY} between checkpoints")  # fmt: skip
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; of the rounds that had ended:"))
     try:
         with tempfile.TemporaryDirectory() as folder:
             drill(Path(folder), chosen.kills, chosen.seed, say)

@@ -45,7 +45,7 @@ POINTS = {
     "train: in saving": ("checkpoint", "_generators", lambda: True),
     "train: between rename and marker": ("checkpoint", "write_json", named("COMPLETE")),
     "train: pruning old checkpoints": ("checkpoint", "remove", lambda path: path.is_dir()),
-    "train: writing the start": ("sources", "CheckpointWriter.add", writes(".init")),
+    "train: writing the start": ("sources", "CheckpointWriter.add", writes("init")),
     "train: writing final/": ("sources", "CheckpointWriter.add", writes(".final")),
     "train: before DONE": ("train", "write_json", named("DONE")),
     "resize: reading the old states": ("checkpoint", "read_tensor", lambda *_: True),
