@@ -261,7 +261,7 @@ def table(total: Counter) -> str:
     rows = []
     for point in POINTS:
         counts = [sum(n for (p, sign, _), n in total.items() if (p, sign) == (point, column)) for column in columns]
-        rows.append([point, *counts, by_point(total)[point]])
+        rows.append([point, *counts, sum(counts)])
     rows.append(["all", *(sum(row[i] for row in rows) for i in range(1, 5))])
     return tabulate(rows, headers=["moment", *columns, "all"], tablefmt="github")
 
