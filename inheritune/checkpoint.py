@@ -55,7 +55,7 @@ def save(engine, run_dir: RunDir, step: int, state: dict, settings: dict, keep_l
         write(_generators(), str(temporary / f"rng_{rank():05d}.pt"))
     _agree_on(_explain(problems[0], target) if problems else None, temporary)
     on_rank0(_add_readable, engine, run_dir, temporary)
-    names = sorted(p.relative_to(temporary).as_posix() for p in temporary.rglob("*") if p.is_file())
+    names = sorted(p.relative_to(temporary).as_posix() for p in temporary.rglob("*"))  # folders too: they hold the files' names
     share, problem = set(names[rank() :: world()]), None
     try:
         for name in share:  # a node that dies now must not leave a marker beside files that it alone had
