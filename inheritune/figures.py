@@ -48,7 +48,7 @@ def _styles(labels: list[str]) -> list[dict]:
 
 
 @contextmanager
-def _figure(path: Path, width: float, height: float, rehearsal: bool):
+def canvas(path: Path, width: float, height: float, rehearsal: bool):
     """An empty figure of `width` x `height` inches, written as a PNG when the block ends.
 
     matplotlib's defaults are restored around it, and the file carries no version or date: same numbers, same bytes."""
@@ -123,7 +123,7 @@ def plot_max_rank(
     series: list[tuple[str, list[dict]]], path: Path, tau: str = MAIN, rehearsal: bool = False, title: str = ""
 ) -> None:
     """MaxRank per layer, one line per (label, rows of attention.jsonl): the paper's Figures 1, 2a, 8, 13 and 15."""
-    with _figure(path, 7, 4, rehearsal) as figure:
+    with canvas(path, 7, 4, rehearsal) as figure:
         axes = figure.add_subplot()
         _per_layer(axes, [(label, _layers(rows), "max_rank", tau) for label, rows in series])
         _mark_rank_one(axes)
@@ -136,7 +136,7 @@ def plot_max_rank(
 def plot_tau_ablation(rows: list[dict], path: Path, label: str = "", rehearsal: bool = False) -> None:
     """MaxRank per layer of one model at every tau measured: the paper's Figure 10."""
     layers = _layers(rows)
-    with _figure(path, 7, 4, rehearsal) as figure:
+    with canvas(path, 7, 4, rehearsal) as figure:
         axes = figure.add_subplot()
         taus = list(layers[0]["max_rank"])
         _per_layer(axes, [(f"τ = {float(tau):.2f}", layers, "max_rank", tau) for tau in taus])
@@ -150,7 +150,7 @@ def plot_avg_mass(
     series: list[tuple[str, list[dict]]], path: Path, eta: str = MAIN, rehearsal: bool = False, title: str = ""
 ) -> None:
     """AvgMass per layer, one line per (label, rows): the paper's Figures 14 to 16."""
-    with _figure(path, 7, 4, rehearsal) as figure:
+    with canvas(path, 7, 4, rehearsal) as figure:
         axes = figure.add_subplot()
         _per_layer(axes, [(label, _layers(rows), "avg_mass", eta) for label, rows in series])
         axes.set_ylabel(f"AvgMass (columns holding {float(eta):.0%} of the mass)")
@@ -174,7 +174,7 @@ def plot_heat_map(rows: list[dict], path: Path, label: str = "", tau: str = MAIN
     top = max(2.0, max(max(row["rank"][tau]) for row in layers))
     colors = LinearSegmentedColormap.from_list("rank", ["#67000D", "#CB181D", "#F16913", "#FDBE85", "#D9F0A3", "#ADE8B0"])
     cell = min(0.3, 7 / max(n_layers, n_heads))
-    with _figure(path, max(4.0, cell * n_layers + 2), max(2.2, cell * n_heads + 1.2), rehearsal) as figure:
+    with canvas(path, max(4.0, cell * n_layers + 2), max(2.2, cell * n_heads + 1.2), rehearsal) as figure:
         axes = figure.add_subplot()
         image = axes.pcolormesh(
             [index + 0.5 for index in range(n_layers + 1)],
@@ -202,7 +202,7 @@ def plot_attention_maps(rows: list[dict], path: Path, label: str = "", rehearsal
     rank = {row["layer"]: row["rank"][MAIN] for row in _layers(rows)}
     columns = min(5, len(maps))
     lines = -(-len(maps) // columns)
-    with _figure(path, 2.5 * columns + 0.9, 2.35 * lines + 0.85, rehearsal) as figure:
+    with canvas(path, 2.5 * columns + 0.9, 2.35 * lines + 0.85, rehearsal) as figure:
         grid = figure.subplots(lines, columns, squeeze=False)
         for axes in grid.flat:
             axes.set_visible(False)
@@ -289,7 +289,7 @@ def plot_loss_curves(
     late = [y for _, rows, ys in curves for row, y in zip(rows, ys, strict=True) if row["step"] >= 0.1 * longest]
     low = min(late + ([reference_loss] if reference_loss else []))
     high = max(late + ([reference_loss] if reference_loss else []))
-    with _figure(path, 9, 4.4, rehearsal) as figure:
+    with canvas(path, 9, 4.4, rehearsal) as figure:
         axes = figure.add_subplot()
         styles = _styles([label for label, _, _ in curves])
         for index, (label, rows, ys) in enumerate(curves):
@@ -359,7 +359,7 @@ def plot_cells(records: list[dict], path: Path, title: str, rehearsal: bool = Fa
 
     `records` are the rows of the table's CSV file; a cell without either number is left empty."""
     columns, models = ([*dict.fromkeys(record[key] for record in records)] for key in ("column", "row"))
-    with _figure(path, 3.2 + 3.4 * len(columns), 1.2 + 0.27 * len(models), rehearsal) as figure:
+    with canvas(path, 3.2 + 3.4 * len(columns), 1.2 + 0.27 * len(models), rehearsal) as figure:
         panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
         for axes, column in zip(panels, columns, strict=True):
             for side, noise, look in (

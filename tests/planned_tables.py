@@ -69,7 +69,7 @@ def slurm_table() -> str:
 
 def memory_table() -> str:
     """Planned peak of the paper's sizes under each JSON, on 1 and 8 GPUs."""
-    files = sorted(p.name for p in (REPOSITORY / "ds_configs").glob("*.json") if p.name != "cpu.json")
+    files = sorted(p.name for p in (REPOSITORY / "ds_configs").glob("*.json") if not p.name.startswith("cpu"))
     rows = []
     for name, layers in SIZES:
         experiment = load_experiment(name)

@@ -1,0 +1,148 @@
+"""recipes/evidence.sh in rehearsal from nothing, stopped and gone on with; its numbers against the runs'; the committed
+results against the seeds they come from, and the documents against them."""
+
+import json
+import os
+import re
+import subprocess
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from scipy import stats
+
+from inheritune.config import load_experiment
+from inheritune.rundir import read_json
+
+EVIDENCE = REPOSITORY / "recipes" / "evidence"
+SCALES = ("cpu", "gpu")
+REPORTED = [scale for scale in SCALES if (EVIDENCE / scale / "evidence.json").is_file()]
+
+
+@pytest.fixture
+def summary(monkeypatch):
+    monkeypatch.syspath_prepend(str(EVIDENCE))
+    import summary
+
+    return summary
+
+
+def evidence(**settings) -> subprocess.CompletedProcess:
+    """`bash recipes/evidence.sh` with these variables."""
+    environment = {**os.environ, **settings}
+    command = ["bash", REPOSITORY / "recipes" / "evidence.sh"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_the_script_in_small(own_root, summary):
+    """Two seeds of the core arms, stopped after the first seconds; then the same command goes on to the table, whose numbers
+    are those of the runs, worked out here by numpy and scipy."""
+    small = {"REHEARSE": "1", "SEEDS": "1 2"}
+    done = evidence(**small, BUDGET_HOURS="0.006")
+    assert done.returncode == 0 and "hours are over, everything is saved" in done.stdout, done.stdout + done.stderr
+    folder, runs = own_root / "runs/rehearsal/evidence_cpu", own_root / "runs/rehearsal/evidence_cpu"
+    assert not (folder / "evidence.json").exists()
+    done = evidence(**small)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found, table = read_json(folder / "evidence.json"), (folder / "table.md").read_text()
+    assert found["rehearsal"] and found["seeds"] == [1, 2] and "REHEARSAL" in table
+    results = {
+        run: np.array([read_json(runs / f"seed{seed}/{run}/results.json")["validation"]["mean"] for seed in (1, 2)])
+        for run in ("reference", "random", "random_longer", "inheritune/stage1", "last_half")
+    }
+    for row in found["rows"]:
+        name = f"{row['run']}/stage{row['stage']}" if row["stage"] else row["run"]
+        if name not in results:
+            continue  # a later stage, which not every seed may have
+        for key, values in (("loss", results[name]), ("to_reference", results[name] - results["reference"])):
+            if row[key] is None:
+                assert name == "reference" and key == "to_reference"
+                continue
+            low, high = stats.t.interval(0.95, 1, values.mean(), values.std(ddof=1) / np.sqrt(2))
+            assert [row[key][end] for end in ("mean", "low", "high")] == pytest.approx([values.mean(), low, high], rel=1e-9)
+        assert summary.cells(row)[0] in table and summary.words(row["loss"]) in table
+        own = sum(read_json(runs / f"seed1/{name}/results.json")[key] for key in ("train_flops",))
+        assert row["train_flops"] == pytest.approx(own)
+    rows = {(row["run"], row["stage"]): row for row in found["rows"]}
+    cost = rows["inheritune", 1]["train_flops"] + rows["reference", None]["train_flops"]
+    assert rows["inheritune", 1]["flops_with_sources"] == pytest.approx(cost)
+    assert {point["run"] for point in found["windows"]} == {"inheritune", "last_half"}
+    assert [depth["seed"] for depth in found["depths"]] == [1, 2]
+    for plot in ("curves", "attention", "rank_worth"):
+        assert (folder / f"{plot}.png").stat().st_size > 10_000
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("DONE")}
+    done = evidence(**small)
+    assert done.returncode == 0 and "== " not in done.stdout  # nothing is run again
+    assert before == {path: path.stat().st_mtime_ns for path in runs.rglob("DONE")}
+
+
+def test_wrong_settings_are_told_the_right_ones():
+    for wrong in ({"SCALE": "tpu"}, {"ARMS": "some"}):
+        done = evidence(**wrong)
+        assert done.returncode == 2 and "ARMS=core" in done.stderr and not done.stdout
+
+
+def made_up(seed: int, **losses: float) -> dict:
+    """A seed's record: models of 2 layers, 10 steps of 100 tokens; the curve falls to the loss at step 5."""
+    return {
+        "seed": seed,
+        "models": [
+            {"run": run, "stage": None, "label": run, "layers": 2, "parameters": 1000, "steps": 10, "tokens": 1000,
+             "train_flops": 1.0, "flops_with_sources": 2.0, "loss": {"mean": loss, "n": 4},
+             "curve": [[0, 9.0], [5, loss], [10, loss]]}
+            for run, loss in losses.items()
+        ],
+    }  # fmt: skip
+
+
+def test_differences_are_paired_by_seed(summary):
+    """Seeds that differ much from one another, all by the same amount between two models: a narrow interval around it."""
+    records = [made_up(s, reference=s, random=s + 0.5, inheritune=s + 0.25) for s in (1.0, 2.0, 3.0)]
+    rows = {row["run"]: row for row in summary.aggregate(records)}
+    gap, loss = rows["inheritune"]["to_random"], rows["inheritune"]["loss"]
+    assert (gap["mean"], gap["low"], gap["high"], gap["n"]) == pytest.approx((-0.25, -0.25, -0.25, 3))
+    assert (loss["mean"], loss["low"]) == pytest.approx((2.25, 2.25 - 4.302653 / 3**0.5), abs=1e-5)  # t of 2 degrees
+    assert rows["inheritune"]["tokens_to_random"] == [500, 500, 500] and rows["reference"]["to_reference"] is None
+    assert summary.aggregate(records[:1])[0]["loss"] == {"mean": 1.0, "low": None, "high": None, "n": 1}
+    records[1]["models"].pop()  # a seed that lacks a run: the others count, and the row says how many
+    row = summary.aggregate(records)[-1]
+    assert row["seeds"] == [1.0, 3.0] and row["to_random"]["n"] == 2
+
+
+def test_a_loss_that_is_not_reached_has_no_tokens(summary):
+    model = made_up(1, random=3.0)["models"][0]
+    assert summary.tokens_to(model, 3.0) == 500 and summary.tokens_to(model, 2.9) is None
+    model |= {"stage": 2, "tokens": 2000}  # the stage before took 1000
+    assert summary.tokens_to(model, 3.0) == 1500
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_scales_differ_in_size_only(scale):
+    """Both files have the same runs; the random start with the reference's steps added has them."""
+    ours, other = (load_experiment(str(EVIDENCE / f"{name}.yaml")) for name in (scale, "cpu"))
+    assert ours.train_of(ours.run("random_longer")).steps == 2 * ours.train.steps
+    assert [row.run for row in ours.paper] == list(ours.runs) == list(other.runs)
+    assert all(ours.runs[n].init == other.runs[n].init and ours.runs[n].grow == other.runs[n].grow for n in ours.runs)
+
+
+@pytest.mark.parametrize("scale", REPORTED)
+def test_what_is_reported_is_what_the_seeds_say(scale, summary, monkeypatch):
+    """evidence.json and the table follow from the seeds' files, of the experiment as it is; README shows that table."""
+    monkeypatch.setenv("PYTHON_PACKAGES", "anywhere")
+    folder = EVIDENCE / scale
+    records = [read_json(path) for path in (folder / "seeds").glob("seed*.json")]
+    records.sort(key=lambda record: record["seed"])
+    said = read_json(folder / "evidence.json")
+    assert len(records) >= 3 and {r["key"] for r in records} == {summary.experiment_key(load_experiment(f"{folder}.yaml"))}
+    assert all(record["seed"] < 100 and not record["rehearsal"] for record in records)  # from 100 on they chose the shape
+    rows = summary.aggregate(records)
+    assert json.loads(json.dumps(rows)) == said["rows"] and summary.depths(records) == said["depths"]
+    table = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| ")]
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]] == [summary.cells(r) for r in rows]
+    assert set(summary.CORE) <= {row["run"] for row in rows}
+    readme = (REPOSITORY / "README.md").read_text()
+    shown = re.findall(rf"<!-- recipes/evidence/{scale}/table\.md -->\n\n(.*?)\n\n", readme, re.DOTALL)
+    assert shown and [re.sub(r"\s*\|\s*", "|", line) for line in shown[0].splitlines() if "---" not in line] == [
+        re.sub(r"\s*\|\s*", "|", line) for line in table if "---" not in line
+    ]
