@@ -180,8 +180,8 @@ def beside(weights: Path) -> RunDir:
 @contextmanager
 def replacing(path: Path):
     """A temporary path to write a file or fill a folder at; it takes the place of `path` when the block ends, and is
-    removed if the block fails. The rename is atomic, so a reader sees nothing or everything. What killed processes of this
-    machine left of earlier attempts is removed.
+    removed if the block fails. The rename is atomic and comes after every byte is on disk, so a reader sees nothing or
+    everything. What killed processes of this machine left of earlier attempts is removed.
 
     Raises UserError when the disk is full."""
     temporary = path.with_name(f".{path.name}.tmp{socket.gethostname()}-{os.getpid()}")
@@ -191,7 +191,8 @@ def replacing(path: Path):
             remove(left)
     try:
         yield temporary
-        flush(temporary)
+        for made in (*temporary.rglob("*"), temporary):
+            flush(made)
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)  # a folder cannot be renamed over a filled one
         os.replace(temporary, path)

@@ -8,7 +8,6 @@ unpickled freely. `CheckpointWriter` is the way back: an ordinary Hugging Face c
 
 import json
 import math
-import os
 import re
 import struct
 import zipfile
@@ -591,11 +590,9 @@ class CheckpointWriter:
         self._digest.update(data)
 
     def _end(self) -> None:
-        """Finish the open shard: on disk, and in the record."""
+        """Finish the open shard, and note it in the record."""
         if self._file is None:
             return
-        self._file.flush()
-        os.fsync(self._file.fileno())
         size, name = self._file.tell(), Path(self._file.name).name
         self._file.close()
         self.files[name] = {"bytes": size, "xxh3": self._digest.hexdigest()}

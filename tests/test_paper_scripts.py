@@ -18,8 +18,8 @@ from inheritune.rundir import RunDir, read_json, read_jsonl
 from inheritune.sources import open_source
 from inheritune.tables import paper_folder
 
-# starts from modules, distilled, nothing to train; the drill runs them all
-SHORT = ("table3_submodules", "fig17_distillation", "table6_model_configs")
+# distilled, nothing to train; the drill runs them all
+SHORT = ("fig17_distillation", "table6_model_configs")
 LONG = [script.stem for script in SCRIPTS]
 
 
@@ -76,7 +76,7 @@ def test_a_script_of_each_kind_from_nothing(script):
 
 @pytest.mark.slow
 def test_a_second_call_only_draws():
-    said = rehearse("table3_submodules")
+    said = rehearse("fig17_distillation")
     assert "==" not in said and said.startswith("REHEARSAL, not a result.")
 
 
@@ -148,7 +148,7 @@ def copied_from(start: dict, source: dict) -> list[int | None]:
     return [next((i for i, b in enumerate(theirs) if len(same(block, b)) == len(block)), None) for block in ours]
 
 
-@pytest.mark.slow
+@pytest.mark.drill  # what a start copies: test_baselines.py
 def test_submodules_start_with_these_tensors_of_the_reference():
     kept = {"attn": ("attn.", "ln_1."), "mlp": ("mlp.", "ln_2."), "no_norms": ("attn.", "mlp.")}
     runs = made("gpt2_medium_owt", "reference", *(f"submodules_{name}" for name in kept))

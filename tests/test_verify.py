@@ -103,3 +103,20 @@ def test_what_a_killed_process_left_is_removed_by_the_next_attempt(tmp_path):
     with replacing(tmp_path / "out") as temporary:
         temporary.mkdir()
     assert sorted(tmp_path.iterdir()) == [ours, tmp_path / "out"]
+
+
+def test_a_folder_and_all_its_files_are_on_disk_before_its_name(tmp_path, monkeypatch):
+    """A power cut after the rename must not leave the name with empty files behind it: all are synced first."""
+    synced, sync = [], os.fsync
+
+    def noting(descriptor):
+        synced.append((os.readlink(f"/proc/self/fd/{descriptor}"), (tmp_path / "made").exists()))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    with replacing(tmp_path / "made") as folder:
+        (folder / "tokenizer").mkdir(parents=True)
+        (folder / "tokenizer" / "vocab.json").write_text("{}")
+        (folder / "config.json").write_text("{}")
+        names = [folder, folder / "config.json", folder / "tokenizer", folder / "tokenizer" / "vocab.json"]
+    assert sorted(synced[:-1]) == sorted((str(name), False) for name in names) and synced[-1] == (str(tmp_path), True)
