@@ -35,6 +35,35 @@ def own_root(tmp_path, monkeypatch):
     return tmp_path / "root"
 
 
+class Disk:
+    """A small file system at `path`, whose size a test changes while it is in use."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.mkdir()
+
+    def resize(self, n_bytes: int) -> None:
+        """Mount it, or change its size. Skips the test where this is not allowed."""
+        again = "remount," if self.path.is_mount() else ""
+        options = f"{again}size={max(4, -(-n_bytes // 4096) * 4)}k"
+        mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.path)]
+        if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+            pytest.skip("mounting a small file system needs root")
+
+    def used(self) -> int:
+        facts = os.statvfs(self.path)
+        return (facts.f_blocks - facts.f_bfree) * facts.f_frsize
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 60 MB, until `resize` gives it another size."""
+    made = Disk(tmp_path / "disk")
+    made.resize(60 << 20)
+    yield made
+    subprocess.run(["umount", str(made.path)], check=True)
+
+
 @pytest.fixture
 def gpt2_bpe(monkeypatch) -> Path:
     """A folder with GPT-2's BPE, set as INHERITUNE_GPT2_BPE."""
