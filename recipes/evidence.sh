@@ -15,6 +15,7 @@ ARMS=${ARMS:-core} SEEDS=${SEEDS:-11 12 13}
 
 # shellcheck source=recipes/setup.sh
 source recipes/setup.sh
+[ "${REHEARSE:-0}" != 0 ] || refuse_login_node "${JOBS:-4}" 04:00:00
 # shellcheck disable=SC2119 # no further requirements
 setup_environment
 if [ "${SCALE:-cpu}" = cpu ]; then
@@ -35,20 +36,22 @@ missing() {
 }
 
 one() {
-  local seed=$1 left=0 code=0
+  local seed=$1 name=$5 left=0 code=0
+  [ "$2" != analyze ] || name="$4, attention"
   if [ "$END" != 0 ]; then
     left=$((END - $(date +%s)))
     [ "$left" -gt 0 ] || return 0
   fi
   # at the end of the time it is asked to save and leave, as Slurm does
-  timeout --foreground --signal=USR1 "$left" python -m inheritune "${@:2}" --seed "$seed" 2>&1 | sed -u "s/^/seed $seed: /" || code=$?
+  timeout --foreground --signal=USR1 "$left" python -m inheritune "${@:2}" --seed "$seed" 2>&1 |
+    sed -u "s|^|seed $seed $name: |" || code=$?
   [ "$code" = 124 ] || return "$code"
 }
 export -f one
 
 python -m inheritune prepare "$EXPERIMENT"
-before=''
-while listed=$(missing) && [ -n "$listed" ]; do
+listed=$(missing) before=''
+while [ -n "$listed" ]; do
   if [ "$END" != 0 ] && [ "$(date +%s)" -ge "$END" ]; then
     echo "The $BUDGET_HOURS hours are over, everything is saved; the same command goes on from here:"
     echo "$listed"
@@ -58,6 +61,7 @@ while listed=$(missing) && [ -n "$listed" ]; do
   before=$listed
   printf '\n== %s runs or measurements, %s at a time\n' "$(wc -l <<< "$listed")" "$JOBS"
   xargs -P "$JOBS" -L 1 bash -c 'set -euo pipefail; one "$@"' _ <<< "$listed"
+  listed=$(missing)
 done
 # shellcheck disable=SC2086
 python recipes/evidence/summary.py summary "$EXPERIMENT" $SEEDS

@@ -7,14 +7,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PROCS=${PROCS:-2} SEED=${SEED:-0}
 
-if [ -z "${SLURM_JOB_ID:-}" ] && command -v srun > /dev/null && sinfo -h > /dev/null 2>&1; then
-  echo "This looks like a Slurm login node. Run it on a compute node instead:" >&2
-  echo "  srun --ntasks=1 --cpus-per-task=$PROCS --mem=8G --time=00:30:00 bash recipes/quickstart.sh" >&2
-  exit 2
-fi
-
 # shellcheck source=recipes/setup.sh
 source recipes/setup.sh
+refuse_login_node "$PROCS" 00:30:00
 setup_environment "$@"
 check_gpu
 started=$SECONDS

@@ -83,6 +83,18 @@ def test_wrong_settings_are_told_the_right_ones():
         assert done.returncode == 2 and "ARMS=core" in done.stderr and not done.stdout
 
 
+@pytest.mark.parametrize("script", ["quickstart", "evidence"])
+def test_a_login_node_is_not_trained_on(script, tmp_path):
+    for name in ("srun", "sinfo"):
+        (tmp_path / name).write_text("#!/bin/bash\n")
+        (tmp_path / name).chmod(0o755)
+    there = {key: value for key, value in os.environ.items() if key not in ("SLURM_JOB_ID", "REHEARSE")}
+    there["PATH"] = f"{tmp_path}:{there['PATH']}"
+    command = ["bash", REPOSITORY / f"recipes/{script}.sh"]
+    done = subprocess.run(command, env=there, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and f" bash recipes/{script}.sh\n" in done.stderr and not done.stdout
+
+
 def made_up(seed: int, **losses: float) -> dict:
     """A seed's record: models of 2 layers, 10 steps of 100 tokens; the curve falls to the loss at step 5."""
     return {
