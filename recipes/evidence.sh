@@ -19,8 +19,8 @@ source recipes/setup.sh
 # shellcheck disable=SC2119 # no further requirements
 setup_environment
 if [ "${SCALE:-cpu}" = cpu ]; then
+  JOBS=${JOBS:-$(nproc)} # before the next line, which nproc would heed
   export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
-  JOBS=${JOBS:-$(nproc)}
 else
   check_gpu
   JOBS=${JOBS:-1}
