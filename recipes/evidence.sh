@@ -8,25 +8,36 @@
 #   JOBS=              runs side by side, one thread each; default: one per core, on a GPU one
 #   REHEARSE=1         minutes, marked REHEARSAL, written under runs/rehearsal
 set -euo pipefail
+START=$(date +%s)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-export EXPERIMENT=recipes/evidence/${SCALE:-cpu}.yaml
-ARMS=${ARMS:-core} SEEDS=${SEEDS:-11 12 13}
-[ -f "$EXPERIMENT" ] && [[ $ARMS = core || $ARMS = all ]] || { sed -n '2,9p' recipes/evidence.sh >&2 && exit 2; }
+SCALE=${SCALE:-cpu} ARMS=${ARMS:-core} SEEDS=${SEEDS:-11 12 13} BUDGET_HOURS=${BUDGET_HOURS:-}
+[[ $SCALE = [cg]pu && ($ARMS = core || $ARMS = all) && $BUDGET_HOURS =~ ^[0-9.]*$ && $SEEDS =~ ^[0-9\ ]+$ ]] || {
+  sed -n '2,9p' recipes/evidence.sh >&2
+  exit 2
+}
+export EXPERIMENT=recipes/evidence/$SCALE.yaml
 
 # shellcheck source=recipes/setup.sh
 source recipes/setup.sh
-[ "${REHEARSE:-0}" != 0 ] || refuse_login_node "${JOBS:-4}" 04:00:00
+options=(--cpus-per-task="${JOBS:-4}" --time=04:00:00)
+[ "$SCALE" = cpu ] || options+=(--gpus=1)
+[ "${REHEARSE:-0}" != 0 ] || refuse_login_node "${options[@]}"
 # shellcheck disable=SC2119 # no further requirements
 setup_environment
-if [ "${SCALE:-cpu}" = cpu ]; then
+if [ "$SCALE" = cpu ] || [ "${REHEARSE:-0}" != 0 ]; then
   JOBS=${JOBS:-$(nproc)} # before the next line, which nproc would heed
   export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 else
   check_gpu
   JOBS=${JOBS:-1}
+  python -c 'from inheritune.dist import device; raise SystemExit(device().type != "cuda")' || {
+    echo "SCALE=gpu needs a GPU, and there is none here; SCALE=cpu takes two hours on two cores" >&2
+    exit 2
+  }
 fi
 PYTHON_PACKAGES=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') # the text of gpu.yaml
-END=$(python -c 'import sys, time; print(int(time.time() + 3600 * float(sys.argv[1])) if sys.argv[1] else 0)' "${BUDGET_HOURS:-}")
+END=0
+[ -z "$BUDGET_HOURS" ] || END=$(python -c 'import sys; print(int(sys.argv[1]) + int(3600 * float(sys.argv[2])))' "$START" "$BUDGET_HOURS")
 export PYTHON_PACKAGES END
 
 # What is missing and can be done now, a line each: seed, verb and its arguments.
@@ -35,33 +46,45 @@ missing() {
   python recipes/evidence/summary.py missing "$EXPERIMENT" "$ARMS" $SEEDS
 }
 
-one() {
-  local seed=$1 name=$5 left=0 code=0
-  [ "$2" != analyze ] || name="$4, attention"
+# A verb, asked at the end of the time to save and leave, as Slurm does.
+limited() {
+  local left=0 code=0
   if [ "$END" != 0 ]; then
     left=$((END - $(date +%s)))
     [ "$left" -gt 0 ] || return 0
   fi
-  # at the end of the time it is asked to save and leave, as Slurm does
-  timeout --foreground --signal=USR1 "$left" python -m inheritune "${@:2}" --seed "$seed" 2>&1 |
-    sed -u "s|^|seed $seed $name: |" || code=$?
-  [ "$code" = 124 ] || return "$code"
+  timeout --foreground --preserve-status --signal=USR1 "$left" python -m inheritune "$@" || code=$?
+  [ "$code" = 138 ] || return "$code" # it had not yet begun to listen to that signal: nothing was to be saved
 }
-export -f one
 
-python -m inheritune prepare "$EXPERIMENT"
-listed=$(missing) before=''
-while [ -n "$listed" ]; do
-  if [ "$END" != 0 ] && [ "$(date +%s)" -ge "$END" ]; then
-    echo "The $BUDGET_HOURS hours are over, everything is saved; the same command goes on from here:"
-    echo "$listed"
-    exit
-  fi
+one() {
+  local name=$5
+  [ "$2" != analyze ] || name="$4, attention"
+  limited "${@:2}" --seed "$1" 2>&1 | sed -u "s|^|seed $1 $name: |"
+}
+export -f limited one
+
+limited prepare "$EXPERIMENT"
+over() { [ "$END" != 0 ] && [ "$(date +%s)" -ge "$END" ]; }
+before='' listed=''
+over || listed=$(missing)
+while ! over && [ -n "$listed" ]; do
   [ "$listed" != "$before" ] || { printf 'these ended without an error but are still missing:\n%s\n' "$listed" >&2 && exit 1; }
   before=$listed
   printf '\n== %s runs or measurements, %s at a time\n' "$(wc -l <<< "$listed")" "$JOBS"
-  xargs -P "$JOBS" -L 1 bash -c 'set -euo pipefail; one "$@"' _ <<< "$listed"
-  listed=$(missing)
+  set -m # a process group of their own, so that all of it can be asked to leave with this script
+  xargs -P "$JOBS" -L 1 bash -c 'set -euo pipefail; one "$@"' _ <<< "$listed" &
+  set +m
+  work=$!
+  # shellcheck disable=SC2064 # this group, not a later one
+  trap "kill -TERM -- -$work; exit 143" TERM INT
+  wait "$work"
+  trap - TERM INT
+  over || listed=$(missing)
 done
+if over; then
+  echo "The $BUDGET_HOURS hours are over, everything is saved; the same command goes on from here."
+  exit
+fi
 # shellcheck disable=SC2086
 python recipes/evidence/summary.py summary "$EXPERIMENT" $SEEDS

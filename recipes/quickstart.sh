@@ -9,7 +9,7 @@ PROCS=${PROCS:-2} SEED=${SEED:-0}
 
 # shellcheck source=recipes/setup.sh
 source recipes/setup.sh
-refuse_login_node "$PROCS" 00:30:00
+refuse_login_node --cpus-per-task="$PROCS" --time=00:30:00
 setup_environment "$@"
 check_gpu
 started=$SECONDS

@@ -58,11 +58,11 @@ try: print("device:", device())
 except UserError as error: sys.exit(str(error))' || exit 2
 }
 
-# Training belongs on a compute node: refuse_login_node CORES TIME
+# Training belongs on a compute node: refuse_login_node SRUN_OPTIONS ...
 refuse_login_node() {
   if [ -z "${SLURM_JOB_ID:-}" ] && command -v srun > /dev/null && sinfo -h > /dev/null 2>&1; then
     echo "This looks like a Slurm login node. Run it on a compute node instead:" >&2
-    echo "  srun --ntasks=1 --cpus-per-task=$1 --mem=8G --time=$2 bash recipes/$(basename "$0")" >&2
+    echo "  srun --ntasks=1 --mem=8G $* bash recipes/$(basename "$0")" >&2
     exit 2
   fi
 }

@@ -11,8 +11,8 @@ import pytest
 from conftest import REPOSITORY
 from scipy import stats
 
-from inheritune.config import load_experiment
-from inheritune.rundir import read_json
+from inheritune.config import UserError, load_experiment
+from inheritune.rundir import data_dir, read_json, write_json
 
 EVIDENCE = REPOSITORY / "recipes" / "evidence"
 SCALES = ("cpu", "gpu")
@@ -25,6 +25,11 @@ def summary(monkeypatch):
     import summary
 
     return summary
+
+
+def written(value) -> str:
+    """As JSON, numbers to nine digits: another scipy may differ in the last."""
+    return re.sub(r"\d+\.\d+(e[+-]\d+)?", lambda number: f"{float(number[0]):.9g}", json.dumps(value))
 
 
 def evidence(**settings) -> subprocess.CompletedProcess:
@@ -54,7 +59,7 @@ def test_the_script_in_small(own_root, summary):
     for row in found["rows"]:
         name = f"{row['run']}/stage{row['stage']}" if row["stage"] else row["run"]
         if name not in results:
-            continue  # a later stage, which not every seed may have
+            continue  # a later stage, which not every seed may have, or what a seed ended with
         for key, values in (("loss", results[name]), ("to_reference", results[name] - results["reference"])):
             if row[key] is None:
                 assert name == "reference" and key == "to_reference"
@@ -62,12 +67,12 @@ def test_the_script_in_small(own_root, summary):
             low, high = stats.t.interval(0.95, 1, values.mean(), values.std(ddof=1) / np.sqrt(2))
             assert [row[key][end] for end in ("mean", "low", "high")] == pytest.approx([values.mean(), low, high], rel=1e-9)
         assert summary.cells(row)[0] in table and summary.words(row["loss"]) in table
-        own = sum(read_json(runs / f"seed1/{name}/results.json")[key] for key in ("train_flops",))
-        assert row["train_flops"] == pytest.approx(own)
+        assert row["train_flops"] == pytest.approx(read_json(runs / f"seed1/{name}/results.json")["train_flops"])
     rows = {(row["run"], row["stage"]): row for row in found["rows"]}
     cost = rows["inheritune", 1]["train_flops"] + rows["reference", None]["train_flops"]
     assert rows["inheritune", 1]["flops_with_sources"] == pytest.approx(cost)
-    assert {point["run"] for point in found["windows"]} == {"inheritune", "last_half"}
+    points = {point["run"]: point["layers"] for point in found["rank_worth"]["points"]}
+    assert points == {"inheritune": [0, 1], "last_half": [2, 3]} and found["rank_worth"]["slope"]["n"] <= 2
     assert [depth["seed"] for depth in found["depths"]] == [1, 2]
     for plot in ("curves", "attention", "rank_worth"):
         assert (folder / f"{plot}.png").stat().st_size > 10_000
@@ -77,10 +82,17 @@ def test_the_script_in_small(own_root, summary):
     assert before == {path: path.stat().st_mtime_ns for path in runs.rglob("DONE")}
 
 
-def test_wrong_settings_are_told_the_right_ones():
-    for wrong in ({"SCALE": "tpu"}, {"ARMS": "some"}):
-        done = evidence(**wrong)
-        assert done.returncode == 2 and "ARMS=core" in done.stderr and not done.stdout
+@pytest.mark.parametrize(
+    "wrong", [{"SCALE": "tpu"}, {"SCALE": "depths"}, {"ARMS": "some"}, {"SEEDS": "a"}, {"BUDGET_HOURS": "1h"}]
+)
+def test_wrong_settings_are_told_the_right_ones(wrong):
+    done = evidence(**wrong)
+    assert done.returncode == 2 and "ARMS=core" in done.stderr and not done.stdout
+
+
+def test_the_gpu_scale_does_not_train_on_a_cpu():
+    done = evidence(SCALE="gpu")
+    assert done.returncode == 2 and "needs a GPU, and there is none here" in done.stderr and not done.stdout
 
 
 @pytest.mark.parametrize("script", ["quickstart", "evidence"])
@@ -96,16 +108,17 @@ def test_a_login_node_is_not_trained_on(script, tmp_path):
 
 
 def made_up(seed: int, **losses: float) -> dict:
-    """A seed's record: models of 2 layers, 10 steps of 100 tokens; the curve falls to the loss at step 5."""
-    return {
-        "seed": seed,
-        "models": [
-            {"run": run, "stage": None, "label": run, "layers": 2, "parameters": 1000, "steps": 10, "tokens": 1000,
-             "train_flops": 1.0, "flops_with_sources": 2.0, "loss": {"mean": loss, "n": 4},
-             "curve": [[0, 9.0], [5, loss], [10, loss]]}
-            for run, loss in losses.items()
-        ],
-    }  # fmt: skip
+    """A seed's record: models of 2 layers, 10 steps of 100 tokens; the curve falls to the loss at step 5. A run's stage follows
+    two low lines: grown__2."""
+    models = []
+    for name, loss in losses.items():
+        run, _, stage = name.partition("__")
+        models.append(
+            {"run": run, "stage": int(stage) if stage else None, "label": run + f", stage {stage}" * bool(stage), "layers": 2,
+             "parameters": 1000, "steps": 10, "batch_tokens": 100, "train_flops": 1.0 * int(stage or 1),
+             "flops_with_sources": 2.0, "loss": {"mean": loss, "n": 4}, "curve": [[0, 9.0], [5, loss], [10, loss]]}
+        )  # fmt: skip
+    return {"seed": seed, "models": models, "growth": {}}
 
 
 def test_differences_are_paired_by_seed(summary):
@@ -122,11 +135,63 @@ def test_differences_are_paired_by_seed(summary):
     assert row["seeds"] == [1.0, 3.0] and row["to_random"]["n"] == 2
 
 
+def test_what_a_seed_ended_with_has_a_row_of_its_own(summary):
+    """One seed needed a second stage, whose row is that seed's alone; "as grown" is both seeds', with all stages counted."""
+    records = [
+        made_up(1, reference=3.0, random=3.2, grown__1=3.1, grown__2=2.9),
+        made_up(2, reference=3.0, random=2.8, grown__1=2.7),
+    ]
+    records[0]["growth"], records[1]["growth"] = {"grown": {"stage": 2}}, {"grown": {"stage": 1}}
+    rows = {(row["run"], row["stage"]): row for row in summary.aggregate(records)}
+    assert rows["grown", 2]["seeds"] == [1] and rows["grown", 1]["seeds"] == [1, 2]
+    end = rows["grown", "as grown"]
+    assert (
+        end["seeds"] == [1, 2] and end["loss"]["mean"] == pytest.approx((2.9 + 2.7) / 2) and end["label"] == "grown, as grown"
+    )
+    assert end["train_flops"] == pytest.approx((2 + 1) / 2) and end["tokens_to_random"] == [500, 500]  # met in stage 1 already
+    assert rows["grown", 2]["tokens_to_random"] == [500]
+
+
 def test_a_loss_that_is_not_reached_has_no_tokens(summary):
-    model = made_up(1, random=3.0)["models"][0]
-    assert summary.tokens_to(model, 3.0) == 500 and summary.tokens_to(model, 2.9) is None
-    model |= {"stage": 2, "tokens": 2000}  # the stage before took 1000
-    assert summary.tokens_to(model, 3.0) == 1500
+    first, second = made_up(1, grown__1=3.0, grown__2=2.5)["models"]
+    assert summary.tokens_to([first], 3.0) == 500 and summary.tokens_to([first], 2.9) is None
+    assert summary.tokens_to([first, second], 2.9) == 1500  # the stage before took 1000
+
+
+@pytest.mark.parametrize(
+    "seeds, why", [([0], "chose the scale"), ([102], "chose the scale"), ([12], "of another text or version")]
+)
+def test_seeds_that_must_not_be_counted_are_refused_before_they_are_trained(seeds, why, summary, own_root, tmp_path):
+    path = tmp_path / "cpu.yaml"
+    path.write_text((EVIDENCE / "cpu.yaml").read_text())
+    experiment = load_experiment(str(path))
+    manifest = data_dir(experiment) / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    write_json(manifest, {"fingerprint": "this text"})
+    ours = {"seed": 11, "key": summary.experiment_key(experiment), "text": "this text"}
+    write_json(tmp_path / "cpu/seeds/seed11.json", ours)
+    assert "12 train" in summary.missing(experiment, str(path), "core", [12])[0]
+    write_json(tmp_path / "cpu/seeds/seed11.json", {**ours, "text": "another text"})
+    with pytest.raises(UserError, match=why):
+        summary.missing(experiment, str(path), "core", seeds)
+    assert "11 train" in summary.missing(experiment, str(path), "core", [11])[0]  # which it will replace
+
+
+def test_the_key_is_of_what_changes_a_number(summary, tmp_path):
+    """Neither comments, arms nor a default written out; steps and the distance of the curve's points."""
+
+    def key(old: str, new: str) -> str:
+        (tmp_path / "cpu.yaml").write_text((EVIDENCE / "cpu.yaml").read_text().replace(old, new))
+        return summary.experiment_key(load_experiment(str(tmp_path / "cpu.yaml")))
+
+    same = key("", "")
+    assert (
+        key("train:\n", "train:\n  clip: 1.0\n")
+        == key("  window_4: {init", "  window_5: {init: random}\n  window_4: {init")
+        == same
+    )
+    assert key("checkpoint_every: 1000", "checkpoint_every: 500") == same
+    assert len({same, key("  steps: 3000", "  steps: 3001"), key("eval_every: 250", "eval_every: 500")}) == 3
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -142,14 +207,13 @@ def test_scales_differ_in_size_only(scale):
 def test_what_is_reported_is_what_the_seeds_say(scale, summary, monkeypatch):
     """evidence.json and the table follow from the seeds' files, of the experiment as it is; README shows that table."""
     monkeypatch.setenv("PYTHON_PACKAGES", "anywhere")
-    folder = EVIDENCE / scale
-    records = [read_json(path) for path in (folder / "seeds").glob("seed*.json")]
-    records.sort(key=lambda record: record["seed"])
-    said = read_json(folder / "evidence.json")
-    assert len(records) >= 3 and {r["key"] for r in records} == {summary.experiment_key(load_experiment(f"{folder}.yaml"))}
-    assert all(record["seed"] < 100 and not record["rehearsal"] for record in records)  # from 100 on they chose the shape
+    folder, experiment = EVIDENCE / scale, load_experiment(str(EVIDENCE / f"{scale}.yaml"))
+    records, said = [read_json(path) for path in summary.seed_files(folder)], read_json(folder / "evidence.json")
+    assert len(records) >= 3 and {record["key"] for record in records} == {summary.experiment_key(experiment)}
+    assert all(summary.is_complete(record) and not record["rehearsal"] for record in records)
+    assert not {record["seed"] for record in records} & {*summary.CHOOSING, *range(100, 1000)}
     rows = summary.aggregate(records)
-    assert json.loads(json.dumps(rows)) == said["rows"] and summary.depths(records) == said["depths"]
+    assert written(rows) == written(said["rows"]) and summary.depths(records) == said["depths"]
     table = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| ")]
     assert [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]] == [summary.cells(r) for r in rows]
     assert set(summary.CORE) <= {row["run"] for row in rows}

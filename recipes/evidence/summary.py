@@ -16,16 +16,18 @@ import numpy as np
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from inheritune.config import RESUMABLE_KEYS, Experiment, UserError, load_experiment
+from inheritune.config import RESUMABLE_KEYS, Experiment, Run, UserError, load_experiment, parse_layers
 from inheritune.figures import COLORS, MARKERS, REFERENCE_GREY, canvas
 from inheritune.paper import Row, model_folder
-from inheritune.rundir import RunDir, find_weights, read_json, root, seal_of, write_json
+from inheritune.rundir import RunDir, data_dir, find_weights, read_json, root, seal_of, write_json
 from inheritune.stages import read_stages, unfinished_source
-from inheritune.tables import rounds, steps_to, training_cost, validation_curve, write_table
+from inheritune.tables import steps_to, training_cost, validation_curve, write_table
 
 CORE = ("reference", "random", "random_longer", "inheritune", "last_half")
-WINDOWS = {"inheritune": 1, "window_2": None, "window_4": None, "last_half": None}
-"""Runs that start from a window of the reference's layers with the same parts, and their stage."""
+WINDOWS = ("inheritune", "window_2", "window_4", "last_half")
+"""Runs (of a grown one its first stage) that start from a window of the reference's layers, with the same parts."""
+CHOOSING = (0, 1)
+"""These seeds and those from 100 on chose the scale: they are not reported."""
 MAIN = "0.9"
 HEADS = (
     "model", "layers", "parameters", "steps", "seeds", "validation loss (95% interval)", "to the reference (95% interval)",
@@ -47,7 +49,18 @@ def attention_file(experiment: Experiment, name: str, seed: int) -> RunDir:
 
 
 def missing(experiment: Experiment, path: str, arms: str, seeds: list[int]) -> list[str]:
-    """What can be done now, the longest first: `SEED VERB ...`, a line each."""
+    """What can be done now, the longest first: `SEED VERB ...`, a line each. Raises UserError, before anything is trained, if
+    its numbers could not stand beside those that are there."""
+    chose = [seed for seed in seeds if (seed in CHOOSING or seed >= 100) and not experiment.rehearsal]
+    if chose:
+        raise UserError(f"seeds {chose} chose the scale (recipes/evidence/README.md) and are not reported; take 2 to 99")
+    text, folder = read_json(data_dir(experiment) / "manifest.json")["fingerprint"], results_folder(experiment, path)
+    for record in (read_json(file) for file in seed_files(folder)):
+        if record["seed"] not in seeds and (record["key"], record["text"]) != (experiment_key(experiment), text):
+            raise UserError(
+                f"seed {record['seed']} in {folder} is of another text or version of the experiment, and can't be counted "
+                f"together with seeds {seeds}: move that folder away, or give all its seeds in SEEDS"
+            )
     found = []
     for seed in seeds:
         for name in CORE if arms == "core" else experiment.runs:
@@ -63,55 +76,77 @@ def missing(experiment: Experiment, path: str, arms: str, seeds: list[int]) -> l
     return [line for _, line in sorted(found, key=lambda one: -one[0])]
 
 
+def results_folder(experiment: Experiment, path: str) -> Path:
+    """Where table and plots go: beside the experiment's file, those of a rehearsal beside its runs."""
+    return root() / "runs/rehearsal" / experiment.name if experiment.rehearsal else Path(path).resolve().with_suffix("")
+
+
+def seed_files(folder: Path) -> list[Path]:
+    return sorted((folder / "seeds").glob("seed*.json"), key=lambda file: int(file.stem.removeprefix("seed")))
+
+
 # --- one seed -------------------------------------------------------------------------------------------------------------
 
 
 def experiment_key(experiment: Experiment) -> str:
-    """Tells experiments apart whose numbers must not meet in one table."""
-    said = experiment.model_dump(mode="json", by_alias=True, exclude={"paper", "about", "name"})
-    said["train"] = {key: value for key, value in said["train"].items() if key not in RESUMABLE_KEYS}
-    return seal_of(said)
+    """Tells data, models and schedules apart whose numbers must not meet in one table; keys at their defaults don't count."""
+    said = experiment.model_dump(mode="json", by_alias=True, exclude_defaults=True, include={"data", "model", "train"})
+    said["train"] = {k: v for k, v in said["train"].items() if k == "eval_every" or k not in RESUMABLE_KEYS}
+    return seal_of(sorted((section, sorted(keys.items())) for section, keys in said.items()))
+
+
+def run_key(run: Run) -> str:
+    """Tells versions of a run apart."""
+    return seal_of(sorted(run.model_dump(mode="json", by_alias=True, exclude_defaults=True).items()))
 
 
 def collect(experiment: Experiment, seed: int) -> dict:
-    """Every finished model of `seed`: {seed, key, data_fingerprint, rehearsal, starts, models, growth, suggested}."""
+    """Every finished model of `seed`: {seed, key, text, rehearsal, made_by, models, growth}."""
     models, growth, starts = [], {}, []
     for row in experiment.paper:
         spec, folder = experiment.run(row.run), RunDir.of(experiment, row.run, seed)
         if not folder.is_done():
             continue
-        stages = [None]
+        stages, start = [None], spec.init.inherit
         if spec.grow:
             growth[row.run] = read_json(folder.done)
             stages = range(1, len(read_stages(folder, experiment.layers_of(spec))) + 1)
         for stage in stages:
             label = f"{row.label}, stage {stage}" if stage else row.label
+            shows_window = row.run in WINDOWS and stage in (None, 1)
             where = Row(label=label, run=f"{experiment.name}/{row.run}", stage=stage)
             trained = model_folder(experiment, where, seed)
             results, (flops, all_flops) = trained.read_results(), training_cost(experiment, row.run, where, seed)
             models.append(
                 {key: results[key] for key in ("run", "stage", "layers", "parameters", "steps", "data_fingerprint")}
-                | {"label": label, "loss": results["validation"], "train_flops": flops, "flops_with_sources": all_flops}
-                | {"tokens": sum(one.read_results()["tokens"] for one in rounds(trained, spec))}
+                | {"label": label, "key": run_key(spec), "batch_tokens": experiment.train_of(spec).batch_tokens}
+                | {"loss": results["validation"], "train_flops": flops, "flops_with_sources": all_flops}
                 | {"curve": [[point["step"], point["val_loss"]] for point in validation_curve(trained)]}
+                | ({"window": parse_layers(start.layers, experiment.model.layers)} if shows_window else {})
             )
             starts += read_json(trained.provenance)["starts"]
         for weights in measured(experiment, row.run):
             rows = attention_file(experiment, weights, seed).read_attention()
+            if not rows:
+                continue
             step = int(weights.partition("@")[2] or experiment.train_of(spec).steps)
             layers = [one for one in rows if one["kind"] == "layer"]
             of_run = next(one for one in models if one["run"] == row.run)
             of_run.setdefault("attention", {})[str(step)] = {
-                field: [layer[field][MAIN] for layer in layers] for field in ("max_rank", "avg_mass")
-            } | {"heads_near_1": sum(layer["heads_near_1"] for layer in layers), "suggested": rows[-1]["suggested_layers"]}
+                "max_rank": [layer["max_rank"][MAIN] for layer in layers],
+                "avg_mass": [layer["avg_mass"][MAIN] for layer in layers],
+                "heads_near_1": sum(layer["heads_near_1"] for layer in layers),
+                "suggested": rows[-1]["suggested_layers"],
+                "reason": rows[-1]["reason"],
+            }
     keys = ("git_commit", "python", "versions", "machine")
     starts = [{key: start[key] for key in keys} for start in starts]
-    made_by = [one for index, one in enumerate(starts) if one not in starts[:index]]
     return {
         "seed": seed,
         "key": experiment_key(experiment),
+        "text": read_json(data_dir(experiment) / "manifest.json")["fingerprint"],
         "rehearsal": experiment.rehearsal,
-        "made_by": made_by,
+        "made_by": [one for index, one in enumerate(starts) if one not in starts[:index]],
         "models": models,
         "growth": growth,
     }
@@ -132,44 +167,68 @@ def find(record: dict, run: str, stage: int | None = None) -> dict | None:
     return next((one for one in record["models"] if (one["run"], one["stage"]) == (run, stage)), None)
 
 
-def tokens_to(model: dict, target: float) -> int | None:
-    """Training tokens, earlier stages counted, until the curve is at or below `target`."""
-    step = steps_to([{"step": step, "val_loss": loss} for step, loss in model["curve"]], target)
-    last, per_step = model["curve"][-1][0], model["tokens"] / (model["steps"] * (model["stage"] or 1))
-    return None if step is None else round(model["tokens"] - (last - step) * per_step)
+def tokens_to(stages: list[dict], target: float) -> int | None:
+    """Training tokens of the stages, one after the other, until a curve is at or below `target`."""
+    before = 0
+    for model in stages:
+        step = steps_to([{"step": step, "val_loss": loss} for step, loss in model["curve"]], target)
+        if step is not None:
+            return before + step * model["batch_tokens"]
+        before += model["steps"] * model["batch_tokens"]
+    return None
+
+
+def chosen(record: dict, run: str) -> tuple[dict, list[dict]] | None:
+    """(the stage that the grown run ended with, all that were trained for it), or None."""
+    stages = [one for one in record["models"] if one["run"] == run]
+    return (stages[record["growth"][run]["stage"] - 1], stages) if run in record["growth"] else None
 
 
 def aggregate(records: list[dict]) -> list[dict]:
-    """A row for each model that any seed has, in the order of the experiment's rows."""
+    """A row for each model that any seed has, in the order of the experiment's rows; for a grown run that went beyond its
+    first stage in some seed also one for what each seed ended with ("as grown")."""
     names = {(one["run"], one["stage"]): one["label"] for record in records for one in record["models"]}
     order = list(dict.fromkeys(run for run, _ in names))
     rows = []
     for run, stage in sorted(names, key=lambda name: (order.index(name[0]), name[1] or 0)):
-        having = [(find(record, run, stage), record) for record in records if find(record, run, stage)]
-        first = having[0][0]
-        row = {key: first[key] for key in ("run", "stage", "label", "layers", "parameters", "steps", "tokens")}
-        row |= {key: first[key] for key in ("train_flops", "flops_with_sources")}
-        row |= {"seeds": [record["seed"] for _, record in having], "loss": over_seeds([m["loss"]["mean"] for m, _ in having])}
-        for other in ("reference", "random"):
-            gaps = [m["loss"]["mean"] - find(r, other)["loss"]["mean"] for m, r in having if find(r, other) and run != other]
-            row[f"to_{other}"] = over_seeds(gaps) if gaps else None
-        reached = [tokens_to(m, find(r, "random")["curve"][-1][1]) for m, r in having if find(r, "random")]
-        row["tokens_to_random"] = reached
-        rows.append(row)
+        found = [(find(record, run, stage), record) for record in records if find(record, run, stage)]
+        stages = [[one for one in r["models"] if one["run"] == run and (one["stage"] or 1) <= (stage or 1)] for _, r in found]
+        rows.append(row_of(names[run, stage], found, stages))
+        if (stage or 1) > 1 and (run, stage + 1) not in names:
+            ends = [(chosen(record, run), record) for record in records if chosen(record, run)]
+            label = names[run, 1].removesuffix(", stage 1") + ", as grown"
+            rows.append(row_of(label, [(end, r) for (end, _), r in ends], [trained for (_, trained), _ in ends]))
+            rows[-1]["stage"] = "as grown"
     return rows
 
 
+def row_of(label: str, found: list[tuple[dict, dict]], stages: list[list[dict]]) -> dict:
+    """The row of one model over seeds: `found` has it with the record of each seed, `stages` what was trained for it."""
+    first = found[0][0]
+    row = {"run": first["run"], "stage": first["stage"], "label": label, "seeds": [record["seed"] for _, record in found]}
+    row |= {key: sorted({model[key] for model, _ in found}) for key in ("layers", "parameters")}
+    row |= {"steps": first["steps"], "loss": over_seeds([model["loss"]["mean"] for model, _ in found])}
+    for key in ("train_flops", "flops_with_sources"):
+        row[key] = statistics.fmean(trained[-1][key] for trained in stages)
+    for other in ("reference", "random"):
+        gaps = [m["loss"]["mean"] - find(r, other)["loss"]["mean"] for m, r in found if first["run"] != other]
+        row[f"to_{other}"] = over_seeds(gaps) if gaps else None
+    targets = [find(record, "random")["curve"][-1][1] for _, record in found]
+    row["tokens_to_random"] = [tokens_to(trained, target) for trained, target in zip(stages, targets, strict=True)]
+    return row
+
+
 def depths(records: list[dict]) -> list[dict]:
-    """Per seed: the n that `analyze` suggests for the reference, and the smallest n with which a grown run of the paper's
-    parts reached parity (None: none did)."""
+    """Per seed: the n that `analyze` suggests for the reference and why, the smallest n with which a grown run of the paper's
+    parts reached parity (None: none did), and the smallest that was tried."""
     found = []
     for record in records:
         grown = [record["growth"][run] for run in ("inheritune", "smallest") if run in record["growth"]]
-        reached = [one["layers"] for one in grown if one["parity"]]
         attention = find(record, "reference")["attention"]
         last = attention[max(attention, key=int)]
-        found.append({"seed": record["seed"], "suggested": last["suggested"], "smallest": min(reached, default=None)})
-        found[-1] |= {"tried_from": min(m["layers"] for m in record["models"] if m["run"] in ("inheritune", "smallest"))}
+        found.append({"seed": record["seed"], "suggested": last["suggested"], "reason": last["reason"]})
+        found[-1]["smallest"] = min((one["layers"] for one in grown if one["parity"]), default=None)
+        found[-1]["tried_from"] = min(m["layers"] for m in record["models"] if m["run"] in ("inheritune", "smallest"))
     return found
 
 
@@ -185,12 +244,12 @@ def cells(row: dict) -> list[str]:
     """The row under HEADS."""
     reached = [tokens for tokens in row["tokens_to_random"] if tokens is not None]
     share = f" ({len(reached)} of {len(row['tokens_to_random'])} seeds)" if len(reached) < len(row["tokens_to_random"]) else ""
-    sources = row["flops_with_sources"]
+    sizes = [f"{parameters / 1e6:.2f}" for parameters in row["parameters"]]
     return [
-        row["label"], str(row["layers"]), f"{row['parameters'] / 1e6:.2f}M", str(row["steps"]), str(len(row["seeds"])),
+        row["label"], " or ".join(map(str, row["layers"])), f"{' or '.join(sizes)}M", str(row["steps"]), str(len(row["seeds"])),
         words(row["loss"]), words(row["to_reference"], "+"), words(row["to_random"], "+"),
         f"{statistics.fmean(reached) / 1e6:.2f}M{share}" if reached else "not reached",
-        f"{row['train_flops']:.2e}", f"{sources:.2e}" if sources else "",
+        f"{row['train_flops']:.2e}", f"{row['flops_with_sources']:.2e}",
     ]  # fmt: skip
 
 
@@ -198,34 +257,52 @@ def cells(row: dict) -> list[str]:
 
 
 def plot_curves(records: list[dict], rows: list[dict], path: Path) -> None:
-    """Mean curves of validation loss with the range over seeds, the core models left, the others right; of later stages none.
+    """Above: mean curves of validation loss with the range over seeds; below: less the reference's at the same step, paired by
+    seed. The core models left, the others right; of grown runs the first stage. The axes fit the last three quarters."""
+    from matplotlib.ticker import MaxNLocator, NullLocator
 
-    The loss axis fits what comes after a tenth of the longest run, as in figures.plot_loss_curves."""
-    curves = []  # (row, steps, losses of each seed)
+    curves = []  # (row, steps, losses of each seed, the reference's at the same steps)
     for row in (row for row in rows if row["stage"] in (None, 1)):
-        of_seeds = np.array([m["curve"] for m in (find(r, row["run"], row["stage"]) for r in records) if m])  # seed, point, 2
-        curves.append((row, of_seeds[0, 1:, 0], of_seeds[:, 1:, 1]))
-    late = np.concatenate([losses[:, steps >= 0.1 * max(c[1][-1] for c in curves)].ravel() for _, steps, losses in curves])
+        having = [
+            (find(r, row["run"], row["stage"]), find(r, "reference")) for r in records if find(r, row["run"], row["stage"])
+        ]
+        ours, theirs = (np.array([one[side]["curve"] for one in having])[:, 1:] for side in (0, 1))  # seed, point, (step, loss)
+        curves.append((row, ours[0, :, 0], ours[:, :, 1], theirs[:, :, 1]))
     panels = [[one for one in curves if (one[0]["run"] in CORE) == core] for core in (True, False)]
     panels = [panel for panel in panels if panel]
-    with canvas(path, 6.2 * len(panels), 5.2, records[0]["rehearsal"]) as figure:
-        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
-            for index, (row, steps, losses) in enumerate(panel):
+    begin = curves[0][1][-1] / 4
+    with canvas(path, 6.2 * len(panels), 8, records[0]["rehearsal"]) as figure:
+        grid = figure.subplots(2, len(panels), squeeze=False, sharey="row", sharex="col", height_ratios=(3, 2))
+        shown = ([], [])
+        for column, panel in enumerate(panels):
+            for index, (row, steps, losses, theirs) in enumerate(panel):
                 color, dashes = COLORS[index % len(COLORS)], "-" if index < len(COLORS) else "--"
-                axes.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=color, alpha=0.15, linewidth=0)
-                label = f"{row['label']} ({row['layers']} layers): {losses[:, -1].mean():.3f}"
-                marker = MARKERS[index % len(MARKERS)]
-                axes.plot(steps, losses.mean(axis=0), dashes, color=color, marker=marker, markersize=3, label=label)
-            axes.axhline(curves[0][2][:, -1].mean(), color=REFERENCE_GREY, linewidth=1, linestyle=":")
-            axes.set_yscale("log")
-            axes.set_ylim(late.min() * 0.99, late.max() * 1.01)
-            axes.yaxis.set_major_formatter("{x:.1f}")
-            axes.yaxis.set_minor_formatter("{x:.1f}")
-            axes.set_xlabel("step of its own training")
-            axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False, fontsize=8)
-        figure.axes[0].set_ylabel("validation loss (nats per token)")
-        figure.suptitle(f"Validation loss: mean and range of {len(records)} seed{'s' * (len(records) > 1)}")
+                shared = steps[: theirs.shape[1]]
+                label = f"{row['label']} ({row['layers'][0]} layers, {len(row['seeds'])} seeds)"
+                lines = ((steps, losses), (shared, losses[:, : len(shared)] - theirs[:, : len(shared)]))
+                for axes, seen, (x, of_seeds) in zip(grid[:, column], shown, lines, strict=True):
+                    axes.fill_between(x, of_seeds.min(axis=0), of_seeds.max(axis=0), color=color, alpha=0.15, linewidth=0)
+                    marker = MARKERS[index % len(MARKERS)]
+                    axes.plot(x, of_seeds.mean(axis=0), dashes, color=color, marker=marker, markersize=3, label=label)
+                    seen.append(of_seeds[:, x >= begin])
+            grid[0, column].axhline(
+                curves[0][2][:, -1].mean(), color=REFERENCE_GREY, lw=1, ls=":", label="end of the reference"
+            )
+            grid[1, column].set_xlabel("step of its own training")
+            grid[1, column].legend(*grid[0, column].get_legend_handles_labels(), loc="upper center", frameon=False,
+                                   bbox_to_anchor=(0.5, -0.18), fontsize=8)  # fmt: skip
+        grid[0, 0].set_yscale("log")
+        for line, seen in zip(grid, shown, strict=True):
+            low, high = min(one.min() for one in seen), max(one.max() for one in seen)
+            line[0].set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+            line[0].yaxis.set_major_locator(MaxNLocator(8))
+            line[0].yaxis.set_minor_locator(NullLocator())
+            line[0].yaxis.set_major_formatter("{x:g}")
+            for axes in line:
+                axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+        grid[0, 0].set_ylabel("validation loss (nats per token)")
+        grid[1, 0].set_ylabel("less the reference's at that step")
+        figure.suptitle("Validation loss: mean and range over seeds")
 
 
 def plot_attention(records: list[dict], path: Path) -> None:
@@ -261,77 +338,92 @@ def plot_attention(records: list[dict], path: Path) -> None:
         figure.suptitle(f"Attention over training: mean of {len(records)} seeds, at the end with their range; dotted: rank 1")
 
 
-def plot_worth(records: list[dict], path: Path) -> list[dict]:
-    """What a start from a window of the reference's layers is worth, by the rank of these layers.  -> the points"""
+def plot_worth(records: list[dict], path: Path) -> dict:
+    """What a start from a window of the reference's layers is worth, by the rank of these layers.  -> {points, slope: of the
+    line through each seed's points, in nats per rank, over seeds}"""
     points = []
-    for run, stage in WINDOWS.items():
+    for run in WINDOWS:
         for record in records:
-            model, random, reference = find(record, run, stage), find(record, "random"), find(record, "reference")
-            if not (model and random and reference):
-                continue
-            attention = reference["attention"]
-            ranks = attention[max(attention, key=int)]["max_rank"]
-            first = {"inheritune": 0, "last_half": len(ranks) - model["layers"]}.get(run)
-            first = int(run.partition("_")[2]) if first is None else first
-            points.append({"run": run, "seed": record["seed"], "first": first, "end": first + model["layers"]})
-            points[-1] |= {"avg_rank": statistics.fmean(ranks[first : first + model["layers"]])}
-            points[-1] |= {"to_random": model["loss"]["mean"] - random["loss"]["mean"]}
+            model = find(record, run, 1) or find(record, run)
+            if model:
+                attention = find(record, "reference")["attention"]
+                ranks = attention[max(attention, key=int)]["max_rank"]
+                points.append({"run": run, "seed": record["seed"], "layers": model["window"]})
+                points[-1]["avg_rank"] = statistics.fmean(ranks[layer] for layer in model["window"])
+                points[-1]["to_random"] = model["loss"]["mean"] - find(record, "random")["loss"]["mean"]
     with canvas(path, 6, 4.4, records[0]["rehearsal"]) as figure:
         axes = figure.add_subplot()
         for index, run in enumerate(dict.fromkeys(point["run"] for point in points)):
             mine = [point for point in points if point["run"] == run]
             axes.scatter(
                 [point["avg_rank"] for point in mine], [point["to_random"] for point in mine], color=COLORS[index],
-                marker=MARKERS[index], label=f"layers {mine[0]['first'] + 1} to {mine[0]['end']}",
+                marker=MARKERS[index], label=f"layers {mine[0]['layers'][0] + 1} to {mine[0]['layers'][-1] + 1}",
             )  # fmt: skip
         axes.axhline(0, color=REFERENCE_GREY, linewidth=1, linestyle=":")
         axes.set_xlabel("mean MaxRank of the copied layers in the reference")
         axes.set_ylabel("final loss, difference to the random start (nats)")
         axes.set_title("What a start from these layers is worth; a mark per seed")
         axes.legend(frameon=False)
-    return points
+    slopes = []
+    for record in records:
+        mine = [(point["avg_rank"], point["to_random"]) for point in points if point["seed"] == record["seed"]]
+        if len({rank for rank, _ in mine}) > 1:
+            slopes.append(float(np.polyfit(*zip(*mine, strict=True), 1)[0]))
+    return {"points": points, "slope": over_seeds(slopes) if slopes else None}
 
 
-def summarize(experiment: Experiment, scale: str, seeds: list[int]) -> None:
-    """Collect `seeds`, and write table and plots of all seeds that lie there. Raises UserError without a finished seed."""
-    folder = root() / "runs/rehearsal" / experiment.name if experiment.rehearsal else Path(__file__).parent / scale
+def is_complete(record: dict) -> bool:
+    """Has the core models, with the attention of the two that are drawn."""
+    models = [find(record, run) or find(record, run, 1) for run in CORE]
+    return all(models) and "attention" in models[CORE.index("reference")] and "attention" in models[CORE.index("inheritune")]
+
+
+def summarize(experiment: Experiment, path: str, seeds: list[int]) -> None:
+    """Collect `seeds`, and write table and plots of all seeds that lie there. Raises UserError without a whole seed."""
+    folder = results_folder(experiment, path)
+    missing(experiment, path, "core", seeds)  # refuses what must not be counted together
     for seed in seeds:
         write_json(folder / "seeds" / f"seed{seed}.json", collect(experiment, seed))
-    files = sorted((folder / "seeds").glob("seed*.json"), key=lambda file: int(file.stem.removeprefix("seed")))
-    records = [read_json(file) for file in files]
-    others = [r["seed"] for r in records if r["key"] != experiment_key(experiment)]
-    records = [r for r in records if r["key"] == experiment_key(experiment) and all(find(r, run) for run in CORE[:3])]
+    keys = {name: run_key(run) for name, run in experiment.runs.items()}
+    records = [read_json(file) for file in seed_files(folder)]
+    for record in records:
+        record["models"] = [model for model in record["models"] if model["key"] == keys.get(model["run"])]
+    partial = [str(record["seed"]) for record in records if not is_complete(record)]
+    records = [record for record in records if is_complete(record)]
     if not records:
-        raise UserError(f"no seed has all of {', '.join(CORE)}: run recipes/evidence.sh")
-    texts = {model["data_fingerprint"] for record in records for model in record["models"]}
-    if len(texts) > 1:
-        raise UserError(f"the seeds in {folder / 'seeds'} were trained on different texts; move those of one of them away")
-    rows, n = aggregate(records), records[0]["models"][0]["loss"]["n"]
+        raise UserError(f"no seed has all of {', '.join(CORE)} and their attention: run recipes/evidence.sh")
+    rows = aggregate(records)
     plot_curves(records, rows, folder / "curves.png")
     plot_attention(records, folder / "attention.png")
-    points = plot_worth(records, folder / "rank_worth.png")
+    worth = plot_worth(records, folder / "rank_worth.png")
     made_by = [one for record in records for one in record["made_by"]]
     machines, pythons = ({one[key] for one in made_by} for key in ("machine", "python"))
     commits = {
         f"{str(one['git_commit'])[:12]}{' with changes' * str(one['git_commit']).endswith('+changes')}" for one in made_by
     }
-    numbers = ", ".join(str(record["seed"]) for record in records)
-    versions = ", ".join(sorted({f"{name} {number}" for one in made_by for name, number in one["versions"].items()}))
+    versions = {f"{name} {number}" for one in made_by for name, number in one["versions"].items()}
+    numbers, windows = " ".join(str(record["seed"]) for record in records), records[0]["models"][0]["loss"]["n"]
+    arms = "" if {row["run"] for row in rows} <= set(CORE) else "ARMS=all "
+    command = f'SCALE={Path(path).stem} {arms}SEEDS="{numbers}" bash recipes/evidence.sh'
     notes = [
-        f"Seeds {numbers}; intervals are 95%, Student's t over seeds; differences are paired by seed; {n} validation windows.",
-        f"{', '.join(sorted(machines))}; Python {', '.join(sorted(pythons))}, {versions}; "
-        f'commit {", ".join(sorted(str(one)[:12] for one in commits))}; SCALE={scale} SEEDS="{numbers.replace(",", "")}" '
-        f"bash recipes/evidence.sh",
+        f"Seeds {numbers.replace(' ', ', ')}. Intervals: 95%, Student's t over seeds; differences are paired by seed; "
+        f"{windows} validation windows. Tokens are read off curves with a point every "
+        f"{experiment.train.eval_every * experiment.train.batch_tokens / 1e6:.2f}M.",
+        f"{', '.join(sorted(machines))}; Python {', '.join(sorted(pythons))}, {', '.join(sorted(versions))}; "
+        f"commit {', '.join(sorted(commits))}; {command}",
     ]
-    if others:
-        notes.append(f"Not counted: seeds {', '.join(map(str, others))}, of another version of the experiment.")
+    if any(row["stage"] == "as grown" for row in rows):
+        notes.insert(1, "A stage after the first has only the seeds whose stage before did not reach parity; tokens and FLOPs "
+                        "count all stages, steps are those of one.")  # fmt: skip
+    if partial:
+        notes.append(f"Not counted: seeds {', '.join(partial)}, which lack a core run.")
     title = f"{'REHEARSAL, not a result. ' if experiment.rehearsal else ''}{experiment.about}"
     flat = [dict(zip(HEADS, cells(row), strict=True)) for row in rows]
     write_table(folder / "table", title, list(HEADS), [cells(row) for row in rows], notes, flat)
     write_json(
         folder / "evidence.json",
-        {"rehearsal": experiment.rehearsal, "seeds": [r["seed"] for r in records], "data_fingerprint": texts.pop()}
-        | {"made_by": made_by, "rows": rows, "depths": depths(records), "windows": points},
+        {"rehearsal": experiment.rehearsal, "seeds": [record["seed"] for record in records], "text": records[0]["text"]}
+        | {"command": command, "made_by": made_by, "rows": rows, "depths": depths(records), "rank_worth": worth},
     )
     print(f"table and plots: {folder}")
 
@@ -341,7 +433,7 @@ def main(verb: str, path: str, *rest: str) -> None:
     if verb == "missing":
         print("\n".join(missing(experiment, path, rest[0], [int(seed) for seed in rest[1:]])))
     else:
-        summarize(experiment, Path(path).stem, [int(seed) for seed in rest])
+        summarize(experiment, path, [int(seed) for seed in rest])
 
 
 if __name__ == "__main__":
