@@ -59,7 +59,7 @@ run_folder() { echo "$INHERITUNE_ROOT/runs/gpu/seed0/$1"; }
 stop_in_the_middle() {
   local metrics job
   metrics=$(run_folder "$1")/metrics.jsonl
-  python -m inheritune train "$experiment" --run "$1" --procs "$GPUS" &
+  python3 -m inheritune train "$experiment" --run "$1" --procs "$GPUS" & # not the function above, whose pid is a shell's
   job=$!
   while kill -0 "$job" 2> /dev/null && [ "$(grep -c '"loss"' "$metrics" 2> /dev/null || true)" -lt "$stop_at" ]; do sleep 0.2; done
   kill -USR1 "$job" 2> /dev/null || true

@@ -89,10 +89,10 @@ def cases(size: str) -> list[Case]:
     model = {"size": "gpt2_tiny", "layers": 2, "width": 64, "heads": 4, "positions": 256, "vocab_size": 320}
     if size != "small":
         model = {"size": "gpt2_small", "layers": 6, "width": 384, "heads": 6, "positions": 256, "vocab_size": 320}
-    work = {"model": model, "documents": 16 if size == "small" else 800}
+    work = {"model": model, "documents": 16 if size == "small" else 400}
     goals = [
-        Goal("time of the lm_eval command", 1.0, over("ours", "lm_eval command")),
-        Goal("time of the lm_eval command at --batch_size 16", None, over("ours", "lm_eval command, --batch_size 16")),
+        Goal("time of the lm_eval command with its defaults", None, over("ours", "lm_eval command")),
+        Goal("time of the faster of the two", 1.0, over("ours", "lm_eval command", "lm_eval command, --batch_size 16")),
         Goal("largest difference of a score", 1e-4, scores_apart),
     ]
     contestants = {"ours": ours, "lm_eval command": lm_eval, "lm_eval command, --batch_size 16": lm_eval_batched}

@@ -6,22 +6,26 @@ A benchmark is a file of this folder with `cases(size)` and, at its end, `main(_
 
 A contestant is a function (work, folder) -> dict | None: what it measured (`seconds`, `cpu_seconds`, ...) or None, and then
 the time of the whole call counts. Turn 1 runs A, B, C, turn 2 B, C, A, and so on, so that a machine whose speed drifts is fair
-to all; a ratio is taken within a turn. Peak memory is that of the largest process of a turn, as the kernel counts it.
+to all; a ratio is taken within a turn. Peak memory is that of the largest process of a turn, as the kernel counts it; what
+contestants read is made in a process of its own, because the kernel counts a starting process's memory towards the new one.
 """
 
 import argparse
 import json
 import os
 import platform
+import re
 import resource
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -39,11 +43,13 @@ Turns = dict[str, list[dict]]
 
 @dataclass(frozen=True)
 class Goal:
-    """`value` of the turns (a number for each turn that has it) is to be at most `at_most` in the median; None: only shown."""
+    """`value` of the turns (a number for each turn that has it) is to be at most `at_most` in the median; None: only shown.
+    `of`: the contestant that is profiled where the goal is missed (default: the first)."""
 
     what: str
     at_most: float | None
     value: Callable[[Turns], list[float]]
+    of: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,18 @@ def values(name: str, key: str = "seconds") -> Callable[[Turns], list[float]]:
     return lambda turns: [turn[key] for turn in turns[name] if key in turn]
 
 
-def over(ours: str, theirs: str, key: str = "seconds") -> Callable[[Turns], list[float]]:
-    """Ratio of two contestants within each turn."""
-    return lambda turns: [a[key] / b[key] for a, b in zip(turns[ours], turns[theirs], strict=False) if key in a and b.get(key)]
+def over(ours: str, *theirs: str, key: str = "seconds") -> Callable[[Turns], list[float]]:
+    """Ratio of ours to the other contestant, or to the least of the others, within each turn."""
+
+    def ratios(turns: Turns) -> list[float]:
+        rows = zip(turns[ours], *(turns[name] for name in theirs), strict=False)
+        return [a[key] / min(b[key] for b in others) for a, *others in rows if key in a and all(b.get(key) for b in others)]
+
+    return ratios
 
 
+profiling = False
+"""Whether this process is one that is to say where its time goes."""
 _profiler = None
 """Python's or torch's profiler in a process that is to say where its time goes; it runs while a `clock` does."""
 
@@ -84,9 +97,12 @@ def clock():
         used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         return sum(each.ru_utime + each.ru_stime for each in used)
 
+    global _profiler
     measured, start, start_cpu = {}, time.perf_counter(), cpu()
-    with _profiler or nullcontext():
+    profiler, _profiler = _profiler, None  # a clock within this one does not start it again
+    with profiler or nullcontext():
         yield measured
+    _profiler = profiler
     measured |= {"seconds": time.perf_counter() - start, "cpu_seconds": cpu() - start_cpu}
 
 
@@ -106,14 +122,14 @@ def run(*words, **environment) -> str:
 
 
 def verb(*words, **environment) -> None:
-    """`python -m inheritune WORDS`, as a user runs it; while it is profiled, in this process."""
-    if _profiler is None:
+    """`python -m inheritune WORDS`, as a user runs it; where that is to be profiled, in this process."""
+    if not profiling:
         run(sys.executable, "-m", "inheritune", *words, **environment)
         return
     from inheritune.__main__ import main
 
     os.environ |= {key: str(value) for key, value in environment.items()}
-    with clock():
+    with clock():  # nothing where the caller has one
         main([str(word) for word in words])
 
 
@@ -152,7 +168,7 @@ def main(file: str, cases: Callable[[str], list[Case]]) -> None:
     parser.add_argument("--case", help="only cases whose name contains these words")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--folder", help="where inputs and outputs lie (a fast disk); default: a temporary folder")
-    parser.add_argument("--out", help="JSON of results; default: results/ beside this file for --size full, else nowhere")
+    parser.add_argument("--out", help="JSON of results; default: results/ beside this file, for --size small nowhere")
     parser.add_argument("--turn", help=argparse.SUPPRESS)  # one contestant, in the process that main started for it
     parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -162,7 +178,7 @@ def main(file: str, cases: Callable[[str], list[Case]]) -> None:
     if options.turn:
         _one_turn(next(case for case in chosen if case.name == options.case), options)
         return
-    out = options.out or (HERE / "results" / f"{Path(file).stem}.json" if options.size == "full" else None)
+    out = options.out or (HERE / "results" / f"{Path(file).stem}.json" if options.size != "small" else None)
     temporary = None if options.folder else tempfile.mkdtemp(prefix="inheritune_bench_")
     folder = Path(options.folder or temporary)
     try:
@@ -176,12 +192,14 @@ def main(file: str, cases: Callable[[str], list[Case]]) -> None:
 
 def _one_turn(case: Case, options) -> None:
     """Run one contestant here and print what it measured."""
-    global _profiler
-    function, folder = case.contestants[options.turn], Path(options.folder)
+    global _profiler, profiling
+    folder = Path(options.folder)
+    function = case.setup if options.turn == SETUP else case.contestants[options.turn]
     if options.profile:
-        _profiler = _start_profiler(case.by_torch)
+        profiler, profiling = _start_profiler(case.by_torch), True
+        _profiler = profiler
         function(case.work, folder)
-        measured = {"profile": _profile_lines(case.by_torch)}
+        measured = {"profile": _profile_lines(profiler, case.by_torch)}
     else:
         with clock() as whole:
             measured = function(case.work, folder)
@@ -200,16 +218,16 @@ def _start_profiler(by_torch: bool):
     return cProfile.Profile()
 
 
-def _profile_lines(by_torch: bool) -> list[str]:
+def _profile_lines(profiler, by_torch: bool) -> list[str]:
     """Where the time went, by self time: operations of torch, or functions of Python."""
     if by_torch:
-        events = _profiler.key_averages()
+        events = profiler.key_averages()
         total = sum(event.self_cpu_time_total for event in events)
         events = sorted(events, key=lambda event: -event.self_cpu_time_total)[:14]
         return [f"{event.self_cpu_time_total / total:5.1%} {event.count:6d} x {event.key}" for event in events]
     import pstats
 
-    rows = sorted(pstats.Stats(_profiler).stats.items(), key=lambda item: -item[1][2])[:14]
+    rows = sorted(pstats.Stats(profiler).stats.items(), key=lambda item: -item[1][2])[:14]
     return [
         f"{its[2]:7.2f} s {its[0]:6d} x {Path(file).parent.name}/{Path(file).name}:{line} {name}"
         for (file, line, name), its in rows
@@ -222,7 +240,9 @@ def _take_turns(file: str, case: Case, folder: Path, options) -> dict:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
     print(f"== {Path(file).stem}: {case.name}", flush=True)
     if case.setup:
-        case.setup(case.work, folder)
+        made = _start(file, case, SETUP, folder, options.size)
+        if "error" in made:
+            raise SystemExit(f"{Path(file).stem}: {case.name}: what the contestants read could not be made: {made['error']}")
     turns: Turns = {name: [] for name in case.contestants}
     names, load = list(case.contestants), os.getloadavg()[0]
     for number in range(options.turns):
@@ -233,7 +253,8 @@ def _take_turns(file: str, case: Case, folder: Path, options) -> dict:
             print(f"   turn {number + 1} {name}: {_short(turns[name][-1])}", flush=True)
     goals = [_judge(goal, turns) for goal in case.goals]
     missed = [goal for goal in goals if goal["met"] is False]
-    profile = _start(file, case, names[0], folder, options.size, "--profile").get("profile") if missed else None
+    to_profile = dict.fromkeys(next((goal.of for goal in case.goals if goal.what == one["what"]), "") for one in missed)
+    profile = [line for name in to_profile for line in _profiled(file, case, name or names[0], folder, options.size)] or None
     return {
         "case": case.name,
         "work": {key: value for key, value in case.work.items() if not str(key).startswith("_")},
@@ -246,18 +267,33 @@ def _take_turns(file: str, case: Case, folder: Path, options) -> dict:
     }
 
 
+def _profiled(file: str, case: Case, name: str, folder: Path, size: str) -> list[str]:
+    """Where the time of a contestant goes, a line each; nothing if it can't be said."""
+    return [f"{name}:", *_start(file, case, name, folder, size, "--profile").get("profile", ["(it could not be profiled)"])]
+
+
+PATIENCE_S = 3600
+"""A turn that takes longer is ended."""
+SETUP = "make what the contestants read"
+
+
 def _start(file: str, case: Case, name: str, folder: Path, size: str, *more: str) -> dict:
     """One turn of a contestant in a fresh process (one for each rank): what it measured, with `peak_mb`; `error` if it
     failed."""
+    if case.ranks > 1 and name == SETUP:
+        case = replace(case, ranks=1)
+    visible = (
+        {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(case.ranks)))} if "CUDA_VISIBLE_DEVICES" not in os.environ else {}
+    )
     command = [sys.executable, file, f"--turn={name}", "--case", case.name, "--size", size, "--folder", str(folder), *more]
     if case.ranks > 1:
         from inheritune.dist import free_port
 
         shared = {"WORLD_SIZE": str(case.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         shared["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // case.ranks))
-        environments = [os.environ | shared | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(case.ranks)]
+        environments = [os.environ | visible | shared | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(case.ranks)]
     else:
-        environments = [dict(os.environ)]
+        environments = [os.environ | visible]  # HF Trainer would take every GPU that it sees
     with tempfile.TemporaryDirectory() as said:
         started = []
         for rank, environment in enumerate(environments):
@@ -265,16 +301,41 @@ def _start(file: str, case: Case, name: str, folder: Path, size: str, *more: str
                 started.append(
                     subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY)
                 )
-        ended = [os.wait4(process.pid, 0) for process in started]
+        ended = _wait(started)
         texts = [(Path(said) / f"{rank}").read_text(errors="replace") for rank in range(len(started))]
     lines = [[line for line in text.splitlines() if line.startswith(MARK)] for text in texts]
     if any(status for _, status, _ in ended) or not all(lines):
-        return {"error": "\n".join(texts)[-1500:]}
+        return {"error": _last_words(texts, folder)}
     found = [json.loads(its[-1].removeprefix(MARK)) for its in lines]
     measured = found[0]
     if "cpu_seconds" in measured:
         measured["cpu_seconds"] = sum(one["cpu_seconds"] for one in found)
     return {"peak_mb": round(max(usage.ru_maxrss for _, _, usage in ended) / 1e3 * 1.024, 1)} | measured
+
+
+def _wait(started: list[subprocess.Popen]) -> list[tuple]:
+    """(pid, status, usage) of each process, in order; where one fails or takes too long, the others are killed."""
+    ended, until = {}, time.monotonic() + PATIENCE_S
+    while len(ended) < len(started):
+        for process in started:
+            if process.pid not in ended and (found := os.wait4(process.pid, os.WNOHANG))[0]:
+                ended[process.pid] = found
+        if any(status for _, status, _ in ended.values()) or time.monotonic() > until:
+            for process in started:
+                if process.pid not in ended:
+                    os.kill(process.pid, signal.SIGKILL)
+        time.sleep(0.05)
+    return [ended[process.pid] for process in started]
+
+
+def _last_words(texts: list[str], folder: Path) -> str:
+    """The last line of the first process that ends in an error, without names of this machine."""
+    lines = [line for text in texts for line in text.splitlines() if line.strip() and not line.startswith(MARK)]
+    said = next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exit|Exception|Interrupt)\b", line)), "")
+    said = said or (lines or ["it said nothing"])[-1]
+    for ours in (folder, REPOSITORY, sys.prefix, sys.base_prefix, Path.home()):
+        said = said.replace(str(ours), "...")
+    return said.replace(socket.gethostname(), "this machine")[:300]
 
 
 def _judge(goal: Goal, turns: Turns) -> dict:
@@ -338,15 +399,21 @@ def _short(turn: dict) -> str:
     return ", ".join(f"{key} {value:.3g}" for key, value in turn.items() if isinstance(value, int | float))
 
 
-def rows_of(result: dict) -> list[list[str]]:
-    """Rows of the Markdown table: part, contestant, wall and CPU seconds, MB; then the goals."""
+def table_of(results: list[dict]) -> str:
+    """Every contestant of the results, in Markdown; what only a GPU has is a column where there is such a number."""
+    turns = [turn for result in results for its in result["turns"].values() for turn in its]
+    columns = {key: head for key, head in COLUMNS.items() if any(key in turn for turn in turns)}
+    rows = [row for result in results for row in rows_of(result, columns)]
+    return markdown(["part", "contestant", *columns.values()], rows)
+
+
+def rows_of(result: dict, columns: dict) -> list[list[str]]:
+    """A row for each contestant: part, contestant, and the columns."""
     rows, first = [], f"{result['part']}: {result['case']}"
     for name, turns in result["turns"].items():
         measured = [turn for turn in turns if "seconds" in turn]
-        cells = ["failed"] + [""] * 2 if not measured else [
-            spread([turn[key] for turn in measured if turn.get(key) is not None]) if any(key in t for t in measured) else ""
-            for key in ("seconds", "cpu_seconds", "peak_mb")
-        ]  # fmt: skip
+        found = [[turn[key] for turn in measured if turn.get(key) is not None] for key in columns]
+        cells = [spread(numbers) if numbers else "" for numbers in found] if measured else ["failed"] + [""] * (len(found) - 1)
         rows.append([first, name, *cells])
         first = ""
     return rows
@@ -362,14 +429,15 @@ def goal_rows(result: dict) -> list[list[str]]:
     return rows
 
 
-HEADS = ["part", "contestant", "seconds", "CPU seconds", "peak MB"]
+COLUMNS = {"seconds": "seconds", "cpu_seconds": "CPU seconds", "peak_mb": "peak MB of the host"}
+COLUMNS |= {"tokens_per_s": "tokens/s", "mfu": "MFU", "gpu_gb": "GPU GB"}
 GOAL_HEADS = ["part", "ratio or number", "goal: at most", "measured", ""]
 
 
 def describe(result: dict) -> str:
     """The tables of one case, and the profile where a goal was missed."""
-    parts = [markdown(HEADS, rows_of(result))] + ([markdown(GOAL_HEADS, goal_rows(result))] if result["goals"] else [])
-    parts += ["where the time of the first contestant goes:\n  " + "\n  ".join(result["profile"])] if result["profile"] else []
+    parts = [table_of([result])] + ([markdown(GOAL_HEADS, goal_rows(result))] if result["goals"] else [])
+    parts += ["where the time goes:\n  " + "\n  ".join(result["profile"])] if result["profile"] else []
     return "\n\n".join(parts) + "\n"
 
 

@@ -3,7 +3,7 @@
 import json
 
 import growth
-from harness import GOAL_HEADS, HEADS, HERE, goal_rows, rows_of
+from harness import GOAL_HEADS, HERE, goal_rows, table_of
 from written import filled, markdown
 
 ORDER = ("train_step", "prepare", "inherit", "analyze", "batches", "checkpoint", "startup", "downstream")
@@ -36,7 +36,7 @@ def text() -> str:
         return "Nothing has been measured yet: `bash tests/bench/run.sh`."
     missed = [result for result in results if result["profile"]]
     parts = [where(results), "### Goals", markdown(GOAL_HEADS, [row for result in results for row in goal_rows(result)])]
-    parts += ["### All numbers", markdown(HEADS, [row for result in results for row in rows_of(result)])]
+    parts += ["### All numbers", table_of(results)]
     if grown := stored("growth"):
         parts += ["### How cost grows", where(grown), growth.table(grown), "![Cost at four sizes](results/growth.png)"]
     parts += ["### Where the time goes where a goal was missed"] if missed else []

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every benchmark, ours and what a user would take instead in turns, and the tables of tests/bench/README.md.
-#   bash tests/bench/run.sh [--size small] [--turns N]      about 2 hours on two cores; --size small: 10 minutes, nothing is kept
+#   bash tests/bench/run.sh [--size small] [--turns N]      hours on two cores; --size small: minutes, nothing is kept
 #   PARTS="batches prepare" bash tests/bench/run.sh          only these
 #   BENCH_FOLDER=/fast/disk bash tests/bench/run.sh          where inputs and outputs lie (20 GB; default: a temporary folder)
 set -euo pipefail
@@ -24,8 +24,10 @@ case " $parts " in
     ;;
 esac
 
+failed=''
 for part in $parts; do
-  python "tests/bench/$part.py" --folder "$work/$part" "$@"
+  python "tests/bench/$part.py" --folder "$work/$part" "$@" || failed+=" $part"
   rm -rf "${work:?}/$part"
 done
 python tests/bench/report.py
+[ -z "$failed" ] || { echo "these parts failed:$failed" >&2 && exit 1; }

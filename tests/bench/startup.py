@@ -119,6 +119,7 @@ def imports(work: dict, folder: Path) -> dict:
 
 def read(work: dict, folder: Path) -> dict:
     """Every file of the newest checkpoint, hashed and unpickled."""
+    import deepspeed  # noqa: F401 (whose classes are in it: not to be imported within the clock)
     import torch
 
     from inheritune.config import load_experiment
@@ -137,7 +138,7 @@ def cases(size: str) -> list[Case]:
     model = {"size": "gpt2_tiny", "vocab_size": 512} if size == "small" else {"size": "gpt2_small"}
     instant = {"--help": helped, "check": checked, "plan": planned}
     limits = {"--help": 0.3, "check": 5.0, "plan": 5.0}
-    goals = [Goal(f"seconds of {name}", limits[name], values(name)) for name in instant]
+    goals = [Goal(f"seconds of {name}", limits[name], values(name), of=name) for name in instant]
     loading = [Goal("seconds beside those of imports and reading", None, beside_loading)]
     return [
         Case("verbs without work, gpt2_xl_owt", {"experiment": "gpt2_xl_owt"}, instant, goals),
