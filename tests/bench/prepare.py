@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ def setup(work: dict, folder: Path) -> None:
     import pyarrow.parquet as pq
 
     from inheritune.config import Data, load_experiment
-    from inheritune.documents import Source, parse, read_batches
+    from inheritune.documents import Source, Unusable, parse, read_batches
     from inheritune.tokens import load_tokenizer
 
     place = folder / work["key"]
@@ -39,7 +40,9 @@ def setup(work: dict, folder: Path) -> None:
     source, texts, size = Source(embedded, place / "unused"), [], 0
     for group in source.groups:
         for batch in read_batches(source, group, (0, 0), 1 << 20):
-            texts += [parse(batch.kind, raw, "text") for raw in batch.raws]
+            for raw in batch.raws:
+                with suppress(Unusable):  # an empty file
+                    texts.append(parse(batch.kind, raw, "text"))
     rows = []
     while size < work["mb"] * 1e6:
         for text in texts:

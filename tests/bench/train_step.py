@@ -280,7 +280,8 @@ def trainer(work: dict, folder: Path, deepspeed: dict | None = None) -> dict:
         gradient_accumulation_steps=work["sequences"] // work["micro"] // work["ranks"], optim="adamw_torch_fused",
         learning_rate=3e-4, weight_decay=0.1, adam_beta2=0.95, max_grad_norm=1.0, logging_strategy="no", save_strategy="no",
         report_to=[], use_cpu=not cuda, bf16=work["precision"] == "bf16_autocast", torch_compile=cuda and not deepspeed,
-        disable_tqdm=True, dataloader_pin_memory=cuda, deepspeed=deepspeed, ddp_backend="gloo" if not cuda and work["ranks"] > 1 else None,
+        disable_tqdm=True, dataloader_pin_memory=cuda, deepspeed=deepspeed,
+        ddp_backend="gloo" if not cuda and work["ranks"] > 1 else None,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(place / "start", dtype=torch.float32)
     if model.config.model_type == "gpt2":  # the paper's GPT-2 has no biases; transformers' has, and they are zero here
