@@ -218,6 +218,12 @@ def row_of(label: str, found: list[tuple[dict, dict]], stages: list[list[dict]])
     return row
 
 
+def beside_inheritune(records: list[dict]) -> dict:
+    """{run: over seeds, the loss of Inheritune's first stage less that of the run}, of the other starts of its size."""
+    pairs = {run: [(find(r, "inheritune", 1), find(r, run)) for r in records] for run in ("random_longer", "last_half")}
+    return {run: over_seeds([a["loss"]["mean"] - b["loss"]["mean"] for a, b in its]) for run, its in pairs.items()}
+
+
 def depths(records: list[dict]) -> list[dict]:
     """Per seed: the n that `analyze` suggests for the reference and why, the smallest n with which a grown run of the paper's
     parts reached parity (None: none did), and the smallest that was tried."""
@@ -258,7 +264,8 @@ def cells(row: dict) -> list[str]:
 
 def plot_curves(records: list[dict], rows: list[dict], path: Path) -> None:
     """Above: mean curves of validation loss with the range over seeds; below: less the reference's at the same step, paired by
-    seed. The core models left, the others right; of grown runs the first stage. The axes fit the last three quarters."""
+    seed. The core models left, the others right; of grown runs the first stage. The upper axis fits all after the first quarter
+    of the reference's steps, the lower one all after half of them."""
     from matplotlib.ticker import MaxNLocator, NullLocator
 
     curves = []  # (row, steps, losses of each seed, the reference's at the same steps)
@@ -270,7 +277,7 @@ def plot_curves(records: list[dict], rows: list[dict], path: Path) -> None:
         curves.append((row, ours[0, :, 0], ours[:, :, 1], theirs[:, :, 1]))
     panels = [[one for one in curves if (one[0]["run"] in CORE) == core] for core in (True, False)]
     panels = [panel for panel in panels if panel]
-    begin = curves[0][1][-1] / 4
+    begins = curves[0][1][-1] / 4, curves[0][1][-1] / 2
     with canvas(path, 6.2 * len(panels), 8, records[0]["rehearsal"]) as figure:
         grid = figure.subplots(2, len(panels), squeeze=False, sharey="row", sharex="col", height_ratios=(3, 2))
         shown = ([], [])
@@ -280,7 +287,7 @@ def plot_curves(records: list[dict], rows: list[dict], path: Path) -> None:
                 shared = steps[: theirs.shape[1]]
                 label = f"{row['label']} ({row['layers'][0]} layers, {len(row['seeds'])} seeds)"
                 lines = ((steps, losses), (shared, losses[:, : len(shared)] - theirs[:, : len(shared)]))
-                for axes, seen, (x, of_seeds) in zip(grid[:, column], shown, lines, strict=True):
+                for axes, seen, begin, (x, of_seeds) in zip(grid[:, column], shown, begins, lines, strict=True):
                     axes.fill_between(x, of_seeds.min(axis=0), of_seeds.max(axis=0), color=color, alpha=0.15, linewidth=0)
                     marker = MARKERS[index % len(MARKERS)]
                     axes.plot(x, of_seeds.mean(axis=0), dashes, color=color, marker=marker, markersize=3, label=label)
@@ -363,7 +370,7 @@ def plot_worth(records: list[dict], path: Path) -> dict:
         axes.set_xlabel("mean MaxRank of the copied layers in the reference")
         axes.set_ylabel("final loss, difference to the random start (nats)")
         axes.set_title("What a start from these layers is worth; a mark per seed")
-        axes.legend(frameon=False)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, frameon=False)
     slopes = []
     for record in records:
         mine = [(point["avg_rank"], point["to_random"]) for point in points if point["seed"] == record["seed"]]
@@ -412,6 +419,9 @@ def summarize(experiment: Experiment, path: str, seeds: list[int]) -> None:
         f"{', '.join(sorted(machines))}; Python {', '.join(sorted(pythons))}, {', '.join(sorted(versions))}; "
         f"commit {', '.join(sorted(commits))}; {command}",
     ]
+    for run, gap in (beside := beside_inheritune(records)).items():
+        label = next(row["label"] for row in rows if row["run"] == run)
+        notes.insert(1, f"Inheritune, stage 1, less {label}: {words(gap, '+')}.")
     if any(row["stage"] == "as grown" for row in rows):
         notes.insert(1, "A stage after the first has only the seeds whose stage before did not reach parity; tokens and FLOPs "
                         "count all stages, steps are those of one.")  # fmt: skip
@@ -423,7 +433,8 @@ def summarize(experiment: Experiment, path: str, seeds: list[int]) -> None:
     write_json(
         folder / "evidence.json",
         {"rehearsal": experiment.rehearsal, "seeds": [record["seed"] for record in records], "text": records[0]["text"]}
-        | {"command": command, "made_by": made_by, "rows": rows, "depths": depths(records), "rank_worth": worth},
+        | {"command": command, "made_by": made_by, "rows": rows, "beside_inheritune": beside}
+        | {"depths": depths(records), "rank_worth": worth},
     )
     print(f"table and plots: {folder}")
 
