@@ -2,7 +2,8 @@
 # Does the effect show at a scale that anyone can repeat? Several seeds of the reference, Inheritune, the same size from random
 # and the baselines, paired by seed; then a table and three plots under recipes/evidence/cpu (which it replaces) or .../gpu.
 #   SEEDS="11 12 13"   three for an interval, or more; results of other seeds that lie there already are counted too
-#   ARMS=core          reference, random (and with the reference's steps added), Inheritune, last half; or all of the file
+#   ARMS=core          reference, random (and with the reference's steps added), Inheritune, last half; all; or names of runs,
+#                      whose numbers join those that lie there if the reference comes out with the same bits
 #   SCALE=cpu          gpu: GPT-2 Small's shape on one GPU
 #   BUDGET_HOURS=      save and leave after so many hours; the same command goes on (a GPU lent for ten minutes: 0.15)
 #   JOBS=              runs side by side, one thread each; default: one per core, on a GPU one
@@ -11,8 +12,8 @@ set -euo pipefail
 START=$(date +%s)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SCALE=${SCALE:-cpu} ARMS=${ARMS:-core} SEEDS=${SEEDS:-11 12 13} BUDGET_HOURS=${BUDGET_HOURS:-}
-[[ $SCALE = [cg]pu && ($ARMS = core || $ARMS = all) && $BUDGET_HOURS =~ ^[0-9.]*$ && $SEEDS =~ ^[0-9\ ]+$ ]] || {
-  sed -n '2,9p' recipes/evidence.sh >&2
+[[ $SCALE = [cg]pu && $ARMS =~ ^[a-z0-9_\ ]+$ && $BUDGET_HOURS =~ ^[0-9.]*$ && $SEEDS =~ ^[0-9\ ]+$ ]] || {
+  sed -n '2,10p' recipes/evidence.sh >&2
   exit 2
 }
 export EXPERIMENT=recipes/evidence/$SCALE.yaml

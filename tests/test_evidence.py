@@ -83,7 +83,7 @@ def test_the_script_in_small(own_root, summary):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"SCALE": "tpu"}, {"SCALE": "depths"}, {"ARMS": "some"}, {"SEEDS": "a"}, {"BUDGET_HOURS": "1h"}]
+    "wrong", [{"SCALE": "tpu"}, {"SCALE": "depths"}, {"ARMS": "some;"}, {"SEEDS": "a"}, {"BUDGET_HOURS": "1h"}]
 )
 def test_wrong_settings_are_told_the_right_ones(wrong):
     done = evidence(**wrong)
@@ -93,6 +93,31 @@ def test_wrong_settings_are_told_the_right_ones(wrong):
 def test_the_gpu_scale_does_not_train_on_a_cpu():
     done = evidence(SCALE="gpu")
     assert done.returncode == 2 and "needs a GPU, and there is none here" in done.stderr and not done.stdout
+
+
+def test_arms_bring_what_they_start_from(summary):
+    experiment = load_experiment(str(EVIDENCE / "cpu.yaml"))
+    assert summary.runs_of(experiment, "core") == list(summary.CORE)
+    assert summary.runs_of(experiment, "stacking window_4") == ["reference", "stacking_half", "stacking", "window_4"]
+    assert summary.runs_of(experiment, "all") == list(experiment.runs)
+    with pytest.raises(UserError, match="did you mean 'stacking'"):
+        summary.runs_of(experiment, "stackin")
+
+
+def test_runs_of_an_earlier_sitting_stay_beside_the_same_reference(summary):
+    """Not beside one of other bits, and not where they were trained again."""
+    before, now = made_up(11, reference=3.0, random=3.2, grown__1=3.1), made_up(11, reference=3.0, random=3.3)
+    for record in (before, now):
+        record |= {"key": "a", "text": "b", "made_by": [{"commit": len(record["models"])}]}
+        record["models"] = [model | {"weights": model["run"]} for model in record["models"]]
+    before["growth"] = {"grown": {"stage": 1}}
+    both = summary.together(before, now)
+    assert [(m["run"], m["loss"]["mean"]) for m in both["models"]] == [("reference", 3.0), ("random", 3.3), ("grown", 3.1)]
+    assert both["growth"] == before["growth"] and len(both["made_by"]) == 2
+    for key in ("key", "text"):
+        assert summary.together(before | {key: "other"}, now) == now
+    before["models"][0]["weights"] = "other bits"
+    assert summary.together(before, now) == now
 
 
 @pytest.mark.parametrize("script", ["quickstart", "evidence"])
@@ -105,6 +130,9 @@ def test_a_login_node_is_not_trained_on(script, tmp_path):
     command = ["bash", REPOSITORY / f"recipes/{script}.sh"]
     done = subprocess.run(command, env=there, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and f" bash recipes/{script}.sh\n" in done.stderr and not done.stdout
+
+
+ORDER = ("reference", "random", "grown", "inheritune")
 
 
 def made_up(seed: int, **losses: float) -> dict:
@@ -124,14 +152,14 @@ def made_up(seed: int, **losses: float) -> dict:
 def test_differences_are_paired_by_seed(summary):
     """Seeds that differ much from one another, all by the same amount between two models: a narrow interval around it."""
     records = [made_up(s, reference=s, random=s + 0.5, inheritune=s + 0.25) for s in (1.0, 2.0, 3.0)]
-    rows = {row["run"]: row for row in summary.aggregate(records)}
+    rows = {row["run"]: row for row in summary.aggregate(records, ORDER)}
     gap, loss = rows["inheritune"]["to_random"], rows["inheritune"]["loss"]
     assert (gap["mean"], gap["low"], gap["high"], gap["n"]) == pytest.approx((-0.25, -0.25, -0.25, 3))
     assert (loss["mean"], loss["low"]) == pytest.approx((2.25, 2.25 - 4.302653 / 3**0.5), abs=1e-5)  # t of 2 degrees
     assert rows["inheritune"]["tokens_to_random"] == [500, 500, 500] and rows["reference"]["to_reference"] is None
-    assert summary.aggregate(records[:1])[0]["loss"] == {"mean": 1.0, "low": None, "high": None, "n": 1}
+    assert summary.aggregate(records[:1], ORDER)[0]["loss"] == {"mean": 1.0, "low": None, "high": None, "n": 1}
     records[1]["models"].pop()  # a seed that lacks a run: the others count, and the row says how many
-    row = summary.aggregate(records)[-1]
+    row = summary.aggregate(records, ORDER)[-1]
     assert row["seeds"] == [1.0, 3.0] and row["to_random"]["n"] == 2
 
 
@@ -142,7 +170,7 @@ def test_what_a_seed_ended_with_has_a_row_of_its_own(summary):
         made_up(2, reference=3.0, random=2.8, grown__1=2.7),
     ]
     records[0]["growth"], records[1]["growth"] = {"grown": {"stage": 2}}, {"grown": {"stage": 1}}
-    rows = {(row["run"], row["stage"]): row for row in summary.aggregate(records)}
+    rows = {(row["run"], row["stage"]): row for row in summary.aggregate(records, ORDER)}
     assert rows["grown", 2]["seeds"] == [1] and rows["grown", 1]["seeds"] == [1, 2]
     end = rows["grown", "as grown"]
     assert (
@@ -212,7 +240,7 @@ def test_what_is_reported_is_what_the_seeds_say(scale, summary, monkeypatch):
     assert len(records) >= 3 and {record["key"] for record in records} == {summary.experiment_key(experiment)}
     assert all(summary.is_complete(record) and not record["rehearsal"] for record in records)
     assert not {record["seed"] for record in records} & {*summary.CHOOSING, *range(100, 1000)}
-    rows = summary.aggregate(records)
+    rows = summary.aggregate(records, experiment.runs)
     assert written(rows) == written(said["rows"]) and summary.depths(records) == said["depths"]
     table = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| ")]
     assert [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1:]] == [summary.cells(r) for r in rows]

@@ -1,6 +1,6 @@
 """The table, the plots and what is still missing of recipes/evidence.sh.
 
-    python recipes/evidence/summary.py missing EXPERIMENT core|all SEED ...
+    python recipes/evidence/summary.py missing EXPERIMENT "core|all|RUN ..." SEED ...
     python recipes/evidence/summary.py summary EXPERIMENT SEED ...
 
 Each seed's numbers are read from its finished runs into seeds/seedN.json; everything else is made from those files, so that
@@ -10,6 +10,7 @@ read the same batches."""
 import math
 import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,18 @@ def attention_file(experiment: Experiment, name: str, seed: int) -> RunDir:
     return RunDir(weights.parent if weights.name == "final" else weights)
 
 
+def runs_of(experiment: Experiment, arms: str) -> list[str]:
+    """The runs meant by `arms`: core, all, or names, to which the reference and what else they start from is added.
+
+    Raises UserError for an unknown run."""
+    if arms == "all":
+        return list(experiment.runs)
+    wanted = ["reference", *(CORE if arms == "core" else arms.split())]
+    for name in wanted:  # which grows meanwhile
+        wanted += [source for source, _ in experiment.run(name).sources() if source not in wanted]
+    return [name for name in experiment.runs if name in wanted]
+
+
 def missing(experiment: Experiment, path: str, arms: str, seeds: list[int]) -> list[str]:
     """What can be done now, the longest first: `SEED VERB ...`, a line each. Raises UserError, before anything is trained, if
     its numbers could not stand beside those that are there."""
@@ -63,7 +76,7 @@ def missing(experiment: Experiment, path: str, arms: str, seeds: list[int]) -> l
             )
     found = []
     for seed in seeds:
-        for name in CORE if arms == "core" else experiment.runs:
+        for name in runs_of(experiment, arms):
             spec = experiment.run(name)
             cost = experiment.layers_of(spec) * experiment.train_of(spec).steps
             if not RunDir.of(experiment, name, seed).is_done():
@@ -118,7 +131,7 @@ def collect(experiment: Experiment, seed: int) -> dict:
             trained = model_folder(experiment, where, seed)
             results, (flops, all_flops) = trained.read_results(), training_cost(experiment, row.run, where, seed)
             models.append(
-                {key: results[key] for key in ("run", "stage", "layers", "parameters", "steps", "data_fingerprint")}
+                {key: results[key] for key in ("run", "stage", "layers", "parameters", "steps", "weights")}
                 | {"label": label, "key": run_key(spec), "batch_tokens": experiment.train_of(spec).batch_tokens}
                 | {"loss": results["validation"], "train_flops": flops, "flops_with_sources": all_flops}
                 | {"curve": [[point["step"], point["val_loss"]] for point in validation_curve(trained)]}
@@ -150,6 +163,19 @@ def collect(experiment: Experiment, seed: int) -> dict:
         "models": models,
         "growth": growth,
     }
+
+
+def together(earlier: dict, now: dict) -> dict:
+    """`now` with the runs of an earlier record of that seed that were not trained this time, if they are of the same text and
+    experiment and their reference came out with the same bits: sittings on machines that share no disk."""
+    ours, theirs = find(now, "reference"), find(earlier, "reference")
+    alike = (earlier["key"], earlier["text"]) == (now["key"], now["text"])
+    if not (alike and ours and theirs and ours["weights"] == theirs.get("weights")):
+        return now
+    trained = {model["run"] for model in now["models"]}
+    kept = [model for model in earlier["models"] if model["run"] not in trained]
+    made_by = now["made_by"] + [one for one in earlier["made_by"] if one not in now["made_by"]] * bool(kept)
+    return now | {"models": now["models"] + kept, "growth": earlier["growth"] | now["growth"], "made_by": made_by}
 
 
 # --- over seeds -----------------------------------------------------------------------------------------------------------
@@ -184,12 +210,11 @@ def chosen(record: dict, run: str) -> tuple[dict, list[dict]] | None:
     return (stages[record["growth"][run]["stage"] - 1], stages) if run in record["growth"] else None
 
 
-def aggregate(records: list[dict]) -> list[dict]:
-    """A row for each model that any seed has, in the order of the experiment's rows; for a grown run that went beyond its
+def aggregate(records: list[dict], order: Iterable[str]) -> list[dict]:
+    """A row for each model that any seed has, in the `order` of their runs; for a grown run that went beyond its
     first stage in some seed also one for what each seed ended with ("as grown")."""
     names = {(one["run"], one["stage"]): one["label"] for record in records for one in record["models"]}
-    order = list(dict.fromkeys(run for run, _ in names))
-    rows = []
+    order, rows = list(order), []
     for run, stage in sorted(names, key=lambda name: (order.index(name[0]), name[1] or 0)):
         found = [(find(record, run, stage), record) for record in records if find(record, run, stage)]
         stages = [[one for one in r["models"] if one["run"] == run and (one["stage"] or 1) <= (stage or 1)] for _, r in found]
@@ -390,7 +415,8 @@ def summarize(experiment: Experiment, path: str, seeds: list[int]) -> None:
     folder = results_folder(experiment, path)
     missing(experiment, path, "core", seeds)  # refuses what must not be counted together
     for seed in seeds:
-        write_json(folder / "seeds" / f"seed{seed}.json", collect(experiment, seed))
+        file, record = folder / "seeds" / f"seed{seed}.json", collect(experiment, seed)
+        write_json(file, together(read_json(file), record) if file.is_file() else record)
     keys = {name: run_key(run) for name, run in experiment.runs.items()}
     records = [read_json(file) for file in seed_files(folder)]
     for record in records:
@@ -399,7 +425,7 @@ def summarize(experiment: Experiment, path: str, seeds: list[int]) -> None:
     records = [record for record in records if is_complete(record)]
     if not records:
         raise UserError(f"no seed has all of {', '.join(CORE)} and their attention: run recipes/evidence.sh")
-    rows = aggregate(records)
+    rows = aggregate(records, experiment.runs)
     plot_curves(records, rows, folder / "curves.png")
     plot_attention(records, folder / "attention.png")
     worth = plot_worth(records, folder / "rank_worth.png")
