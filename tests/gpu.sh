@@ -24,7 +24,7 @@ if [ "$on_cpu" = 1 ]; then
   export DS_ACCELERATOR=cpu
   GPUS=${GPUS:-2} precision=fp32 stop_at=6
   model='{size: gpt2_tiny, layers: 2, width: 64, heads: 4, positions: 64, vocab_size: 2048}'
-  length=64 batch=1024 steps=12
+  length=64 batch=1024 steps=100
 else
   GPUS=${GPUS:-$(python -c 'import torch; print(torch.cuda.device_count())')}
   [ "$GPUS" -gt 0 ] || { echo "tests/gpu.sh: torch sees no GPU here (GPU_SH_ON_CPU=1 tries the script without one)" >&2; exit 2; }
@@ -57,11 +57,14 @@ run_folder() { echo "$INHERITUNE_ROOT/runs/gpu/seed0/$1"; }
 
 # train RUN until step $stop_at, then the signal that Slurm sends before a time limit
 stop_in_the_middle() {
-  local metrics job
+  local metrics job steps=0
   metrics=$(run_folder "$1")/metrics.jsonl
   python3 -m inheritune train "$experiment" --run "$1" --procs "$GPUS" & # not the function above, whose pid is a shell's
   job=$!
-  while kill -0 "$job" 2> /dev/null && [ "$(grep -c '"loss"' "$metrics" 2> /dev/null || true)" -lt "$stop_at" ]; do sleep 0.2; done
+  while kill -0 "$job" 2> /dev/null && [ "$steps" -lt "$stop_at" ]; do
+    sleep 0.2
+    [ ! -f "$metrics" ] || steps=$(grep -c '"loss"' "$metrics" || true)
+  done
   kill -USR1 "$job" 2> /dev/null || true
   wait "$job"
   [ ! -e "$(run_folder "$1")/DONE" ] || { echo "run $1 ended before it could be stopped" >&2; return 1; }
