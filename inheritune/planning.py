@@ -468,8 +468,9 @@ def compare(folder: RunDir, experiment: Experiment) -> list[list]:
     planned = memory(experiment.model, results["layers"], start["deepspeed"], train, start["ranks"], length)
     held = ("weights", "masters", "moments", "gradients")
     rows = [[what, planned["component"][what], max(rank[what] for rank in measured)] for what in held]
-    files = read_json(folder.checkpoint(folder.complete_checkpoints()[-1]) / "COMPLETE")["files"]
-    rows.append(["checkpoint", planned["checkpoint"], sum(facts["bytes"] for facts in files.values())])
+    for step in folder.complete_checkpoints()[-1:]:  # a short run has saved none
+        files = read_json(folder.checkpoint(step) / "COMPLETE")["files"]
+        rows.append(["checkpoint", planned["checkpoint"], sum(facts["bytes"] for facts in files.values())])
     for what, its in (("allocated", planned["phases"][planned["peak_phase"]]), ("reserved", planned["peak"])):
         peaks = [rank["peak"][what] for rank in measured if what in rank["peak"]]
         rows += [[f"peak {what}", its, max(peaks)]] if peaks else []
