@@ -18,9 +18,9 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from inheritune.config import RESUMABLE_KEYS, Experiment, Run, UserError, load_experiment, parse_layers
-from inheritune.figures import COLORS, MARKERS, REFERENCE_GREY, canvas
+from inheritune.figures import COLORS, MAIN, MARKERS, REFERENCE_GREY, canvas
 from inheritune.paper import Row, model_folder
-from inheritune.rundir import RunDir, data_dir, find_weights, read_json, root, seal_of, write_json
+from inheritune.rundir import RunDir, beside, data_dir, find_weights, read_json, root, seal_of, write_json
 from inheritune.stages import read_stages, unfinished_source
 from inheritune.tables import steps_to, training_cost, validation_curve, write_table
 
@@ -29,7 +29,6 @@ WINDOWS = ("inheritune", "window_2", "window_4", "last_half")
 """Runs (of a grown one its first stage) that start from a window of the reference's layers, with the same parts."""
 CHOOSING = (0, 1)
 """These seeds and those from 100 on chose the scale: they are not reported."""
-MAIN = "0.9"
 HEADS = (
     "model", "layers", "parameters", "steps", "seeds", "validation loss (95% interval)", "to the reference (95% interval)",
     "to the random start (95% interval)", "tokens to the random start's loss", "training FLOPs", "with those it starts from",
@@ -44,11 +43,6 @@ def measured(experiment: Experiment, run: str) -> list[str]:
     return [*(f"{name}@{step}" for step in spec.keep_at), name] if spec.keep_at else []
 
 
-def attention_file(experiment: Experiment, name: str, seed: int) -> RunDir:
-    weights = find_weights(experiment, name, seed)
-    return RunDir(weights.parent if weights.name == "final" else weights)
-
-
 def runs_of(experiment: Experiment, arms: str) -> list[str]:
     """The runs meant by `arms`: core, all, or names, to which the reference and what else they start from is added.
 
@@ -61,19 +55,29 @@ def runs_of(experiment: Experiment, arms: str) -> list[str]:
     return [name for name in experiment.runs if name in wanted]
 
 
-def missing(experiment: Experiment, path: str, arms: str, seeds: list[int]) -> list[str]:
-    """What can be done now, the longest first: `SEED VERB ...`, a line each. Raises UserError, before anything is trained, if
-    its numbers could not stand beside those that are there."""
+def text_of(experiment: Experiment) -> str:
+    """Tells the prepared text from others."""
+    return read_json(data_dir(experiment) / "manifest.json")["fingerprint"]
+
+
+def check_seeds(experiment: Experiment, path: str, seeds: list[int]) -> None:
+    """Raises UserError if the numbers of `seeds` could not stand beside those that are there."""
     chose = [seed for seed in seeds if (seed in CHOOSING or seed >= 100) and not experiment.rehearsal]
     if chose:
         raise UserError(f"seeds {chose} chose the scale (recipes/evidence/README.md) and are not reported; take 2 to 99")
-    text, folder = read_json(data_dir(experiment) / "manifest.json")["fingerprint"], results_folder(experiment, path)
+    text, folder = text_of(experiment), results_folder(experiment, path)
     for record in (read_json(file) for file in seed_files(folder)):
         if record["seed"] not in seeds and (record["key"], record["text"]) != (experiment_key(experiment), text):
             raise UserError(
                 f"seed {record['seed']} in {folder} is of another text or version of the experiment, and can't be counted "
                 f"together with seeds {seeds}: move that folder away, or give all its seeds in SEEDS"
             )
+
+
+def missing(experiment: Experiment, path: str, arms: str, seeds: list[int]) -> list[str]:
+    """What can be done now, the longest first: `SEED VERB ...`, a line each. Raises UserError, before anything is trained, as
+    `check_seeds` does."""
+    check_seeds(experiment, path, seeds)
     found = []
     for seed in seeds:
         for name in runs_of(experiment, arms):
@@ -84,7 +88,7 @@ def missing(experiment: Experiment, path: str, arms: str, seeds: list[int]) -> l
                     found.append((cost, f"{seed} {'grow' if spec.grow else 'train'} {path} --run {name}"))
                 continue
             for weights in measured(experiment, name):
-                if not attention_file(experiment, weights, seed).attention.is_file():
+                if not beside(find_weights(experiment, weights, seed)).attention.is_file():
                     found.append((0, f"{seed} analyze --model {weights} --data {path}"))
     return [line for _, line in sorted(found, key=lambda one: -one[0])]
 
@@ -139,7 +143,7 @@ def collect(experiment: Experiment, seed: int) -> dict:
             )
             starts += read_json(trained.provenance)["starts"]
         for weights in measured(experiment, row.run):
-            rows = attention_file(experiment, weights, seed).read_attention()
+            rows = beside(find_weights(experiment, weights, seed)).read_attention()
             if not rows:
                 continue
             step = int(weights.partition("@")[2] or experiment.train_of(spec).steps)
@@ -157,7 +161,7 @@ def collect(experiment: Experiment, seed: int) -> dict:
     return {
         "seed": seed,
         "key": experiment_key(experiment),
-        "text": read_json(data_dir(experiment) / "manifest.json")["fingerprint"],
+        "text": text_of(experiment),
         "rehearsal": experiment.rehearsal,
         "made_by": [one for index, one in enumerate(starts) if one not in starts[:index]],
         "models": models,
@@ -191,6 +195,12 @@ def over_seeds(values: list[float]) -> dict:
 def find(record: dict, run: str, stage: int | None = None) -> dict | None:
     """A seed's model, or None."""
     return next((one for one in record["models"] if (one["run"], one["stage"]) == (run, stage)), None)
+
+
+def reference_attention(record: dict) -> dict:
+    """What was measured of the reference at its end."""
+    of_steps = find(record, "reference")["attention"]
+    return of_steps[max(of_steps, key=int)]
 
 
 def tokens_to(stages: list[dict], target: float) -> int | None:
@@ -255,8 +265,7 @@ def depths(records: list[dict]) -> list[dict]:
     found = []
     for record in records:
         grown = [record["growth"][run] for run in ("inheritune", "smallest") if run in record["growth"]]
-        attention = find(record, "reference")["attention"]
-        last = attention[max(attention, key=int)]
+        last = reference_attention(record)
         found.append({"seed": record["seed"], "suggested": last["suggested"], "reason": last["reason"]})
         found[-1]["smallest"] = min((one["layers"] for one in grown if one["parity"]), default=None)
         found[-1]["tried_from"] = min(m["layers"] for m in record["models"] if m["run"] in ("inheritune", "smallest"))
@@ -378,8 +387,7 @@ def plot_worth(records: list[dict], path: Path) -> dict:
         for record in records:
             model = find(record, run, 1) or find(record, run)
             if model:
-                attention = find(record, "reference")["attention"]
-                ranks = attention[max(attention, key=int)]["max_rank"]
+                ranks = reference_attention(record)["max_rank"]
                 points.append({"run": run, "seed": record["seed"], "layers": model["window"]})
                 points[-1]["avg_rank"] = statistics.fmean(ranks[layer] for layer in model["window"])
                 points[-1]["to_random"] = model["loss"]["mean"] - find(record, "random")["loss"]["mean"]
@@ -413,7 +421,7 @@ def is_complete(record: dict) -> bool:
 def summarize(experiment: Experiment, path: str, seeds: list[int]) -> None:
     """Collect `seeds`, and write table and plots of all seeds that lie there. Raises UserError without a whole seed."""
     folder = results_folder(experiment, path)
-    missing(experiment, path, "core", seeds)  # refuses what must not be counted together
+    check_seeds(experiment, path, seeds)
     for seed in seeds:
         file, record = folder / "seeds" / f"seed{seed}.json", collect(experiment, seed)
         write_json(file, together(read_json(file), record) if file.is_file() else record)
@@ -445,7 +453,7 @@ def summarize(experiment: Experiment, path: str, seeds: list[int]) -> None:
         f"{', '.join(sorted(machines))}; Python {', '.join(sorted(pythons))}, {', '.join(sorted(versions))}; "
         f"commit {', '.join(sorted(commits))}; {command}",
     ]
-    for run, gap in (beside := beside_inheritune(records)).items():
+    for run, gap in (gaps := beside_inheritune(records)).items():
         label = next(row["label"] for row in rows if row["run"] == run)
         notes.insert(1, f"Inheritune, stage 1, less {label}: {words(gap, '+')}.")
     if any(row["stage"] == "as grown" for row in rows):
@@ -459,7 +467,7 @@ def summarize(experiment: Experiment, path: str, seeds: list[int]) -> None:
     write_json(
         folder / "evidence.json",
         {"rehearsal": experiment.rehearsal, "seeds": [record["seed"] for record in records], "text": records[0]["text"]}
-        | {"command": command, "made_by": made_by, "rows": rows, "beside_inheritune": beside}
+        | {"command": command, "made_by": made_by, "rows": rows, "beside_inheritune": gaps}
         | {"depths": depths(records), "rank_worth": worth},
     )
     print(f"table and plots: {folder}")
