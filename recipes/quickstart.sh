@@ -15,7 +15,8 @@ check_gpu
 started=$SECONDS
 inheritune() { python -m inheritune "$@"; }
 say() { printf '\n== %s\n' "$*"; }
-runs=$(python -c "import sys; from inheritune.rundir import root; print(root() / 'runs/quickstart' / sys.argv[1])" "seed$SEED")
+runs=$(python -c "import sys; from inheritune.config import load_experiment; from inheritune.rundir import RunDir
+print(RunDir.of(load_experiment('quickstart'), '', int(sys.argv[1])).path)" "$SEED")
 
 say "1/6 prepare: the Python standard library's text becomes tokens"
 inheritune prepare quickstart
