@@ -39,6 +39,7 @@ def outcome(settings: dict) -> dict:
 
 if __name__ == "__main__":
     from inheritune import dist
+    from inheritune.__main__ import leave
 
     dist.start()
     with open(sys.argv[1], encoding="utf-8") as file:
@@ -46,5 +47,4 @@ if __name__ == "__main__":
     outcomes = {name: outcome(settings) for name, settings in cases.items()}
     with open(sys.argv[2], "w", encoding="utf-8") as file:
         json.dump(outcomes, file)
-    sys.stdout.flush()
-    os._exit(0)
+    leave(0)

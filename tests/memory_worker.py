@@ -18,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from inheritune import engine as engines
 from inheritune import models, validate
+from inheritune.__main__ import leave
 from inheritune.config import Model, Train
 
 
@@ -84,3 +85,4 @@ if __name__ == "__main__":
         run(case, Path(sys.argv[1]))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    leave(0)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from inheritune import checkpoint, dist
+from inheritune.__main__ import leave
 from inheritune.config import load_experiment
 from inheritune.train import Job, train_job
 
@@ -42,3 +43,4 @@ for job in json.loads(Path(sys.argv[1]).read_text()):
     checkpoint.restore_resized = broken(job["fault"]) if job.get("fault") else original
     train_job(Job(load_experiment(job["experiment"]), job["run"]), job["ds"])
 dist.stop()
+leave(0)

@@ -3,6 +3,7 @@
 import sys
 
 from inheritune import dist
+from inheritune.__main__ import leave
 from inheritune.config import load_experiment
 from inheritune.train import Job, train_job
 
@@ -10,3 +11,4 @@ for word in sys.argv[1:]:
     path, _, run = word.rpartition(":")
     train_job(Job(load_experiment(path), run))
 dist.stop()
+leave(0)

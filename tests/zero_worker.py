@@ -16,6 +16,7 @@ import torch
 from tiny_models import config_of
 
 from inheritune import models
+from inheritune.__main__ import leave
 
 
 def true_weights(engine, stage: int) -> dict[str, torch.Tensor]:
@@ -82,3 +83,4 @@ if __name__ == "__main__":
         for kind in ("paper", "llama"):
             save(Path(sys.argv[1]), kind, config_of(kind, layers=3), stage)
     torch.distributed.destroy_process_group()
+    leave(0)
