@@ -52,6 +52,7 @@ def test_the_script_in_small(own_root, summary):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found, table = read_json(folder / "evidence.json"), (folder / "table.md").read_text()
     assert found["rehearsal"] and found["seeds"] == [1, 2] and "REHEARSAL" in table
+    assert found["command"] == 'SCALE=cpu SEEDS="1 2" bash recipes/evidence.sh'
     results = {
         run: np.array([read_json(runs / f"seed{seed}/{run}/results.json")["validation"]["mean"] for seed in (1, 2)])
         for run in ("reference", "random", "random_longer", "inheritune/stage1", "last_half")
@@ -83,7 +84,7 @@ def test_the_script_in_small(own_root, summary):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"SCALE": "tpu"}, {"SCALE": "depths"}, {"ARMS": "some;"}, {"SEEDS": "a"}, {"BUDGET_HOURS": "1h"}]
+    "wrong", [{"SCALE": "tpu"}, {"SCALE": "depths"}, {"ARMS": "some;"}, {"SEEDS": "a"}, {"BUDGET_HOURS": "1h"}, {"BUDGET_HOURS": "."}]
 )
 def test_wrong_settings_are_told_the_right_ones(wrong):
     done = evidence(**wrong)

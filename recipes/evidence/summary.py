@@ -444,7 +444,8 @@ def summarize(experiment: Experiment, path: str, seeds: list[int]) -> None:
     }
     versions = {f"{name} {number}" for one in made_by for name, number in one["versions"].items()}
     numbers, windows = " ".join(str(record["seed"]) for record in records), records[0]["models"][0]["loss"]["n"]
-    arms = "" if {row["run"] for row in rows} <= set(CORE) else "ARMS=all "
+    shown = [run for run in experiment.runs if run in {row["run"] for row in rows}]
+    arms = {CORE: "", tuple(experiment.runs): "ARMS=all "}.get(tuple(shown), f'ARMS="{" ".join(shown)}" ')
     command = f'SCALE={Path(path).stem} {arms}SEEDS="{numbers}" bash recipes/evidence.sh'
     notes = [
         f"Seeds {numbers.replace(' ', ', ')}. Intervals: 95%, Student's t over seeds; differences are paired by seed; "
