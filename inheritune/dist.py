@@ -194,9 +194,9 @@ def _wait_for_all(store) -> None:
 
 
 def _slurm_hosts() -> list[str]:
-    nodes = os.environ.get("SLURM_STEP_NODELIST")
-    if not nodes:
-        return []
+    listed, nodes = os.environ.get("INHERITUNE_HOSTS"), os.environ.get("SLURM_STEP_NODELIST")
+    if listed or not nodes:  # job.sh lists them, because a container has no scontrol
+        return (listed or "").split()
     said = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
     return said.stdout.split()
 
@@ -393,8 +393,9 @@ def device():
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
-        visible = torch.cuda.device_count()
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0) if visible > 1 else 0)
+        if torch.cuda.device_count() == 1:  # a GPU of each task's own: DeepSpeed would take the one of this number
+            os.environ["LOCAL_RANK"] = "0"
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
     unused = unused_gpu(torch.__version__, torch.version.cuda)
     if unused:
         raise NodeError(unused)

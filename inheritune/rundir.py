@@ -164,7 +164,7 @@ def finished_weights(experiment: Experiment, name: str, seed: int = 0) -> Path:
         verb = "grow" if experiment.run(run).grow else "train"
         raise UserError(
             f"run '{name}' of {experiment.name} (seed {seed}) is not finished; first: "
-            f"python -m inheritune {verb} {experiment.name} --run {run}"
+            f"python -m inheritune {verb} {experiment.name} --run {run}{f' --seed {seed}' if seed else ''}"
         )
     return weights
 
@@ -444,7 +444,8 @@ def _job_ended(job: str, restarts: str) -> bool:
         said = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return False
-    fields = dict(word.split("=", 1) for word in said.stdout.split() if "=" in word)
+    shown = next((line for line in said.stdout.splitlines() if line.startswith(f"JobId={job} ")), "")  # not an array's others
+    fields = dict(word.split("=", 1) for word in shown.split() if "=" in word)
     if said.returncode or "JobState" not in fields:
         return "Invalid job id" in said.stderr  # forgotten since it ended
     alive = fields["JobState"] in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")

@@ -111,7 +111,7 @@ def grow(experiment: str, run: str, seed: int = 0, procs: int = 1, ds: str | Non
         raise UserError(f"run '{run}' grows until it reaches a reference: give it 'compare: RUN'")
     depths = spec.grow.depths(spec.init.inherit.layers, loaded.model.layers)
     root = RunDir.of(loaded, run, seed)
-    done_before = None
+    done_before, os.environ["INHERITUNE_STOP"] = None, str(root.stop)  # heeded by the reference's training too
     while not root.is_done():
         if root.stop.is_file():
             raise Stopped(f"{run} is not grown further: {root.stop} is there; delete it to go on", again=False)
@@ -160,7 +160,7 @@ def check(experiment: str, run: str | None = None, stage: int | None = None, see
         fetch = f"bash slurm/fetch.sh {experiment} && " if loaded.data.source == "hub" else ""
         ways += f"First, on the login node, the data ({data_dir(loaded)}):\n"
         ways += f"    {fetch}{_again(loaded)}bash slurm/prepare.sh {experiment}\n"
-    raise UserError((ways + (_two_ways(loaded, experiment, run, needed, stage) if needed else "")).rstrip())
+    raise UserError((ways + (_two_ways(loaded, experiment, run, needed, stage, seed) if needed else "")).rstrip())
 
 
 def check_json(experiment: Experiment, runs: list[str], ds: str | None, gpus: list[int]) -> None:
@@ -207,10 +207,11 @@ def _again(experiment: Experiment) -> str:
     return "REHEARSE=1 " if experiment.rehearsal else ""
 
 
-def _two_ways(experiment: Experiment, name: str, run: str, needed: str, stage: int | None) -> str:
+def _two_ways(experiment: Experiment, name: str, run: str, needed: str, stage: int | None, seed: int) -> str:
     """What to do while `needed` is not trained: train it and queue this behind it, or start from a public checkpoint."""
     train = f"{_again(experiment)}bash slurm/train.sh {name}"
-    again = f"{train} {run}{f' --stage {stage}' if stage else ''}"
+    flag = f" --seed {seed}" if seed else ""
+    again = f"{train} {run}{f' --stage {stage}' if stage else ''}{flag}"
     settings = experiment.train_of(experiment.run(needed))
     layers, length = models_of(experiment, needed)[-1][1], experiment.data.sequence_length
     hours = (
@@ -218,8 +219,8 @@ def _two_ways(experiment: Experiment, name: str, run: str, needed: str, stage: i
     )
     sentence = (
         f"Either train '{needed}' ({settings.steps * settings.batch_tokens / 1e9:.1f}B tokens, {hours}) "
-        f"and queue this behind it, with the job number that the first line prints:\n"
-        f"    {train} {needed}\n"
+        f"and queue this behind it, with the number after 'submitted job' in what the first line prints:\n"
+        f"    {train} {needed}{flag}\n"
         f"    {again} -- --dependency=afterok:JOB"
     )
     sources = {other: spec.init.inherit.source for other, spec in experiment.runs.items() if spec.init.inherit}
@@ -227,7 +228,7 @@ def _two_ways(experiment: Experiment, name: str, run: str, needed: str, stage: i
     if public and experiment.run(run).init.inherit:
         sentence += f"\nor start from the public checkpoint {sources[public]}:\n    bash slurm/fetch.sh {name}\n"
         verb = "grow" if experiment.run(public).grow else "train"
-        sentence += f"    bash slurm/{verb}.sh {name} {public}"
+        sentence += f"    bash slurm/{verb}.sh {name} {public}{flag}"
     return sentence
 
 
@@ -274,7 +275,8 @@ def launch(verb: list[str], procs: int, as_step: bool = True) -> int:
         if procs > 1:
             common.update(WORLD_SIZE=str(procs), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(dist.free_port()))
         own = [{"RANK": str(r), "LOCAL_RANK": str(r)} if procs > 1 else {} for r in range(procs)]
-        tasks = [subprocess.Popen([sys.executable, *arguments], env={**common, **mine}) for mine in own]
+        python = shlex.split(os.environ.get("INHERITUNE_PYTHON") or shlex.quote(sys.executable))  # job.sh's: within an image
+        tasks = [subprocess.Popen([*python, *arguments], env={**common, **mine}) for mine in own]
     told = 0
     try:
         while any(process.poll() is None for process in tasks):

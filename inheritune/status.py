@@ -213,10 +213,8 @@ def next_command(loaded: Experiment, experiment: str, name: str, run: Run, seed:
     slurm = shutil.which("sbatch")
     prefix = "REHEARSE=1 " if loaded.rehearsal else ""
     if verb == "train" and not (data_dir(loaded) / "manifest.json").is_file():
-        rehearse = " --rehearse" if loaded.rehearsal else ""
-        return (
-            f"{prefix}bash slurm/prepare.sh {experiment}" if slurm else f"python -m inheritune prepare {experiment}{rehearse}"
-        )
+        by_hand = f"python -m inheritune prepare {experiment}{_flags(loaded, 0)}"
+        return f"{prefix}bash slurm/prepare.sh {experiment}" if slurm else by_hand
     if slurm:
         return f"{again}{prefix}bash slurm/{verb}.sh {experiment} {name}{f' --seed {seed}' if seed else ''}"
     return f"{again}python -m inheritune {verb} {experiment} --run {name}{_flags(loaded, seed)}"

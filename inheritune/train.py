@@ -397,8 +397,8 @@ class Trainer:
         reason = dist.asked_to_stop()
         if reason is None and dist.rank() == 0 and time.monotonic() > self.next_look:
             self.next_look = time.monotonic() + 1  # a shared disk need not be asked at every step
-            stop = self.job.root.stop
-            reason = f"{stop} is there; delete it to go on" if stop.is_file() else None
+            stops = str(self.job.root.stop), os.environ.get("INHERITUNE_STOP", "")  # and that of a growth that needs this run
+            reason = next((f"{stop} is there; delete it to go on" for stop in stops if os.path.isfile(stop)), None)
         self.why = dist.agree(reason)
         return self.why is not None
 

@@ -11,6 +11,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ $# -gt 0 ] || { echo "usage: bash recipes/paper_item.sh ITEM ..." >&2 && exit 2; }
 SEED=${SEED:-0} PROCS=${PROCS:-2}
 
+if command -v sbatch > /dev/null; then # runs and data lie where the scripts of slurm/ keep them
+  : "${INHERITUNE_ROOT:=}" "${HF_HOME:=}"
+  # shellcheck source=slurm/site.sh
+  source slurm/site.sh
+  unset "${!SBATCH_@}"
+fi
 # shellcheck source=recipes/setup.sh
 source recipes/setup.sh
 # shellcheck disable=SC2119 # no further requirements
@@ -79,9 +85,11 @@ submit_missing() {
     read -ra words <<< "$line"
     waits='' id=''
     IFS=, read -ra numbers <<< "${words[3]//-/}"
-    for number in "${numbers[@]}"; do [ -z "${jobs[number]:-}" ] || waits+=":${jobs[number]}"; done
+    for number in "${numbers[@]}"; do # of a growth a slot may fail and the next make it good; the verbs behind it look for themselves
+      [ -z "${jobs[number]:-}" ] || waits+=,$([[ ${lines[number - 1]} = grow* ]] && echo afterany || echo afterok):${jobs[number]}
+    done
     options=()
-    [ -z "$waits" ] || options=(-- "--dependency=afterok$waits")
+    [ -z "$waits" ] || options=(-- "--dependency=${waits#,}")
     printf '\n== %s\n' "$line"
     case ${words[0]} in
       prepare) id=$(submit slurm/prepare.sh "${words[1]}") ;;
@@ -102,7 +110,13 @@ for item in "$@"; do
       continue
     fi
   fi
-  [ -n "${DRAW:-}" ] || run_missing "$item"
+  if [ -z "${DRAW:-}" ]; then
+    if [ "${REHEARSE:-0}" = 0 ] && on_login_node && [ -n "$(missing "$item")" ]; then
+      echo "$item lacks runs, and this is a Slurm login node: SUBMIT=1 submits them as jobs, DRAW=1 draws what is there" >&2
+      exit 2
+    fi
+    run_missing "$item"
+  fi
   case $item in
     fig*) inheritune figure "$item" --seed "$SEED" ;;
     *) inheritune table "$item" --seed "$SEED" ;;

@@ -58,9 +58,11 @@ try: print("device:", device())
 except UserError as error: sys.exit(str(error))' || exit 2
 }
 
+on_login_node() { [ -z "${SLURM_JOB_ID:-}" ] && command -v srun > /dev/null && sinfo -h > /dev/null 2>&1; }
+
 # Training belongs on a compute node: refuse_login_node SRUN_OPTIONS ...
 refuse_login_node() {
-  if [ -z "${SLURM_JOB_ID:-}" ] && command -v srun > /dev/null && sinfo -h > /dev/null 2>&1; then
+  if on_login_node; then
     echo "This looks like a Slurm login node. Run it on a compute node instead:" >&2
     echo "  srun --ntasks=1 --mem=8G $* bash recipes/$(basename "$0")" >&2
     exit 2

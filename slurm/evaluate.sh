@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=evaluate --nodes=1 --gpus-per-node=1 --cpus-per-gpu=8 --mem-per-gpu=60G --time=04:00:00
-#SBATCH --signal=B:USR1@300 --requeue --open-mode=append --array=1-16
+#SBATCH --signal=B:USR1@300 --requeue --open-mode=append --array=1-32
 # Validation loss and lm-eval tasks of every run of an experiment, one array task each, or of one:  bash slurm/evaluate.sh EXPERIMENT [--run RUN] [--seed K] [--tasks A,B]
 set -euo pipefail
 here=$(dirname "$0") # in a job of plain sbatch this is Slurm's spool folder

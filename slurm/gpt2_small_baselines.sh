@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=gpt2_small_baselines --nodes=1 --gpus-per-node=4 --cpus-per-gpu=8 --mem-per-gpu=60G --time=24:00:00
-#SBATCH --signal=B:USR1@300 --requeue --open-mode=append --array=1-16
+#SBATCH --signal=B:USR1@300 --requeue --open-mode=append --array=1-32
 # GPT-2 Small on OpenWebText: the runs it is compared with, one array task each.
 set -euo pipefail
 here=$(dirname "$0") # in a job of plain sbatch this is Slurm's spool folder

@@ -119,13 +119,31 @@ this_command() {
 # The same as a line to paste.
 again() { echo "$(if rehearsing; then echo 'REHEARSE=1 '; fi)$(this_command)"; }
 
+# "$@" of Slurm's own commands, again for a while where its controller does not answer (it is restarted now and then).
+asked() {
+  local try
+  for try in {1..12}; do
+    if "$@"; then return; fi
+    [ "$try" = 12 ] || sleep 5
+  done
+  return 1
+}
+
 # --- the environment of a job
 
 load_software() {
+  local file active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
   set +u # modules and conda's own scripts use variables that are not set
   if [ -n "$SITE_MODULES" ]; then
+    if ! command -v module > /dev/null; then # dash, where it runs what sbatch wraps, drops the functions of the login shell
+      for file in "${LMOD_PKG:-none}/init/bash" "${MODULESHOME:-none}/init/bash" /etc/profile.d/{lmod,z00_lmod,modules}.sh; do
+        # shellcheck disable=SC1090
+        if [ -r "$file" ]; then source "$file" && break; fi
+      done
+    fi
     # shellcheck disable=SC2086 # a list of words
     module load $SITE_MODULES
+    PATH=${active:+$active/bin:}$PATH # a module that is loaded again goes in front of an environment that was active
   fi
   if [ -n "$SITE_CONDA" ]; then
     eval "$(conda shell.bash hook)"
@@ -136,7 +154,8 @@ load_software() {
     case $SITE_APPTAINER$INHERITUNE_ROOT${HF_HOME:-}$repository in
       *[[:space:]]*) refuse "with an Apptainer image its path, INHERITUNE_ROOT, HF_HOME and the repository's path may hold no spaces" ;;
     esac
-    [ -f "$SITE_APPTAINER" ] || refuse "SITE_APPTAINER is $SITE_APPTAINER, which is not there; make it with: apptainer build $(quoted "$SITE_APPTAINER" "$slurm_folder/inheritune.def")"
+    [ -f "$SITE_APPTAINER" ] || refuse "SITE_APPTAINER is $SITE_APPTAINER, which is not there; make it with: cd $(quoted "$repository") && apptainer build $(quoted "$SITE_APPTAINER") slurm/inheritune.def"
+    mkdir -p "$INHERITUNE_ROOT" ${HF_HOME:+"$HF_HOME"} # what is not there can't be bound
     # the tasks run in the image; what starts them (check, grow) runs outside it, next to srun
     python3 -c 'import fire, pydantic, xxhash, yaml' 2> /dev/null ||
       refuse "python3 on $(hostname) needs pydantic, PyYAML, fire and xxhash beside the image: python3 -m pip install --user pydantic PyYAML fire xxhash"
@@ -146,11 +165,16 @@ load_software() {
   fi
 }
 
-# The Python next to srun: the environment's, or the host's where the tasks run in an image.
-if [ -n "$SITE_APPTAINER" ]; then host_python=python3; else host_python=python; fi
+# The Python next to srun: the environment's, or the host's where the tasks run in an image; and what goes before `python` there.
+host_python=python image=''
+if [ -n "$SITE_APPTAINER" ]; then
+  host_python=python3 # its own packages, of the home that is mounted, must not hide those of the image
+  image="apptainer exec --nv --env PYTHONNOUSERSITE=1,TMPDIR=/tmp --bind $repository --bind $INHERITUNE_ROOT${HF_HOME:+ --bind $HF_HOME} $SITE_APPTAINER"
+fi
 
 export_environment() {
   local cache
+  if [ -n "$image" ]; then TMPDIR=/tmp; fi # which every image has
   cache=${TMPDIR:-/tmp}/inheritune-$(id -un) # on the node: compilers must not share a network disk, nor two users a folder
   export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor TORCH_EXTENSIONS_DIR=$cache/extensions
   export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -162,7 +186,7 @@ export_environment() {
 
 # "NODES GPUS" for each group of this job's nodes that have the same number of GPUs
 gpus_of_nodes() {
-  scontrol show job -d "$this_job" | awk '
+  asked scontrol show job -d "$this_job" | awk '
     $1 ~ /^Nodes=/ {
       gpus = 0; rest = $0
       while (match(rest, /gpu(:[^:,(]+)?:[0-9]+/)) {
@@ -197,19 +221,18 @@ begin() {
   cpus=$(echo "${SLURM_JOB_CPUS_PER_NODE:-1}" | tr ',' '\n' | sed 's/(.*//' | sort -n | sed -n 1p)
   cpus=$((cpus / per_node > 0 ? cpus / per_node : 1))
   # how the job was asked for must not shape the step a second time: some versions of srun refuse the two together
-  unset SLURM_CPUS_PER_GPU SLURM_NTASKS_PER_GPU SLURM_GPUS_PER_TASK SLURM_GPU_BIND SLURM_NTASKS_PER_NODE
-  INHERITUNE_LAUNCH="srun --kill-on-bad-exit=1 --wait=60 --export=ALL --mpi=none"
+  unset SLURM_CPUS_PER_GPU SLURM_NTASKS_PER_GPU SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_GPU_BIND SLURM_NTASKS_PER_NODE
+  INHERITUNE_LAUNCH="srun --kill-on-bad-exit=1 --wait=180 --export=ALL --mpi=none"
   if [ "$TASKS" = 1 ]; then
     INHERITUNE_LAUNCH+=" --nodes=1 --ntasks=1"
   else
     INHERITUNE_LAUNCH+=" --nodes=$SLURM_NNODES --ntasks=$tasks"
     if [ $((per_node * SLURM_NNODES)) = "$tasks" ]; then INHERITUNE_LAUNCH+=" --ntasks-per-node=$per_node"; fi
   fi
-  INHERITUNE_LAUNCH+=" --cpus-per-task=$cpus"
-  if [ -n "$SITE_APPTAINER" ]; then
-    INHERITUNE_LAUNCH+=" apptainer exec --nv --bind $repository --bind $INHERITUNE_ROOT${HF_HOME:+ --bind $HF_HOME} $SITE_APPTAINER"
-  fi
-  export INHERITUNE_LAUNCH OMP_NUM_THREADS="$cpus"
+  INHERITUNE_LAUNCH+=" --cpus-per-task=$cpus${image:+ $image}"
+  INHERITUNE_HOSTS=$(asked scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ') # an image has no scontrol
+  export INHERITUNE_PYTHON="${image:+$image python}" # of a step on this node, outside srun
+  export INHERITUNE_LAUNCH INHERITUNE_HOSTS OMP_NUM_THREADS="$cpus"
   jobs_folder=$INHERITUNE_ROOT/runs/jobs
   export INHERITUNE_JOB="$jobs_folder/$this_job"
   mkdir -p "$INHERITUNE_JOB"
@@ -217,7 +240,7 @@ begin() {
   export_environment
   commit=$(git -C "$repository" rev-parse --short HEAD 2> /dev/null || echo unknown)
   if [ "$commit" != unknown ] && [ -n "$(git -C "$repository" status --porcelain --untracked-files=no)" ]; then commit+=" with changes"; fi
-  memory=$(scontrol show job "$this_job" | sed -n 's/^ *\(Req\)\?TRES=.*mem=\([^,]*\).*/\2/p' | sed -n 1p)
+  memory=$(asked scontrol show job "$this_job" | sed -n 's/^ *\(Req\)\?TRES=.*mem=\([^,]*\).*/\2/p' | sed -n 1p)
   restarts=${SLURM_RESTART_COUNT:-${INHERITUNE_RESTARTS:-0}}
   say "$1"
   say "restart $restarts on $SLURM_NNODES node(s) $SLURM_JOB_NODELIST, each $gpus GPU(s); $tasks task(s) of $cpus CPU(s); memory ${memory:-unknown} in all"
@@ -265,9 +288,9 @@ after() {
   exit 0
 }
 
-pending_slots() { squeue -h -r -j "$SLURM_ARRAY_JOB_ID" -t PENDING -o %K | grep -cvx "$SLURM_ARRAY_TASK_ID" || true; }
+pending_slots() { asked squeue -h -r -j "$SLURM_ARRAY_JOB_ID" -t PENDING -o %K | grep -cvx "$SLURM_ARRAY_TASK_ID" || true; }
 
-job_field() { scontrol show job -o "$this_job" | tr ' ' '\n' | sed -n "s/^$1=//p" | sed -n 1p; }
+job_field() { asked scontrol show job -o "$this_job" | tr ' ' '\n' | sed -n "s/^$1=//p" | sed -n 1p || true; }
 
 # There is more to do: the next slot does it, or this job again, or a new job like it. Does not return.
 go_on() {
@@ -278,6 +301,7 @@ go_on() {
     exit 0
   fi
   state=$(job_field JobState) reason=$(job_field Reason)
+  state=${state:-RUNNING} # where Slurm does not answer
   if [ "$(job_field BatchFlag)" = 0 ]; then
     say "this is an interactive allocation; go on with: $(again)"
     exit 0
@@ -310,6 +334,17 @@ go_on() {
 
 in_array() { [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; }
 
+# What waits for this job waits for `$1`, which goes on with its work.
+move_dependents() {
+  local job dependency
+  squeue --me -h -r -t PENDING -o '%i %E' | while read -r job dependency; do
+    case "$job $dependency" in
+      "$1 "*) ;; # itself
+      *":$this_job("*) scontrol update jobid="$job" dependency="$(echo "$dependency" | sed "s/:$this_job(/:$1(/g; s/([^)]*)//g")" ;;
+    esac
+  done || say "what waits for this job with a dependency must wait for $1 instead; Slurm took no such change"
+}
+
 # A job of the same shape behind this one, where the site does not requeue.
 resubmit() {
   local id options=() variable cleaned=()
@@ -337,6 +372,7 @@ resubmit() {
   if id=$(env "${cleaned[@]}" -u INHERITUNE_JOB -u INHERITUNE_LAUNCH INHERITUNE_RESTARTS=$((restarts + 1)) \
     sbatch --parsable "${options[@]}" --wrap "exec $(this_command)"); then
     say "this site does not requeue; job ${id%%;*} goes on after this one"
+    move_dependents "${id%%;*}$(if in_array; then echo "_$SLURM_ARRAY_TASK_ID"; fi)"
     exit 0
   fi
   echo "the job could neither be requeued nor submitted again" > "$INHERITUNE_JOB/failure"
@@ -430,7 +466,13 @@ submit() {
   options+=(--open-mode=append --output="$log" --export=ALL)
   if [ "$array" != no ]; then options+=(--array="$array"); fi
   line=$SITE_PARTITION
-  if [ "$needs_gpu" = 0 ] && [ -n "$SITE_CPU_PARTITION" ]; then line=$SITE_CPU_PARTITION; fi
+  if rehearsing || [ "$gpus_wanted" = 0 ]; then
+    if [ -n "$SITE_CPU_PARTITION" ]; then
+      line=$SITE_CPU_PARTITION SITE_CONSTRAINT='' # a feature of GPU nodes
+    elif [ "$_site_guessed" = 1 ]; then
+      line=''
+    fi
+  fi
   if [ -n "$line" ]; then options+=(--partition="$line"); fi
   if [ -n "$SITE_ACCOUNT" ]; then options+=(--account="$SITE_ACCOUNT"); fi
   if [ -n "$SITE_QOS" ]; then options+=(--qos="$SITE_QOS"); fi
@@ -501,6 +543,28 @@ over_runs() {
   array=1-$(echo "$names" | wc -l)
 }
 
+# Submit the baselines that start from others of them behind these, each in a job of its own, and all others as one array.
+submit_in_order() {
+  local waiting number sources source printed dependency ids=() all
+  waiting=$(runs_of "${words[0]}" waiting)
+  if [ -z "$waiting" ]; then return; fi
+  all=${array#1-}
+  array=$(seq "$all" | grep -vxF "$(echo "$waiting" | cut -d' ' -f1)" | paste -sd,)
+  printed=$(submit)
+  echo "$printed"
+  for ((number = 1; number <= all; number++)); do ids[number]=$(echo "$printed" | sed -n 's/^submitted job //p'); done
+  if [ -z "${ids[1]}" ] && [ "$dry_run" = 0 ]; then exit 0; fi # they are queued already
+  while read -r number sources; do
+    dependency=''
+    for source in ${sources//,/ }; do dependency+=,afterok:${ids[source]:-JOB}_$source; done
+    array=$number
+    printed=$(sbatch_options+=(--dependency="${dependency#,}") && FORCE=1 submit)
+    echo "$printed"
+    ids[number]=$(echo "$printed" | sed -n 's/^submitted job //p')
+  done <<< "$waiting"
+  exit 0
+}
+
 # The run of this array task; says so and leaves if there are fewer runs than tasks.
 run_of_task() {
   local listed names
@@ -542,6 +606,7 @@ baselines() {
   defaults baselines 8
   read_arguments 1 "EXPERIMENT [--seed K]" "$@"
   over_runs baselines
+  if ! in_job && [ -z "${ARRAY:-}" ]; then submit_in_order; fi
   start "baselines of ${words[0]}"
   run_of_task baselines
   check "${words[0]}" "$run" ${flags[@]+"${flags[@]}"}
@@ -588,5 +653,6 @@ fetch() {
   kind=fetch
   read_arguments 1 "EXPERIMENT" "$@"
   load_software
-  "$host_python" -m inheritune fetch "${words[0]}" ${flags[@]+"${flags[@]}"}
+  # shellcheck disable=SC2086 # a list of plain words
+  $image python -m inheritune fetch "${words[0]}" ${flags[@]+"${flags[@]}"}
 }

@@ -13,7 +13,7 @@
 : "${SITE_GPUS_PER_NODE:=}"                    # most GPUs to take of one node; empty: as many as most GPU nodes have
 : "${SITE_CPUS_PER_GPU:=}"                     # empty: a GPU's share of its node, at most 12
 : "${SITE_MEM_PER_GPU:=}"                      # with unit, for example 60G; empty: 90% of a GPU's share, at most 120 GB
-: "${SITE_CPU_PARTITION:=}"                    # for prepare.sh, which needs no GPU; empty: SITE_PARTITION
+: "${SITE_CPU_PARTITION:=}"                    # for prepare.sh and rehearsals, without GPU; empty: SITE_PARTITION, or the default
 : "${SITE_TIME:=${SBATCH_TIMELIMIT:-}}"        # of one job; the work goes on in the next. Empty: 24 h, or the partition's limit
 : "${SITE_LEAD:=300}"                          # seconds before that limit at which a job begins to save and stop
 : "${SITE_REQUEUE:=yes}"                       # no: the site does not let jobs requeue themselves; they submit themselves again
@@ -27,6 +27,7 @@
 : "${HF_HOME:=${INHERITUNE_ROOT:+$INHERITUNE_ROOT/huggingface}}"   # downloads of fetch.sh; empty: ~/.cache/huggingface
 
 # --- nothing to edit below
+_site_guessed=0 # whether the partition is a guess: for jobs with GPUs alone
 if [ -z "${SLURM_JOB_ID:-}" ] && command -v sinfo > /dev/null; then
   # of the partition: its name (if it must be asked for), GPUs a node, CPUs and MB a GPU, minutes a job
   _site_guess=$({ sinfo -h -e -o '%P|%D|%c|%m|%l|%G' 2> /dev/null || true; } | awk -F'|' -v wanted="$SITE_PARTITION" -v type="$SITE_GPU_TYPE" '
@@ -42,7 +43,7 @@ if [ -z "${SLURM_JOB_ID:-}" ] && command -v sinfo > /dev/null; then
         else if (n == 3) minutes = t[1] * 60 + t[2]
         else minutes = t[1]
       }
-      if (wanted != "" && name != wanted) next
+      if (wanted != "" && !index("," wanted ",", "," name ",")) next   # sbatch takes several, with commas
       if (gpus == 0) next
       rank = $2 + (standard ? 1000000 : 0)      # the default partition first, then what most nodes are like
       if (rank > best) { best = rank; line = (standard || wanted != "" ? "-" : name) " " gpus " " int($3 / gpus) " " int(0.9 * $4 / gpus) " " minutes }
@@ -51,7 +52,7 @@ if [ -z "${SLURM_JOB_ID:-}" ] && command -v sinfo > /dev/null; then
   if [ -n "$_site_guess" ]; then
     _site_field() { echo "$_site_guess" | cut -d' ' -f"$1"; }
     _site_least() { if [ "$1" -lt "$2" ]; then echo "$1"; else echo "$2"; fi; }
-    if [ "$(_site_field 1)" != - ]; then SITE_PARTITION=$(_site_field 1); fi
+    if [ "$(_site_field 1)" != - ]; then SITE_PARTITION=$(_site_field 1) _site_guessed=1; fi
     : "${SITE_GPUS_PER_NODE:=$(_site_field 2)}"
     : "${SITE_CPUS_PER_GPU:=$(_site_least "$(_site_field 3)" 12)}"
     : "${SITE_MEM_PER_GPU:=$(_site_least "$(_site_field 4)" 120000)M}"

@@ -84,7 +84,8 @@ def test_the_script_in_small(own_root, summary):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"SCALE": "tpu"}, {"SCALE": "depths"}, {"ARMS": "some;"}, {"SEEDS": "a"}, {"BUDGET_HOURS": "1h"}, {"BUDGET_HOURS": "."}]
+    "wrong",
+    [{"SCALE": "tpu"}, {"SCALE": "depths"}, {"ARMS": "some;"}, {"SEEDS": "a"}, {"BUDGET_HOURS": "1h"}, {"BUDGET_HOURS": "."}],
 )
 def test_wrong_settings_are_told_the_right_ones(wrong):
     done = evidence(**wrong)

@@ -4,6 +4,7 @@ is made once. Each ends green with everything drawn; what the baselines did is r
 import os
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -92,16 +93,32 @@ def test_submitted_jobs_wait_for_what_they_need(tmp_path, monkeypatch):
     monkeypatch.setenv("SUBMIT", "1")
     assert "When these jobs are done, run this again" in rehearse("table7_xl_downstream")
     lines = (tmp_path / "calls").read_text().splitlines(keepends=True)
-    calls = [(re.findall(r"afterok:(\S+)", line), line.partition("/slurm/")[2]) for line in lines]
+    calls = [(re.findall(r"--dependency=(\S+)", line), line.partition("/slurm/")[2]) for line in lines]
     assert [(waits, job.removesuffix(" --parsable\n")) for waits, job in calls] == [
         ([], "prepare.sh gpt2_xl_owt"),
-        (["101"], "train.sh gpt2_xl_owt reference --seed 0"),
-        (["101:102"], "grow.sh gpt2_xl_owt inheritune --seed 0"),
-        (["101:102"], "grow.sh gpt2_xl_owt inheritune_everything --seed 0"),
-        (["102"], "evaluate.sh gpt2_xl_owt --run reference --seed 0"),
-        (["103"], "evaluate.sh gpt2_xl_owt --run inheritune/stage1 --seed 0"),
-        (["104"], "evaluate.sh gpt2_xl_owt --run inheritune_everything/stage1 --seed 0"),
+        (["afterok:101"], "train.sh gpt2_xl_owt reference --seed 0"),
+        (["afterok:101,afterok:102"], "grow.sh gpt2_xl_owt inheritune --seed 0"),
+        (["afterok:101,afterok:102"], "grow.sh gpt2_xl_owt inheritune_everything --seed 0"),
+        (["afterok:102"], "evaluate.sh gpt2_xl_owt --run reference --seed 0"),
+        (["afterany:103"], "evaluate.sh gpt2_xl_owt --run inheritune/stage1 --seed 0"),
+        (["afterany:104"], "evaluate.sh gpt2_xl_owt --run inheritune_everything/stage1 --seed 0"),
     ]
+
+
+def test_on_a_login_node_nothing_is_trained_and_the_sites_folder_is_looked_at(tmp_path, monkeypatch):
+    for name in ("sbatch", "srun", "sinfo"):
+        (tmp_path / name).write_text("#!/bin/bash\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("VIRTUAL_ENV", sys.prefix)  # else one is made
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    for name in ("REHEARSE", "INHERITUNE_ROOT", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    command = ["bash", REPOSITORY / "recipes" / "table5_val_loss.sh"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "SUBMIT=1 submits them as jobs" in done.stderr, done.stderr
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "DRAW": "1"})
+    assert done.returncode == 0 and list((tmp_path / "scratch" / "inheritune").rglob("table5.md")), done.stdout + done.stderr
 
 
 @pytest.mark.drill

@@ -4,7 +4,9 @@ that a cluster knows. The two must end with the same bits, and no stage may run 
 import json
 import os
 import re
+import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -158,6 +160,43 @@ def test_an_array_whose_tasks_meet_their_time_limit_ends_with_the_same_bits(slur
     print(f"limits met at steps {stops}")
 
 
+APPTAINER = """#!/bin/bash
+# Stands for Apptainer: runs the command behind the image with nothing on its PATH but a Python, a shell and git.
+while [ "$1" != IMAGE ]; do
+  [ "$1" = --env ] && export ${2//,/ }
+  shift
+done
+shift
+PATH=HERE exec "$@"
+"""
+
+
+@pytest.mark.slow
+def test_an_array_grows_from_nothing_in_an_image(slurm, own_root, tmp_path):  # noqa: F811
+    """No task finds Slurm's commands, and the host's Python makes nothing but decisions."""
+    inside, bin_, image = tmp_path / "inside", tmp_path / "bin", tmp_path / "image.sif"
+    inside.mkdir(), bin_.mkdir(), image.touch()
+    for name in ("bash", "git", "uname"):
+        (inside / name).symlink_to(shutil.which(name))
+    programs = {
+        inside / "python": f'#!/bin/bash\necho "$3" >> {tmp_path}/verbs\nexec {sys.executable} "$@"\n',
+        bin_ / "apptainer": APPTAINER.replace("IMAGE", str(image)).replace("HERE", str(inside)),
+    }
+    for path, text in programs.items():
+        path.write_text(text)
+        path.chmod(0o755)
+    raw = experiment_dict()
+    raw["data"] |= {"source": "files", "files": [f"{REPOSITORY}/tests/*.py"]}
+    experiment = write_experiment(tmp_path, raw)
+    site = {**TWO_NODES, "ARRAY": "1", "SITE_APPTAINER": image, "PATH": f"{bin_}:{os.environ['PATH']}"}
+    array = slurm.submit(SLURM / "grow.sh", experiment, "grown", **site)
+    slurm.wait(array, timeout=300)
+    assert RunDir.of(load_experiment(experiment), "grown").is_done(), slurm.logs()
+    assert "preflight: 2 rank(s) on 2 node(s)" in slurm.logs()
+    verbs = (tmp_path / "verbs").read_text().split()
+    assert verbs[0] == "prepare" and set(verbs) == {"prepare", "train"}
+
+
 @pytest.mark.slow
 def test_the_first_job_on_an_empty_site_tells_both_ways_on(slurm, own_root):  # noqa: F811
     printed = slurm.run("sbatch", "--parsable", f"--output={own_root.parent}/log", SLURM / "gpt2_medium_stage1.sh")
@@ -195,6 +234,7 @@ def test_every_script_of_an_experiment_rehearses_to_its_done(name, tmp_path, own
         submit(f"{name}_growth.sh")
         assert RunDir.of(loaded, "inheritune").is_done(), lab.logs()
         submit(f"{name}_baselines.sh")
+        lab.until(lambda: not lab.run("squeue", "-h"), timeout=1500)  # those that start from other baselines
         others = [n for n, run in loaded.runs.items() if run.init.random and n != "reference"]
         assert others and all(RunDir.of(loaded, n).is_done() for n in others), lab.logs()
         submit("evaluate.sh", experiment)

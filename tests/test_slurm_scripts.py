@@ -6,6 +6,8 @@ counting.py stands for the training program where only the script's own doings a
 import os
 import re
 import shlex
+import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -112,6 +114,13 @@ def test_site_file_finds_the_partition_with_gpus(tmp_path):
         guessed = here.run("bash", "-c", ask)
         assert "SBATCH_PARTITION=gpus" in guessed and "SBATCH_TIMELIMIT=24:00:00" in guessed
         assert "SBATCH_TIMELIMIT=120" in here.run("bash", "-c", ask, SITE_PARTITION="short")
+        assert "SBATCH_TIMELIMIT=120" in here.run("bash", "-c", ask, SITE_PARTITION="cpu,short")
+        # a job without GPUs is not sent to the partition that was guessed for those with
+        for more, partition in (({}, None), ({"SITE_CPU_PARTITION": "cpu"}, "cpu"), ({"SITE_PARTITION": "gpus"}, "gpus")):
+            line = here.run("bash", COUNTING, "a", 2, "--dry-run", REHEARSE=1, SITE_CONSTRAINT="big", **more).splitlines()[0]
+            assert re.findall(r"--partition=(\S+)", line) == [partition] * bool(partition)
+            assert ("--constraint" in line) == (partition != "cpu")
+        assert "--partition=gpus " in here.run("bash", COUNTING, "a", 2, "--dry-run")
 
 
 def test_plain_sbatch_finds_the_repository_from_any_folder(slurm, tmp_path):  # noqa: F811
@@ -136,6 +145,54 @@ def test_mistakes_at_submission_are_one_sentence(slurm, tmp_path):  # noqa: F811
     elsewhere = slurm.run("bash", REPOSITORY / "slurm" / "train.sh", "a", "b", check=False, SLURM_CONF=nowhere)
     assert elsewhere.startswith("inheritune: this is no login node of a Slurm cluster") and elsewhere.count("\n") == 0
     assert not slurm.run("squeue", "-h")
+
+
+def test_baselines_of_baselines_wait(slurm, own_root):  # noqa: F811
+    """Each other run is a task of one array."""
+    script = REPOSITORY / "slurm" / "gpt2_medium_baselines.sh"
+    printed = slurm.run("bash", script, "--", "--hold")
+    first, stacking, long = re.findall(r"^submitted job (\d+)$", printed, re.MULTILINE)
+    names = slurm.run("python", REPOSITORY / "slurm" / "runs.py", "gpt2_medium_owt", "baselines", PYTHONPATH=REPOSITORY).split()
+    number = {name: position for position, name in enumerate(names, 1)}
+    waits = {"stacking": "stacking_half", "inheritune_18_200k_50k": "reference_200k_50k"}
+    for job, (run, source) in zip((stacking, long), waits.items(), strict=True):
+        (record,) = slurm.records(job)
+        assert record["ArrayTaskId"] == str(number[run])
+        assert record["Dependency"].startswith(f"afterok:{first}_{number[source]}(")
+    alone = sorted(int(line) for line in slurm.run("squeue", "-h", "-r", "-j", first, "-o", "%K").split())
+    assert alone == sorted(set(number.values()) - {number[run] for run in waits})
+    assert "queued already" in slurm.run("bash", script) and len(slurm.run("squeue", "-h", "-r").splitlines()) == len(names)
+    assert f"--dependency=afterok:JOB_{number['stacking_half']} " in slurm.run("bash", script, "--dry-run")
+
+
+def test_a_module_that_is_loaded_again_does_not_hide_the_environment(slurm, tmp_path):  # noqa: F811
+    """Lmod reloads a module that the submitting shell had loaded, whose Python then goes before the active environment's; and
+    the shell that sbatch wraps a command in may drop the function `module`."""
+    (tmp_path / "init").mkdir(), (tmp_path / "bin").mkdir()
+    (tmp_path / "init" / "bash").write_text(f"module() {{ echo loads $2; PATH={tmp_path}/bin:$PATH; }}\n")
+    (tmp_path / "bin" / "python").write_text("#!/bin/bash\necho the Python of the module >&2\nexit 1\n")
+    (tmp_path / "bin" / "python").chmod(0o755)
+    job = slurm.submit(COUNTING, tmp_path / "a", 2, VIRTUAL_ENV=sys.prefix, SITE_MODULES="python/3.11", MODULESHOME=tmp_path)
+    (record,) = slurm.wait(job)
+    assert record["JobState"] == "COMPLETED" and "loads python/3.11" in slurm.log(job), slurm.logs()
+
+
+def test_a_controller_that_does_not_answer_is_asked_again(slurm, tmp_path):  # noqa: F811
+    """Neither the start of a job nor its requeue fails for it."""
+    (tmp_path / "bin").mkdir(), (tmp_path / "calls").mkdir()
+    stub, first = tmp_path / "bin" / "scontrol", f"[ -e {tmp_path}/calls/$2 ]"
+    stub.write_text(f"""#!/bin/bash
+[ $1 != show ] || {first} || {{ touch {tmp_path}/calls/$2; exit 1; }}
+exec {shutil.which("scontrol")} "$@"
+""")
+    stub.chmod(0o755)
+    job = slurm.submit(COUNTING, tmp_path / "a", 30, PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
+    slurm.wait_for_log(job, "rank 3 counts from 0")
+    (tmp_path / "calls" / "job").unlink()
+    slurm.ask_to_stop(job)
+    (record,) = slurm.wait(job)
+    assert record["JobState"] == "COMPLETED" and record["Restarts"] == "1" and counted(tmp_path / "a") == {30}, slurm.logs()
+    assert {path.name for path in (tmp_path / "calls").iterdir()} == {"job", "hostnames"}
 
 
 def test_names_are_data(slurm, tmp_path):  # noqa: F811
@@ -216,14 +273,18 @@ def test_usr1_saves_and_the_job_requeues_itself(slurm, tmp_path):  # noqa: F811
 def test_a_site_without_requeue_gets_a_new_job_of_the_same_shape(slurm, tmp_path):  # noqa: F811
     job = slurm.submit(COUNTING, tmp_path / "a b", 30, "--", "--time=7", "--comment=x", SITE_REQUEUE="no", GPUS=8)
     slurm.wait_for_log(job, "rank 7 counts from 0")
+    behind = slurm.submit(COUNTING, tmp_path / "behind", 2, "--", f"--dependency=afterok:{job}")
     slurm.ask_to_stop(job)
     (first,) = slurm.wait(job)
     then = re.search(r"does not requeue; job (\d+) goes on", slurm.log(job))[1]
     (second,) = slurm.wait(then)
+    (last,) = slurm.wait(behind)  # of the work's end, not of its first job's
+    assert last["JobState"] == "COMPLETED" and last["StartTime"] >= second["EndTime"], slurm.logs()
     assert first["Restarts"] == "0" and second["JobState"] == "COMPLETED", slurm.logs()
     same = ("JobName", "NumNodes", "NumCPUs", "TRES", "TimeLimit", "Partition", "TresPerNode", "StdOut")
     assert {key: first[key] for key in same} == {key: second[key] for key in same}
     assert "restart 1 on" in slurm.log(then) and counted(tmp_path / "a b") == {30}
+    assert "must wait for" not in slurm.log(job)
 
 
 def test_a_requeue_from_outside_comes_back_once(slurm, tmp_path):  # noqa: F811
