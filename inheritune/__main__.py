@@ -8,6 +8,7 @@ import inspect
 import os
 import sys
 import time
+import traceback
 
 from inheritune import dist
 from inheritune.config import UserError, nearest
@@ -197,8 +198,9 @@ def main(argv: list[str]) -> int:
             dist.tell_stopped(stop)
         return 0
     except Exception as error:
+        traceback.print_exc()
         dist.tell_failure(f"{type(error).__name__}: {error}")
-        raise
+        return 1
 
 
 def bind(verb: str, function, argv: list[str]) -> dict:
@@ -259,13 +261,12 @@ def run(verb: str, arguments: dict, argv: list[str]) -> int:
 
     try:
         fire.Fire(Verbs(), command=[verb, *(f"--{name}={value!r}" for name, value in arguments.items())], name="inheritune")
-    except Exception as error:
+    except Exception as error:  # after which other ranks may be in a collective; not so if all were asked to stop
+        dist.stop() if isinstance(error, dist.Stopped) else None
         if limit := dist.limit_error(error):
             raise limit from None
         raise
-    finally:
-        if "torch" in sys.modules:
-            dist.stop()
+    dist.stop()
     return 0
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from inheritune.batches import Tokens
 from inheritune.config import RECIPES, Experiment, UserError, load_experiment, read_yaml
-from inheritune.dist import limit_error
+from inheritune.dist import device, limit_error
 from inheritune.inherit import write_random
 from inheritune.models import hf_config
 from inheritune.rundir import RunDir, beside, check_own, finished_weights, parse_weights_name, root, write_jsonl
@@ -115,7 +115,7 @@ def load_model(model: str, revision: str | None = None, attention: str = "eager"
         raise UserError(
             f"model {model} lacks the weights {', '.join(sorted(report['missing_keys'])[:3])}; restore the checkpoint"
         )
-    return loaded.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    return loaded.eval().to(device())
 
 
 @contextmanager

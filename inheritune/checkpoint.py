@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from inheritune.config import UserError
-from inheritune.dist import barrier, gather, on_rank0, rank, world
+from inheritune.dist import barrier, device, gather, on_rank0, rank, world
 from inheritune.engine import full_parameters, zero_stage
 from inheritune.log import logger
 from inheritune.models import architecture
@@ -275,13 +275,13 @@ def _shape(parameter) -> torch.Size:
 def _restore_generators(folder: Path, saved_rank: int) -> None:
     generators = torch.load(folder / f"rng_{saved_rank:05d}.pt", weights_only=True)
     torch.set_rng_state(generators["cpu"])
-    if "cuda" in generators and torch.cuda.is_available():
+    if "cuda" in generators and device().type == "cuda":
         torch.cuda.set_rng_state(generators["cuda"])
 
 
 def _generators() -> dict:
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if device().type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state()
     return states
 

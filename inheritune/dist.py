@@ -85,7 +85,8 @@ def start() -> None:
     import deepspeed
     import torch
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would compile for half a minute, or fail without g++
+    if device().type == "cpu":  # its own sum would be compiled for half a minute, or fail without g++
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     _import_muon()
     if device().type == "cuda":
@@ -122,6 +123,7 @@ _store = None  # where the ranks met: key and value, and no collective
 def _meet() -> None:
     """Join torch's process group, and prove it by one sum over all ranks. Raises NodeError naming the missing nodes."""
     import torch
+    from torch.distributed import distributed_c10d
 
     global _store
     backend = "nccl" if device().type == "cuda" else "gloo"
@@ -132,6 +134,7 @@ def _meet() -> None:
         else:
             store = _open_store(address, port)
         _store = store
+        store.set(f"device {rank()}", _device_name())
         store.set(f"here {rank()}", node())
         if rank() == 0:
             _wait_for_all(store)
@@ -140,7 +143,15 @@ def _meet() -> None:
             store.wait(["all here"], timedelta(seconds=RENDEZVOUS_S + 30))
     except torch.distributed.DistError as error:
         raise NodeError(f"cannot meet the other ranks at {address}:{port} ({str(error).splitlines()[0]})") from None
+    twin = next(r for r in range(world()) if store.get(f"device {r}") == store.get(f"device {rank()}"))
+    if twin != rank():  # NCCL's own words for it are "invalid usage"
+        raise NodeError(
+            f"ranks {twin} and {rank()} share one GPU on {node()}: start one task per GPU, without --ntasks-per-gpu (or set "
+            f"DS_ACCELERATOR=cpu)"
+        )
     patience = timedelta(seconds=patience_s())
+    # DeepSpeed makes groups of its own and names no limit: NCCL's 10 minutes would come before the watchdog's word
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = patience
     torch.distributed.init_process_group(backend, store=store, rank=rank(), world_size=world(), timeout=patience)
     done = threading.Event()
 
@@ -161,6 +172,14 @@ def _meet() -> None:
     done.set()
     if got != expected:
         raise NodeError(f"the sum of the ranks is {got} instead of {expected}: the network or a GPU is broken")
+
+
+def _device_name() -> str:
+    """Tells this rank's device from all others of the launch."""
+    import torch
+
+    gpu = device().type == "cuda"
+    return str(torch.cuda.get_device_properties(device()).uuid) if gpu else f"CPU of rank {rank()}"
 
 
 def _open_store(address: str, port: int):
@@ -202,25 +221,17 @@ def _slurm_hosts() -> list[str]:
 
 
 def preflight(folder: Path) -> str:
-    """Compare what the ranks see before anything costs time: one device per rank, room in /dev/shm, `folder` (the prepared
-    data) on every node.  -> one line for the log. Raises UserError naming the nodes that are wrong."""
-    import torch
-
+    """Compare what the ranks see before anything costs time: room in /dev/shm, `folder` (the prepared data) on every node.
+    -> one line for the log. Raises UserError naming the nodes that are wrong."""
     cuda = device().type == "cuda"
     shm = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
-    uuid = str(torch.cuda.get_device_properties(device()).uuid) if cuda else f"cpu of rank {rank()}"
-    seen = gather({"node": node(), "device": uuid, "shm": shm, "data": (folder / "manifest.json").is_file()})
+    seen = gather({"node": node(), "shm": shm, "data": (folder / "manifest.json").is_file()})
     problems = []
-    for r, facts in enumerate(seen):
+    for facts in seen:
         if not facts["data"] and any(other["data"] for other in seen):  # nowhere: it is not prepared, which is said later
             problems.append(f"{facts['node']} does not see {folder}: put INHERITUNE_ROOT on a disk that all nodes share")
         if cuda and world() > 1 and facts["shm"] < 64 << 20:
             problems.append(f"{facts['node']} has {facts['shm'] >> 20} MB free in /dev/shm, NCCL needs 64 MB or more")
-        twin = next((q for q in range(r) if seen[q]["device"] == facts["device"]), None)
-        if twin is not None:
-            problems.append(
-                f"ranks {twin} and {r} share one GPU on {facts['node']}: start one task per GPU, without --ntasks-per-gpu"
-            )
     if problems:
         raise UserError("; ".join(dict.fromkeys(problems)))
     nodes = len({facts["node"] for facts in seen})
@@ -375,12 +386,10 @@ def free_port() -> int:
 
 
 def stop() -> None:
-    """Leave the group: without this a process now and then aborts at exit although its work is done."""
-    import torch
-
+    """Leave the group, with all other ranks: NCCL's end would wait for one that is still in a collective."""
     global _store
-    _store = None
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    _store, torch = None, sys.modules.get("torch")
+    if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 

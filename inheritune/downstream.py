@@ -130,7 +130,8 @@ def harness(model: torch.nn.Module, tokenizer, batch: int, precision: str):
 
     model.config.use_cache = False  # a cache of keys and values is of no use to one forward
     mixed = None if precision == "fp32" else torch.bfloat16
-    return Harness(model, "causal", tokenizer=tokenizer, batch_size=batch, mixed_precision_dtype=mixed)
+    precisions = {"mixed_precision_dtype": mixed, "softmax_dtype": torch.float32}  # a sum in bf16 would tie the choices
+    return Harness(model, "causal", tokenizer=tokenizer, batch_size=batch, **precisions)
 
 
 def unscored(chosen: dict[str, Task], loaded: dict, results: dict, checkpoint: str | None) -> list[str]:

@@ -5,7 +5,7 @@ here; a JSON that sets it too is refused (dslint.py), so that each number has on
 """
 
 import math
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -51,8 +51,9 @@ def deepspeed_config(settings: dict, train: Train, micro_batch: int, accumulatio
     config["gradient_clipping"] = train.clip
     config["zero_allow_untested_optimizer"] = True
     config["zero_force_ds_cpu_optimizer"] = False  # offload too takes torch's fused AdamW: nothing is compiled
-    if train.precision == "bf16_autocast":
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    config.setdefault("timers", {"throughput": {"enabled": False}})  # would wait for the GPU twice in each micro batch
+    if train.precision == "bf16_autocast":  # no module's gradients are summed over ranks in bf16
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     elif train.precision == "bf16":
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -97,7 +98,13 @@ def start_engine(hf_config, weights, settings: dict, train: Train, micro_batch: 
 
     config = deepspeed_config(settings, train, micro_batch, accumulation)
     stage = zero_stage(settings)
-    with deepspeed.zero.Init(config_dict_or_path=config) if stage == 3 else nullcontext():
+    with ExitStack() as contexts:
+        if stage == 3 and train.precision == "bf16":  # else the positions' frequencies would be rounded too
+            from transformers.integrations.deepspeed import prevent_arange_dtype_change
+
+            contexts.enter_context(prevent_arange_dtype_change())
+        if stage == 3:
+            contexts.enter_context(deepspeed.zero.Init(config_dict_or_path=config))
         model = build(hf_config)
     fuse_gelu(model)
     if weights is not None:
@@ -106,12 +113,21 @@ def start_engine(hf_config, weights, settings: dict, train: Train, micro_batch: 
     if ours.get("activation_checkpointing"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if ours.get("compile"):
-        for block in blocks(model):
-            block.compile()  # in place: torch.compile(block) would rename its parameters
+        compile_blocks(model)
     groups = parameter_groups(model, train.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
+
+
+def compile_blocks(model: torch.nn.Module, backend="inductor") -> None:
+    """torch.compile of each block, in place: torch.compile(block) would rename its parameters.
+
+    Blocks share their code, and torch compiles one code at most 8 times, then leaves it as it is without a word: too few
+    where each scales its attention by its depth, as the paper's GPT-2 does."""
+    torch._dynamo.config.recompile_limit = max(8, 4 * len(blocks(model)))  # training, validation, two shapes of batch
+    for block in blocks(model):
+        block.compile(backend=backend)
 
 
 def blocks(model: torch.nn.Module) -> torch.nn.ModuleList:

@@ -103,6 +103,12 @@ def teacher_layers(experiment: Experiment, run: Run) -> int:
     return experiment.layers_of(experiment.runs[name]) if name in experiment.runs else experiment.model.layers if name else 0
 
 
+def teacher_size(experiment: Experiment, run: Run) -> int:
+    """Elements of that teacher."""
+    layers = teacher_layers(experiment, run)
+    return sum(t.numel for t in tensors(experiment.model, layers)) if layers else 0
+
+
 # --- memory ---------------------------------------------------------------------------------------------------------------
 
 
@@ -191,7 +197,6 @@ def memory(model: Model, layers: int, settings: dict, train: Train, ranks: int, 
     made = activations(model, layers, precision, share.micro_batch * length, length, checkpointing, stage)
 
     held = {"weights": b * whole, "masters": 4 * part, "moments": 8 * part, "gradients": 4 * touched, "buckets": 0}
-    dtypes = {"bf16_autocast": [4, 2], "fp32": [4], "bf16": [2]}[precision]  # those that gradients travel in
     bucket = min(zero["reduce_bucket_size"], trained)
     live = between = 0  # gathered weights; gradients of the micro batches before
     if stage == 0:
@@ -199,7 +204,7 @@ def memory(model: Model, layers: int, settings: dict, train: Train, ranks: int, 
         step = last = 0
     elif stage < 3:  # buckets are made anew in each backward; then a group's gradients are flattened, its norm taken in fp64
         overlap = 2 if zero.get("overlap_comm") else 1
-        reducing = b * zero["reduce_bucket_size"] * len(dtypes) * overlap + 2 * bucket * (len(dtypes) - 1)
+        reducing = b * zero["reduce_bucket_size"] * overlap
         step = max(4 * max(parts), 8 * min(largest, part))
         between = 4 * trained if stage == 1 else 4 * touched
         last = 4 * (trained - touched) if stage == 1 else 4 * touched * several  # beside held["gradients"]
@@ -210,10 +215,10 @@ def memory(model: Model, layers: int, settings: dict, train: Train, ranks: int, 
         held["weights"] = b * (kept + (0 if weights_away else sum(-(-t.numel // ranks) for t in its)))
         if (second := zero.get("zero_hpz_partition_size", 1)) > 1:  # hierarchical partitioning: a copy on each node, in shards
             held["weights"] += b * sum(t.numel // min(second, ranks) for t in its if t.numel > persistent or not t.trained)
-        held |= {"gradients": 4 * part, "buckets": sum(dtypes) * zero["reduce_bucket_size"]}
+        held |= {"gradients": 4 * part, "buckets": b * zero["reduce_bucket_size"]}
         at_once = max(zero["stage3_max_live_parameters"], largest + zero["stage3_prefetch_bucket_size"])
         live = b * min(whole - kept, at_once) * gathers
-        reducing, step, last = 2 * max(dtypes) * bucket, 4 * min(max(parts), zero["sub_group_size"]), 0
+        reducing, step, last = 2 * b * bucket, 4 * min(max(parts), zero["sub_group_size"]), 0
         between = held["gradients"]
     pinned = moved = 0
     if optimizer_away:
@@ -322,7 +327,7 @@ def plan_model(experiment: Experiment, run: str, stage: int | None, layers: int,
     train, model, taught_by = experiment.train_of(spec), shape_of(experiment, spec), teacher_layers(experiment, spec)
     sequences = train.batch_tokens // length
     ranks = min(gpus, sequences)
-    teacher = sum(t.numel for t in tensors(experiment.model, taught_by)) if taught_by else 0
+    teacher = teacher_size(experiment, spec)
     planned = memory(model, layers, settings, train, ranks, length, teacher)
     flops = train.steps * train.batch_tokens * flops_per_token(model, layers, length)
     if taught_by:  # of its forward and backward passes only the forward one, a third
@@ -463,15 +468,18 @@ def compare(folder: RunDir, experiment: Experiment) -> list[list]:
     if not measured:
         raise UserError(f"{folder.path} holds no measured memory (results.json of a finished run); train it to its end first")
     start = read_json(folder.provenance)["starts"][-1]
-    train = experiment.train_of(experiment.run(results["run"])).model_copy(update={"precision": results["precision"]})
+    spec = experiment.run(results["run"])
+    train = experiment.train_of(spec).model_copy(update={"precision": results["precision"]})
     length = experiment.data.sequence_length
-    planned = memory(experiment.model, results["layers"], start["deepspeed"], train, start["ranks"], length)
+    shape, teacher = shape_of(experiment, spec), teacher_size(experiment, spec)
+    planned = memory(shape, results["layers"], start["deepspeed"], train, start["ranks"], length, teacher)
     held = ("weights", "masters", "moments", "gradients")
     rows = [[what, planned["component"][what], max(rank[what] for rank in measured)] for what in held]
     for step in folder.complete_checkpoints()[-1:]:  # a short run has saved none
         files = read_json(folder.checkpoint(step) / "COMPLETE")["files"]
         rows.append(["checkpoint", planned["checkpoint"], sum(facts["bytes"] for facts in files.values())])
-    for what, its in (("allocated", planned["phases"][planned["peak_phase"]]), ("reserved", planned["peak"])):
+    peak = planned["phases"][planned["peak_phase"]]  # without what CUDA and NCCL hold, which torch does not count either
+    for what, its in (("allocated", peak), ("reserved", peak * (1 + FRAGMENTATION))):
         peaks = [rank["peak"][what] for rank in measured if what in rank["peak"]]
         rows += [[f"peak {what}", its, max(peaks)]] if peaks else []
     return rows

@@ -4,6 +4,7 @@ Reading order: train -> prepare_start -> Trainer.fit. The loop shows DeepSpeed's
 is a no-op; an interrupted one goes on from its newest complete checkpoint, with the same bits at the same world size.
 """
 
+import gc
 import math
 import os
 import time
@@ -105,6 +106,9 @@ def train(experiment: str, run: str, seed: int = 0, stage: int | None = None, ds
             raise UserError(f"run '{job.name}' has no 'grow' section, so it has no stage {stage}; leave out --stage")
     for job in jobs:
         train_job(job, ds)
+        gc.collect()  # parameters of ZeRO refer to each other in rings: the next run must not find them on its GPU
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
 
 
 def train_job(job: Job, ds: str | None = None) -> None:

@@ -5,11 +5,12 @@
 #   SUBMIT=1     submit Slurm jobs for what is missing, with their dependencies, and leave; afterwards run this again
 #   DRAW=1       run nothing: draw what is there, the rest is "not run"
 #   REHEARSE=1   in small on two CPU cores; marked REHEARSAL
-#   SEED=0 PROCS=2   seed of the runs; processes (ranks) to train with
+#   SEED=0 PROCS=2   seed of the runs; processes (ranks) to train with (on a single GPU 1)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ $# -gt 0 ] || { echo "usage: bash recipes/paper_item.sh ITEM ..." >&2 && exit 2; }
-SEED=${SEED:-0} PROCS=${PROCS:-2}
+SEED=${SEED:-0}
+[ "${REHEARSE:-0}" = 0 ] || export DS_ACCELERATOR=cpu
 
 if command -v sbatch > /dev/null; then # runs and data lie where the scripts of slurm/ keep them
   : "${INHERITUNE_ROOT:=}" "${HF_HOME:=}"
@@ -21,6 +22,7 @@ fi
 source recipes/setup.sh
 # shellcheck disable=SC2119 # no further requirements
 setup_environment
+PROCS=${PROCS:-$(fitting_procs)}
 inheritune() { python -m inheritune "$@"; }
 
 # One line for each thing that has to be run: verb, experiment, run, the lines it waits for, options.

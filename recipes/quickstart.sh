@@ -2,16 +2,17 @@
 # The main job in small, on two CPU cores, minutes after the set-up: a reference model trained on real text, its attention
 # measured, its first layers inherited and grown until they reach its validation loss, and the same size from random beside it.
 # The same verbs run the paper's sizes. Finished steps are not done again; delete runs/quickstart to start over.
-#   PROCS=2      processes (ranks) to train with          SEED=0      another seed is another set of runs
+#   PROCS=2      processes (ranks) to train with (on a single GPU 1)      SEED=0      another seed is another set of runs
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-PROCS=${PROCS:-2} SEED=${SEED:-0}
+SEED=${SEED:-0}
 
 # shellcheck source=recipes/setup.sh
 source recipes/setup.sh
-refuse_login_node --cpus-per-task="$PROCS" --time=00:30:00
+refuse_login_node --cpus-per-task="${PROCS:-2}" --time=00:30:00
 setup_environment "$@"
 check_gpu
+PROCS=${PROCS:-$(fitting_procs)}
 started=$SECONDS
 inheritune() { python -m inheritune "$@"; }
 say() { printf '\n== %s\n' "$*"; }

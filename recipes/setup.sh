@@ -58,6 +58,15 @@ try: print("device:", device())
 except UserError as error: sys.exit(str(error))' || exit 2
 }
 
+# How many processes to start where nobody says: two, or one where there is a single GPU.
+fitting_procs() {
+  local gpus=0
+  if command -v nvidia-smi > /dev/null && [ "${DS_ACCELERATOR:-}" != cpu ]; then
+    gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+  fi
+  if [ "$gpus" = 1 ]; then echo 1; else echo 2; fi
+}
+
 on_login_node() { [ -z "${SLURM_JOB_ID:-}" ] && command -v srun > /dev/null && sinfo -h > /dev/null 2>&1; }
 
 # Training belongs on a compute node: refuse_login_node SRUN_OPTIONS ...

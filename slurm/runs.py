@@ -1,8 +1,8 @@
 """Names of an experiment's runs, one a line, for the array jobs: python slurm/runs.py EXPERIMENT KIND [SEED]
 
-all: every run. baselines: those that are trained, are not grown, and are not what a grown run is compared with. waiting: for each
-of these that starts from others of them, its number in that list and, with a comma between, theirs. finished: those that can be
-evaluated, the models of others among them.
+all: every run. baselines: those that are trained, are not grown, and are not what a grown run is compared with. waiting: for
+each of these that starts from others of them, its number in that list and, with a comma between, theirs. finished: those that
+can be evaluated, the models of others among them.
 """
 
 import sys

@@ -12,15 +12,17 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import torch
 import yaml
 from conftest import REPOSITORY, experiment_dict, refused, run_verb, write_experiment, write_tokens
 from hub_server import Hub
 from lm_eval_command import lm_eval_command, lm_eval_results
 from tiny_models import random_model
+from transformers import GPT2LMHeadModel
 
 from inheritune import models
 from inheritune.config import RECIPES, TASKS, Evaluate, Model, UserError, load_experiment, validate
-from inheritune.downstream import TASK_FILES, load_tasks, open_tokenizer
+from inheritune.downstream import TASK_FILES, harness, load_tasks, open_tokenizer
 from inheritune.rundir import RunDir, data_dir, read_json, write_json
 from inheritune.tokens import SentencePieceTokenizer, train_bpe
 
@@ -106,6 +108,19 @@ def test_scores_are_those_of_the_lm_eval_command_on_one_rank_and_two(tmp_path, c
         assert value["score"] == pytest.approx(one["score"], rel=1e-5)
         if metric != "perplexity":  # whose error is drawn (bootstrap), from the documents in the order of the ranks
             assert value["stderr"] == (one["stderr"] and pytest.approx(one["stderr"], rel=1e-5))
+
+
+def test_scores_of_a_bf16_forward_are_summed_in_fp32(checkpoint):
+    """A sum of 80 logarithms in bf16 is a multiple of two nats: choices of a question would tie."""
+    model = GPT2LMHeadModel.from_pretrained(checkpoint).eval()
+    tokens = list(range(40, 130))
+    request = (("", ""), tokens[:10], tokens[10:])
+    sums = {}
+    for precision in ("fp32", "bf16_autocast"):
+        ours = harness(model, open_tokenizer(checkpoint), 4, precision)
+        ((sums[precision], _),) = ours._loglikelihood_tokens([request], disable_tqdm=True)
+    assert 0 < abs(sums["bf16_autocast"] - sums["fp32"]) < 0.5
+    assert float(torch.tensor(sums["bf16_autocast"]).bfloat16()) != sums["bf16_autocast"]
 
 
 def test_stages_and_kept_weights_have_names_and_results_of_their_own(tmp_path, checkpoint):

@@ -19,8 +19,8 @@ from conftest import REPOSITORY, experiment_dict, free_port, write_experiment, w
 
 from inheritune.batches import Order, Tokens
 from inheritune.config import load_experiment
-from inheritune.engine import learning_rate
-from inheritune.models import build, linear_weights
+from inheritune.engine import compile_blocks, learning_rate
+from inheritune.models import build, hf_config, linear_weights
 from inheritune.rundir import RunDir, data_dir, read_json, read_jsonl
 from inheritune.sources import open_source
 
@@ -246,6 +246,44 @@ def test_activation_checkpointing_and_compile_leave_the_losses_alone(tmp_path, o
         assert np.abs(losses_of(run) - plain).max() < 1e-5, name
         names = open_source(str(run.final)).names()  # compiling in place renames nothing
         assert not any("_orig_mod" in n for n in names)
+
+
+def test_every_block_of_a_deep_model_is_compiled():
+    """Each of the paper's GPT-2 scales its attention by its depth, which torch takes for another code (limit: 8 of them)."""
+    from inheritune.config import Model
+
+    graphs = []
+    model = build(hf_config(Model(size="gpt2_tiny", layers=12, width=32, heads=2, positions=16, vocab_size=64)))
+    with torch._dynamo.config.patch(recompile_limit=8):
+        compile_blocks(model, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+        model(input_ids=torch.zeros(2, 16, dtype=torch.long), use_cache=False).logits.sum().backward()
+        trained = len(graphs)
+        with torch.no_grad():
+            model.eval()(input_ids=torch.zeros(2, 16, dtype=torch.long), use_cache=False)
+    assert trained == 12 and len(graphs) == 24
+    torch._dynamo.reset()
+
+
+def test_groups_that_deepspeed_makes_have_the_patience_of_ours():
+    code = "import torch; from inheritune import dist; dist.start(); group = torch.distributed.new_group()\n"
+    code += "print(group._get_backend(torch.device('cpu')).options._timeout)"
+    environment = {**os.environ, "DEEPSPEED_TIMEOUT": "7"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "0:07:00" in done.stdout
+
+
+def test_ranks_on_one_gpu_are_told_so():
+    """Before NCCL is asked, whose words are "invalid usage"."""
+    code = "from inheritune import dist; dist._device_name = lambda: 'GPU-1'; dist.start()"
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True,
+                         env={**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in "01"
+    ]  # fmt: skip
+    said = ranks[1].communicate(timeout=120)[1]
+    ranks[0].kill(), ranks[0].communicate()
+    assert ranks[1].returncode and "ranks 0 and 1 share one GPU on" in said
 
 
 @pytest.mark.slow

@@ -279,8 +279,8 @@ def trainer(work: dict, folder: Path, deepspeed: dict | None = None) -> dict:
         output_dir=str(place / "trainer"), per_device_train_batch_size=work["micro"], max_steps=len(windows),
         gradient_accumulation_steps=work["sequences"] // work["micro"] // work["ranks"], optim="adamw_torch_fused",
         learning_rate=3e-4, weight_decay=0.1, adam_beta2=0.95, max_grad_norm=1.0, logging_strategy="no", save_strategy="no",
-        report_to=[], use_cpu=not cuda, bf16=work["precision"] == "bf16_autocast", torch_compile=cuda and not deepspeed,
-        disable_tqdm=True, dataloader_pin_memory=cuda, deepspeed=deepspeed,
+        report_to=[], use_cpu=not cuda, bf16=work["precision"] == "bf16_autocast" and not deepspeed,
+        torch_compile=cuda and not deepspeed, disable_tqdm=True, dataloader_pin_memory=cuda, deepspeed=deepspeed,
         ddp_backend="gloo" if not cuda and work["ranks"] > 1 else None,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(place / "start", dtype=torch.float32)
@@ -301,6 +301,8 @@ def trainer_deepspeed(work: dict, folder: Path) -> dict:
     dist.start()  # joins a group of one, and keeps DeepSpeed from compiling its CPU collective
     batches = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     settings = {"zero_optimization": work["zero"], "zero_allow_untested_optimizer": True, **dict.fromkeys(batches, "auto")}
+    if work["precision"] == "bf16_autocast":  # fp32 weights as everywhere else: Trainer's own flag would round them
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     return trainer(work, folder, settings)
 
 
