@@ -444,8 +444,8 @@ def describe(facts: dict) -> str:
         f"  one GPU holds: {parts}\n  its phases: {phases}\n"
         f"  peak {gb(facts['peak'])} in '{facts['peak_phase']}', with {gb(FRAMEWORK)} of CUDA and NCCL and "
         f"{FRAGMENTATION:.0%} for the allocator (these two are estimates)\n"
-        f"  one host: {gb(facts['host'])} of memory, {gb(facts['pinned'])} of it pinned; a checkpoint: "
-        f"{gb(facts['checkpoint'])}; the run's folder: {gb(facts['disk'])}"
+        f"  one host: {gb(facts['host'])} of memory, {gb(facts['pinned'])} of it pinned (up to twice that where torch rounds "
+        f"blocks up to powers of two); a checkpoint: {gb(facts['checkpoint'])}; the run's folder: {gb(facts['disk'])}"
     )
 
 
