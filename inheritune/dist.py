@@ -143,7 +143,8 @@ def _meet() -> None:
             store.wait(["all here"], timedelta(seconds=RENDEZVOUS_S + 30))
     except torch.distributed.DistError as error:
         raise NodeError(f"cannot meet the other ranks at {address}:{port} ({str(error).splitlines()[0]})") from None
-    twin = next(r for r in range(world()) if store.get(f"device {r}") == store.get(f"device {rank()}"))
+    devices = [store.get(f"device {r}") for r in range(world())]
+    twin = devices.index(devices[rank()])
     if twin != rank():  # NCCL's own words for it are "invalid usage"
         raise NodeError(
             f"ranks {twin} and {rank()} share one GPU on {node()}: start one task per GPU, without --ntasks-per-gpu (or set "
