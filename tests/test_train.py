@@ -264,6 +264,30 @@ def test_every_block_of_a_deep_model_is_compiled():
     torch._dynamo.reset()
 
 
+FREQUENCIES = """
+import contextlib, torch
+from transformers.integrations import deepspeed
+from inheritune import dist, engine
+from inheritune.config import Model, Train
+from inheritune.models import hf_config
+dist.start()
+config = hf_config(Model(size="llama_tiny", layers=1, width=64, heads=2, mlp_width=48, vocab_size=320))
+train = Train(steps=2, batch_tokens=64, lr=1e-3, warmup_steps=0, precision="bf16")
+for guard in (deepspeed.prevent_arange_dtype_change, contextlib.nullcontext):
+    deepspeed.prevent_arange_dtype_change = guard
+    started = engine.start_engine(config, None, {"zero_optimization": {"stage": 3}}, train, 2, 1)
+    exact = 1 / 10000 ** (torch.arange(0, 32, 2) / 32)
+    print(float((started.module.model.rotary_emb.inv_freq - exact).abs().max()))
+"""
+
+
+def test_pure_bf16_rounds_no_frequency_of_the_positions():
+    """At ZeRO 3 DeepSpeed makes everything that the model makes in bf16, these too but for transformers' guard."""
+    done = subprocess.run([sys.executable, "-c", FREQUENCIES], capture_output=True, text=True, check=True)
+    guarded, plain = map(float, done.stdout.split())
+    assert guarded == 0 and plain > 1e-4
+
+
 def test_groups_that_deepspeed_makes_have_the_patience_of_ours():
     code = "import torch; from inheritune import dist; dist.start(); group = torch.distributed.new_group()\n"
     code += "print(group._get_backend(torch.device('cpu')).options._timeout)"
