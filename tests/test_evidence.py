@@ -182,6 +182,16 @@ def test_what_a_seed_ended_with_has_a_row_of_its_own(summary):
     assert rows["grown", 2]["tokens_to_random"] == [500]
 
 
+def test_inheritune_is_set_beside_all_others_of_its_size(summary):
+    """Of a grown run its first stage; the random start of as many steps has a column of its own."""
+    records = [made_up(s, reference=3.0, random=3.2, other=s, grown__1=3.1, grown__2=2.9, inheritune__1=2.5) for s in (2, 4)]
+    for record in records:
+        record["models"][0]["layers"] = 4
+    records[1]["models"].pop(-3)  # one seed has not grown
+    gaps = {run: (gap["mean"], gap["n"]) for run, gap in summary.beside_inheritune(records).items()}
+    assert gaps == {"other": (-0.5, 2), "grown": (pytest.approx(-0.6), 1)}
+
+
 def test_a_loss_that_is_not_reached_has_no_tokens(summary):
     first, second = made_up(1, grown__1=3.0, grown__2=2.5)["models"]
     assert summary.tokens_to([first], 3.0) == 500 and summary.tokens_to([first], 2.9) is None

@@ -254,9 +254,16 @@ def row_of(label: str, found: list[tuple[dict, dict]], stages: list[list[dict]])
 
 
 def beside_inheritune(records: list[dict]) -> dict:
-    """{run: over seeds, the loss of Inheritune's first stage less that of the run}, of the other starts of its size."""
-    pairs = {run: [(find(r, "inheritune", 1), find(r, run)) for r in records] for run in ("random_longer", "last_half")}
-    return {run: over_seeds([a["loss"]["mean"] - b["loss"]["mean"] for a, b in its]) for run, its in pairs.items()}
+    """{run: over seeds, the loss of Inheritune's first stage less that of the run}, of the other starts of its size (of a
+    grown one its first stage); the random start with as many steps has a column in the table."""
+    gaps = {}
+    for record in records:
+        ours = find(record, "inheritune", 1)
+        for model in record["models"]:
+            alike = model["layers"] == ours["layers"] and model["stage"] in (None, 1)
+            if alike and model["run"] not in ("inheritune", "random"):
+                gaps.setdefault(model["run"], []).append(ours["loss"]["mean"] - model["loss"]["mean"])
+    return {run: over_seeds(values) for run, values in gaps.items()}
 
 
 def depths(records: list[dict]) -> list[dict]:
@@ -454,9 +461,9 @@ def summarize(experiment: Experiment, path: str, seeds: list[int]) -> None:
         f"{', '.join(sorted(machines))}; Python {', '.join(sorted(pythons))}, {', '.join(sorted(versions))}; "
         f"commit {', '.join(sorted(commits))}; {command}",
     ]
-    for run, gap in (gaps := beside_inheritune(records)).items():
-        label = next(row["label"] for row in rows if row["run"] == run)
-        notes.insert(1, f"Inheritune, stage 1, less {label}: {words(gap, '+')}.")
+    labels, gaps = {row["run"]: row["label"] for row in reversed(rows)}, beside_inheritune(records)
+    beside = "; ".join(f"{labels[run]} {words(gaps[run], '+')}" for run in reversed(labels) if run in gaps)
+    notes.insert(1, f"Inheritune, stage 1, less others of its size: {beside}.")
     if any(row["stage"] == "as grown" for row in rows):
         notes.insert(1, "A stage after the first has only the seeds whose stage before did not reach parity; tokens and FLOPs "
                         "count all stages, steps are those of one.")  # fmt: skip
