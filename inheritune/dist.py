@@ -214,9 +214,9 @@ def _wait_for_all(store) -> None:
 
 
 def _slurm_hosts() -> list[str]:
-    listed, nodes = os.environ.get("INHERITUNE_HOSTS"), os.environ.get("SLURM_STEP_NODELIST")
-    if listed or not nodes:  # job.sh lists them, because a container has no scontrol
-        return (listed or "").split()
+    nodes = os.environ.get("SLURM_STEP_NODELIST")
+    if not nodes or not shutil.which("scontrol"):  # as in a container; job.sh has asked before
+        return os.environ.get("INHERITUNE_HOSTS", "").split() if nodes else []
     said = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
     return said.stdout.split()
 

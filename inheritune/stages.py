@@ -275,7 +275,8 @@ def launch(verb: list[str], procs: int, as_step: bool = True) -> int:
         if procs > 1:
             common.update(WORLD_SIZE=str(procs), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(dist.free_port()))
         own = [{"RANK": str(r), "LOCAL_RANK": str(r)} if procs > 1 else {} for r in range(procs)]
-        python = shlex.split(os.environ.get("INHERITUNE_PYTHON") or shlex.quote(sys.executable))  # job.sh's: within an image
+        image = os.environ.get("INHERITUNE_PYTHON") if in_batch_script else None  # job.sh's: Python within an image
+        python = shlex.split(image or shlex.quote(sys.executable))
         tasks = [subprocess.Popen([*python, *arguments], env={**common, **mine}) for mine in own]
     told = 0
     try:

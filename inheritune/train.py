@@ -107,7 +107,7 @@ def train(experiment: str, run: str, seed: int = 0, stage: int | None = None, ds
     for job in jobs:
         train_job(job, ds)
         gc.collect()  # parameters of ZeRO refer to each other in rings: the next run must not find them on its GPU
-        if torch.cuda.is_available():
+        if dist.device().type == "cuda":
             torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
 
 

@@ -13,10 +13,13 @@ SEED=${SEED:-0}
 [ "${REHEARSE:-0}" = 0 ] || export DS_ACCELERATOR=cpu
 
 if command -v sbatch > /dev/null; then # runs and data lie where the scripts of slurm/ keep them
-  : "${INHERITUNE_ROOT:=}" "${HF_HOME:=}"
-  # shellcheck source=slurm/site.sh
-  source slurm/site.sh
-  unset "${!SBATCH_@}"
+  # shellcheck source=slurm/site.sh disable=SC2030,SC2031 # nothing else of it is wanted
+  folders=$(: "${INHERITUNE_ROOT:=}" "${HF_HOME:=}" && source slurm/site.sh && printf '%s\n' "${INHERITUNE_ROOT:-}" "${HF_HOME:-}")
+  { read -r root && read -r home; } <<< "$folders"
+  # shellcheck disable=SC2031
+  [ -z "$root" ] || export INHERITUNE_ROOT="$root"
+  # shellcheck disable=SC2031
+  [ -z "$home" ] || export HF_HOME="$home"
 fi
 # shellcheck source=recipes/setup.sh
 source recipes/setup.sh

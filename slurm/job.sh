@@ -132,7 +132,8 @@ asked() {
 # --- the environment of a job
 
 load_software() {
-  local file active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+  local file active=${VIRTUAL_ENV:-}
+  if [ -z "$active" ] && [ "${CONDA_DEFAULT_ENV:-base}" != base ]; then active=${CONDA_PREFIX:-}; fi
   set +u # modules and conda's own scripts use variables that are not set
   if [ -n "$SITE_MODULES" ]; then
     if ! command -v module > /dev/null; then # dash, where it runs what sbatch wraps, drops the functions of the login shell
@@ -336,13 +337,17 @@ in_array() { [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; }
 
 # What waits for this job waits for `$1`, which goes on with its work.
 move_dependents() {
-  local job dependency
-  squeue --me -h -r -t PENDING -o '%i %E' | while read -r job dependency; do
-    case "$job $dependency" in
-      "$1 "*) ;; # itself
-      *":$this_job("*) scontrol update jobid="$job" dependency="$(echo "$dependency" | sed "s/:$this_job(/:$1(/g; s/([^)]*)//g")" ;;
-    esac
-  done || say "what waits for this job with a dependency must wait for $1 instead; Slurm took no such change"
+  local new=$1 old=$this_job queued job dependency
+  if in_array; then
+    if [ "$slots" = 1 ]; then old="$SLURM_ARRAY_JOB_ID(_\*|_$SLURM_ARRAY_TASK_ID)?"; else new+=_$SLURM_ARRAY_TASK_ID; fi
+  fi
+  queued=$(squeue --me -h -r -t PENDING -o '%i %E') || say "what waits for this job must wait for $new instead"
+  while read -r job dependency; do
+    if [ "${job%%_*}" != "$1" ] && echo "$dependency" | grep -qE ":$old\("; then
+      dependency=$(echo "$dependency" | sed -E "s/:$old\(/:$new(/g; s/\([^)]*\)//g")
+      scontrol update jobid="$job" dependency="$dependency" || say "job $job should wait for $new; Slurm took no such change"
+    fi
+  done <<< "$queued"
 }
 
 # A job of the same shape behind this one, where the site does not requeue.
@@ -372,7 +377,7 @@ resubmit() {
   if id=$(env "${cleaned[@]}" -u INHERITUNE_JOB -u INHERITUNE_LAUNCH INHERITUNE_RESTARTS=$((restarts + 1)) \
     sbatch --parsable "${options[@]}" --wrap "exec $(this_command)"); then
     say "this site does not requeue; job ${id%%;*} goes on after this one"
-    move_dependents "${id%%;*}$(if in_array; then echo "_$SLURM_ARRAY_TASK_ID"; fi)"
+    move_dependents "${id%%;*}"
     exit 0
   fi
   echo "the job could neither be requeued nor submitted again" > "$INHERITUNE_JOB/failure"
@@ -435,7 +440,7 @@ fail() {
 
 # Submit this script as a job and leave. Shape: GPUS in all (0: TASKS tasks on CPUs), ARRAY, CPUS a task without GPU.
 submit() {
-  local options=() command name nodes per_node queued id log line
+  local options=() command name nodes per_node partition=$SITE_PARTITION queued id log line
   if ! sinfo -h > /dev/null 2>&1; then
     refuse "this is no login node of a Slurm cluster (sinfo does not answer); without Slurm: python -m inheritune $kind ... --procs N"
   fi
@@ -450,7 +455,17 @@ submit() {
   options+=(--job-name="$name")
   if rehearsing || [ "$gpus_wanted" = 0 ]; then
     nodes=${NODES:-1}
-    options+=(--nodes="$nodes" --ntasks="$cpu_tasks" --cpus-per-task="$cpus_per_task" --mem-per-cpu=4G --time="$(rehearsing && echo 01:00:00 || echo "$SITE_TIME")")
+    options+=(--nodes="$nodes" --ntasks="$cpu_tasks" --cpus-per-task="$cpus_per_task" --mem-per-cpu=4G)
+    if [ -n "$SITE_CPU_PARTITION" ]; then
+      partition=$SITE_CPU_PARTITION SITE_CONSTRAINT='' # a feature of GPU nodes
+    elif [ "$partition" = "$SITE_GUESSED_PARTITION" ]; then
+      partition='' # a guess for jobs with GPUs
+    fi
+    if rehearsing; then
+      options+=(--time=01:00:00)
+    elif [ "$partition" = "$SITE_PARTITION" ] || [ "$SITE_TIME" != "$SITE_GUESSED_TIME" ]; then
+      options+=(--time="$SITE_TIME") # another partition has its own limit
+    fi
   else
     if [ -z "$SITE_GPUS_PER_NODE" ] || [ "$SITE_GPUS_PER_NODE" = 0 ]; then
       refuse "sinfo shows no GPU${SITE_PARTITION:+ in partition $SITE_PARTITION}${SITE_GPU_TYPE:+ of type $SITE_GPU_TYPE}; set SITE_PARTITION or SITE_GPUS_PER_NODE in slurm/site.sh, or rehearse on CPUs with REHEARSE=1"
@@ -465,15 +480,7 @@ submit() {
   options+=(--signal="B:USR1@$SITE_LEAD" "$([ "$SITE_REQUEUE" = yes ] && echo --requeue || echo --no-requeue)")
   options+=(--open-mode=append --output="$log" --export=ALL)
   if [ "$array" != no ]; then options+=(--array="$array"); fi
-  line=$SITE_PARTITION
-  if rehearsing || [ "$gpus_wanted" = 0 ]; then
-    if [ -n "$SITE_CPU_PARTITION" ]; then
-      line=$SITE_CPU_PARTITION SITE_CONSTRAINT='' # a feature of GPU nodes
-    elif [ "$_site_guessed" = 1 ]; then
-      line=''
-    fi
-  fi
-  if [ -n "$line" ]; then options+=(--partition="$line"); fi
+  if [ -n "$partition" ]; then options+=(--partition="$partition"); fi
   if [ -n "$SITE_ACCOUNT" ]; then options+=(--account="$SITE_ACCOUNT"); fi
   if [ -n "$SITE_QOS" ]; then options+=(--qos="$SITE_QOS"); fi
   if [ -n "$SITE_CONSTRAINT" ]; then options+=(--constraint="$SITE_CONSTRAINT"); fi
@@ -494,7 +501,7 @@ submit() {
   fi
   load_software # on this machine, which has internet: the job finds the environment ready
   mkdir -p "$INHERITUNE_ROOT/runs/logs"
-  id=$("${command[@]}" --parsable)
+  id=$("${command[@]}" --parsable) || exit 1 # also where this runs in a substitution, which -e does not reach
   id=${id%%;*}
   log=${log//%x/$name} log=${log//%j/$id} log=${log//%A/$id} log=${log//%a/*}
   echo "submitted job $id"

@@ -27,7 +27,8 @@
 : "${HF_HOME:=${INHERITUNE_ROOT:+$INHERITUNE_ROOT/huggingface}}"   # downloads of fetch.sh; empty: ~/.cache/huggingface
 
 # --- nothing to edit below
-_site_guessed=0 # whether the partition is a guess: for jobs with GPUs alone
+: "${SITE_GUESSED_PARTITION:=}" "${SITE_GUESSED_TIME:=}" # what was guessed is for jobs with GPUs
+_site_time=$SITE_TIME
 if [ -z "${SLURM_JOB_ID:-}" ] && command -v sinfo > /dev/null; then
   # of the partition: its name (if it must be asked for), GPUs a node, CPUs and MB a GPU, minutes a job
   _site_guess=$({ sinfo -h -e -o '%P|%D|%c|%m|%l|%G' 2> /dev/null || true; } | awk -F'|' -v wanted="$SITE_PARTITION" -v type="$SITE_GPU_TYPE" '
@@ -52,7 +53,7 @@ if [ -z "${SLURM_JOB_ID:-}" ] && command -v sinfo > /dev/null; then
   if [ -n "$_site_guess" ]; then
     _site_field() { echo "$_site_guess" | cut -d' ' -f"$1"; }
     _site_least() { if [ "$1" -lt "$2" ]; then echo "$1"; else echo "$2"; fi; }
-    if [ "$(_site_field 1)" != - ]; then SITE_PARTITION=$(_site_field 1) _site_guessed=1; fi
+    if [ "$(_site_field 1)" != - ]; then SITE_PARTITION=$(_site_field 1) SITE_GUESSED_PARTITION=$(_site_field 1); fi
     : "${SITE_GPUS_PER_NODE:=$(_site_field 2)}"
     : "${SITE_CPUS_PER_GPU:=$(_site_least "$(_site_field 3)" 12)}"
     : "${SITE_MEM_PER_GPU:=$(_site_least "$(_site_field 4)" 120000)M}"
@@ -60,11 +61,14 @@ if [ -z "${SLURM_JOB_ID:-}" ] && command -v sinfo > /dev/null; then
   fi
 fi
 : "${SITE_TIME:=24:00:00}"
+[ -n "$_site_time" ] || SITE_GUESSED_TIME=$SITE_TIME
 
 export HF_HOME INHERITUNE_ROOT
 [ -n "$INHERITUNE_ROOT" ] || unset INHERITUNE_ROOT
 [ -n "$HF_HOME" ] || unset HF_HOME
 _site_export() { if [ -n "$2" ]; then export "$1=$2"; fi; }
+_site_export SITE_GUESSED_PARTITION "$SITE_GUESSED_PARTITION"
+_site_export SITE_GUESSED_TIME "$SITE_GUESSED_TIME"
 _site_export SBATCH_ACCOUNT "$SITE_ACCOUNT"
 _site_export SBATCH_PARTITION "$SITE_PARTITION"
 _site_export SBATCH_QOS "$SITE_QOS"

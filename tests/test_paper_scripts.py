@@ -109,7 +109,7 @@ def test_on_a_login_node_nothing_is_trained_and_the_sites_folder_is_looked_at(tm
     for name in ("sbatch", "srun", "sinfo"):
         (tmp_path / name).write_text("#!/bin/bash\n")
         (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}")
     monkeypatch.setenv("VIRTUAL_ENV", sys.prefix)  # else one is made
     monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
     for name in ("REHEARSE", "INHERITUNE_ROOT", "SLURM_JOB_ID"):

@@ -120,7 +120,15 @@ def test_site_file_finds_the_partition_with_gpus(tmp_path):
             line = here.run("bash", COUNTING, "a", 2, "--dry-run", REHEARSE=1, SITE_CONSTRAINT="big", **more).splitlines()[0]
             assert re.findall(r"--partition=(\S+)", line) == [partition] * bool(partition)
             assert ("--constraint" in line) == (partition != "cpu")
-        assert "--partition=gpus " in here.run("bash", COUNTING, "a", 2, "--dry-run")
+        prepare = f"bash {REPOSITORY}/slurm/prepare.sh small --dry-run"
+        for before in (
+            "",
+            f"source {REPOSITORY}/slurm/site.sh; ",
+        ):  # nor asks for that one's time, which may be longer
+            line = here.run("bash", "-c", before + prepare).splitlines()[0]
+            assert "--partition" not in line and "--time" not in line
+            assert "--time=30 " in here.run("bash", "-c", before + prepare, SITE_TIME=30).splitlines()[0]
+            assert "--partition=gpus " in here.run("bash", "-c", f"{before}bash {COUNTING} a 2 --dry-run")
 
 
 def test_plain_sbatch_finds_the_repository_from_any_folder(slurm, tmp_path):  # noqa: F811
@@ -172,7 +180,8 @@ def test_a_module_that_is_loaded_again_does_not_hide_the_environment(slurm, tmp_
     (tmp_path / "init" / "bash").write_text(f"module() {{ echo loads $2; PATH={tmp_path}/bin:$PATH; }}\n")
     (tmp_path / "bin" / "python").write_text("#!/bin/bash\necho the Python of the module >&2\nexit 1\n")
     (tmp_path / "bin" / "python").chmod(0o755)
-    job = slurm.submit(COUNTING, tmp_path / "a", 2, VIRTUAL_ENV=sys.prefix, SITE_MODULES="python/3.11", MODULESHOME=tmp_path)
+    job = slurm.submit(COUNTING, tmp_path / "a", 2, VIRTUAL_ENV=sys.prefix, SITE_MODULES="python/3.11", MODULESHOME=tmp_path,
+                       LMOD_PKG="", CONDA_DEFAULT_ENV="base")  # fmt: skip
     (record,) = slurm.wait(job)
     assert record["JobState"] == "COMPLETED" and "loads python/3.11" in slurm.log(job), slurm.logs()
 
@@ -284,7 +293,27 @@ def test_a_site_without_requeue_gets_a_new_job_of_the_same_shape(slurm, tmp_path
     same = ("JobName", "NumNodes", "NumCPUs", "TRES", "TimeLimit", "Partition", "TresPerNode", "StdOut")
     assert {key: first[key] for key in same} == {key: second[key] for key in same}
     assert "restart 1 on" in slurm.log(then) and counted(tmp_path / "a b") == {30}
-    assert "must wait for" not in slurm.log(job)
+    assert "should wait for" not in slurm.log(job)
+
+
+def test_what_waits_for_an_array_of_slots_waits_for_the_job_that_goes_on(slurm, tmp_path):  # noqa: F811
+    """Where the site does not requeue, its last slot submits a job behind itself."""
+    array = slurm.submit(COUNTING, tmp_path / "a", 30, SITE_REQUEUE="no", COUNTING_SLOTS=1, ARRAY="1-1%1")
+    slurm.wait_for_log(f"{array}_1", "rank 3 counts from 0")
+    behind = slurm.submit(COUNTING, tmp_path / "behind", 2, "--", f"--dependency=afterany:{array}")
+    slurm.ask_to_stop(f"{array}_1")
+    slurm.wait(array)
+    then = re.search(r"does not requeue; job (\d+) goes on", slurm.logs())[1]
+    (last,) = slurm.wait(behind)
+    ((second,), log) = slurm.wait(then), slurm.logs()
+    assert last["JobState"] == second["JobState"] == "COMPLETED" and last["StartTime"] >= second["EndTime"], log
+    assert counted(tmp_path / "a") == {30} and "should wait for" not in log
+
+
+def test_a_refused_submission_of_baselines_fails(slurm, own_root):  # noqa: F811
+    script = REPOSITORY / "slurm" / "gpt2_medium_baselines.sh"
+    printed = slurm.run("bash", "-c", f"bash {script} -- --partition=nowhere; echo ends with $?", check=False)
+    assert printed.endswith("ends with 1") and "invalid partition" in printed and "submitted job" not in printed
 
 
 def test_a_requeue_from_outside_comes_back_once(slurm, tmp_path):  # noqa: F811

@@ -221,10 +221,10 @@ def _start_profiler(by_torch: bool):
 def _profile_lines(profiler, by_torch: bool) -> list[str]:
     """Where the time went, by self time: operations of torch, or functions of Python."""
     if by_torch:
-        import torch
-
-        of = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, of))
+        events = list(profiler.key_averages())
+        on_gpu = any(event.self_device_time_total for event in events)
+        of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+        events.sort(key=lambda event: -getattr(event, of))
         total = sum(getattr(event, of) for event in events)
         return [f"{getattr(event, of) / total:5.1%} {event.count:6d} x {event.key}" for event in events[:14]]
     import pstats
