@@ -215,8 +215,10 @@ def _wait_for_all(store) -> None:
 
 def _slurm_hosts() -> list[str]:
     nodes = os.environ.get("SLURM_STEP_NODELIST")
-    if not nodes or not shutil.which("scontrol"):  # as in a container; job.sh has asked before
-        return os.environ.get("INHERITUNE_HOSTS", "").split() if nodes else []
+    if not nodes:
+        return []
+    if not shutil.which("scontrol"):  # as in a container; job.sh has asked before
+        return os.environ.get("INHERITUNE_HOSTS", "").split()
     said = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
     return said.stdout.split()
 

@@ -164,9 +164,14 @@ def finished_weights(experiment: Experiment, name: str, seed: int = 0) -> Path:
         verb = "grow" if experiment.run(run).grow else "train"
         raise UserError(
             f"run '{name}' of {experiment.name} (seed {seed}) is not finished; first: "
-            f"python -m inheritune {verb} {experiment.name} --run {run}{f' --seed {seed}' if seed else ''}"
+            f"python -m inheritune {verb} {experiment.name} --run {run}{seed_flag(seed)}"
         )
     return weights
+
+
+def seed_flag(seed: int) -> str:
+    """For a line to paste; none for seed 0, the default."""
+    return f" --seed {seed}" if seed else ""
 
 
 def beside(weights: Path) -> RunDir:

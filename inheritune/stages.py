@@ -18,7 +18,7 @@ from inheritune import dist
 from inheritune.config import REPOSITORY, Experiment, Grow, Run, UserError, load_experiment
 from inheritune.dist import Stopped, asked_to_stop
 from inheritune.planning import MFU, gpu_hours, models_of
-from inheritune.rundir import RunDir, data_dir, read_json, write_json
+from inheritune.rundir import RunDir, data_dir, read_json, seed_flag, write_json
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def _again(experiment: Experiment) -> str:
 def _two_ways(experiment: Experiment, name: str, run: str, needed: str, stage: int | None, seed: int) -> str:
     """What to do while `needed` is not trained: train it and queue this behind it, or start from a public checkpoint."""
     train = f"{_again(experiment)}bash slurm/train.sh {name}"
-    flag = f" --seed {seed}" if seed else ""
+    flag = seed_flag(seed)
     again = f"{train} {run}{f' --stage {stage}' if stage else ''}{flag}"
     settings = experiment.train_of(experiment.run(needed))
     layers, length = models_of(experiment, needed)[-1][1], experiment.data.sequence_length

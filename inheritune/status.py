@@ -16,7 +16,7 @@ from tabulate import tabulate
 
 from inheritune.config import Experiment, Run, UserError, load_experiment
 from inheritune.paper import curve_of, published_curves, published_loss
-from inheritune.rundir import MARKERS, Lock, RunDir, damages, data_dir, lock_holder, marked_files, read_json, root
+from inheritune.rundir import MARKERS, Lock, RunDir, damages, data_dir, lock_holder, marked_files, read_json, root, seed_flag
 from inheritune.stages import unfinished_source
 
 COLUMNS = (
@@ -195,7 +195,7 @@ def read_jobs(queue: dict[str, Job] | None) -> dict[Path, Job]:
 
 
 def _flags(loaded: Experiment, seed: int) -> str:
-    return (f" --seed {seed}" if seed else "") + (" --rehearse" if loaded.rehearsal else "")
+    return seed_flag(seed) + (" --rehearse" if loaded.rehearsal else "")
 
 
 def next_command(loaded: Experiment, experiment: str, name: str, run: Run, seed: int, state: str) -> str:
@@ -216,7 +216,7 @@ def next_command(loaded: Experiment, experiment: str, name: str, run: Run, seed:
         by_hand = f"python -m inheritune prepare {experiment}{_flags(loaded, 0)}"
         return f"{prefix}bash slurm/prepare.sh {experiment}" if slurm else by_hand
     if slurm:
-        return f"{again}{prefix}bash slurm/{verb}.sh {experiment} {name}{f' --seed {seed}' if seed else ''}"
+        return f"{again}{prefix}bash slurm/{verb}.sh {experiment} {name}{seed_flag(seed)}"
     return f"{again}python -m inheritune {verb} {experiment} --run {name}{_flags(loaded, seed)}"
 
 

@@ -170,12 +170,12 @@ load_software() {
 host_python=python image=''
 if [ -n "$SITE_APPTAINER" ]; then
   host_python=python3 # its own packages, of the home that is mounted, must not hide those of the image
-  image="apptainer exec --nv --env PYTHONNOUSERSITE=1,TMPDIR=/tmp --bind $repository --bind $INHERITUNE_ROOT${HF_HOME:+ --bind $HF_HOME} $SITE_APPTAINER"
+  export TMPDIR=/tmp # which every image has
+  image="apptainer exec --nv --env PYTHONNOUSERSITE=1 --bind $repository --bind $INHERITUNE_ROOT${HF_HOME:+ --bind $HF_HOME} $SITE_APPTAINER"
 fi
 
 export_environment() {
   local cache
-  if [ -n "$image" ]; then TMPDIR=/tmp; fi # which every image has
   cache=${TMPDIR:-/tmp}/inheritune-$(id -un) # on the node: compilers must not share a network disk, nor two users a folder
   export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor TORCH_EXTENSIONS_DIR=$cache/extensions
   export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -341,7 +341,7 @@ move_dependents() {
   if in_array; then
     if [ "$slots" = 1 ]; then old="$SLURM_ARRAY_JOB_ID(_\*|_$SLURM_ARRAY_TASK_ID)?"; else new+=_$SLURM_ARRAY_TASK_ID; fi
   fi
-  queued=$(squeue --me -h -r -t PENDING -o '%i %E') || say "what waits for this job must wait for $new instead"
+  queued=$(asked squeue --me -h -r -t PENDING -o '%i %E') || say "what waits for this job must wait for $new instead"
   while read -r job dependency; do
     if [ "${job%%_*}" != "$1" ] && echo "$dependency" | grep -qE ":$old\("; then
       dependency=$(echo "$dependency" | sed -E "s/:$old\(/:$new(/g; s/\([^)]*\)//g")
@@ -552,18 +552,17 @@ over_runs() {
 
 # Submit the baselines that start from others of them behind these, each in a job of its own, and all others as one array.
 submit_in_order() {
-  local waiting number sources source printed dependency ids=() all
+  local waiting first number sources source printed dependency ids=()
   waiting=$(runs_of "${words[0]}" waiting)
   if [ -z "$waiting" ]; then return; fi
-  all=${array#1-}
-  array=$(seq "$all" | grep -vxF "$(echo "$waiting" | cut -d' ' -f1)" | paste -sd,)
+  array=$(seq "${array#1-}" | grep -vxF "$(echo "$waiting" | cut -d' ' -f1)" | paste -sd,)
   printed=$(submit)
   echo "$printed"
-  for ((number = 1; number <= all; number++)); do ids[number]=$(echo "$printed" | sed -n 's/^submitted job //p'); done
-  if [ -z "${ids[1]}" ] && [ "$dry_run" = 0 ]; then exit 0; fi # they are queued already
+  first=$(echo "$printed" | sed -n 's/^submitted job //p')
+  if [ -z "$first" ] && [ "$dry_run" = 0 ]; then exit 0; fi # they are queued already
   while read -r number sources; do
     dependency=''
-    for source in ${sources//,/ }; do dependency+=,afterok:${ids[source]:-JOB}_$source; done
+    for source in ${sources//,/ }; do dependency+=,afterok:${ids[source]:-${first:-JOB}}_$source; done
     array=$number
     printed=$(sbatch_options+=(--dependency="${dependency#,}") && FORCE=1 submit)
     echo "$printed"

@@ -16,10 +16,6 @@ def names(experiment: Experiment, kind: str, seed: int = 0) -> list[str]:
     if kind == "finished":
         public = set() if experiment.rehearsal else {name for name, run in experiment.runs.items() if run.init.external}
         return [name for name in experiment.runs if name in public or RunDir.of(experiment, name, seed).is_done()]
-    if kind == "waiting":
-        numbers = {name: str(number) for number, name in enumerate(names(experiment, "baselines"), 1)}
-        sources = {name: [numbers[s] for s, _ in experiment.run(name).sources() if s in numbers] for name in numbers}
-        return [f"{numbers[name]} {','.join(found)}" for name, found in sources.items() if found]
     references = {experiment.reference_of(run) for run in experiment.runs.values() if run.grow} | {"reference"}
     return [
         name
@@ -28,9 +24,17 @@ def names(experiment: Experiment, kind: str, seed: int = 0) -> list[str]:
     ]
 
 
+def waiting(experiment: Experiment) -> list[str]:
+    """The lines of that kind, such as "17 16"."""
+    numbers = {name: str(number) for number, name in enumerate(names(experiment, "baselines"), 1)}
+    sources = {name: [numbers[s] for s, _ in experiment.run(name).sources() if s in numbers] for name in numbers}
+    return [f"{numbers[name]} {','.join(found)}" for name, found in sources.items() if found]
+
+
 if __name__ == "__main__":
     try:
-        print("\n".join(names(load_experiment(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))))
+        experiment, kind = load_experiment(sys.argv[1]), sys.argv[2]
+        print("\n".join(waiting(experiment) if kind == "waiting" else names(experiment, kind, *map(int, sys.argv[3:]))))
     except UserError as error:
         print(f"inheritune: {error}", file=sys.stderr)
         sys.exit(2)

@@ -121,10 +121,8 @@ def test_site_file_finds_the_partition_with_gpus(tmp_path):
             assert re.findall(r"--partition=(\S+)", line) == [partition] * bool(partition)
             assert ("--constraint" in line) == (partition != "cpu")
         prepare = f"bash {REPOSITORY}/slurm/prepare.sh small --dry-run"
-        for before in (
-            "",
-            f"source {REPOSITORY}/slurm/site.sh; ",
-        ):  # nor asks for that one's time, which may be longer
+        for before in ("", f"source {REPOSITORY}/slurm/site.sh; "):
+            # nor does it ask for that one's time, which may be longer
             line = here.run("bash", "-c", before + prepare).splitlines()[0]
             assert "--partition" not in line and "--time" not in line
             assert "--time=30 " in here.run("bash", "-c", before + prepare, SITE_TIME=30).splitlines()[0]
