@@ -113,8 +113,8 @@ def patience_s() -> float:
     return 60 * float(os.environ.get("DEEPSPEED_TIMEOUT") or 60)
 
 
-RENDEZVOUS_S = 300
-"""How long ranks wait for each other at the start: the slowest node's import of torch from a shared disk."""
+RENDEZVOUS_S = 600
+"""How long ranks wait for each other at the start, as torchrun's do: the slowest node's import of torch from a shared disk."""
 
 
 _store = None  # where the ranks met: key and value, and no collective
