@@ -3,18 +3,22 @@
 `open_source(path)` reads headers only; `Source.tensor(name)` then reads that tensor's bytes and nothing else. All three
 kinds come down to one description: a tensor is a shape, a dtype and a few byte ranges (`Extent`) of files, one range in
 safetensors and .bin, one per rank and sub-group in a ZeRO checkpoint. Nothing is mapped into memory and nothing is
-unpickled freely. `CheckpointWriter` is the way back: an ordinary Hugging Face checkpoint, one tensor in memory at a time.
+unpickled freely. `CheckpointWriter` is the way back: an ordinary Hugging Face checkpoint, in memory one tensor of a shard.
 """
 
 import json
 import math
+import os
 import re
 import struct
+import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import xxhash
@@ -553,15 +557,14 @@ def download_model(repo: str, revision: str | None) -> Path:
 class CheckpointWriter:
     """Writes a Hugging Face checkpoint tensor by tensor: every byte's place is known before the first one is written.
 
-    `specs` is {name: (shape, dtype)} in the order in which `add` will be called. With folder=None nothing is written, so
-    that ranks other than 0 can take part in gathering the tensors with the same code."""
+    `specs` is {name: (shape, dtype)}; `add` is called in this order, or for each shard by a thread of its own. With
+    folder=None nothing is written, so that ranks other than 0 can take part in gathering the tensors with the same code."""
 
     def __init__(self, folder: Path | None, config, specs: Specs, max_shard_bytes: int = 2 << 30):
         self.folder, self.config, self.specs = folder, config, specs
         self.tensors: dict[str, dict] = {}
         self.files: dict[str, dict] = {}
-        self._waiting = list(specs)[::-1]
-        self._file = self._digest = None
+        self._open: dict[str, tuple[BinaryIO, xxhash.xxh3_128]] = {}
         shards, used = [[]], 0
         for name, (shape, dtype) in specs.items():
             size = math.prod(shape) * dtype.itemsize
@@ -570,39 +573,43 @@ class CheckpointWriter:
             shards[-1].append(name)
             used += size
         files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-        self._file_of = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        self.shards = dict(zip(files, shards, strict=True))
+        self._file_of = {name: file for file, shard in self.shards.items() for name in shard}
+        self._waiting = {file: shard[::-1] for file, shard in self.shards.items()}
 
-    def _open(self, file: str) -> None:
+    def _begin(self, file: str) -> None:
         """Begin a shard with its header."""
         header, position = {"__metadata__": {"format": "pt"}}, 0
-        for name in (name for name, its in self._file_of.items() if its == file):
+        for name in self.shards[file]:
             shape, dtype = self.specs[name]
             end = position + math.prod(shape) * dtype.itemsize
             header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
             position = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # data begins at a multiple of 8, as safetensors' own writer has it
-        self._file, self._digest = open(self.folder / file, "wb"), xxhash.xxh3_128()  # noqa: SIM115 (closed by _end)
-        self._put(struct.pack("<Q", len(text)) + text)
+        self._open[file] = open(self.folder / file, "wb"), xxhash.xxh3_128()  # noqa: SIM115 (closed by _end)
+        self._put(file, struct.pack("<Q", len(text)) + text)
 
-    def _put(self, data) -> None:
-        self._file.write(data)
-        self._digest.update(data)
+    def _put(self, file: str, data) -> None:
+        opened, digest = self._open[file]
+        opened.write(data)
+        digest.update(data)
 
-    def _end(self) -> None:
-        """Finish the open shard, and note it in the record."""
-        if self._file is None:
-            return
-        size, name = self._file.tell(), Path(self._file.name).name
-        self._file.close()
-        self.files[name] = {"bytes": size, "xxh3": self._digest.hexdigest()}
-        self._file = None
+    def _end(self, file: str) -> None:
+        """Finish a shard, and note it in the record."""
+        opened, digest = self._open.pop(file)
+        size = opened.tell()
+        opened.close()
+        rundir.flush(self.folder / file)  # here, while other threads write, not all at the end
+        self.files[file] = {"bytes": size, "xxh3": digest.hexdigest()}
 
     def add(self, name: str, tensor: torch.Tensor | Iterable[memoryview]) -> None:
-        """Append the next tensor of `specs` (CPU or GPU; its dtype and shape must be those announced), or blocks of its
+        """Append its shard's next tensor (CPU or GPU; its dtype and shape must be those announced), or blocks of its
         bytes."""
-        assert self._waiting and self._waiting[-1] == name, f"expected {self._waiting[-1:]}, got {name}"
-        self._waiting.pop()
+        file = self._file_of[name]
+        waiting = self._waiting[file]
+        assert waiting and waiting[-1] == name, f"expected {waiting[-1:]}, got {name}"
+        waiting.pop()
         if self.folder is None:
             return
         shape, dtype = self.specs[name]
@@ -612,24 +619,24 @@ class CheckpointWriter:
             )
             data = memoryview(as_bytes(tensor.detach().cpu().contiguous()))
             tensor = (data[first : first + BLOCK_BYTES] for first in range(0, len(data), BLOCK_BYTES))
-        file = self._file_of[name]
-        if self._file is None or Path(self._file.name).name != file:
-            self._end()
-            self._open(file)
+        if file not in self._open:
+            self._begin(file)
         digest, written = xxhash.xxh3_128(), 0
         for block in tensor:
-            self._put(block)
+            self._put(file, block)
             digest.update(block)
             written += len(block)
         assert written == math.prod(shape) * dtype.itemsize, f"{name}: {written} bytes, not {shape} of {dtype}"
         self.tensors[name] = {"file": file, "xxh3": digest.hexdigest()}
+        if not waiting:
+            self._end(file)
 
     def close(self) -> dict:
         """Write index and config; {"tensors": {name: {file, xxh3}}, "files": {name: {bytes, xxh3}}} of what was written."""
-        assert not self._waiting, f"{self._waiting[-1]} was announced and never added"
+        missing = [name for waiting in self._waiting.values() for name in waiting]
+        assert not missing, f"{missing[-1]} was announced and never added"
         if self.folder is None:
             return {}
-        self._end()
         total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.specs.values())
         index = {"metadata": {"total_size": total}, "weight_map": self._file_of}
         rundir.write_json(self.folder / "model.safetensors.index.json", index, seal=False)
@@ -640,8 +647,19 @@ class CheckpointWriter:
 
 def write_checkpoint(folder: Path, config, specs: Specs, tensor_of: Callable, **options) -> dict:
     """Write the tensors of `specs`, each asked of `tensor_of` (as `add` takes it) when its turn comes; the record of
-    CheckpointWriter.close."""
-    writer = CheckpointWriter(folder, config, specs, **options)
-    for name in specs:
-        writer.add(name, tensor_of(name))
+    CheckpointWriter.close. A few shards are written at a time: copying into the page cache takes a core each."""
+    writer, over = CheckpointWriter(folder, config, specs, **options), threading.Event()
+
+    def write(shard: list[str]) -> None:
+        for name in shard:
+            if over.is_set():
+                return
+            writer.add(name, tensor_of(name))
+
+    with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)))) as pool:
+        try:
+            for written in as_completed([pool.submit(write, shard) for shard in writer.shards.values()]):
+                written.result()
+        finally:  # when one fails, or the user stops this, the others have no need to end theirs
+            over.set()
     return writer.close()

@@ -234,10 +234,10 @@ def test_main_imports_lazily():
 def test_sizes_stay_readable():
     """The design's aim is 3,000 for the core and 5,500 for all; both are exceeded since baselines, lm-eval, plan and the
     paper's tables came, the core also since it stops at numbers that are not finite and at ranks that hang, tells every
-    damaged file, and heeds what DeepSpeed does on GPUs only."""
+    damaged file, heeds what DeepSpeed does on GPUs only, and writes shards side by side."""
     sizes = {p.stem: code_lines(p) for p in (REPOSITORY / "inheritune").glob("*.py")}
     assert max(sizes.values()) <= 500, sizes
-    assert sum(n for name, n in sizes.items() if name not in CORE_EXCLUDES) < 3575, sizes
+    assert sum(n for name, n in sizes.items() if name not in CORE_EXCLUDES) < 3600, sizes
     assert sum(sizes.values()) < 7300, sizes
 
 

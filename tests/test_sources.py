@@ -1,10 +1,13 @@
 """sources.py: every kind of checkpoint gives back the tensors that were saved, and a damaged one is refused in a sentence."""
 
+import errno
 import json
 import os
 import struct
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -448,6 +451,40 @@ def test_written_checkpoint_opens_without_a_word(tmp_path, kind, caplog, recwarn
     for file in tmp_path.glob("model-*.safetensors"):
         for name, tensor in safetensors.torch.load_file(file).items():
             assert torch.equal(tensor, weights[name]) and record["tensors"][name]["file"] == file.name
+
+
+def test_shards_written_side_by_side_are_those_written_in_order(tmp_path):
+    model = random_model(config_of("llama"))
+    weights, specs = weights_of(model), specs_of(model.config)
+    side_by_side, in_order = tmp_path / "threads", tmp_path / "order"
+    side_by_side.mkdir(), in_order.mkdir()
+    record = write_checkpoint(side_by_side, model.config, specs, weights.__getitem__, max_shard_bytes=9000)
+    writer = CheckpointWriter(in_order, model.config, specs, max_shard_bytes=9000)
+    assert len(writer.shards) > 3
+    for name in specs:
+        writer.add(name, weights[name])
+    assert writer.close() == record
+    for file in record["files"]:
+        assert (side_by_side / file).read_bytes() == (in_order / file).read_bytes(), file
+
+
+def test_a_shard_that_fails_ends_the_others(tmp_path):
+    model = random_model(config_of("llama"))
+    specs, asked, failed = specs_of(model.config), [], threading.Event()
+
+    def tensor_of(name: str):
+        asked.append(name)
+        if name == list(specs)[0]:
+            failed.set()
+            raise OSError(errno.ENOSPC, "no space")
+        assert failed.wait(60)
+        time.sleep(0.2)  # by now the writer has heard of it
+        return torch.zeros(specs[name][0])
+
+    with pytest.raises(OSError, match="no space"):
+        write_checkpoint(tmp_path, model.config, specs, tensor_of, max_shard_bytes=9000)
+    assert len(asked) <= 8 < len(specs), asked  # four at work, each at its first or second
+    assert not (tmp_path / "model.safetensors.index.json").exists()
 
 
 def test_writer_without_a_folder_takes_part_and_writes_nothing(tmp_path):
