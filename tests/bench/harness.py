@@ -5,9 +5,10 @@ A benchmark is a file of this folder with `cases(size)` and, at its end, `main(_
     python tests/bench/batches.py [--size small|full|gpu] [--case WORDS] [--turns N] [--folder D] [--out F]
 
 A contestant is a function (work, folder) -> dict | None: what it measured (`seconds`, `cpu_seconds`, ...) or None, and then
-the time of the whole call counts. Turn 1 runs A, B, C, turn 2 B, C, A, and so on, so that a machine whose speed drifts is fair
-to all; a ratio is taken within a turn. Peak memory is that of the largest process of a turn, as the kernel counts it; what
-contestants read is made in a process of its own, because the kernel counts a starting process's memory towards the new one.
+the time of the whole call counts. Turn 1 runs A, B, C, turn 2 C, B, A, turn 3 B, C, A, turn 4 A, C, B and so on, so that a
+machine whose speed drifts is fair to all, and what one leaves behind (memory, caches) does not always reach the same one; a
+ratio is taken within a turn. Peak memory is that of the largest process of a turn, as the kernel counts it; what contestants
+read is made in a process of its own, because the kernel counts a starting process's memory towards the new one.
 """
 
 import argparse
@@ -248,7 +249,8 @@ def _take_turns(file: str, case: Case, folder: Path, options) -> dict:
     turns: Turns = {name: [] for name in case.contestants}
     names, load = list(case.contestants), os.getloadavg()[0]
     for number in range(options.turns):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        order = names[number // 2 % len(names) :] + names[: number // 2 % len(names)]
+        for name in order[:: -1 if number % 2 else 1]:
             if number and (name in case.rare or "error" in turns[name][0]):
                 continue
             turns[name].append(_start(file, case, name, folder, options.size))

@@ -6,7 +6,7 @@ import growth
 from harness import GOAL_HEADS, HERE, goal_rows, table_of
 from written import filled, markdown
 
-ORDER = ("train_step", "prepare", "inherit", "analyze", "batches", "checkpoint", "startup", "downstream")
+ORDER = ("train_step", "pieces", "prepare", "inherit", "analyze", "batches", "checkpoint", "startup", "downstream")
 
 
 def stored(part: str) -> list[dict]:

@@ -17,6 +17,8 @@ import numpy as np
 from harness import Case, Goal, main, over, write_experiment, write_tokens
 
 WARM_UP = 2  # steps before the clock starts
+COPYING_LESS = {"stage3_prefetch_bucket_size": 0, "contiguous_gradients": False}
+"""ZeRO 3 on a CPU: weights that are gathered one by one are not joined from their parts, gradients go into no bucket."""
 OPTIMIZER = {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
 
@@ -31,10 +33,12 @@ def setup(work: dict, folder: Path) -> None:
     place = folder / work["key"]
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    for compiled in (False, True):
-        ours = {"inheritune": {"compile": compiled}} if compiled else {}
-        settings = {"train_micro_batch_size_per_gpu": work["micro"], "zero_optimization": work["zero"], **ours}
-        (place / f"ds_{compiled}.json").write_text(json.dumps(settings))
+    settings = {"train_micro_batch_size_per_gpu": work["micro"], "zero_optimization": work["zero"]}
+    settings = {"ours": settings, "compiled": {**settings, "inheritune": {"compile": True}}}
+    if work["zero"]["stage"] == 3:
+        settings["copying_less"] = {**settings["ours"], "zero_optimization": {**work["zero"], **COPYING_LESS}}
+    for name, its in settings.items():
+        (place / f"{name}.json").write_text(json.dumps(its))
     train = {
         "steps": WARM_UP + work["steps"],
         "batch_tokens": work["sequences"] * work["length"],
@@ -43,7 +47,7 @@ def setup(work: dict, folder: Path) -> None:
     }
     train |= {"precision": work["precision"], "eval_every": 10**6, "eval_windows": 2, "final_windows": 2, "log_every": 1}
     train |= {"checkpoint_every": 10**6, "schedule": "constant"}
-    runs = {f"ours_{c}": {"init": "random", "train": {"deepspeed": str(place / f"ds_{c}.json")}} for c in (False, True)}
+    runs = {name: {"init": "random", "train": {"deepspeed": str(place / f"{name}.json")}} for name in settings}
     path = write_experiment(
         place, {"sequence_length": work["length"], "name": work["key"]}, model=work["model"], train=train, runs=runs
     )
@@ -98,7 +102,7 @@ def step_flops(work: dict) -> float:
 # --- ours -----------------------------------------------------------------------------------------------------------------
 
 
-def ours(work: dict, folder: Path, compiled: bool = False) -> dict:
+def ours(work: dict, folder: Path, run: str = "ours") -> dict:
     """`train` itself; a clock is read where it logs a step."""
     from harness import _profiler, nullcontext
 
@@ -115,14 +119,18 @@ def ours(work: dict, folder: Path, compiled: bool = False) -> dict:
 
     training.Trainer._log_step = log_and_stamp
     with _profiler or nullcontext():
-        training.train(path, f"ours_{compiled}")
+        training.train(path, run)
     if dist.rank() == 0:  # the next turn trains it again
-        shutil.rmtree(RunDir.of(load_experiment(path), f"ours_{compiled}").path)
+        shutil.rmtree(RunDir.of(load_experiment(path), run).path)
     return stamps.result(work)
 
 
 def ours_compiled(work: dict, folder: Path) -> dict:
-    return ours(work, folder, compiled=True)
+    return ours(work, folder, "compiled")
+
+
+def ours_copying_less(work: dict, folder: Path) -> dict:
+    return ours(work, folder, "copying_less")
 
 
 # --- a loop by hand -------------------------------------------------------------------------------------------------------
@@ -348,7 +356,9 @@ def losses_apart(name: str):
 
 
 def cpu_case(name: str, key: str, model: dict, length: int, sequences: int, steps: int, ranks: int = 1) -> Case:
-    zero = {"stage": 0} if ranks == 1 else {"stage": 3, "stage3_param_persistence_threshold": 100000, "overlap_comm": False}
+    from inheritune.engine import load_json
+
+    zero = {"stage": 0} if ranks == 1 else load_json("ds_configs/cpu.json")["zero_optimization"]
     work = {
         "key": key, "model": model, "length": length, "sequences": sequences, "micro": sequences // ranks, "steps": steps,
         "precision": "fp32", "zero": zero, "ranks": ranks,
@@ -365,6 +375,9 @@ def cpu_case(name: str, key: str, model: dict, length: int, sequences: int, step
     if ranks == 1:
         contestants["limit: matrix products"] = limit
         goals.append(Goal("time of the matrix products alone", None, over("ours", "limit: matrix products")))
+    else:
+        contestants["ours, copying less"] = ours_copying_less
+        goals.append(Goal("time of the plain DDP, copying less", None, over("ours, copying less", theirs)))
     return Case(name, work, contestants, goals, setup, ranks=ranks, by_torch=True)
 
 
