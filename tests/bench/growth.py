@@ -80,6 +80,7 @@ def plot(results: list[dict], path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
     figure, axes = pyplot.subplots(1, 4, figsize=(13, 3.2))
     for axis, (part, its) in zip(axes, curves(results).items(), strict=False):
@@ -89,6 +90,11 @@ def plot(results: list[dict], path) -> None:
         axis.errorbar(its["sizes"], medians, yerr=ends, marker="o", label="seconds", color="C0")
         axis.plot(its["sizes"], [np.median(one) / 1000 for one in its["peak_mb"]], marker="s", color="C1", label="peak GB")
         axis.set(xscale="log", yscale="log", xlabel=PARTS[part], title=f"{part}: size^{its['exponent']:.2f}")
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_xticks(its["sizes"], [f"{size:.1e}".replace("e+0", "e").replace("e+", "e") for size in its["sizes"]])
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            which(FormatStrFormatter("%g"))
         axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
