@@ -1,4 +1,4 @@
-"""Surgery: new checkpoints out of blocks of old ones, described by the architecture table and done one tensor at a time.
+"""Surgery: new checkpoints out of blocks of old ones, described by the architecture table and done tensor by tensor.
 
 `inherit` keeps chosen blocks of a source (paper, section 3), also doubled (stacking) or at other places among random ones,
 `halve` keeps all of them at half the width, `extend` lengthens a trained model by blocks of its reference (growth with

@@ -641,8 +641,9 @@ class CheckpointWriter:
         index = {"metadata": {"total_size": total}, "weight_map": self._file_of}
         rundir.write_json(self.folder / "model.safetensors.index.json", index, seal=False)
         write_config(self.folder / "config.json", self.config, next(iter(self.specs.values()))[1])
-        self.files |= rundir.hash_folder(self.folder, only=("model.safetensors.index.json", "config.json"))
-        return {"tensors": self.tensors, "files": self.files}
+        files = {file: self.files[file] for file in self.shards}  # in this order, whichever thread ended first
+        files |= rundir.hash_folder(self.folder, only=("model.safetensors.index.json", "config.json"))
+        return {"tensors": {name: self.tensors[name] for name in self.specs}, "files": files}
 
 
 def write_checkpoint(folder: Path, config, specs: Specs, tensor_of: Callable, **options) -> dict:

@@ -458,12 +458,22 @@ def test_shards_written_side_by_side_are_those_written_in_order(tmp_path):
     weights, specs = weights_of(model), specs_of(model.config)
     side_by_side, in_order = tmp_path / "threads", tmp_path / "order"
     side_by_side.mkdir(), in_order.mkdir()
-    record = write_checkpoint(side_by_side, model.config, specs, weights.__getitem__, max_shard_bytes=9000)
+    third_begins = threading.Event()
+
+    def tensor_of(name: str):
+        if name == list(specs)[0]:
+            third_begins.wait(5)  # the first shard is not the first to end, given a second thread
+        elif name == third[0]:
+            third_begins.set()
+        return weights[name]
+
     writer = CheckpointWriter(in_order, model.config, specs, max_shard_bytes=9000)
     assert len(writer.shards) > 3
+    third = list(writer.shards.values())[2]
+    record = write_checkpoint(side_by_side, model.config, specs, tensor_of, max_shard_bytes=9000)
     for name in specs:
         writer.add(name, weights[name])
-    assert writer.close() == record
+    assert json.dumps(writer.close()) == json.dumps(record)  # in the same order too: markers are made of it
     for file in record["files"]:
         assert (side_by_side / file).read_bytes() == (in_order / file).read_bytes(), file
 
