@@ -22,10 +22,6 @@ ORDER = """
 config rundir dist log tokens documents prepare batches models sources downstream fetch inherit attention export validate dslint
 engine distil planning checkpoint train evaluate stages paper tables figures status
 """.split()  # noqa: SIM905 - a list to read
-CORE_EXCLUDES = {"tokens", "documents", "prepare", "fetch"} | {"attention", "evaluate", "downstream"}
-CORE_EXCLUDES |= {"stages", "planning", "dslint"} | {"paper", "tables", "figures", "status", "export"}
-"""Preparing, evaluating (losses and attention), planning and checking, reporting: what is left is the core."""
-
 
 @pytest.mark.parametrize(
     ("words", "says"),
@@ -231,14 +227,10 @@ def test_main_imports_lazily():
     assert heavy.stdout.strip() == ""
 
 
-def test_sizes_stay_readable():
-    """The design's aim is 3,000 for the core and 5,500 for all; both are exceeded since baselines, lm-eval, plan and the
-    paper's tables came, the core also since it stops at numbers that are not finite and at ranks that hang, tells every
-    damaged file, heeds what DeepSpeed does on GPUs only, and writes shards side by side."""
+def test_no_file_is_too_long_to_read():
     sizes = {p.stem: code_lines(p) for p in (REPOSITORY / "inheritune").glob("*.py")}
+    print(f"{sum(sizes.values())} lines of code in inheritune/")
     assert max(sizes.values()) <= 500, sizes
-    assert sum(n for name, n in sizes.items() if name not in CORE_EXCLUDES) < 3600, sizes
-    assert sum(sizes.values()) < 7300, sizes
 
 
 # --- documents ------------------------------------------------------------------------------------------------------------
