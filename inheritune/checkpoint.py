@@ -15,7 +15,8 @@ import torch
 
 from inheritune.config import UserError
 from inheritune.dist import barrier, device, gather, on_rank0, rank, world
-from inheritune.engine import full_parameters, zero_stage
+from inheritune.engine import drop_secondary_copies, full_parameters, zero_stage
+from inheritune.layout import describe_layout, find_changes
 from inheritune.log import logger
 from inheritune.models import architecture
 from inheritune.planning import checkpoint_bytes
@@ -33,7 +34,7 @@ from inheritune.rundir import (
     replacing,
     write_json,
 )
-from inheritune.sources import CheckpointWriter, load_skeleton, read_deepspeed, read_tensor
+from inheritune.sources import CheckpointWriter, deepspeed_classes, load_skeleton, read_deepspeed, read_tensor
 
 TAG = "deepspeed"  # DeepSpeed's tag: the sub-folder of its files
 MARKER = "COMPLETE"
@@ -69,7 +70,8 @@ def save(engine, run_dir: RunDir, step: int, state: dict, settings: dict, keep_l
         temporary.rename(target)
         flush(target.parent)
         files = {name: facts for part in hashes for name, facts in part.items()}
-        marker = {"step": step, "ranks": world(), "zero_stage": zero_stage(settings), "files": files}
+        shape = {"ranks": world(), "zero_stage": zero_stage(settings), **describe_layout(settings)}
+        marker = {"step": step, **shape, "files": files}
         write_json(target / MARKER, marker)
         prune(run_dir, step, keep_last)
 
@@ -150,13 +152,20 @@ def _explain(error: Exception, path: Path) -> Exception:
 
 
 def _agree_on(problem: Exception | None, unfinished: Path) -> None:
+    """`_raise_everywhere`, after deleting `unfinished`."""
+    try:
+        _raise_everywhere(problem)
+    except Exception:
+        on_rank0(remove, unfinished)
+        raise
+
+
+def _raise_everywhere(problem: Exception | None) -> None:
     """Raise on every rank what went wrong on any: the rank itself its own, the others a UserError that says where."""
     problems = gather(None if problem is None else f"{node()} (rank {rank()}): {problem}")
     failed = next(filter(None, problems), None)
-    if failed is None:
-        return
-    on_rank0(remove, unfinished)
-    raise problem if problem is not None and not isinstance(problem, UserError) else UserError(failed)
+    if failed is not None:
+        raise problem if problem is not None and not isinstance(problem, UserError) else UserError(failed)
 
 
 def find(run_dir: RunDir) -> int | None:
@@ -183,29 +192,101 @@ def find(run_dir: RunDir) -> int | None:
 
 
 def is_resize(run_dir: RunDir, step: int, settings: dict) -> bool:
-    """Whether checkpoint `step` was written by another number of ranks or at another ZeRO stage than this job's.
+    """Return whether the states of checkpoint `step` must be read parameter by parameter: it was written by another number
+    of ranks, at another ZeRO stage, or under a JSON that stores vectors in another order than this job's `settings`.
 
-    Raises UserError if either is ZeRO 0, whose optimizer states are not kept by parameter."""
-    marker = read_json(run_dir.checkpoint(step) / MARKER)
+    Raises UserError if the shape changes to or from ZeRO 0, whose optimizer states are not kept by parameter, and for a
+    change of the JSON whose effect is not known."""
+    folder = run_dir.checkpoint(step)
+    marker = read_json(folder / MARKER)
     before, now = (marker["ranks"], marker["zero_stage"]), (world(), zero_stage(settings))
     if before != now and 0 in (before[1], now[1]):
         raise UserError(
-            f"checkpoint {run_dir.checkpoint(step)} was written by {before[0]} rank(s) at ZeRO {before[1]}, this job has "
+            f"checkpoint {folder} was written by {before[0]} rank(s) at ZeRO {before[1]}, this job has "
             f"{now[0]} at ZeRO {now[1]}; only ZeRO 1, 2 and 3 can be resized: "
             + ("use a ZeRO 1 JSON" if before[1] else f"resume with {before[0]} rank(s) at ZeRO 0")
         )
-    return before != now
+    if "layout" not in marker:  # an older checkpoint
+        if before == now:
+            _check_recorded_json(run_dir, step, settings)
+        return before != now
+    changed = find_changes(marker, settings, f"checkpoint {folder}")
+    if changed and before == now and before[1]:
+        logger.info("the states of step %d are read parameter by parameter, for a change of %s", step, ", ".join(changed))
+    return before != now or (bool(changed) and before[1] > 0)
+
+
+def _check_recorded_json(run_dir: RunDir, step: int, settings: dict) -> None:
+    """Raises UserError unless `settings` is the JSON under which checkpoint `step` was written, by provenance.json."""
+    folder, starts = run_dir.checkpoint(step), []
+    if run_dir.provenance.is_file():
+        starts = read_json(run_dir.provenance).get("starts", [])
+    recorded = next((s.get("deepspeed") for s in reversed(starts) if (s.get("resumed_at") or 0) < step), None)
+    if recorded != settings:
+        raise UserError(
+            f"checkpoint {folder} does not record how its states are stored, so it is resumed only under the DeepSpeed JSON "
+            f"that wrote it, which {run_dir.provenance} has as 'deepspeed' of the last start before it: resume under that one"
+        )
 
 
 def restore(engine, run_dir: RunDir, step: int) -> dict:
-    """Load checkpoint `step` (model, optimizer, random generators) into the engine; returns the run's `state`."""
+    """Load checkpoint `step` (model, optimizer, random generators) into the engine; returns the run's `state`.
+
+    Raises UserError on every rank, before anything is loaded, if a file asks to run code or holds the parameters in another
+    order than the engine."""
     folder = run_dir.checkpoint(step)
-    path, client = engine.load_checkpoint(str(folder), tag=TAG)
+    problem = None
+    try:
+        _check_stored(engine, folder / TAG)
+    except UserError as error:
+        problem = error
+    _raise_everywhere(problem)
+    with _reading(engine):
+        path, client = engine.load_checkpoint(str(folder), tag=TAG)
     if path is None:  # DeepSpeed only warns
         raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}, although its marker is there")
+    drop_secondary_copies(engine)
     _restore_generators(folder, rank())
     barrier()
     return client["run"]
+
+
+def _check_stored(engine, folder: Path) -> None:
+    """Raises UserError if one of DeepSpeed's files that this rank is about to load asks to run code, or if the parameters
+    in it are not those of the engine, in the same order: nothing else tells one flat vector from another."""
+    stage = engine.zero_optimization_stage()
+    own = [
+        path for path in sorted(folder.glob("*.pt")) if f"pp_rank_{rank()}_" in path.name or path.name.startswith("mp_rank_")
+    ]
+    read = {path: load_skeleton(path) for path in own}
+    models = {path: content for path, content in read.items() if path.name.endswith("_model_states.pt")}
+    for path, content in models.items():
+        if stage:
+            stored = [list(group.items()) for group in content["param_shapes"]]
+            expected = [list(group.items()) for group in engine._get_zero_param_shapes()]
+        else:
+            stored, expected = list(content["module"]), list(engine.module.state_dict())
+        if stored != expected:
+            raise UserError(
+                f"{path} holds the parameters in another order than this program does, so its states would be mixed up; "
+                f"resume with the versions of torch, transformers and this repository that provenance.json names"
+            )
+
+
+@contextmanager
+def _reading(engine):
+    """DeepSpeed's reader made to unpickle nothing but tensors, plain values and the few classes of its own."""
+    reader = engine.checkpoint_engine.load
+
+    def load(path: str, map_location=None):
+        with torch.serialization.safe_globals(deepspeed_classes()):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+    engine.checkpoint_engine.load = load
+    try:
+        yield
+    finally:
+        engine.checkpoint_engine.load = reader
 
 
 def restore_resized(engine, run_dir: RunDir, step: int) -> dict:
@@ -250,6 +331,7 @@ def restore_resized(engine, run_dir: RunDir, step: int) -> dict:
                 safe_set_full_fp32_param(parameter, value)
             else:
                 safe_set_full_optimizer_state(parameter, value, what)
+    drop_secondary_copies(engine)
     client = on_rank0(_client_state, folder)
     engine.global_steps, engine.skipped_steps = client["global_steps"], client["skipped_steps"]
     _restore_generators(folder, rank() % marker["ranks"])  # nothing draws from them while there is no dropout

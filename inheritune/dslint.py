@@ -42,7 +42,7 @@ def report(path: str | Path, problems: list[Problem]) -> list[str]:
 def lint(settings: dict, model: Model, train: Train, ranks: int | None = None) -> list[Problem]:
     """Every problem of the JSON `settings` (as parsed) for the experiment's `model` and `train`, on `ranks` GPUs if that
     number is known. Memory is judged for the whole reference, of which the other runs are slices."""
-    values = {key: value for key, value in _flat(settings).items() if key.partition(".")[0] != "inheritune"}
+    values = {key: value for key, value in flatten(settings).items() if key.partition(".")[0] != "inheritune"}
     judges = (
         lambda: form(settings),
         lambda: _unknown({key: value for key, value in settings.items() if key != "inheritune"}),
@@ -86,19 +86,19 @@ def form(settings: dict) -> list[Problem]:
         key, got = ("zero_optimization.stage", stage) if isinstance(zero, dict) else ("zero_optimization", zero)
         refuse(key, f'{key} (got {got!r}): write "zero_optimization": {{"stage": N}} with N one of 0, 1, 2, 3')
     told = {problem.key for problem in found}
-    for key, value in _flat(settings).items():
+    for key, value in flatten(settings).items():
         if value == "auto" and key not in told and key.partition(".")[0] not in told:
             refuse(key, f"'{key}' is \"auto\", which only the Hugging Face Trainer fills in; give a value or leave the key out")
     return found
 
 
-def _flat(block: dict, path: str = "") -> dict:
+def flatten(block: dict, path: str = "") -> dict:
     """{"zero_optimization": {...}, "zero_optimization.stage": 3, ...}: blocks and values by their paths."""
     found = {}
     for key, value in block.items():
         found[f"{path}{key}"] = value
         if isinstance(value, dict):
-            found |= _flat(value, f"{path}{key}.")
+            found |= flatten(value, f"{path}{key}.")
     return found
 
 

@@ -117,7 +117,38 @@ def start_engine(hf_config, weights, settings: dict, train: Train, micro_batch: 
     groups = parameter_groups(model, train.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    if getattr(engine.optimizer, "round_robin_gradients", False):
+        link_masters(engine.optimizer)
     return engine
+
+
+def link_masters(zero) -> None:
+    """Let DeepSpeed find each parameter's master and moments where ZeRO 1 and 2 keep them under `round_robin_gradients`.
+
+    That key reorders the parameters of the flat vectors, but DeepSpeed 0.19.8 links them in their old order unless a vector
+    has padding: what is read or set by name (a resize, final/ of pure bf16) would be the numbers of other parameters."""
+    padding = zero.round_robin_bit16_padding
+    zero.round_robin_bit16_padding = [[1] for _ in padding]  # so that it links by the true offsets
+    zero._link_all_hp_params()
+    zero.round_robin_bit16_padding = padding
+    zero._param_slice_mappings = zero._create_param_mapping()
+
+
+def drop_secondary_copies(engine) -> None:
+    """Forget the copies of the weights that ZeRO 3 keeps inside a node (`zero_hpz_partition_size`): after loading a checkpoint
+    they are still those from before, and DeepSpeed 0.19.8 would train on them. The next forward makes them anew."""
+    for parameter in engine.module.parameters():
+        if getattr(parameter, "ds_secondary_tensor", None) is not None:
+            parameter.ds_secondary_tensor = None
+
+
+def release_groups() -> None:
+    """End the process group of `zero_hpz_partition_size`, which DeepSpeed makes once per engine and refuses to make twice."""
+    from deepspeed import comm
+    from deepspeed.utils import groups
+
+    if (group := groups._get_zero_param_intra_parallel_group()) is not None:
+        comm.destroy_process_group(group)
 
 
 def compile_blocks(model: torch.nn.Module, backend="inductor") -> None:

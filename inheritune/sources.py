@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import BinaryIO
 
@@ -133,6 +134,11 @@ _STANDINS = [
     (type("ZeroStageEnum", (int,), {}), "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (type("fragment_address", (_Plain,), {}), "deepspeed.utils.tensor_fragment.fragment_address"),
 ]
+
+
+def deepspeed_classes() -> list:
+    """Return DeepSpeed's own classes that its checkpoints name, for `torch.serialization.safe_globals`."""
+    return [getattr(import_module(name.rpartition(".")[0]), name.rpartition(".")[2]) for _, name in _STANDINS]
 
 
 def load_skeleton(path: Path, check: bool = False):

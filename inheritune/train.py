@@ -25,6 +25,7 @@ from inheritune.engine import (
     load_json,
     peak_flops,
     peak_memory,
+    release_groups,
     resolve_precision,
     set_learning_rate,
     start_engine,
@@ -141,6 +142,7 @@ def train_job(job: Job, ds: str | None = None) -> None:
         if not dist.on_rank0(job.dir.is_done):  # another job may have finished it while this one waited
             with dist.Watchdog(dist.patience_s() * 3 / 4) as trainer.watch:  # it speaks before the collectives give up
                 trainer.fit(lock)
+                release_groups()
     finally:
         if dist.rank() == 0:
             lock.release()

@@ -1,5 +1,6 @@
 """Several runs in one launch (start-up costs more than they do): python tests/resize_worker.py JOBS.json, a list of
-{root, experiment, run, ds, fault}. `fault` breaks one thing of a resize on purpose, to show that the test sees it."""
+{root, experiment, run, ds, fault, refused}. `fault` breaks one thing of a resize on purpose, to show that the test sees it;
+with `refused` the run is to end in a UserError, whose sentence rank 0 writes to this file."""
 
 import json
 import os
@@ -8,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from inheritune import checkpoint, dist
+from inheritune import checkpoint, dist, engine
 from inheritune.__main__ import leave
-from inheritune.config import load_experiment
+from inheritune.config import UserError, load_experiment
 from inheritune.train import Job, train_job
 
-original = checkpoint.restore_resized
+original, groups = checkpoint.restore_resized, engine.parameter_groups
 
 
 def broken(fault: str):
@@ -38,9 +39,27 @@ def broken(fault: str):
     return restore
 
 
-for job in json.loads(Path(sys.argv[1]).read_text()):
+def reversed_groups(model, weight_decay: float) -> list[dict]:
+    """parameter_groups in another order, as another version of a library may have it."""
+    return [{**group, "params": group["params"][::-1]} for group in groups(model, weight_decay)]
+
+
+def run(job: dict) -> None:
     os.environ["INHERITUNE_ROOT"] = job["root"]
-    checkpoint.restore_resized = broken(job["fault"]) if job.get("fault") else original
-    train_job(Job(load_experiment(job["experiment"]), job["run"]), job["ds"])
+    fault = job.get("fault")
+    engine.parameter_groups = reversed_groups if fault == "parameters in another order" else groups
+    checkpoint.restore_resized = broken(fault) if fault else original
+    if not job.get("refused"):
+        return train_job(Job(load_experiment(job["experiment"]), job["run"]), job["ds"])
+    try:
+        train_job(Job(load_experiment(job["experiment"]), job["run"]), job["ds"])
+    except UserError as error:
+        if dist.rank() == 0:
+            Path(job["refused"]).write_text(str(error))
+    return None
+
+
+for job in json.loads(Path(sys.argv[1]).read_text()):
+    run(job)
 dist.stop()
 leave(0)

@@ -7,15 +7,12 @@ of the unbroken run. Two decay groups, accumulation, a clip that binds, three da
 
 import itertools
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment, write_tokens
-from slurm_cluster import cluster
+from conftest import experiment_dict, run_verb, write_experiment, write_tokens
+from launching import launch_jobs
 
 from inheritune.config import load_experiment
 from inheritune.rundir import RunDir, data_dir, read_jsonl
@@ -33,21 +30,6 @@ KINDS = {
 }  # fmt: skip
 TOLERANCE = {"fp32": 1e-5, "bf16_autocast": 5e-4}
 FAULTS = ("exp_avg zero", "exp_avg_sq zero", "step not restored", "one group's weight decay for all")
-
-
-def launch(jobs: list[dict], ranks: int, folder) -> None:
-    """Run the jobs as srun's tasks on a Slurm of two nodes, or under torchrun where Slurm is missing."""
-    (folder / f"jobs{ranks}.json").write_text(json.dumps(jobs))
-    worker = [sys.executable, str(REPOSITORY / "tests/resize_worker.py"), str(folder / f"jobs{ranks}.json")]
-    environment = {"OMP_NUM_THREADS": "1"}
-    if shutil.which("slurmctld", path=os.environ["PATH"] + ":/usr/sbin"):
-        with cluster(LAB_GPUS=0) as slurm:
-            srun = ["srun", f"--nodes={min(ranks, 2)}", f"--ntasks={ranks}", "--export=ALL", "--kill-on-bad-exit=1"]
-            slurm.run(*srun, *worker, timeout=600, **environment)
-        return
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *worker[1:]]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
 class Lab:
@@ -105,7 +87,7 @@ def lab(request, tmp_path_factory):
             for before in dict.fromkeys(before for before, _ in pairs if before[0] == ranks):
                 made.run(kind, before)
                 jobs.append(made.job(kind, before))
-        launch(jobs, ranks, made.folder)
+        launch_jobs(jobs, ranks, made.folder)
     for ranks in (1, 2, 3):
         jobs = []
         for kind, pairs in made.pairs.items():
@@ -113,7 +95,7 @@ def lab(request, tmp_path_factory):
                 if now[0] == ranks:
                     made.stopped_copy(kind, before, now)
                     jobs.append(made.job(kind, before, now))
-        launch(jobs, ranks, made.folder)
+        launch_jobs(jobs, ranks, made.folder)
     return made
 
 
@@ -152,7 +134,7 @@ def test_this_comparison_sees_what_a_wrong_resize_does(lab):
     for fault in FAULTS:
         lab.stopped_copy("gpt2", before, now, fault)
         jobs.append(lab.job("gpt2", before, now, fault))
-    launch(jobs, 1, lab.folder)
+    launch_jobs(jobs, 1, lab.folder)
     for fault in FAULTS:
         off = np.abs(column(lab.run("gpt2", before, now, fault)) - column(lab.run("gpt2", before))).max()
         print(f"{fault}: losses part by {off:.1e}")
