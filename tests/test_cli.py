@@ -23,6 +23,7 @@ config rundir dist log tokens documents prepare batches models sources downstrea
 engine distil planning layout checkpoint train evaluate stages paper tables figures status
 """.split()  # noqa: SIM905 - a list to read
 
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
