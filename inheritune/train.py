@@ -5,6 +5,7 @@ is a no-op; an interrupted one goes on from its newest complete checkpoint, with
 """
 
 import gc
+import json
 import math
 import os
 import time
@@ -125,6 +126,7 @@ def train_job(job: Job, ds: str | None = None) -> None:
     dist.start()
     setup()
     preflight = dist.preflight(data_dir(job.experiment))
+    check_same_files(job, settings, path)
     clock.end("preflight")
     tokens = Tokens.of(job.experiment, "train")
     check_vocabulary(tokens.vocab_size, job.experiment.model.vocab_size, f"model.vocab_size of {job.experiment.name}")
@@ -146,6 +148,21 @@ def train_job(job: Job, ds: str | None = None) -> None:
     finally:
         if dist.rank() == 0:
             lock.release()
+
+
+def check_same_files(job: Job, settings: dict, path: str) -> None:
+    """Raises UserError on every rank unless all ranks read the same experiment and the same DeepSpeed JSON `path`: a file on
+    each node's own disk may differ, and nothing later would show it."""
+    read = {f"experiment {job.experiment.name}": job.resolved(job.settings), f"DeepSpeed JSON {path}": settings}
+    for what, content in read.items():
+        seen = dist.gather(json.dumps(content, sort_keys=True))
+        other = next((r for r, its in enumerate(seen) if its != seen[0]), None)
+        if other is not None:
+            nodes = dist.gather(node())
+            raise UserError(
+                f"the {what} that rank {other} on {nodes[other]} reads is not that of rank 0 on {nodes[0]}; put the file on a "
+                f"disk that all nodes share, and start again"
+            )
 
 
 def prepare_start(job: Job):

@@ -368,6 +368,15 @@ def test_code_in_a_received_checkpoint_is_not_run(stopped, tmp_path, name):
     assert not (REPOSITORY / "trapped").exists()
 
 
+def test_ranks_that_read_other_files_are_refused(small, tmp_path):
+    for rank in range(2):
+        settings = {"train_micro_batch_size_per_gpu": 3, "zero_optimization": {"stage": 1, "reduce_bucket_size": 5000 + rank}}
+        (tmp_path / f"ds{rank}.json").write_text(json.dumps(settings))
+    said = refused("train", small, "--run", "reference", "--ds", tmp_path / "ds$RANK.json", "--procs", "2")
+    assert "that rank 1 on" in said and "is not that of rank 0" in said
+    assert not RunDir.of(load_experiment(small), "reference").path.exists()
+
+
 @pytest.mark.slow
 def test_several_runs_of_one_start_keep_weights_twice_per_node(tmp_path, own_root):
     """DeepSpeed makes the group of `zero_hpz_partition_size` once per process."""
