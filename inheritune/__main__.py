@@ -30,7 +30,7 @@ class Verbs:
         from inheritune.prepare import prepare
 
         setup()
-        prepare(load_experiment(experiment, rehearse), workers)
+        prepare(load_experiment(experiment, rehearse), workers, experiment)
 
     def fetch(self, experiment, rehearse=None):
         """Download what an experiment needs of the Hub into the cache, where there is internet; first says how much it is.

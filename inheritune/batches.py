@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from inheritune.config import Experiment, UserError
-from inheritune.dist import gather, on_rank0, rank
+from inheritune.dist import NodeError, gather, on_rank0, rank
 from inheritune.rundir import check_files, damages, data_dir, marked_files, read_json
 
 
@@ -36,7 +36,7 @@ class Tokens:
             sizes = {self.folder / shard["file"]: int(shard["tokens"]) * dtype.itemsize for shard in shards}
         except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
             raise UserError(f"{manifest} is damaged; delete it and run 'prepare' again") from None
-        self._shards = []
+        self._shards, self._paths = [], list(sizes)
         for path, expected in sizes.items():
             size = path.stat().st_size if path.is_file() else -1
             if not expected or size != expected:
@@ -67,7 +67,20 @@ class Tokens:
             piece = self._shards[shard][offset : offset + count - filled]
             out[filled : filled + len(piece)] = piece
             filled, shard = filled + len(piece), shard + 1
+        if count and int(out.max()) >= self.vocab_size:
+            raise self._beyond_vocabulary(start + int(out.argmax()), int(out.max()))
         return out
+
+    def _beyond_vocabulary(self, position: int, token: int) -> NodeError:
+        """Return the error for a token id that the tokenizer does not have, at `position` of the stream; of any rank, because
+        only the one that reads it sees it."""
+        shard = int(self._ends.searchsorted(position, side="right"))
+        offset = position - (int(self._ends[shard - 1]) if shard else 0)
+        manifest = self.folder / "manifest.json"
+        return NodeError(
+            f"{self._paths[shard]} holds token {token} at position {offset}, the vocabulary has {self.vocab_size}: damaged or "
+            f"replaced; delete {manifest} and run 'prepare' again"
+        )
 
     def n_windows(self, length: int) -> int:
         """Windows of `length` tokens and their targets at stride `length` (each reads length + 1 tokens)."""

@@ -1,12 +1,12 @@
 """Documents: which files a data section names, the documents in them, in order, and the text of each.
 
 `Source` lists the files (the embedded corpus, local globs, a pinned data set of the Hub, downloaded file by file as reading
-goes). `read_batches` streams their documents as raw bytes, `parse` makes text of one or says why it cannot be used.
+goes). `read_batches` streams their documents as raw bytes, `parse` makes text of one or says why it cannot be used. Every
+reader notices whether its file ended whole, as far as the format tells: decoders.py, and the table in tests/damage.md.
 """
 
 import fnmatch
 import glob
-import gzip
 import io
 import itertools
 import json
@@ -15,23 +15,21 @@ import os
 import re
 import sysconfig
 import tokenize
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import xxhash
-import zstandard
 
-from inheritune.config import REPOSITORY, Data, UserError, nearest
-from inheritune.rundir import read_json, write_json
+from inheritune.config import REPOSITORY, Data, UserError
+from inheritune.decoders import BYTE_ORDER_MARK, count_parquet, decoding, read_json_documents, read_lines, read_parquet
+from inheritune.rundir import hash_file, read_json, write_json
 from inheritune.tokens import hub_errors
 
 log = logging.getLogger(__name__)
 
 KINDS = {".txt": "text", ".py": "python", ".parquet": "text"} | dict.fromkeys(
-    (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz"), "json"
+    (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz"), "json"
 )
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -55,6 +53,8 @@ class Source:
             find = _local_files if data.source == "files" else _hub_listing(data, folder)
             for group in sorted(patterns):  # the hash of the data section does not see the order of the keys
                 self.groups[group] = list(dict.fromkeys(name for pattern in patterns[group] for name in find(pattern)))
+        if data.source == "files":
+            self.groups = _each_file_once(self.groups)
         for name in itertools.chain(*self.groups.values()):
             _suffix(name)
 
@@ -65,37 +65,43 @@ class Source:
         return _hub_file(self.data, name) if self.data.source == "hub" else Path(name)
 
     def describe(self, name: str) -> dict:
-        """The file's entry in the manifest."""
-        entry = {"name": name, "bytes": self.path(name).stat().st_size}
-        return entry | ({"revision": self.data.revision} if self.data.source == "hub" else {})
+        """Return the file's entry in the manifest: name, bytes, and the Hub's commit or a local file's hash, by which a later
+        `prepare` tells whether it has changed."""
+        entry = self._size_of(name)
+        if self.data.source == "hub":
+            return entry | {"revision": self.data.revision}
+        return entry | {"xxh3": hash_file(self.path(name))}
+
+    def _size_of(self, name: str) -> dict:
+        return {"name": name, "bytes": self.path(name).stat().st_size}
 
     def state(self) -> str:
-        """A hash that changes when the documents do: names with sizes, or names with the commit of a Hub data set."""
+        """Return a hash that changes when the documents do: names with sizes, or names with the commit of a Hub data set."""
         local = self.data.source != "hub"
-        names = {group: [self.describe(n) if local else n for n in names] for group, names in self.groups.items()}
+        names = {group: [self._size_of(n) if local else n for n in names] for group, names in self.groups.items()}
         return xxhash.xxh3_128_hexdigest(json.dumps([names, self.data.revision]).encode())
 
     def documents(self, name: str) -> Iterator[tuple[int, bytes | None]]:
-        """(line or row from 1, raw bytes) of each document of a file, in order. Raises UserError if the file is damaged."""
+        """Yield (line, row or element from 1, raw bytes) of each document of a file, in order.
+
+        Raises UserError if the file is damaged, or ends in the middle of a frame, an archive or an array."""
         path, suffix = self.path(name), _suffix(name)
-        try:
+        with decoding(path):
             if suffix == ".parquet":
-                yield from _parquet_rows(path, self.data.text_key)
+                yield from read_parquet(path, self.data.text_key)
+            elif suffix.startswith(".json") and not suffix.startswith(".jsonl"):
+                yield from read_json_documents(path, self.data.text_key)
             elif KINDS[suffix] == "json":
-                with _open_lines(path, suffix) as file:
-                    yield from ((number, line) for number, line in enumerate(file, 1) if not line.isspace())
-            else:
+                yield from read_lines(path)
+            elif suffix == ".txt":
+                yield 1, path.read_bytes().removeprefix(BYTE_ORDER_MARK)
+            else:  # Python's own reader of coding lines takes the mark into account
                 yield 1, path.read_bytes()
-        except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-            raise UserError(f"{path} is cut off or damaged ({error}); fetch or copy it again") from None
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
 
     def count(self, name: str) -> int:
         """Documents in a file, usable or not."""
         if _suffix(name) == ".parquet":
-            with _open_parquet(self.path(name)) as file:
-                return file.metadata.num_rows
+            return count_parquet(self.path(name), self.data.text_key)
         return sum(1 for _ in self.documents(name)) if KINDS[_suffix(name)] == "json" else 1
 
 
@@ -116,51 +122,42 @@ def _standard_library() -> list[str]:
 
 
 def _local_files(pattern: str) -> list[str]:
-    """Sorted files that match, from the current folder or else from the repository."""
+    """Return the sorted files that match, from the current folder or else from the repository. A pattern that is a file's own
+    name is that file, though it holds a bracket or a star."""
     given = os.path.expanduser(os.path.expandvars(pattern))
-    for base in (os.getcwd(), REPOSITORY):
-        names = sorted(n for n in glob.glob(os.path.join(base, given), recursive=True) if os.path.isfile(n))
-        if names:
+    for base in (os.getcwd(), str(REPOSITORY)):
+        whole = os.path.join(base, given)
+        if os.path.isfile(whole):
+            return [whole]
+        found = glob.glob(given if os.path.isabs(given) else os.path.join(glob.escape(base), given), recursive=True)
+        if names := sorted(name for name in found if os.path.isfile(name)):
             return names
-    raise UserError(f"data.files: '{pattern}' matches no file, neither from {os.getcwd()} nor from {REPOSITORY}")
+    brackets = " ([ and ] mean a set of letters in a pattern; write [[] for a bracket)" if "[" in given else ""
+    raise UserError(f"data.files: '{pattern}' matches no file, neither from {os.getcwd()} nor from {REPOSITORY}{brackets}")
 
 
-def _open_lines(path: Path, suffix: str):
-    """A buffered reader of the bytes of a JSONL file, unpacked if need be."""
-    if suffix.endswith(".gz"):
-        return gzip.open(path, "rb")
-    if suffix.endswith(".zst"):
-        unpacked = zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True)  # noqa: SIM115
-        return io.BufferedReader(unpacked, 1 << 20)
-    return open(path, "rb", buffering=1 << 20)
+def _each_file_once(groups: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Return `groups` with each real file once: under its own name if that was found, else under its first link's. (A link to a
+    folder above itself would give each document many times, in both parts of the split.)
 
-
-def _parquet_rows(path: Path, key: str) -> Iterator[tuple[int, bytes | None]]:
-    """Rows of one text column as bytes (invalid UTF-8 is then one bad document, not the end), a few hundred at a time."""
-    import pyarrow as pa
-
-    with _open_parquet(path) as file:
-        schema, row = file.schema_arrow, 0
-        if key not in schema.names:
-            raise UserError(f"{path} has no column '{key}' (data.text_key); {nearest(key, schema.names)}")
-        if schema.field(key).type not in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
-            raise UserError(f"{path}: column '{key}' (data.text_key) holds {schema.field(key).type}, not text")
-        for batch in file.iter_batches(batch_size=256, columns=[key]):
-            for raw in batch.column(0).cast(pa.large_binary()).to_pylist():
-                row += 1
-                yield row, raw
-
-
-@contextmanager
-def _open_parquet(path: Path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            yield file
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path} is no whole parquet file ({str(error).splitlines()[0]}); fetch or copy it again") from None
+    Raises UserError if a file belongs to two groups."""
+    taken: dict[str, str] = {}
+    result = {}
+    for group, names in groups.items():
+        real = {name: os.path.realpath(name) for name in names}
+        own = {place for name, place in real.items() if os.path.abspath(name) == place}
+        kept = {}
+        for name, place in real.items():
+            if place not in kept and (place not in own or os.path.abspath(name) == place):
+                kept[place] = name
+        for place, name in kept.items():
+            if place in taken:
+                raise UserError(f"data.files: {name} belongs to the groups '{taken[place]}' and '{group}'; leave it in one")
+            taken[place] = group
+        result[group] = list(kept.values())
+        if links := len(names) - len(kept):
+            log.warning("data.files: %d names are links to other files of the list; each file is read once", links)
+    return result
 
 
 # --- the Hub --------------------------------------------------------------------------------------------------------------
@@ -259,30 +256,46 @@ class Unusable(Exception):
 
 
 def parse(kind: str, raw: bytes | None, key: str) -> str:
-    """The document's text. Raises Unusable."""
+    """Return the document's text. Raises Unusable."""
     if not raw:
         raise Unusable("empty text")
-    try:
-        encoding = tokenize.detect_encoding(io.BytesIO(raw).readline)[0] if kind == "python" else "utf-8"
-        text = raw.decode(encoding)
-    except (UnicodeDecodeError, SyntaxError):  # SyntaxError: a coding line that names no encoding
-        raise Unusable("not UTF-8") from None
+    text = _decode(kind, raw)
     if kind == "json":
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError):
-            raise Unusable("invalid JSON") from None
-        if not isinstance(row, dict):
-            raise Unusable("not a JSON object")
-        if key not in row:
-            raise Unusable(f"no key '{key}'")
-        text = row[key]
-        if not isinstance(text, str):
-            raise Unusable(f"'{key}' is not text")
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # half of a surrogate pair, written as \ud83d
-            raise Unusable("not UTF-8") from None
+        text = _text_of_row(text, key)
     if not text:
         raise Unusable("empty text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, written as \ud83d, or decoded by a coding line
+        raise Unusable("not UTF-8") from None
     return text
+
+
+def _decode(kind: str, raw: bytes) -> str:
+    """Return the text of raw bytes: UTF-8, or of a Python file what its coding line says. Raises Unusable."""
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise Unusable("UTF-16, not UTF-8")
+    encoding = "utf-8"
+    try:
+        if kind == "python":
+            encoding = tokenize.detect_encoding(io.BytesIO(raw).readline)[0]
+        return raw.decode(encoding)
+    except LookupError:  # a coding line may name what is no encoding of text, such as rot13
+        raise Unusable("coding line that is no text encoding") from None
+    except (UnicodeError, SyntaxError):  # SyntaxError: a coding line that names no encoding
+        raise Unusable("not UTF-8") from None
+
+
+def _text_of_row(line: str, key: str) -> str:
+    """Return what a line of JSON holds under `key`. Raises Unusable."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        raise Unusable("invalid JSON") from None
+    if not isinstance(row, dict):
+        raise Unusable("not a JSON object")
+    if key not in row:
+        raise Unusable(f"no key '{key}'")
+    if not isinstance(row[key], str):
+        raise Unusable(f"'{key}' is not text")
+    return row[key]

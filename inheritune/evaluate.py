@@ -12,12 +12,13 @@ from inheritune import dist, downstream, validate
 from inheritune.batches import Tokens
 from inheritune.config import Data, Experiment, Task, Train, UserError, load_experiment
 from inheritune.engine import resolve_precision
+from inheritune.job import Job
 from inheritune.log import logger, setup
 from inheritune.models import build, count_parameters
 from inheritune.rundir import RunDir, beside, finished_weights, hash_folder, parse_weights_name, read_json, write_json
 from inheritune.sources import TOKENIZER_FILES, Source, open_source
 from inheritune.tokens import PROBE, check_vocabulary, load_tokenizer
-from inheritune.train import Job, compare, random_start
+from inheritune.train import compare, random_start
 
 
 def evaluate(experiment: str, run: str | None = None, model: str | None = None, tasks: str | None = None, seed: int = 0,

@@ -15,6 +15,8 @@ import math
 import multiprocessing
 import os
 import platform
+import re
+import shlex
 import signal
 import sys
 import threading
@@ -47,30 +49,34 @@ from inheritune.rundir import (
     replacing,
     write_json,
 )
-from inheritune.tokens import Tokenizer, bpe_size, load_tokenizer, train_bpe
+from inheritune.tokens import Tokenizer, bpe_size, encode_each, load_tokenizer, train_bpe
 
 log = logging.getLogger(__name__)
 
 BATCH_BYTES = 1 << 19  # of documents per task: 0.1 s of work for one core
 MIXED_BATCH_BYTES = 1 << 16  # groups with weights alternate by batch, so theirs are smaller
 BPE_SAMPLE_BYTES = 50_000_000
+LONGEST_WORD = 10_000  # letters: the standard library's longest has 138
 SAVE_EVERY_S = 60.0
 EXAMPLES = 5  # named documents per kind of defect
 LICENCES = {"embedded": "Python Software Foundation License Version 2 (PSF-2.0)"}
 
 
-def prepare(experiment: Experiment, workers: int | None = None) -> Path:
+def prepare(experiment: Experiment, workers: int | None = None, given: str | None = None) -> Path:
     """Tokenize the experiment's documents into its data folder, unless that was done, and return the folder.
 
-    `workers` processes encode (default: one per core this process may use). Documents that cannot be used are counted and
+    `workers` processes encode (default: one per core this process may use); `given` is the experiment as the command line
+    has it (default: its name). Documents that cannot be used are counted and
     named in manifest.json. Raises UserError if a source is missing, unreadable or without any usable document, or if the
     disk is full; started again it goes on where it stopped."""
     data, folder = experiment.data, data_dir(experiment)
     workers = workers or len(os.sched_getaffinity(0))
     if _is_prepared(folder):  # asked without the lock first: the folder may belong to someone else
+        report_changes(experiment, folder, given or experiment.name)
         return folder
     with Lock(folder, wait=math.inf):  # a second prepare of the same data waits here, then finds it done
         if _is_prepared(folder):
+            report_changes(experiment, folder, given or experiment.name)
             return folder
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
@@ -96,6 +102,46 @@ def _is_prepared(folder: Path) -> bool:
         return False
     log.info("%s is already prepared", folder)
     return True
+
+
+def report_changes(experiment: Experiment, folder: Path, given: str) -> None:
+    """Warn if the documents are no longer those that the data in `folder` was prepared from, and say how to prepare anew.
+
+    Sizes are compared, and the content of files that are newer than the manifest. Documents that are all gone are taken to be
+    deleted on purpose; a data set of the Hub is pinned by its commit."""
+    manifest = read_json(folder / "manifest.json")
+    before, data = {file["name"]: file for file in manifest["source_files"]}, experiment.data
+    if data.source == "hub" or not before:
+        return
+    try:
+        source = Source(data, folder)
+    except UserError:  # no file matches any more
+        return
+    now = list(itertools.chain(*source.groups.values()))
+    read_all = manifest.get("all_files", True)  # else reading ended at max_tokens, before the last file
+    added = [name for name in now if name not in before] if read_all else []
+    gone = [name for name in before if name not in now]
+    if len(gone) == len(before):
+        return
+    since = (folder / "manifest.json").stat().st_mtime
+    changed = [name for name in before if name in now and _has_changed(source.path(name), before[name], since)]
+    found = {"new": added, "gone": gone, "changed": changed}
+    parts = [f"{len(names)} {what} ({names[0]}{', ...' if len(names) > 1 else ''})" for what, names in found.items() if names]
+    if parts:
+        log.warning(
+            "%s was prepared from other documents: %s. It stays as it is; to prepare anew, for runs that begin anew too: "
+            "rm %s && python -m inheritune prepare %s%s",
+            folder, ", ".join(parts), shlex.quote(str(folder / "manifest.json")), shlex.quote(given),
+            " --rehearse" if experiment.rehearsal else "",
+        )  # fmt: skip
+
+
+def _has_changed(path: Path, before: dict, since: float) -> bool:
+    """Whether a file is not as its entry in the manifest says. Older manifests have sizes only."""
+    facts = path.stat()
+    if facts.st_size != before["bytes"]:
+        return True
+    return "xxh3" in before and facts.st_mtime > since and hash_file(path) != before["xxh3"]
 
 
 # --- encoding in processes -------------------------------------------------------------------------------------------------
@@ -146,7 +192,10 @@ def _encode(kind: str, raws: list[bytes | None]) -> tuple[np.ndarray, np.ndarray
             used.append(index)
         except Unusable as defect:
             bad.append((index, str(defect)))
-    rows, end = tokenizer.encode_batch(texts), np.array([tokenizer.end_of_text])
+    rows, refused = encode_each(tokenizer, texts)
+    bad = sorted([*bad, *((used[index], defect) for index, defect in refused)])
+    used = [document for index, document in enumerate(used) if index not in dict(refused)]
+    end = np.array([tokenizer.end_of_text])
     lengths = np.zeros(len(raws), np.int64)
     lengths[used] = [len(row) + 1 for row in rows]
     parts = [part for row in rows for part in ((end, row) if data.end_of_text == "prepend" else (row, end))]
@@ -188,7 +237,8 @@ class Shards:
         if state:
             self.tokens, self.documents, self.shards = state["tokens"], state["documents"], state["shards"]
             self.filled = state["open_bytes"] // self.dtype.itemsize
-        later = {path.name for path in folder.glob(f"{split}_*.bin")} - {shard["file"] for shard in self.shards}
+        own = {path.name for path in folder.iterdir() if re.fullmatch(rf"{split}_[0-9]{{5}}\.bin", path.name)}
+        later = own - {shard["file"] for shard in self.shards}
         for name in later - ({self.path.name} if self.filled else set()):
             remove(folder / name)
         if self.filled:
@@ -234,6 +284,18 @@ class Shards:
             os.fsync(self._file.fileno())
         state = {"tokens": self.tokens, "documents": self.documents, "shards": self.shards}
         return state | {"open": self.path.name, "open_bytes": self.filled * self.dtype.itemsize}
+
+
+def cut_words(text: str) -> Iterator[str]:
+    """Yield `text` in pieces that hold no run of LONGEST_WORD letters without a blank, or blanks without a letter; an ordinary
+    text is one piece. A BPE is trained in a time that grows with the square of its longest word: 8 MB of base64 take days."""
+    start = 0
+    for run in re.finditer(rf"(?<!\S)\S{{{LONGEST_WORD},}}|(?<!\s)\s{{{LONGEST_WORD},}}", text):
+        for end in range(run.start() + LONGEST_WORD, run.end() + 1, LONGEST_WORD):
+            yield text[start:end]
+            start = end
+    if start < len(text):
+        yield text[start:]
 
 
 class _Job:
@@ -294,8 +356,16 @@ class _Job:
         if self.counts is None:
             return None, {}
         ends = list(itertools.accumulate(self.counts.values()))
-        heldout, order = np.zeros(ends[-1], bool), np.random.default_rng(self.data.validation.seed).permutation(ends[-1])
-        heldout[order[: math.ceil(self.data.validation.fraction * ends[-1])]] = True
+        count, fraction = ends[-1], self.data.validation.fraction
+        n_heldout = math.ceil(fraction * count)
+        if count and n_heldout == count:
+            raise UserError(
+                f"{self.data.name}: of {count} document(s), validation.fraction {fraction} holds out {n_heldout}, so none is "
+                f"left to train on; give more files, write one document a line (.jsonl), or hold out the first N tokens: "
+                f"'validation: {{first_shard: true}}' with 'shard_tokens: N'"
+            )
+        heldout, order = np.zeros(count, bool), np.random.default_rng(self.data.validation.seed).permutation(count)
+        heldout[order[:n_heldout]] = True
         return heldout, dict(zip(self.counts, [0, *ends], strict=False))
 
     def _tokenizer(self) -> Tokenizer:
@@ -322,7 +392,7 @@ class _Job:
                 for raw in batch.raws:
                     if left > 0 and (self.heldout is None or not self.heldout[number]):
                         try:
-                            yield parse(batch.kind, raw, self.data.text_key)
+                            yield from cut_words(parse(batch.kind, raw, self.data.text_key))
                             left, read = left - len(raw), read + 1
                         except Unusable as defect:
                             defects[str(defect)] += 1
@@ -422,6 +492,7 @@ class _Job:
             "name": data.name,
             "preparation": data.preparation(),
             "source_files": [self.source.describe(name) for names in used.values() for name in names],
+            "all_files": sum(map(len, used.values())) == sum(map(len, self.source.groups.values())),
             "tokenizer": {
                 "name": tokenizer.name,
                 "class": tokenizer.kind,

@@ -68,6 +68,28 @@ class Tokenizer:
         raise NotImplementedError
 
 
+def encode_each(tokenizer: Tokenizer, texts: list[str]) -> tuple[list[np.ndarray], list[tuple[int, str]]]:
+    """Return (ids of each text that can be encoded, [(index, defect)] of those that cannot).
+
+    An encoder may fail at a single text (tiktoken does at a million blanks in a row): that is a property of this text, and no
+    reason to lose the others. Memory that is used up is none: that is raised."""
+    try:
+        return tokenizer.encode_batch(texts), []
+    except MemoryError:
+        raise
+    except Exception:  # the libraries raise nothing more precise
+        log.debug("a batch of %d texts cannot be encoded; each by itself", len(texts))
+    rows, refused = [], []
+    for index, text in enumerate(texts):
+        try:
+            rows += tokenizer.encode_batch([text])
+        except MemoryError:
+            raise
+        except Exception as error:
+            refused.append((index, f"not encoded by the tokenizer ({_first_line(error)[:100]})"))
+    return rows, refused
+
+
 # --- GPT-2's BPE by tiktoken ----------------------------------------------------------------------------------------------
 
 
@@ -136,15 +158,10 @@ def _gpt2_ranks(folder: Path | None) -> dict[bytes, int]:
     place = folder or gpt2_folder()
     path = next((place / name for name in GPT2_FILES if (place / name).is_file()), None)
     if path is not None:
-        if path.name == "gpt2.tiktoken":
-            pairs = [line.split() for line in path.read_bytes().splitlines()]
-            ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-        else:
-            byte_of = {letter: byte for byte, letter in enumerate(LETTERS)}
-            encoder = json.loads(path.read_text(encoding="utf-8"))
-            encoder.pop(END_OF_TEXT, None)
-            ranks = {bytes(byte_of[letter] for letter in token): rank for token, rank in encoder.items()}
-        ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
+        try:
+            ranks = dict(sorted(_read_ranks(path).items(), key=lambda item: item[1]))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # of base64, JSON, or another form
+            raise UserError(f"{path} is cut off or not GPT-2's vocabulary; fetch or copy it again") from None
         if xxhash.xxh3_128_hexdigest(_rank_lines(ranks)) != GPT2_RANKS_XXH3:
             raise UserError(f"{path} is not GPT-2's vocabulary ({len(ranks)} tokens, other content); replace it")
         return ranks
@@ -160,6 +177,18 @@ def _gpt2_ranks(folder: Path | None) -> dict[bytes, int]:
             f"GPT-2's BPE cannot be downloaded ({type(error).__name__}); on a machine with internet run "
             f"'bash tests/fetch_gpt2_bpe.sh {root() / 'data' / 'gpt2-bpe'}', or set INHERITUNE_GPT2_BPE to a folder that has it"
         ) from None
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    """Return {token bytes: rank} of a gpt2.tiktoken or encoder.json. Raises ValueError, KeyError, TypeError or AttributeError
+    for what is neither."""
+    if path.name == "gpt2.tiktoken":
+        pairs = [line.split() for line in path.read_bytes().splitlines()]
+        return {base64.b64decode(token): int(rank) for token, rank in pairs}
+    byte_of = {letter: byte for byte, letter in enumerate(LETTERS)}
+    encoder = json.loads(path.read_text(encoding="utf-8"))
+    encoder.pop(END_OF_TEXT, None)
+    return {bytes(byte_of[letter] for letter in token): rank for token, rank in encoder.items()}
 
 
 def _rank_lines(ranks: dict[bytes, int]) -> bytes:
@@ -304,7 +333,9 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self._sp = sentencepiece.SentencePieceProcessor(model_proto=self._model)
         except RuntimeError as error:
-            raise UserError(f"{path} is not a sentencepiece model ({_first_line(error)})") from None
+            raise UserError(f"{path} is not a sentencepiece model, or cut off ({_first_line(error)})") from None
+        if not _is_whole_model(self._model):
+            raise UserError(f"{path} is cut off: it ends before the settings that follow its pieces; fetch or copy it again")
         if self._sp.eos_id() < 0:
             raise UserError(f"{path} has no end-of-text (</s>) piece, which separates documents; use a model that has")
         self.name, self.vocab_size, self.end_of_text = name, self._sp.vocab_size(), self._sp.eos_id()
@@ -366,6 +397,15 @@ class SentencePieceTokenizer(Tokenizer):
         control = [p.piece for p in proto.pieces if p.type in (p.CONTROL, p.UNKNOWN)]
         backend.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in control])
         return backend
+
+
+def _is_whole_model(model: bytes) -> bool:
+    """Return whether a sentencepiece model has the parts that follow its pieces. One that was cut between two pieces loads, and
+    gives other ids."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    return proto.HasField("trainer_spec") and proto.HasField("normalizer_spec")
 
 
 def _model_file(name: str, revision: str | None) -> Path:

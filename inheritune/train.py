@@ -9,7 +9,6 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ import yaml
 
 from inheritune import checkpoint, dist, dslint, rundir, validate
 from inheritune.batches import Order, Share, Tokens, check_some_shards, read_share
-from inheritune.config import RESUMABLE_KEYS, Experiment, Run, Train, UserError, load_experiment, read_yaml
+from inheritune.config import RESUMABLE_KEYS, UserError, load_experiment, read_yaml
 from inheritune.distil import Teacher
 from inheritune.engine import (
     gradient_norm,
@@ -34,62 +33,15 @@ from inheritune.engine import (
     zero_stage,
 )
 from inheritune.inherit import extend, halve, inherit, write_random
+from inheritune.job import Job
 from inheritune.log import Metrics, StartClock, logger, progress, record_provenance, setup, start_wandb
 from inheritune.models import count_parameters, flops_per_token, hf_config
-from inheritune.rundir import RunDir, data_dir, finished_weights, node, read_json, write_json, write_text
+from inheritune.rundir import data_dir, finished_weights, node, read_json, write_json, write_text
 from inheritune.sources import open_source
 from inheritune.tokens import check_vocabulary
 
 BAD_STEPS = 3
 """Steps in a row whose loss or gradient is not finite, after which a run stops: a batch may be bad, but not three."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is trained: a run of an experiment with one seed, or stage `stage` (from 1) of a grown run."""
-
-    experiment: Experiment
-    name: str
-    seed: int = 0
-    stage: int | None = None
-
-    @property
-    def run(self) -> Run:
-        return self.experiment.run(self.name)
-
-    @property
-    def settings(self) -> Train:
-        return self.experiment.train_of(self.run)
-
-    @property
-    def root(self) -> RunDir:
-        return RunDir.of(self.experiment, self.name, self.seed)
-
-    @property
-    def dir(self) -> RunDir:
-        return self.root.stage(self.stage) if self.stage else self.root
-
-    def sibling(self, name: str) -> RunDir:
-        return RunDir.of(self.experiment, name, self.seed)
-
-    def title(self) -> str:
-        mark = "REHEARSAL " if self.experiment.rehearsal else ""
-        stage = f" stage {self.stage}" if self.stage else ""
-        return f"{mark}{self.experiment.name}/{self.name}{stage} seed {self.seed}"
-
-    def resolved(self, train: Train) -> dict:
-        """What experiment.yaml of the run folder holds: everything that decides this run, its `train` as resolved."""
-        return {
-            "experiment": self.experiment.name,
-            "rehearsal": self.experiment.rehearsal,
-            "run_name": self.name,
-            "seed": self.seed,
-            "stage": self.stage,
-            "data": self.experiment.data.model_dump(mode="json"),
-            "model": self.experiment.model.model_dump(mode="json"),
-            "train": train.model_dump(mode="json"),
-            "run": self.run.model_dump(mode="json", by_alias=True, exclude={"train"}),
-        }
 
 
 def train(experiment: str, run: str, seed: int = 0, stage: int | None = None, ds: str | None = None, rehearse=None) -> None:

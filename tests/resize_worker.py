@@ -12,7 +12,8 @@ import torch
 from inheritune import checkpoint, dist, engine
 from inheritune.__main__ import leave
 from inheritune.config import UserError, load_experiment
-from inheritune.train import Job, train_job
+from inheritune.job import Job
+from inheritune.train import train_job
 
 original, groups = checkpoint.restore_resized, engine.parameter_groups
 

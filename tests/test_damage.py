@@ -33,6 +33,8 @@ from inheritune.rundir import RunDir, hash_folder, read_json, read_jsonl
 
 TABLE = Path(__file__).with_name("damage.md")
 WRITE = os.environ.get("DAMAGE") == "write"
+READERS = "## Files that were cut off"
+"""Where the part of damage.md begins that tests/test_readers.py makes."""
 
 # --- the damages ----------------------------------------------------------------------------------------------------------
 
@@ -376,7 +378,8 @@ def test_damage(world, tmp_path, what, scene, pattern, damage):
 
 def committed() -> dict[tuple[str, str], dict[str, str]]:
     """The cells of damage.md."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in TABLE.read_text().splitlines() if "|" in line]
+    own = TABLE.read_text().partition(READERS)[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in own.splitlines() if "|" in line]
     heads, *cells = [row for row in rows if not row[0].startswith(":") and not row[0].startswith("-")]
     return {(row[0], row[1]): dict(zip(heads[2:], row[2:], strict=True)) for row in cells}
 
@@ -391,7 +394,9 @@ def leave():
     dist.stop()
     if WRITE:
         rows = [[what, scene, *(OUTCOMES[what, scene].get(d, "?") for d in DAMAGES)] for what, scene, _ in FILES]
-        TABLE.write_text(tabulate(rows, headers=["file", "read by", *DAMAGES], tablefmt="github") + NOTES)
+        _, heading, readers = TABLE.read_text().partition(READERS)
+        table = tabulate(rows, headers=["file", "read by", *DAMAGES], tablefmt="github")
+        TABLE.write_text(table + NOTES + f"\n{heading}{readers}")
 
 
 # --- beside the table -----------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ import sys
 from inheritune import dist
 from inheritune.__main__ import leave
 from inheritune.config import load_experiment
-from inheritune.train import Job, train_job
+from inheritune.job import Job
+from inheritune.train import train_job
 
 for word in sys.argv[1:]:
     path, _, run = word.rpartition(":")

@@ -1,0 +1,192 @@
+"""Readers of files of documents, each of which knows whether its file ended whole.
+
+A download or a copy that broke off must not pass for a shorter file. gzip ends with a length and a sum, zstd with the end of
+a frame, parquet with a footer, an array of JSON with its bracket: a file without its end is refused in one sentence. JSONL
+has no end of its own; a last line that is cut is no JSON, and is counted as such. Plain text has nothing to tell it by.
+"""
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import zstandard
+
+from inheritune.config import UserError, nearest
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""What some editors put before UTF-8: no part of the text."""
+BLOCK_BYTES = 1 << 20
+MAX_WINDOW = 1 << 31  # of zstd --long=31, its largest: that much memory, and only for files that ask for it
+MAX_JSON_BYTES = 2 << 30  # of an array, which is whole in memory, several times as large, while it is taken apart
+
+
+@contextmanager
+def decoding(path: Path):
+    """Tell as UserErrors what goes wrong while `path` is read: cut off, damaged, or not to be read at all."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        raise UserError(f"{path} is cut off or damaged ({error}); fetch or copy it again") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+class ZstdFile(io.RawIOBase):
+    """The unpacked bytes of a .zst file of one or more frames, as a stream. (zstandard's own stream_reader ends quietly where
+    the file does, in the middle of a frame too.)"""
+
+    def __init__(self, path: Path):
+        """Raises EOFError if the file is empty: a packed file of nothing has a frame too."""
+        self._file: BinaryIO = open(path, "rb")  # noqa: SIM115 (closed by close)
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
+        self._frame = None
+        self._unpacked = memoryview(b"")
+        if not self._file.peek(1):
+            raise EOFError("it is empty")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        """Raises EOFError if the file ends within a frame, ZstdError if it is damaged."""
+        while not self._unpacked:
+            packed = self._file.read(BLOCK_BYTES)
+            if not packed:
+                if self._frame is not None:
+                    raise EOFError("the file ends in the middle of a frame")
+                return 0
+            self._unpacked = memoryview(self._unpack(packed))
+        count = min(len(buffer), len(self._unpacked))
+        buffer[:count] = self._unpacked[:count]
+        self._unpacked = self._unpacked[count:]
+        return count
+
+    def _unpack(self, packed: bytes) -> bytes:
+        """Return the unpacked bytes of the next part of the file, across the borders of frames."""
+        parts = []
+        while packed:
+            frame = self._frame or self._decompressor.decompressobj()
+            parts.append(frame.decompress(packed))
+            packed = frame.unused_data if frame.eof else b""
+            self._frame = None if frame.eof else frame
+        return b"".join(parts)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def open_unpacked(path: Path) -> BinaryIO:
+    """Open a file as a buffered stream of its unpacked bytes, by the end of its name.
+
+    Raises EOFError if it is packed and empty."""
+    if path.name.endswith(".zst"):
+        return io.BufferedReader(ZstdFile(path), BLOCK_BYTES)
+    if path.name.endswith(".gz"):
+        if not path.stat().st_size:  # which gzip takes for an archive of nothing
+            raise EOFError("it is empty")
+        return gzip.open(path, "rb")
+    return open(path, "rb", buffering=BLOCK_BYTES)
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (number from 1, line) of the lines of a JSONL file that hold something."""
+    with open_unpacked(path) as file:
+        yield from _numbered(file)
+
+
+def _numbered(lines) -> Iterator[tuple[int, bytes]]:
+    for number, line in enumerate(lines, 1):
+        line = line.removeprefix(BYTE_ORDER_MARK)
+        if line and not line.isspace():
+            yield number, line
+
+
+def read_json_documents(path: Path, key: str) -> Iterator[tuple[int, bytes]]:
+    """Yield (number from 1, a line of JSON with `key`) of the documents of a .json file: JSON Lines (streamed), an array of
+    objects or of texts, or one object (in memory as a whole).
+
+    Raises UserError if it is no JSON, of another form, or an array of more than MAX_JSON_BYTES."""
+    with open_unpacked(path) as file:
+        first = next(_numbered(iter(file.readline, b"")), (0, b""))[1]
+        if _is_object(first):  # an object that ends on its line begins JSON Lines, or is the only one
+            yield 1, first
+            yield from ((number + 1, line) for number, line in _numbered(file))
+            return
+        rest = file.read(MAX_JSON_BYTES + 1)
+    if len(rest) > MAX_JSON_BYTES:
+        raise UserError(f"{path} has one JSON value of more than {MAX_JSON_BYTES >> 30} GB; write it as JSON Lines (.jsonl)")
+    if not first:
+        return
+    try:
+        value = json.loads((first + rest).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is cut off or no JSON ({error}); fetch or copy it again") from None
+    if not isinstance(value, list | dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__}; documents are objects with '{key}', or an array of them")
+    for number, element in enumerate(value if isinstance(value, list) else [value], 1):
+        yield number, json.dumps({key: element} if isinstance(element, str) else element).encode()
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+# --- parquet --------------------------------------------------------------------------------------------------------------
+
+
+def read_parquet(path: Path, key: str) -> Iterator[tuple[int, bytes | None]]:
+    """Yield (row from 1, bytes) of a text column, a few hundred rows at a time (invalid UTF-8 is then one bad document, not
+    the end). Raises UserError if there is no such column, or one that is not text."""
+    import pyarrow as pa
+
+    with _open_parquet(path) as file:
+        _check_column(path, file.schema_arrow, key)
+        row = 0
+        for batch in file.iter_batches(batch_size=256, columns=[key]):
+            column = batch.column(0)
+            column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+            for raw in column.cast(pa.large_binary()).to_pylist():
+                row += 1
+                yield row, raw
+
+
+def count_parquet(path: Path, key: str) -> int:
+    """Return the number of rows of a parquet file. Raises UserError as `read_parquet` does."""
+    with _open_parquet(path) as file:
+        _check_column(path, file.schema_arrow, key)
+        return file.metadata.num_rows
+
+
+def _check_column(path: Path, schema, key: str) -> None:
+    """Raises UserError unless the column `key` holds text."""
+    import pyarrow as pa
+
+    if key not in schema.names:
+        raise UserError(f"{path} has no column '{key}' (data.text_key); {nearest(key, schema.names)}")
+    kind = schema.field(key).type
+    if pa.types.is_null(kind):
+        raise UserError(f"{path}: column '{key}' (data.text_key) is empty, all its values are null; name another column")
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view()):
+        raise UserError(f"{path}: column '{key}' (data.text_key) holds {schema.field(key).type}, not text")
+
+
+@contextmanager
+def _open_parquet(path: Path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            yield file
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path} is no whole parquet file ({str(error).splitlines()[0]}); fetch or copy it again") from None

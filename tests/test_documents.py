@@ -1,0 +1,350 @@
+"""Documents that strangers bring: packed, cut off, linked, marked, huge, or changed since they were prepared."""
+
+import gzip
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import sentencepiece
+import zstandard
+from conftest import REPOSITORY, experiment_dict, one_sentence, refused, run_verb, write_experiment
+from test_prepare import decode, experiment, some_texts, write_jsonl
+
+from inheritune import prepare as module
+from inheritune.batches import Order, Share, Tokens, read_share
+from inheritune.config import UserError, load_experiment
+from inheritune.dist import NodeError
+from inheritune.documents import Source, read_batches
+from inheritune.prepare import cut_words, prepare
+from inheritune.rundir import data_dir, read_json
+from inheritune.tokens import load_tokenizer, train_bpe
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def texts_of(folder: Path, chosen) -> list[str]:
+    """All documents of both parts, in any order."""
+    tokenizer = load_tokenizer(chosen.data, folder / "tokenizer")
+    return sorted(decode(folder, "train", tokenizer) + decode(folder, "val", tokenizer))
+
+
+def raws(*files, **data) -> list[bytes]:
+    """Raw documents of the files, in order."""
+    chosen = experiment(files=[str(file) for file in files], **data).data
+    source = Source(chosen, Path("listing"))
+    return [raw for batch in read_batches(source, "", (0, 0), 1 << 20) for raw in batch.raws]
+
+
+# --- packed files -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_zst_of_several_frames_is_read_whole(tmp_path):
+    parts = [json.dumps({"text": f"document {n} " * 500}).encode() + b"\n" for n in range(5)]
+    packed = b"".join(zstandard.ZstdCompressor().compress(part) for part in parts)
+    (tmp_path / "a.jsonl.zst").write_bytes(packed)
+    assert [raw.rstrip() for raw in raws("a.jsonl.zst")] == [part.rstrip() for part in parts]
+    for end in (len(packed) - 1, len(packed) // 2):
+        (tmp_path / "a.jsonl.zst").write_bytes(packed[:end])
+        with pytest.raises(UserError, match=r"a\.jsonl\.zst is cut off or damaged .*middle of a frame"):
+            raws("a.jsonl.zst")
+
+
+def test_a_zst_with_a_long_window_is_read(tmp_path):
+    settings = zstandard.ZstdCompressionParameters(window_log=28, compression_level=3)
+    compressor = zstandard.ZstdCompressor(compression_params=settings).compressobj()  # states the window, not the size
+    line = json.dumps({"text": "a document"}).encode() + b"\n"
+    (tmp_path / "a.jsonl.zst").write_bytes(compressor.compress(line * 3) + compressor.flush())
+    assert len(raws("a.jsonl.zst")) == 3
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.jsonl.gz"])
+def test_an_empty_packed_file_is_refused(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match="is cut off or damaged .it is empty"):
+        raws(name)
+
+
+# --- names ------------------------------------------------------------------------------------------------------------------
+
+
+def test_each_real_file_is_read_once(tmp_path):
+    (tmp_path / "docs" / "sub").mkdir(parents=True)
+    for n in range(4):
+        (tmp_path / "docs" / f"{n}.txt").write_text(f"document {n}")
+        (tmp_path / "docs" / "sub" / f"{n}.txt").write_text(f"another {n}")
+    (tmp_path / "docs" / "sub" / "loop").symlink_to(tmp_path / "docs")
+    (tmp_path / "docs" / "again.txt").symlink_to(tmp_path / "docs" / "0.txt")
+    (tmp_path / "elsewhere.txt").write_text("by its link")
+    (tmp_path / "docs" / "link.txt").symlink_to(tmp_path / "elsewhere.txt")
+    (names,) = Source(experiment(files=["docs/**/*.txt", "docs/*.txt"]).data, tmp_path).groups.values()
+    found = [os.path.relpath(name, tmp_path) for name in names]
+    assert sorted(found) == sorted(
+        [f"docs/{n}.txt" for n in range(4)] + [f"docs/sub/{n}.txt" for n in range(4)] + ["docs/link.txt"]
+    )
+
+
+def test_a_file_of_two_groups_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "a.txt")
+    with pytest.raises(UserError, match=r"b\.txt belongs to the groups 'x' and 'y'"):
+        Source(experiment(files={"x": ["a.txt"], "y": ["b.txt"]}).data, tmp_path)
+
+
+def test_brackets_in_the_working_folder_and_in_a_name(tmp_path, monkeypatch):
+    for folder in (tmp_path / "x[1]", tmp_path / "x1"):
+        folder.mkdir()
+        (folder / "a.txt").write_text(folder.name)
+    (tmp_path / "x[1]" / "[corpus] v1").mkdir()
+    (tmp_path / "x[1]" / "[corpus] v1" / "b.txt").write_text("literal")
+    monkeypatch.chdir(tmp_path / "x[1]")
+    assert raws("*.txt") == [b"x[1]"]
+    assert raws("[corpus] v1/b.txt") == [b"literal"]
+    assert raws("[[]corpus] v1/*.txt") == [b"literal"]
+    with pytest.raises(UserError, match=r"matches no file.*write \[\[\] for a bracket"):
+        raws("[corpus] v1/*.txt")
+
+
+# --- what a document may hold -------------------------------------------------------------------------------------------------
+
+CODING = {
+    "rot13": b"# coding: rot13\nx = 1\n",
+    "undefined": b"# coding: undefined\nx = 1\n",
+    "no such": b"# coding: no-such-encoding\nx = 1\n",
+    "surrogate": b"# coding: raw_unicode_escape\nx = '\\ud800'\n",
+    "hex": b"# coding: hex\nx = 1\n",
+    "idna": b"# coding: idna\n" + b"x" * 300 + b" = 1\n",
+    "utf-7": b"# coding: utf-7\nx = '+2AA-'\n",
+    "UTF-16": "x = 1\n".encode("utf-16"),
+}
+
+
+def test_a_coding_line_never_ends_a_prepare(tmp_path):
+    (tmp_path / "py").mkdir()
+    for name, content in CODING.items():
+        (tmp_path / "py" / f"{name}.py").write_bytes(content)
+    for n in range(20):
+        (tmp_path / "py" / f"good{n}.py").write_text(f"value_{n} = {n}\n" * 30)
+    chosen = experiment(files=["py/*.py"], tokenizer="bpe:260")
+    bad = read_json(prepare(chosen, workers=1) / "manifest.json")["bad_documents"]
+    named = {example for entry in bad.values() for example in entry["examples"]}
+    assert {Path(example.rpartition(":")[0]).stem for example in named} >= set(CODING) - {"idna"}
+    assert all("good" not in example for example in named)
+
+
+def test_a_byte_order_mark_costs_no_document_and_stays_in_none(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.jsonl").write_bytes(mark + b'{"text": "first"}\n' + mark + b'{"text": "second"}\n')
+    (tmp_path / "b.txt").write_bytes(mark + b"third")
+    (tmp_path / "c.json").write_bytes(mark + b'[{"text": "fourth"}]')
+    assert [raw.strip() for raw in raws("a.jsonl", "b.txt", "c.json")] == [
+        b'{"text": "first"}', b'{"text": "second"}', b"third", b'{"text": "fourth"}',
+    ]  # fmt: skip
+
+
+def test_a_document_that_cannot_be_encoded_is_counted(tmp_path, gpt2_bpe):
+    texts = some_texts(60)
+    texts[10] = " " * 1_000_000 + "x"
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    chosen = experiment(files=["a.jsonl"], tokenizer="gpt2")
+    chosen = chosen.model_copy(update={"model": chosen.model.model_copy(update={"vocab_size": 50304})})
+    manifest = read_json(prepare(chosen, workers=1) / "manifest.json")
+    ((defect, entry),) = manifest["bad_documents"].items()
+    assert defect.startswith("not encoded by the tokenizer (") and entry["count"] == 1
+    assert entry["examples"] == [f"{tmp_path / 'a.jsonl'}:11"]
+    assert sum(split["documents"] for split in manifest["splits"].values()) == 59
+
+
+def test_a_huge_word_ends(tmp_path):
+    """Eight million letters without a blank: hours, where a BPE is trained on the whole word."""
+    texts = [*some_texts(40), ("aGVsbG8x" * 1000 + "d2") * 1000]
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    started = time.monotonic()
+    chosen = experiment(files=["a.jsonl"], tokenizer="bpe:300")
+    folder = prepare(chosen, workers=1)
+    assert time.monotonic() - started < 400
+    assert not read_json(folder / "manifest.json")["bad_documents"]
+    assert sorted(map(len, texts_of(folder, chosen))) == sorted(map(len, texts))
+
+
+def test_words_are_cut_only_where_they_are_too_long():
+    n = module.LONGEST_WORD
+    for text in ("", "a b\n c", "x" * (n - 1), " " * (n - 1)):
+        assert list(cut_words(text)) == ([text] if text else [])
+    text = "begin " + "x" * (2 * n + 5) + "  " + "\n" * n + "end"
+    pieces = list(cut_words(text))
+    assert "".join(pieces) == text and len(pieces) == 4
+    assert max(len(run) for piece in pieces for run in re.findall(r"\S+|\s+", piece)) == n
+
+
+# --- .json and parquet ------------------------------------------------------------------------------------------------------
+
+
+def test_a_json_file_of_any_form_is_documents(tmp_path):
+    rows = [{"text": f"text {n}", "n": n} for n in range(3)]
+    forms = {
+        "array": json.dumps(rows), "indented": json.dumps(rows, indent=2), "texts": json.dumps([row["text"] for row in rows]),
+        "lines": "\n".join(map(json.dumps, rows)), "one": json.dumps(rows[0]), "one_indented": json.dumps(rows[0], indent=2),
+        "empty": "", "none": "[]",
+    }  # fmt: skip
+    for name, content in forms.items():
+        (tmp_path / f"{name}.json").write_text(content)
+        with gzip.open(tmp_path / f"{name}.json.gz", "wt") as file:
+            file.write(content)
+        expected = {"one": 1, "one_indented": 1, "empty": 0, "none": 0}.get(name, 3)
+        for found in (raws(f"{name}.json"), raws(f"{name}.json.gz")):
+            assert [json.loads(raw)["text"] for raw in found] == [row["text"] for row in rows][:expected], name
+    for name, content in {"number": "3", "cut": json.dumps(rows)[:-4], "words": "hello there"}.items():
+        (tmp_path / f"{name}.json").write_text(content)
+        with pytest.raises(UserError, match=rf"{name}\.json (holds a JSON int|is cut off or no JSON)"):
+            raws(f"{name}.json")
+    (tmp_path / "numbers.json").write_text('[1, {"text": "good"}]')
+    chosen = experiment(files=["array.json", "numbers.json"], tokenizer="bpe:258")
+    assert Source(chosen.data, tmp_path).count(str(tmp_path / "numbers.json")) == 2
+
+
+def test_columns_of_text_of_every_kind(tmp_path):
+    texts = ["one", None, "three"]
+    kinds = [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())]
+    for number, kind in enumerate(kinds):
+        column = pa.array(
+            [t.encode() if t and kind == pa.binary() else t for t in texts], pa.binary() if kind == pa.binary() else pa.string()
+        )
+        pq.write_table(pa.table({"text": column.cast(kind)}), tmp_path / f"{number}.parquet")
+        assert raws(f"{number}.parquet") == [b"one", None, b"three"], kind
+    pq.write_table(pa.table({"text": pa.nulls(3)}), tmp_path / "null.parquet")
+    with pytest.raises(UserError, match="column 'text' .* is empty, all its values are null"):
+        raws("null.parquet")
+
+
+# --- too few, changed, damaged ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe:300", "gpt2"])
+def test_one_document_says_that_it_cannot_be_split(tmp_path, gpt2_bpe, tokenizer):
+    (tmp_path / "input.txt").write_text("\n\n".join(some_texts(300)))
+    raw = experiment_dict(paper=[], runs={"reference": {"init": "random"}})
+    raw["data"] |= {"source": "files", "files": [str(tmp_path / "input.txt")], "tokenizer": tokenizer}
+    raw["model"]["vocab_size"] = 50304
+    path = write_experiment(tmp_path, raw)
+    said = refused("prepare", path, "--workers", "1")
+    assert "of 1 document(s), validation.fraction 0.05 holds out 1, so none is left" in said
+    raw["data"] |= {"validation": {"first_shard": True}, "shard_tokens": 2000}  # as the sentence has it
+    manifest = read_json(prepare(load_experiment(write_experiment(tmp_path, raw)), 1) / "manifest.json")
+    assert manifest["splits"]["val"]["tokens"] == 2000 and manifest["splits"]["train"]["tokens"] > 2000
+
+
+def test_documents_that_changed_are_reported_with_a_command_that_works(tmp_path):
+    folder = tmp_path / "my docs"
+    folder.mkdir()
+    for n in range(40):
+        (folder / f"{n:02d}.txt").write_text(f"document number {n}, " * 40)
+    raw = experiment_dict(paper=[], runs={"reference": {"init": "random"}})
+    raw["data"] |= {"source": "files", "files": [str(folder / "*.txt")], "tokenizer": "bpe:270"}
+    path = write_experiment(tmp_path / "my recipes", raw)
+    run_verb("prepare", path, "--workers", "1")
+    prepared = data_dir(load_experiment(path))
+    before = (prepared / "train_00000.bin").read_bytes()
+    os.utime(folder / "05.txt")  # touched, not changed
+    assert "prepared from other documents" not in run_verb("prepare", path).stdout
+    time.sleep(0.01)
+    (folder / "00.txt").write_text((folder / "00.txt").read_text().replace("number", "NUMBER"))  # of the same size
+    (folder / "01.txt").write_text("shorter")
+    (folder / "02.txt").unlink()
+    (folder / "99.txt").write_text("a new one")
+    done = run_verb("prepare", path)
+    assert f"1 new ({folder / '99.txt'}), 1 gone ({folder / '02.txt'}), 2 changed ({folder / '00.txt'}, ...)" in done.stdout
+    assert (prepared / "train_00000.bin").read_bytes() == before
+    command = done.stdout.partition("begin anew too: ")[2].splitlines()[0].replace("python", shlex.quote(sys.executable), 1)
+    subprocess.run(command, shell=True, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
+    assert (prepared / "train_00000.bin").read_bytes() != before
+    assert "prepared from other documents" not in run_verb("prepare", path).stdout
+    for file in folder.iterdir():  # to save space
+        file.unlink()
+    assert "prepared from other documents" not in run_verb("prepare", path).stdout
+
+
+def test_foreign_files_in_a_data_folder_are_left_alone(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", some_texts(60))
+    chosen = experiment(files=["a.jsonl"])
+    folder = data_dir(chosen)
+    folder.mkdir(parents=True)
+    foreign = ["train_00000.bin.bak", "train_notes.bin", "val_00001 (copy).bin", ".DS_Store", "train_7.bin"]
+    for name in foreign:
+        (folder / name).write_text("mine")
+    prepare(chosen, workers=1)
+    assert all((folder / name).read_text() == "mine" for name in foreign)
+    assert Tokens(folder, "train").n_tokens
+
+
+def test_a_token_beyond_the_vocabulary_is_named(small):
+    folder = data_dir(load_experiment(small))
+    shard = folder / "train_00001.bin"
+    content = bytearray(shard.read_bytes())
+    content[2000:2002] = (60000).to_bytes(2, "little")
+    shard.write_bytes(content)
+    tokens = Tokens(folder, "train")
+    with pytest.raises(NodeError, match=r"train_00001\.bin holds token 60000 at position 1000, the vocabulary has 300"):
+        tokens.read(3990, 20)
+    order = Order(tokens, "epochs:9", 32, 200, 0)
+    with pytest.raises(NodeError, match="run 'prepare' again"):
+        for step in range(9):
+            read_share(order, step, Share.of(200, 0, 1, 8))
+
+
+def test_a_cut_vocabulary_of_gpt2_is_one_sentence(tmp_path, gpt2_bpe, monkeypatch):
+    from inheritune.tokens import Gpt2Tokenizer
+
+    Gpt2Tokenizer().save(tmp_path / "whole")
+    for name in ("gpt2.tiktoken", "encoder.json"):
+        whole = gpt2_bpe / name if (gpt2_bpe / name).is_file() else tmp_path / "whole" / name
+        if not whole.is_file():
+            continue
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_bytes(whole.read_bytes()[:-200_001])
+        with pytest.raises(UserError, match="cut off or not GPT-2's vocabulary|is not GPT-2's vocabulary"):
+            Gpt2Tokenizer(tmp_path / name)
+
+
+def test_a_sentencepiece_model_cut_between_two_pieces_is_refused(tmp_path):
+    """It loads, and gives other ids."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    (tmp_path / "text").write_text("\n".join(some_texts(200)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=tmp_path / "text", model_prefix=tmp_path / "sp", vocab_size=400, byte_fallback=True, minloglevel=2
+    )
+    proto = sentencepiece_model_pb2.ModelProto.FromString((tmp_path / "sp.model").read_bytes())
+    cut = sentencepiece_model_pb2.ModelProto(pieces=proto.pieces[:300])
+    (tmp_path / "sp.model").write_bytes(cut.SerializeToString())
+    with pytest.raises(UserError, match=r"sp\.model is cut off: it ends before the settings"):
+        load_tokenizer(experiment(files=["text"], tokenizer=str(tmp_path / "sp.model")).data)
+
+
+def test_prepare_refuses_in_one_sentence_and_leaves_nothing(tmp_path):
+    packed = zstandard.ZstdCompressor().compress("".join(json.dumps({"text": t}) + "\n" for t in some_texts(500)).encode())
+    (tmp_path / "a.jsonl.zst").write_bytes(packed[: len(packed) // 2])
+    raw = experiment_dict(paper=[], runs={"reference": {"init": "random"}})
+    raw["data"] |= {"source": "files", "files": [str(tmp_path / "a.jsonl.zst")]}
+    path = write_experiment(tmp_path, raw)
+    said = one_sentence(run_verb("prepare", path, check=False))
+    assert "a.jsonl.zst is cut off or damaged" in said
+    assert not (data_dir(load_experiment(path)) / "manifest.json").exists()
+
+
+def test_a_tokenizer_is_trained_on_the_same_text_as_before(tmp_path):
+    """Cutting long words changes nothing for ordinary documents."""
+    texts = some_texts(200)
+    train_bpe("bpe:400", texts, tmp_path / "whole")
+    train_bpe("bpe:400", (piece for text in texts for piece in cut_words(text)), tmp_path / "cut")
+    assert (tmp_path / "whole" / "tokenizer.json").read_bytes() == (tmp_path / "cut" / "tokenizer.json").read_bytes()
