@@ -322,7 +322,7 @@ def test_a_sentencepiece_model_cut_between_two_pieces_is_refused(tmp_path):
 
     (tmp_path / "text").write_text("\n".join(some_texts(200)))
     sentencepiece.SentencePieceTrainer.train(
-        input=tmp_path / "text", model_prefix=tmp_path / "sp", vocab_size=400, byte_fallback=True, minloglevel=2
+        input=tmp_path / "text", model_prefix=tmp_path / "sp", vocab_size=400, minloglevel=2
     )
     proto = sentencepiece_model_pb2.ModelProto.FromString((tmp_path / "sp.model").read_bytes())
     cut = sentencepiece_model_pb2.ModelProto(pieces=proto.pieces[:300])
