@@ -5,7 +5,6 @@ The state of a run beside DeepSpeed's files is one visible dict (`state` of trai
 """
 
 import errno
-import os
 import shutil
 import time
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from inheritune.rundir import (
     remove,
     remove_leftovers,
     replacing,
+    temporary_of,
     write_json,
 )
 from inheritune.sources import CheckpointWriter, load_skeleton, read_deepspeed, read_tensor
@@ -47,7 +47,7 @@ def save(engine, run_dir: RunDir, step: int, state: dict, settings: dict, keep_l
     t0 = time.perf_counter()
     target = run_dir.checkpoint(step)
     # named after this process: one that was taken for dead and still writes cannot get into ours
-    temporary = on_rank0(lambda: target.with_name(f".{target.name}.tmp{node()}-{os.getpid()}"))
+    temporary = on_rank0(temporary_of, target)
     check_room(engine, run_dir)
     on_rank0(_prepare, temporary, target)
     with _writing(engine) as (write, problems):

@@ -33,8 +33,8 @@ from tqdm import tqdm
 from inheritune.config import Data, Experiment, UserError
 from inheritune.dist import Stopped, asked_to_stop
 from inheritune.documents import Batch, Source, Unusable, parse, read_batches
+from inheritune.lock import Lock
 from inheritune.rundir import (
-    Lock,
     damages,
     data_dir,
     disk_error,

@@ -15,8 +15,9 @@ from pathlib import Path
 from tabulate import tabulate
 
 from inheritune.config import Experiment, Run, UserError, load_experiment
+from inheritune.lock import Lock, lock_holder
 from inheritune.paper import curve_of, published_curves, published_loss
-from inheritune.rundir import MARKERS, Lock, RunDir, damages, data_dir, lock_holder, marked_files, read_json, root, seed_flag
+from inheritune.rundir import MARKERS, RunDir, damages, data_dir, marked_files, read_json, root, seed_flag
 from inheritune.stages import unfinished_source
 
 COLUMNS = (

@@ -32,6 +32,7 @@ from inheritune.engine import (
     zero_stage,
 )
 from inheritune.inherit import extend, halve, inherit, write_random
+from inheritune.lock import Lock
 from inheritune.log import Metrics, StartClock, logger, progress, record_provenance, setup, start_wandb
 from inheritune.models import count_parameters, flops_per_token, hf_config
 from inheritune.rundir import RunDir, data_dir, finished_weights, node, read_json, write_json, write_text
@@ -133,7 +134,7 @@ def train_job(job: Job, ds: str | None = None) -> None:
     for warning in dslint.report(path, dslint.lint(settings, job.experiment.model, trainer.train, dist.world())):
         logger.warning("%s", warning) if dist.rank() == 0 else None
     clock.end("data")
-    lock = rundir.Lock(job.dir.path)
+    lock = Lock(job.dir.path)
     dist.on_rank0(lock.acquire)
     clock.end("lock")
     trainer.clock = clock
@@ -181,7 +182,7 @@ def prepare_start(job: Job):
 def random_start(job: Job, layers: int):
     """The random model of this experiment and seed with `layers` blocks, written once.  -> its folder"""
     folder = job.root.seed_checkpoint(layers)
-    with rundir.Lock(folder):  # runs of one size share it, and may start at the same time
+    with Lock(folder):  # runs of one size share it, and may start at the same time
         if not (folder / "inherited.json").is_file():
             write_random(hf_config(job.experiment.model, layers), folder, seed=job.seed)
     return folder
@@ -219,7 +220,7 @@ class Trainer:
         self.next_look = 0.0
         self.arithmetic = self.share.describe(self.batch, dist.world(), ceiling, self.length)
 
-    def fit(self, lock: rundir.Lock) -> None:
+    def fit(self, lock: Lock) -> None:
         """Everything from the start checkpoint to DONE. Raises dist.Stopped, with all saved, when asked to leave before."""
         job, run_dir = self.job, self.job.dir
         self.lock = lock

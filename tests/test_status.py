@@ -11,9 +11,10 @@ from slurm_cluster import session_cluster, slurm  # noqa: F401
 
 from inheritune import dist
 from inheritune.config import load_experiment
+from inheritune.lock import Lock, lock_holder
 from inheritune.log import record_provenance
 from inheritune.paper import curve_of, published_curves, published_loss
-from inheritune.rundir import Lock, RunDir, data_dir, lock_holder, read_json, read_jsonl, write_json
+from inheritune.rundir import RunDir, data_dir, read_json, read_jsonl, write_json
 from inheritune.status import Job, last_rows, read_jobs
 from inheritune.status import status as show
 
