@@ -74,7 +74,7 @@ def finished(run: RunDir) -> RunDir:
     if not run.is_done():
         if RunDir(run.path.parent).is_done() and run.path.name == "final":
             raise UserError(f"{run.path} holds the weights of a run; give the run's folder, {run.path.parent}")
-        what = "is not finished (no DONE)" if run.experiment.is_file() or any(run.path.glob("stage*")) else "is no run folder"
+        what = "is not finished (no DONE)" if run.experiment.is_file() or run.stages() else "is no run folder"
         raise UserError(f"{run.path} {what}; export takes runs/<experiment>/seed<k>/<run> of a finished run")
     return run.chosen()
 

@@ -159,7 +159,7 @@ def sync(folder: str) -> None:
 
     Raises UserError if `folder` is no run folder, and if W&B knows no account here or cannot be reached."""
     run_dir = RunDir(folder)
-    stages = sorted(path.name for path in run_dir.path.glob("stage[0-9]*") if (path / "metrics.jsonl").is_file())
+    stages = [f"stage{number}" for number in run_dir.stages() if run_dir.stage(number).metrics.is_file()]
     if stages and not run_dir.metrics.is_file():
         raise UserError(
             f"{folder} is a grown run, whose stages are runs of their own ({', '.join(stages)}); sync {folder}/stage1"

@@ -12,6 +12,7 @@ size and xxh3-128 hash of every file they speak for. JSON of ours carries a hash
 
 import errno
 import json
+import logging
 import os
 import platform
 import re
@@ -26,6 +27,8 @@ import xxhash
 
 from inheritune.config import REPOSITORY, Experiment, UserError
 from inheritune.processes import fate, machine, node
+
+logger = logging.getLogger("inheritune")
 
 
 def root() -> Path:
@@ -88,10 +91,42 @@ class RunDir:
         """Per-window validation losses (nats per token, float64) at `step`."""
         return self.validation / f"step_{step}.npy"
 
+    def stages(self) -> list[int]:
+        """Numbers of the stages that have a folder here, in order."""
+        found = (re.fullmatch("stage([1-9][0-9]*)", name) for name in _names_in(self.path))
+        return sorted(int(match[1]) for match in found if match and (self.path / match[0]).is_dir())
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the folders in checkpoints/ that have a checkpoint's name, whole or not, oldest first. What a person or
+        another program put beside them (step_00000004.bak, .DS_Store) is not ours."""
+        found = {int(match[1]) for name in _names_in(self.checkpoints) if (match := re.fullmatch("step_([0-9]{8,})", name))}
+        return sorted(step for step in found if self.checkpoint(step).is_dir())
+
+    def marked_checkpoints(self) -> list[int]:
+        """Steps of the folders that carry a marker, oldest first."""
+        return [step for step in self.checkpoint_steps() if (self.checkpoint(step) / "COMPLETE").is_file()]
+
     def complete_checkpoints(self) -> list[int]:
-        """Steps of the checkpoints that carry their marker, oldest first."""
-        found = self.checkpoints.glob("step_*/COMPLETE") if self.checkpoints.is_dir() else ()
-        return sorted(int(marker.parent.name.removeprefix("step_")) for marker in found)
+        """Steps of the checkpoints that carry their own marker, oldest first."""
+        return [step for step in self.marked_checkpoints() if self.named_step(step) == step]
+
+    def named_step(self, step: int) -> int:
+        """The step that the marker of checkpoint `step` names: another one where the folder is a copy under a wrong name.
+        `step` where the marker does not tell: what is damaged is found when the files are compared."""
+        try:
+            marker = read_json(self.checkpoint(step) / "COMPLETE")
+        except UserError:
+            return step
+        named = marker.get("step") if isinstance(marker, dict) else None
+        return named if type(named) is int else step
+
+    def check_checkpoint(self, step: int) -> None:
+        """Raises UserError unless the files of checkpoint `step` are what its marker says, and the marker is of that step."""
+        folder = self.checkpoint(step)
+        files = marked_files(folder / "COMPLETE")
+        if (named := self.named_step(step)) != step:
+            raise UserError(f"{folder} is a copy of the checkpoint of step {named} under a wrong name; rename or delete it")
+        check_files(folder, files)
 
     def is_done(self) -> bool:
         return self.done.is_file()
@@ -336,7 +371,21 @@ def remove_leftovers(folder: Path) -> None:
     none of them still writes. What else begins with a dot is not ours."""
     for name in _names_in(folder):
         if LEFTOVER.fullmatch(name):
-            remove(folder / name)
+            remove_if_possible(folder / name)
+
+
+def remove_if_possible(path: Path) -> None:
+    """Delete what is needed no more, or warn: another user's file may stop that, or a reader on a network disk. No run ends
+    for it."""
+    try:
+        remove(path)
+    except OSError as error:
+        _tell_kept(path, error.strerror)
+
+
+@cache
+def _tell_kept(path: Path, why: str) -> None:
+    logger.warning("%s is not needed any more and cannot be deleted (%s): delete it by hand", path, why)
 
 
 def flush(path: Path) -> None:

@@ -225,27 +225,73 @@ def next_command(loaded: Experiment, experiment: str, name: str, run: Run, seed:
 
 
 def verify(path: str | Path, progress: Callable[[list], Iterable] = iter) -> None:
-    """Print for every marker at or below `path` whether its files are whole, and what has none yet.
+    """Print for every marker at or below `path` whether its files are whole, what has none yet, and what in checkpoints/ is
+    not ours.
 
-    Raises UserError at the end if anything is damaged, or if there is nothing to verify."""
+    Raises UserError at the end if anything is damaged or cannot be read, or if there is nothing to verify."""
     top = Path(path)
-    folders = [top, *sorted(p for p in top.rglob("*") if p.is_dir())]
-    markers = [folder / name for folder in folders for name in MARKERS if (folder / name).is_file()]
-    if not markers:
+    folders, markers, unreadable = _look_below(top)
+    if not markers and not unreadable:
         raise UserError(f"nothing to verify in {top}: no {', '.join(MARKERS)} at or below it")
-    damaged = 0
+    damaged = len(unreadable)
     for marker in progress(markers):
-        try:
-            files = marked_files(marker)
-            problems = list(damages(marker.parent, files))
-        except (UserError, OSError) as error:
-            files, problems = {}, [str(error)]
-        damaged += len(problems)
-        size = sum(facts["bytes"] for facts in files.values()) / 1e6
-        print(f"{'DAMAGED' if problems else 'whole'}: {marker} ({len(files)} files, {size:,.1f} MB)")
-        print("".join(f"  {problem}\n" for problem in problems), end="")
+        damaged += _verify_marker(marker)
+    for sentence in unreadable:
+        print(f"DAMAGED: {sentence}")
     for folder in folders:
-        if folder.parent.name == "checkpoints" and folder.name.startswith("step_") and folder / "COMPLETE" not in markers:
-            print(f"unfinished: {folder} has no COMPLETE, so no run reads it")
+        if folder.name == "checkpoints":
+            _print_unused(RunDir(folder.parent), set(folders))
     if damaged:
         raise UserError(f"{damaged} files of {top} are damaged (named above): restore them, or delete the folders they are in")
+
+
+def _look_below(top: Path) -> tuple[list[Path], list[Path], list[str]]:
+    """(`top` and all folders below it, links followed, each once; the markers in them; a sentence for each folder that cannot
+    be read)."""
+    folders, markers, unreadable, seen, waiting = [], [], [], set(), [top]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            facts, entries = folder.stat(), list(os.scandir(folder))
+            inner = [folder / entry.name for entry in entries if entry.is_dir()]
+            found = [folder / entry.name for entry in entries if entry.name in MARKERS and entry.is_file()]
+        except (FileNotFoundError, NotADirectoryError):  # a running job deletes its old checkpoints
+            continue
+        except OSError as error:
+            unreadable.append(f"{folder} cannot be read ({error.strerror})")
+            continue
+        if (facts.st_dev, facts.st_ino) not in seen:
+            seen.add((facts.st_dev, facts.st_ino))
+            folders.append(folder)
+            markers += found
+            waiting += inner
+    order = {name: place for place, name in enumerate(MARKERS)}
+    return sorted(folders), sorted(markers, key=lambda path: (path.parent, order[path.name])), sorted(unreadable)
+
+
+def _verify_marker(marker: Path) -> int:
+    """Print whether the files of `marker` are whole.  -> how many are not"""
+    try:
+        files = marked_files(marker)
+        problems = list(damages(marker.parent, files))
+    except (UserError, OSError) as error:
+        files, problems = {}, [str(error)]
+    if problems and not marker.is_file():  # a running job keeps its last checkpoints only, and deletes their marker first
+        print(f"deleted meanwhile: {marker.parent}")
+        return 0
+    size = sum(facts["bytes"] for facts in files.values()) / 1e6
+    print(f"{'DAMAGED' if problems else 'whole'}: {marker} ({len(files)} files, {size:,.1f} MB)")
+    print("".join(f"  {problem}\n" for problem in problems), end="")
+    return len(problems)
+
+
+def _print_unused(run: RunDir, readable: set[Path]) -> None:
+    """Print what in checkpoints/ no run reads: unfinished, a copy under a wrong name, or of no name of ours."""
+    own = {run.checkpoint(step).name: step for step in run.checkpoint_steps() if run.checkpoint(step) in readable}
+    for path in sorted(path for path in run.checkpoints.iterdir() if path in readable or path.is_file()):
+        if path.name in own and not (path / "COMPLETE").is_file():
+            print(f"unfinished: {path} has no COMPLETE, so no run reads it")
+        elif path.name in own and run.named_step(own[path.name]) != own[path.name]:
+            print(f"not read by any run: {path} is a copy of the checkpoint of step {run.named_step(own[path.name])}")
+        elif path.name not in own and not path.name.startswith("."):  # names with a dot are the system's, or temporary
+            print(f"not read by any run: {path} has no name of a checkpoint")

@@ -372,7 +372,7 @@ class Trainer:
             if self._evaluate(step, state["tokens"]) is None:
                 return False
             state["evaluated"] = step
-        if step in self.job.run.keep_at and not dist.on_rank0(kept.is_dir):
+        if step in self.job.run.keep_at and not dist.on_rank0((kept / "COMPLETE").is_file):
             self._check_weights(state)
             checkpoint.export_weights(self.engine, kept, self.tokens.folder / "tokenizer")
         if step % train.checkpoint_every == 0 and self.saved < step < train.steps:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from conftest import REPOSITORY, write_tokens
+from test_damage import modes_count
 
 from inheritune.config import UserError
 from inheritune.rundir import RunDir, hash_folder, replacing, write_json
@@ -84,6 +85,56 @@ def test_damaged_marker_is_named(tree, capsys, content):
     with pytest.raises(UserError, match="1 files"):
         verify(tree)
     assert f"DAMAGED: {marker}" in capsys.readouterr().out
+
+
+def test_what_no_run_reads_is_named(tree, capsys):
+    checkpoints = tree / "runs" / "small" / "seed0" / "reference" / "checkpoints"
+    write_json(checkpoints / "step_00000004" / "COMPLETE", {"step": 4, "files": {}})
+    shutil.copytree(checkpoints / "step_00000004", checkpoints / "step_00000005")
+    shutil.copytree(checkpoints / "step_00000004", checkpoints / "step_00000004.bak")
+    for name in ("step_00000006", ".DS_Store"):
+        (checkpoints / name).write_text("a file")
+    verify(tree)
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("whole: ")]
+    assert lines == [
+        f"not read by any run: {checkpoints}/step_00000004.bak has no name of a checkpoint",
+        f"not read by any run: {checkpoints}/step_00000005 is a copy of the checkpoint of step 4",
+        f"not read by any run: {checkpoints}/step_00000006 has no name of a checkpoint",
+        f"unfinished: {checkpoints}/step_00000008 has no COMPLETE, so no run reads it",
+    ]
+
+
+def test_linked_folders_are_verified_too_and_once(tree, capsys):
+    """Runs and data often lie on another disk; a link loop ends."""
+    shutil.move(tree / "runs" / "small", tree / "elsewhere")
+    (tree / "runs" / "small").symlink_to(tree / "elsewhere")
+    (tree / "elsewhere" / "loop").symlink_to(tree)
+    flip(tree / "elsewhere" / "seed0" / "reference" / "final" / "weights")
+    with pytest.raises(UserError, match="^1 files of"):
+        verify(tree / "runs")
+    assert capsys.readouterr().out.count("DAMAGED") == 1
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tree, capsys):
+    folder = tree / "runs" / "small" / "seed0" / "reference" / "checkpoints" / "step_00000004"
+    folder.chmod(0)
+    with modes_count(), pytest.raises(UserError, match="^1 files of"):
+        verify(tree)
+    folder.chmod(0o755)
+    assert f"DAMAGED: {folder} cannot be read (Permission denied)" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_the_run_deletes_meanwhile_is_not_damaged(tree, capsys):
+    checkpoint = tree / "runs" / "small" / "seed0" / "reference" / "checkpoints" / "step_00000004"
+
+    def deleting(markers):
+        for marker in markers:
+            if marker.parent == checkpoint:
+                shutil.rmtree(checkpoint)
+            yield marker
+
+    verify(tree, deleting)
+    assert f"deleted meanwhile: {checkpoint}" in capsys.readouterr().out
 
 
 def test_nothing_to_verify_is_told(tree):
