@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from inheritune.config import REPOSITORY, Experiment, UserError, read_yaml
 from inheritune.dist import rank, world
-from inheritune.rundir import RunDir, read_json, read_jsonl, root, write_json, write_text
+from inheritune.rundir import RunDir, read_json, read_jsonl, root, sync_file, write_json, write_text
 
 logger = logging.getLogger("inheritune")
 
@@ -107,7 +107,7 @@ class Metrics:
 
     def sync(self) -> None:
         """Bring the rows to disk: before a checkpoint says that these steps are behind us."""
-        os.fsync(self._file.fileno())
+        sync_file(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

@@ -45,6 +45,7 @@ from inheritune.rundir import (
     remove,
     remove_leftovers,
     replacing,
+    sync_file,
     write_json,
 )
 from inheritune.tokens import Tokenizer, bpe_size, load_tokenizer, train_bpe
@@ -231,7 +232,7 @@ class Shards:
     def save(self) -> dict:
         """Make what is written survive a power cut; the state from which a later process can go on."""
         if self._file:
-            os.fsync(self._file.fileno())
+            sync_file(self._file.fileno())
         state = {"tokens": self.tokens, "documents": self.documents, "shards": self.shards}
         return state | {"open": self.path.name, "open_bytes": self.filled * self.dtype.itemsize}
 

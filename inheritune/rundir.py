@@ -388,13 +388,38 @@ def _tell_kept(path: Path, why: str) -> None:
     logger.warning("%s is not needed any more and cannot be deleted (%s): delete it by hand", path, why)
 
 
+CANNOT_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS)
+"""What some network and FUSE file systems answer to fsync, of folders above all. A full or failing disk says something else."""
+
+
 def flush(path: Path) -> None:
-    """Make a file, or a folder's entries, survive a power cut before a name points at them."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Make a file, or a folder's entries, survive a power cut before a name points at them, where the file system can."""
+    if path.is_symlink():  # an entry of its folder, which is flushed too
+        return
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError as error:  # written, but not for us to read
+        _tell_unsynced(error.strerror)
+        return
+    try:
+        sync_file(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_file(descriptor: int) -> None:
+    """os.fsync, where the file system can. Raises OSError if the disk is full or fails."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC:
+            raise
+        _tell_unsynced(error.strerror)
+
+
+@cache
+def _tell_unsynced(why: str) -> None:
+    logger.debug("a file or folder cannot be synced (%s): a power cut may lose what was written last", why)
 
 
 # --- hashes and markers ---------------------------------------------------------------------------------------------------

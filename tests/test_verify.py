@@ -1,17 +1,22 @@
 """verify: every marker, every kind of damage, and nothing else called damaged."""
 
+import errno
 import os
 import shutil
 import socket
+import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, write_tokens
 from test_damage import modes_count
 
+from inheritune import rundir
 from inheritune.config import UserError
-from inheritune.rundir import RunDir, hash_folder, replacing, write_json
+from inheritune.log import Metrics, logger
+from inheritune.rundir import RunDir, flush, hash_folder, replacing, write_json
 from inheritune.status import verify
 
 
@@ -171,3 +176,62 @@ def test_a_folder_and_all_its_files_are_on_disk_before_its_name(tmp_path, monkey
         (folder / "config.json").write_text("{}")
         names = [folder, folder / "config.json", folder / "tokenizer", folder / "tokenizer" / "vocab.json"]
     assert sorted(synced[:-1]) == sorted((str(name), False) for name in names) and synced[-1] == (str(tmp_path), True)
+
+
+@pytest.mark.parametrize("folder", ["/proc", "/sys", "/proc/self/fd"])
+def test_a_folder_whose_file_system_cannot_sync_is_no_error(folder):
+    """As some network and FUSE file systems: these of the kernel answer EINVAL to every fsync."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    with pytest.raises(OSError, match="Invalid argument"):
+        os.fsync(descriptor)
+    os.close(descriptor)
+    flush(Path(folder))
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_files_are_written_where_folders_cannot_be_synced(tmp_path, monkeypatch, caplog, code):
+    """The kernel's boundary is replaced: no file system here takes files and refuses to sync its folders."""
+    sync = os.fsync
+
+    def refusing(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refusing)
+    monkeypatch.setattr(logger, "propagate", True)
+    caplog.set_level("DEBUG", logger.name)
+    rundir._tell_unsynced.cache_clear()
+    for name in ("a", "b"):
+        with replacing(tmp_path / name) as folder:
+            folder.mkdir()
+            (folder / "config.json").write_text(name)
+    assert (tmp_path / "b" / "config.json").read_text() == "b"
+    told = [(record.levelname, record.message) for record in caplog.records]
+    sentence = f"a file or folder cannot be synced ({os.strerror(code)}): a power cut may lose what was written last"
+    assert told == [("DEBUG", sentence)]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_full_or_failing_disk_is_told_by_the_sync_too(tmp_path, monkeypatch, code):
+    def failing(_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises((UserError, OSError), match="no space left while writing|Input/output error"):
+        write_json(tmp_path / "a.json", {})
+    with pytest.raises(OSError, match=os.strerror(code)):
+        metrics = Metrics.__new__(Metrics)
+        metrics._file = open(tmp_path / "metrics.jsonl", "w")  # noqa: SIM115
+        metrics.sync()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_what_was_written_but_cannot_be_read_is_no_error(tmp_path):
+    """Under a umask that keeps a file's own owner from reading it, and with links that lead nowhere."""
+    with modes_count(), replacing(tmp_path / "made") as folder:
+        folder.mkdir()
+        (folder / "dangling").symlink_to("/nowhere")
+        (folder / "written").write_text("x")
+        (folder / "written").chmod(0o200)
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["dangling", "written"]
