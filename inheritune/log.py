@@ -24,7 +24,7 @@ from xxhash import xxh3_64_intdigest
 
 from inheritune.config import REPOSITORY, Experiment, UserError, read_yaml
 from inheritune.dist import rank, world
-from inheritune.rundir import RunDir, read_json, read_jsonl, replacing, root, sync_file, write_json, write_text
+from inheritune.rundir import RunDir, break_links, read_json, read_jsonl, replacing, root, sync_file, write_json, write_text
 
 logger = logging.getLogger("inheritune")
 
@@ -39,6 +39,7 @@ def setup(run_dir: RunDir | None = None) -> None:
     logger.addHandler(screen)
     if run_dir is not None and rank() == 0:
         run_dir.path.mkdir(parents=True, exist_ok=True)
+        break_links(run_dir.log)
         file = logging.FileHandler(run_dir.log, encoding="utf-8")
         file.handleError = lambda _: None  # a full disk: the record's own write says so, once
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))

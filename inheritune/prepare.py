@@ -35,6 +35,7 @@ from inheritune.dist import Stopped, asked_to_stop
 from inheritune.documents import Batch, Source, Unusable, parse, read_batches
 from inheritune.lock import Lock
 from inheritune.rundir import (
+    break_links,
     damages,
     data_dir,
     disk_error,
@@ -193,6 +194,7 @@ class Shards:
         for name in later - ({self.path.name} if self.filled else set()):
             remove(folder / name)
         if self.filled:
+            break_links(self.path)
             os.truncate(self.path, self.filled * self.dtype.itemsize)
 
     @property

@@ -388,6 +388,14 @@ def _tell_kept(path: Path, why: str) -> None:
     logger.warning("%s is not needed any more and cannot be deleted (%s): delete it by hand", path, why)
 
 
+def break_links(path: Path) -> None:
+    """Give a file its own content if it shares it with other names (a run copied by `cp -l` or `cp -s`); call before adding
+    to it."""
+    if path.is_file() and (path.is_symlink() or path.stat().st_nlink > 1):
+        with replacing(path) as temporary:
+            shutil.copyfile(path, temporary)
+
+
 CANNOT_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS)
 """What some network and FUSE file systems answer to fsync, of folders above all. A full or failing disk says something else."""
 

@@ -448,8 +448,8 @@ class Trainer:
         on_curve = validate.interval(losses[curve] if final else losses)
         if self.metrics:
             self.metrics.add({"step": step, "tokens": tokens_seen, "val_loss": on_curve["mean"], "val_windows": on_curve["n"]})
-            self.job.dir.validation.mkdir(exist_ok=True)
-            np.save(self.job.dir.losses(step), losses)
+            with rundir.replacing(self.job.dir.losses(step)) as temporary, open(temporary, "wb") as file:
+                np.save(file, losses)
         logger.info("step %d of %d: validation loss %.4f (%s)", step, self.train.steps, on_curve["mean"], self.pace)
         return losses
 

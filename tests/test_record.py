@@ -1,13 +1,18 @@
-"""The record of a run after kills, damage and many rows."""
+"""The record of a run after kills, damage and a million rows; what a run adds to in a copy that shares its files."""
 
 import json
+import os
 import shutil
 import time
 
 import pytest
+from conftest import experiment_dict, run_verb, write_experiment, write_tokens
+from test_foreign import unfinish
 
+from inheritune.config import load_experiment
 from inheritune.log import SPIKE_ROWS, Metrics, logger
-from inheritune.rundir import RunDir, read_jsonl
+from inheritune.prepare import Shards
+from inheritune.rundir import RunDir, break_links, data_dir, hash_folder, read_jsonl
 
 
 def row(step: int, loss: float = 3.0) -> dict:
@@ -95,3 +100,52 @@ def test_a_long_record_costs_a_start_seconds(run):
     with open(run.metrics) as file:
         assert sum(1 for _ in file) == n + 1
     assert read_jsonl(run.discarded_metrics) == [row(n + 1), row(n + 2)]
+
+
+# --- copies that share their files ----------------------------------------------------------------------------------------
+
+
+def test_a_run_copied_by_links_does_not_touch_the_original(tmp_path, monkeypatch):
+    raw = experiment_dict(runs={"reference": {"init": "random"}}, paper=[])
+    path = write_experiment(tmp_path, raw)
+    monkeypatch.setenv("INHERITUNE_ROOT", str(tmp_path / "root"))
+    write_tokens(data_dir(load_experiment(path)))
+    original = RunDir.of(load_experiment(path), "reference")
+    run_verb("train", path, "--run", "reference")
+    unfinish(original)
+    original.discarded_metrics.write_text(lines([row(6)]))
+    original.losses(6).write_bytes(b"as the original left it")
+    before = hash_folder(tmp_path / "root")
+    shutil.copytree(tmp_path / "root", tmp_path / "copy", copy_function=os.link)  # cp -rl
+    monkeypatch.setenv("INHERITUNE_ROOT", str(tmp_path / "copy"))
+    copy = RunDir.of(load_experiment(path), "reference")
+    assert "resumed at step 4 of 6" in run_verb("train", path, "--run", "reference").stdout and copy.is_done()
+    assert hash_folder(tmp_path / "root") == before
+    assert len(copy.log.read_text()) > len(original.log.read_text()) and len(read_jsonl(copy.discarded_metrics)) > 1
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_a_file_is_broken_off_from_its_other_names(tmp_path, link):
+    (tmp_path / "a").write_text("shared\n")
+    link(tmp_path / "a", tmp_path / "b")
+    break_links(tmp_path / "b")
+    with open(tmp_path / "b", "a") as file:
+        file.write("own\n")
+    assert (tmp_path / "a").read_text() == "shared\n" and (tmp_path / "b").read_text() == "shared\nown\n"
+    inode = (tmp_path / "b").stat().st_ino
+    break_links(tmp_path / "b")  # it is its own now
+    assert (tmp_path / "b").stat().st_ino == inode
+    break_links(tmp_path / "none")
+
+
+def test_tokens_copied_by_links_do_not_touch_the_original(tmp_path):
+    """A preparation that was killed, copied and started again cuts and adds to the shard that it was at."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "train_00000.bin").write_bytes(bytes(range(100)))
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=os.link)
+    state = {"tokens": 20, "documents": 1, "shards": [], "open_bytes": 40}
+    shards = Shards(tmp_path / "b", "train", "<u2", 1000, state)
+    shards.write(shards.dtype.type([7, 8]), 1)
+    shards.save()
+    assert (tmp_path / "a" / "train_00000.bin").read_bytes() == bytes(range(100))
+    assert (tmp_path / "b" / "train_00000.bin").read_bytes() == bytes(range(40)) + bytes([7, 0, 8, 0])
