@@ -251,7 +251,7 @@ def _one_line(error: Exception) -> str:
 
 def record_provenance(run_dir: RunDir, **facts) -> None:
     """Add this start of the run to provenance.json: when, where, which code and versions, and `facts` (data, parents)."""
-    starts = read_json(run_dir.provenance)["starts"] if run_dir.provenance.is_file() else []
+    starts = run_dir.read_starts() if run_dir.provenance.is_file() else []
     starts.append(
         {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -286,7 +286,7 @@ class StartClock:
         """Say it, and add it to this start in provenance.json."""
         shown = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.parts.items())
         logger.info("the first step ended %.1f s after the start: %s", sum(self.parts.values()), shown)
-        starts = read_json(run_dir.provenance)["starts"]
+        starts = run_dir.read_starts()
         starts[-1]["start_s"] = self.parts
         write_json(run_dir.provenance, {"starts": starts})
 

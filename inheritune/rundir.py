@@ -161,6 +161,15 @@ class RunDir:
         check_files(self.path, results.get("record", {}) if self.is_done() else {})
         return results
 
+    def read_starts(self, *keys: str) -> list[dict]:
+        """The starts in provenance.json, at least one, each with `keys`. Raises UserError if it is missing or damaged."""
+        found = read_json(self.provenance)
+        starts = found.get("starts") if isinstance(found, dict) else None
+        listed = isinstance(starts, list) and starts and all(isinstance(start, dict) for start in starts)
+        if not (listed and all(key in start for key in keys for start in starts)):
+            raise UserError(f"{self.provenance} does not list the starts of its run: it is damaged; restore it, or delete it")
+        return starts
+
     def read_attention(self) -> list[dict]:
         """Rows of attention.jsonl. Raises UserError if they are not as written, or of other weights."""
         rows = read_jsonl(self.attention)
@@ -336,11 +345,22 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 def read_json(path: Path):
     """The JSON value in `path`. Raises UserError if it is missing, damaged or not as it was written."""
     try:
-        return unsealed(json.loads(path.read_text(encoding="utf-8")), str(path))
+        return unsealed(json.loads(_read_text(path)), str(path))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}); restore it or delete what it belongs to") from None
+
+
+def _read_text(path: Path) -> str:
+    """The text of a file of ours. One that is replaced at this moment on NFS (ESTALE) is opened again."""
+    for _ in range(10):
+        try:
+            return path.read_text(encoding="utf-8")
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+    return path.read_text(encoding="utf-8")
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -348,7 +368,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
     Raises UserError if a line is no row, or a file whose first row bears a seal is not as `write_jsonl` left it."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        lines = _read_text(path).splitlines(keepends=True) if path.exists() else []
         rows = [{**json.loads(line)} for line in lines if line.endswith("\n")]
     except (ValueError, TypeError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as rows of JSON ({error}); restore it") from None

@@ -492,8 +492,8 @@ class Trainer:
                 f"{run_dir.path} was started with {key} = {old}, now it is {new}; go back to it, or start a run of another name"
             )
         if run_dir.provenance.is_file():
-            first = read_json(run_dir.provenance)["starts"][0]
-            if self.teacher and self.teacher.files != first["teacher"]["files"]:
+            first = run_dir.read_starts("data_fingerprint")[0]
+            if self.teacher and self.teacher.files != (first.get("teacher") or {}).get("files"):
                 raise UserError(
                     f"{run_dir.path} was taught by {first['teacher']['folder']}, whose weights are not those of "
                     f"{self.teacher.source.folder} now; restore them or start a run of another name"
