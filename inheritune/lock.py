@@ -107,7 +107,7 @@ class Lock:
         except FileNotFoundError:
             return None
         if not self._is_over(holder, silent):
-            return _describe(holder, file)
+            return describe_holder(holder, file)
         if not file.is_dir():  # which is not of our making
             _take_away(file)
         return None
@@ -217,10 +217,10 @@ def _take_away(file: Path) -> None:
         ) from None
 
 
-def _describe(holder: dict, file: Path) -> str:
-    """Who holds a lock, in words."""
+def describe_holder(holder: dict, file: Path | None = None) -> str:
+    """Who holds a lock, in words, as far as its file tells; `file`: to be named where it does not."""
     if "pid" not in holder or "host" not in holder:
-        return f"a process that its lock file {file} does not name"
+        return f"a process that its lock{f' file {file}' if file else ''} does not name"
     return f"{holder.get('job') or 'process ' + str(holder['pid'])} on {holder['host']}"
 
 
