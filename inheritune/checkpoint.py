@@ -5,7 +5,6 @@ The state of a run beside DeepSpeed's files is one visible dict (`state` of trai
 """
 
 import errno
-import os
 import shutil
 import time
 from contextlib import contextmanager
@@ -22,16 +21,16 @@ from inheritune.models import architecture
 from inheritune.planning import checkpoint_bytes
 from inheritune.rundir import (
     RunDir,
-    check_files,
     disk_error,
     flush,
     hash_folder,
-    marked_files,
     node,
     read_json,
     remove,
+    remove_if_possible,
     remove_leftovers,
     replacing,
+    temporary_of,
     write_json,
 )
 from inheritune.sources import CheckpointWriter, deepspeed_classes, load_skeleton, read_deepspeed, read_tensor
@@ -48,7 +47,7 @@ def save(engine, run_dir: RunDir, step: int, state: dict, settings: dict, keep_l
     t0 = time.perf_counter()
     target = run_dir.checkpoint(step)
     # named after this process: one that was taken for dead and still writes cannot get into ours
-    temporary = on_rank0(lambda: target.with_name(f".{target.name}.tmp{node()}-{os.getpid()}"))
+    temporary = on_rank0(temporary_of, target)
     check_room(engine, run_dir)
     on_rank0(_prepare, temporary, target)
     with _writing(engine) as (write, problems):
@@ -84,8 +83,11 @@ def save(engine, run_dir: RunDir, step: int, state: dict, settings: dict, keep_l
 def prune(run_dir: RunDir, newest: int, keep_last: int) -> None:
     """Delete all but the last `keep_last` checkpoints up to step `newest`, which is known to be whole: a start does it too, for
     one that was killed in between."""
-    for old in [step for step in run_dir.complete_checkpoints() if step <= newest][:-keep_last]:
-        remove(run_dir.checkpoint(old))
+    kept = [step for step in run_dir.complete_checkpoints() if step <= newest][-keep_last:]
+    for old in run_dir.checkpoint_steps():
+        if old < newest and old not in kept and run_dir.named_step(old) == old:  # a copy under a wrong name is a person's
+            remove_if_possible(run_dir.checkpoint(old) / MARKER)  # first: without it the rest is not there for a reader
+            remove_if_possible(run_dir.checkpoint(old))
 
 
 def _add_readable(engine, run_dir: RunDir, folder: Path) -> None:
@@ -151,21 +153,15 @@ def _explain(error: Exception, path: Path) -> Exception:
     return disk_error(error, path) if isinstance(error, OSError) else error
 
 
-def _agree_on(problem: Exception | None, unfinished: Path) -> None:
-    """`_raise_everywhere`, after deleting `unfinished`."""
-    try:
-        _raise_everywhere(problem)
-    except Exception:
-        on_rank0(remove, unfinished)
-        raise
-
-
-def _raise_everywhere(problem: Exception | None) -> None:
+def _agree_on(problem: Exception | None, unfinished: Path | None = None) -> None:
     """Raise on every rank what went wrong on any: the rank itself its own, the others a UserError that says where."""
     problems = gather(None if problem is None else f"{node()} (rank {rank()}): {problem}")
     failed = next(filter(None, problems), None)
-    if failed is not None:
-        raise problem if problem is not None and not isinstance(problem, UserError) else UserError(failed)
+    if failed is None:
+        return
+    if unfinished:
+        on_rank0(remove, unfinished)
+    raise problem if problem is not None and not isinstance(problem, UserError) else UserError(failed)
 
 
 def find(run_dir: RunDir) -> int | None:
@@ -174,15 +170,14 @@ def find(run_dir: RunDir) -> int | None:
     A damaged one is passed over with a warning. Raises UserError if all that have a marker are damaged."""
 
     def newest():
-        for folder in sorted(run_dir.checkpoints.glob("step_" + 8 * "[0-9]"), reverse=True):
-            step = int(folder.name.removeprefix("step_"))
+        for step in reversed(run_dir.checkpoint_steps()):
             try:
-                check_files(folder, marked_files(folder / MARKER))
+                run_dir.check_checkpoint(step)
                 return step
             except (UserError, OSError) as error:
                 damage = error
                 logger.warning("checkpoint of step %d is passed over: %s", step, damage)
-        if run_dir.complete_checkpoints():  # rather than train from the start for days what a copy may restore
+        if run_dir.marked_checkpoints():  # rather than train from the start for days what a copy may restore
             raise UserError(
                 f"{damage}; no other checkpoint is whole: restore it, or delete {run_dir.checkpoints} to start over"
             )
@@ -240,7 +235,7 @@ def restore(engine, run_dir: RunDir, step: int) -> dict:
         _check_stored(engine, folder / TAG)
     except UserError as error:
         problem = error
-    _raise_everywhere(problem)
+    _agree_on(problem)
     with _reading(engine):
         path, client = engine.load_checkpoint(str(folder), tag=TAG)
     if path is None:  # DeepSpeed only warns
@@ -345,7 +340,7 @@ def restore_resized(engine, run_dir: RunDir, step: int) -> dict:
 
 def _client_state(folder: Path) -> dict:
     """What DeepSpeed's model file holds beside tensors: the run's state, counts of steps."""
-    saved = load_skeleton(sorted((folder / TAG).glob("*model_states.pt"))[0])
+    saved = load_skeleton(sorted((folder / TAG).glob("[!.]*model_states.pt"))[0])
     return {key: saved[key] for key in ("run", "global_steps", "skipped_steps")}
 
 
@@ -389,11 +384,12 @@ def export_weights(engine, folder: Path, tokenizer: Path) -> None:
                         writer.add(piece, part.view(shape))
                 writer.close()
                 for file in tokenizer.iterdir():
-                    (temporary / file.name).write_bytes(file.read_bytes())
+                    if file.is_file() and not file.name.startswith("."):  # what else lies there is not the tokenizer's
+                        (temporary / file.name).write_bytes(file.read_bytes())
                 if folder.name != "final":  # whose marker is DONE
                     write_json(temporary / MARKER, {"files": hash_folder(temporary)})
         except Exception as error:
             problem = _explain(error, folder)
     for _ in parameters:  # gathering needs every rank, also for what rank 0 could not write
         pass
-    _agree_on(problem, folder.with_name(f".{folder.name}.tmp"))
+    _agree_on(problem)

@@ -430,7 +430,7 @@ class Experiment(Strict):
     def _source_problems(self) -> list[str]:
         """Sentences on runs that copy or learn from what cannot be there."""
         needed = {name: [source for source, _ in run.sources() if source in self.runs] for name, run in self.runs.items()}
-        problems, ready = [], set()
+        problems, ready, depths = [], set(), {}
         for _ in needed:  # each round takes the runs whose sources are all taken
             ready |= {name for name, sources in needed.items() if ready.issuperset(sources)}
         for name, sources in needed.items():
@@ -441,19 +441,24 @@ class Experiment(Strict):
                     if other:
                         raise UserError(f"a model of others is named by its own source, '{other.source}', not by a run")
                 if sources:
-                    self.layers_of(self.runs[name])
+                    depths[name] = self.layers_of(self.runs[name], depths)
             except UserError as error:
                 problems.append(f"runs.{name}: {error}")
         return problems
 
-    def layers_of(self, run: Run) -> int:
+    def layers_of(self, run: Run, known: dict[str, int] | None = None) -> int:
         """Blocks of `run`'s model, of a grown one at most; a source outside the file is taken to be as deep as `model`.
+        `known`: those of other runs, which need not be counted again.
 
         Raises UserError if it copies layers that its source has not."""
         start = run.init.copied
         if start is None or run.grow:
             return run.grow.max_layers if run.grow else run.layers or self.model.layers
-        return len(start.blocks(self.layers_of(self.runs[start.source]) if start.source in self.runs else self.model.layers))
+        depth = (known or {}).get(start.source)
+        if depth is None:
+            source = self.runs.get(start.source)
+            depth = self.layers_of(source, known) if source else self.model.layers
+        return len(start.blocks(depth))
 
     def train_of(self, run: Run) -> Train:
         """The experiment's `train` with the run's own keys put over it."""

@@ -74,7 +74,7 @@ def finished(run: RunDir) -> RunDir:
     if not run.is_done():
         if RunDir(run.path.parent).is_done() and run.path.name == "final":
             raise UserError(f"{run.path} holds the weights of a run; give the run's folder, {run.path.parent}")
-        what = "is not finished (no DONE)" if run.experiment.is_file() or any(run.path.glob("stage*")) else "is no run folder"
+        what = "is not finished (no DONE)" if run.experiment.is_file() or run.stages() else "is no run folder"
         raise UserError(f"{run.path} {what}; export takes runs/<experiment>/seed<k>/<run> of a finished run")
     return run.chosen()
 
@@ -166,7 +166,7 @@ def _ranges(layers: list[int]) -> str:
 
 def model_card(run: RunDir, described: dict, name: str, dtype: str, compared: dict) -> str:
     """README.md of the export: a YAML head as the Hub reads it, and what the model is, from the run's own JSON."""
-    results, start = run.read_results(), read_json(run.provenance)["starts"][-1]
+    results, start = run.read_results(), run.read_starts("versions", "git_commit")[-1]
     data, train, lineage = described["data"], described["train"], parents(run)
     hub = [parent for parent in lineage.values() if parent]
     licences = {parent: LICENCES["models"].get(parent, "unknown") for parent in hub}

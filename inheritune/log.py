@@ -14,14 +14,17 @@ import sys
 import time
 import uuid
 from collections import deque
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import psutil
 from tqdm import tqdm
+from xxhash import xxh3_64_intdigest
 
 from inheritune.config import REPOSITORY, Experiment, UserError, read_yaml
 from inheritune.dist import rank, world
-from inheritune.rundir import RunDir, read_json, read_jsonl, root, write_json, write_text
+from inheritune.rundir import RunDir, break_links, read_json, read_jsonl, replacing, root, sync_file, write_json, write_text
 
 logger = logging.getLogger("inheritune")
 
@@ -36,6 +39,7 @@ def setup(run_dir: RunDir | None = None) -> None:
     logger.addHandler(screen)
     if run_dir is not None and rank() == 0:
         run_dir.path.mkdir(parents=True, exist_ok=True)
+        break_links(run_dir.log)
         file = logging.FileHandler(run_dir.log, encoding="utf-8")
         file.handleError = lambda _: None  # a full disk: the record's own write says so, once
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -61,19 +65,17 @@ class Metrics:
     and `spike`, how many (OLMo 2's measure of stability, arXiv 2501.00656, over fewer rows). It is only reported."""
 
     def __init__(self, run_dir: RunDir, step: int, mirror=None):
-        kept = read_jsonl(RunDir(run_dir.checkpoint(step)).metrics)
-        try:
-            rows = read_jsonl(run_dir.metrics)
-        except UserError as damage:
-            logger.warning("the record up to the checkpoint is restored, what came after it is lost: %s", damage)
-            rows = []
-        if len(kept) < len(rows):
-            with open(run_dir.discarded_metrics, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows if row not in kept)
-        write_text(run_dir.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        kept, known, losses = RunDir(run_dir.checkpoint(step)).metrics, set(), deque(maxlen=SPIKE_ROWS)
+        for line in _whole_lines(kept):
+            known.add(xxh3_64_intdigest(line))
+            if b'"loss": ' in line:
+                losses.append(line)
+        _discard(run_dir, known)
+        with replacing(run_dir.metrics) as temporary, open(temporary, "wb") as file:
+            file.writelines(_whole_lines(kept))
         self._file = open(run_dir.metrics, "a", encoding="utf-8")  # noqa: SIM115 - open for the run's length
         self._mirror = mirror
-        self._losses = deque((row["loss"] for row in kept if "loss" in row), SPIKE_ROWS)
+        self._losses = deque((json.loads(line)["loss"] for line in losses), SPIKE_ROWS)
 
     def add(self, row: dict) -> None:
         if "loss" in row:
@@ -107,11 +109,44 @@ class Metrics:
 
     def sync(self) -> None:
         """Bring the rows to disk: before a checkpoint says that these steps are behind us."""
-        os.fsync(self._file.fileno())
+        sync_file(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
         self._to_mirror("finish")
+
+
+def _whole_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, but for a last one that a crash cut off; none without a file."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            yield from (line for line in file if line.endswith(b"\n"))
+
+
+def _discard(run_dir: RunDir, known: set[int]) -> None:
+    """Add the rows of metrics.jsonl that are not `known` (the hashes of their lines) to metrics.discarded.jsonl. None is added
+    twice, however often a start is killed between this and the writing of metrics.jsonl."""
+    try:
+        rest = [line for line in _whole_lines(run_dir.metrics) if xxh3_64_intdigest(line) not in known]
+    except OSError as error:
+        logger.warning("the record up to the checkpoint is restored, what came after it is lost: %s", error)
+        return
+    rows = [line for line in rest if _is_row(line)]
+    if len(rows) < len(rest):
+        logger.warning("%d damaged lines of %s are left out", len(rest) - len(rows), run_dir.metrics)
+    if not rows:
+        return
+    before = list(_whole_lines(run_dir.discarded_metrics))
+    seen = set(before)
+    with replacing(run_dir.discarded_metrics) as temporary, open(temporary, "wb") as file:
+        file.writelines(before + [line for line in rows if line not in seen])
+
+
+def _is_row(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def start_wandb(run_dir: RunDir, experiment: Experiment, run: str, mode: str, project: str):
@@ -159,7 +194,7 @@ def sync(folder: str) -> None:
 
     Raises UserError if `folder` is no run folder, and if W&B knows no account here or cannot be reached."""
     run_dir = RunDir(folder)
-    stages = sorted(path.name for path in run_dir.path.glob("stage[0-9]*") if (path / "metrics.jsonl").is_file())
+    stages = [f"stage{number}" for number in run_dir.stages() if run_dir.stage(number).metrics.is_file()]
     if stages and not run_dir.metrics.is_file():
         raise UserError(
             f"{folder} is a grown run, whose stages are runs of their own ({', '.join(stages)}); sync {folder}/stage1"
@@ -216,7 +251,7 @@ def _one_line(error: Exception) -> str:
 
 def record_provenance(run_dir: RunDir, **facts) -> None:
     """Add this start of the run to provenance.json: when, where, which code and versions, and `facts` (data, parents)."""
-    starts = read_json(run_dir.provenance)["starts"] if run_dir.provenance.is_file() else []
+    starts = run_dir.read_starts() if run_dir.provenance.is_file() else []
     starts.append(
         {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -251,7 +286,7 @@ class StartClock:
         """Say it, and add it to this start in provenance.json."""
         shown = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.parts.items())
         logger.info("the first step ended %.1f s after the start: %s", sum(self.parts.values()), shown)
-        starts = read_json(run_dir.provenance)["starts"]
+        starts = run_dir.read_starts()
         starts[-1]["start_s"] = self.parts
         write_json(run_dir.provenance, {"starts": starts})
 

@@ -467,7 +467,7 @@ def compare(folder: RunDir, experiment: Experiment) -> list[list]:
     measured = [rank for rank in results.get("memory", []) if "weights" in rank]
     if not measured:
         raise UserError(f"{folder.path} holds no measured memory (results.json of a finished run); train it to its end first")
-    start = read_json(folder.provenance)["starts"][-1]
+    start = folder.read_starts("deepspeed", "ranks")[-1]
     spec = experiment.run(results["run"])
     train = experiment.train_of(spec).model_copy(update={"precision": results["precision"]})
     length = experiment.data.sequence_length

@@ -35,8 +35,9 @@ from tqdm import tqdm
 from inheritune.config import Data, Experiment, UserError
 from inheritune.dist import Stopped, asked_to_stop
 from inheritune.documents import Batch, Source, Unusable, parse, read_batches
+from inheritune.lock import Lock
 from inheritune.rundir import (
-    Lock,
+    break_links,
     damages,
     data_dir,
     disk_error,
@@ -47,6 +48,7 @@ from inheritune.rundir import (
     remove,
     remove_leftovers,
     replacing,
+    sync_file,
     write_json,
 )
 from inheritune.tokens import Tokenizer, bpe_size, encode_each, load_tokenizer, train_bpe
@@ -242,6 +244,7 @@ class Shards:
         for name in later - ({self.path.name} if self.filled else set()):
             remove(folder / name)
         if self.filled:
+            break_links(self.path)
             os.truncate(self.path, self.filled * self.dtype.itemsize)
 
     @property
@@ -281,7 +284,7 @@ class Shards:
     def save(self) -> dict:
         """Make what is written survive a power cut; the state from which a later process can go on."""
         if self._file:
-            os.fsync(self._file.fileno())
+            sync_file(self._file.fileno())
         state = {"tokens": self.tokens, "documents": self.documents, "shards": self.shards}
         return state | {"open": self.path.name, "open_bytes": self.filled * self.dtype.itemsize}
 

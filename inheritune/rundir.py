@@ -11,26 +11,24 @@ size and xxh3-128 hash of every file they speak for. JSON of ours carries a hash
 """
 
 import errno
-import glob
 import json
-import math
+import logging
 import os
 import platform
-import random
 import re
 import shutil
-import socket
-import subprocess
-import threading
 import time
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import xxhash
 
 from inheritune.config import REPOSITORY, Experiment, UserError
+from inheritune.processes import fate, machine, node
+
+logger = logging.getLogger("inheritune")
 
 
 def root() -> Path:
@@ -93,10 +91,42 @@ class RunDir:
         """Per-window validation losses (nats per token, float64) at `step`."""
         return self.validation / f"step_{step}.npy"
 
+    def stages(self) -> list[int]:
+        """Numbers of the stages that have a folder here, in order."""
+        found = (re.fullmatch("stage([1-9][0-9]*)", name) for name in _names_in(self.path))
+        return sorted(int(match[1]) for match in found if match and (self.path / match[0]).is_dir())
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the folders in checkpoints/ that have a checkpoint's name, whole or not, oldest first. What a person or
+        another program put beside them (step_00000004.bak, .DS_Store) is not ours."""
+        found = {int(match[1]) for name in _names_in(self.checkpoints) if (match := re.fullmatch("step_([0-9]{8,})", name))}
+        return sorted(step for step in found if self.checkpoint(step).is_dir())
+
+    def marked_checkpoints(self) -> list[int]:
+        """Steps of the folders that carry a marker, oldest first."""
+        return [step for step in self.checkpoint_steps() if (self.checkpoint(step) / "COMPLETE").is_file()]
+
     def complete_checkpoints(self) -> list[int]:
-        """Steps of the checkpoints that carry their marker, oldest first."""
-        found = self.checkpoints.glob("step_*/COMPLETE") if self.checkpoints.is_dir() else ()
-        return sorted(int(marker.parent.name.removeprefix("step_")) for marker in found)
+        """Steps of the checkpoints that carry their own marker, oldest first."""
+        return [step for step in self.marked_checkpoints() if self.named_step(step) == step]
+
+    def named_step(self, step: int) -> int:
+        """The step that the marker of checkpoint `step` names: another one where the folder is a copy under a wrong name.
+        `step` where the marker does not tell: what is damaged is found when the files are compared."""
+        try:
+            marker = read_json(self.checkpoint(step) / "COMPLETE")
+        except UserError:
+            return step
+        named = marker.get("step") if isinstance(marker, dict) else None
+        return named if type(named) is int else step
+
+    def check_checkpoint(self, step: int) -> None:
+        """Raises UserError unless the files of checkpoint `step` are what its marker says, and the marker is of that step."""
+        folder = self.checkpoint(step)
+        files = marked_files(folder / "COMPLETE")
+        if (named := self.named_step(step)) != step:
+            raise UserError(f"{folder} is a copy of the checkpoint of step {named} under a wrong name; rename or delete it")
+        check_files(folder, files)
 
     def is_done(self) -> bool:
         return self.done.is_file()
@@ -131,6 +161,15 @@ class RunDir:
         check_files(self.path, results.get("record", {}) if self.is_done() else {})
         return results
 
+    def read_starts(self, *keys: str) -> list[dict]:
+        """The starts in provenance.json, at least one, each with `keys`. Raises UserError if it is missing or damaged."""
+        found = read_json(self.provenance)
+        starts = found.get("starts") if isinstance(found, dict) else None
+        listed = isinstance(starts, list) and starts and all(isinstance(start, dict) for start in starts)
+        if not (listed and all(key in start for key in keys for start in starts)):
+            raise UserError(f"{self.provenance} does not list the starts of its run: it is damaged; restore it, or delete it")
+        return starts
+
     def read_attention(self) -> list[dict]:
         """Rows of attention.jsonl. Raises UserError if they are not as written, or of other weights."""
         rows = read_jsonl(self.attention)
@@ -138,6 +177,14 @@ class RunDir:
             raise UserError(f"{self.attention} is empty; analyze the model again")
         self._check_measured(rows[0] if rows else {}, self.attention)
         return rows
+
+
+def _names_in(folder: Path) -> list[str]:
+    """Names of what lies in a folder; none if there is none."""
+    try:
+        return os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def parse_weights_name(name: str) -> tuple[str, str | None, str | None]:
@@ -186,15 +233,13 @@ def beside(weights: Path) -> RunDir:
 def replacing(path: Path):
     """A temporary path to write a file or fill a folder at; it takes the place of `path` when the block ends, and is
     removed if the block fails. The rename is atomic and comes after every byte is on disk, so a reader sees nothing or
-    everything. What killed processes of this machine left of earlier attempts is removed.
+    everything. What processes that are gone left of earlier attempts is removed.
 
     Raises UserError when the disk is full."""
-    temporary = path.with_name(f".{path.name}.tmp{socket.gethostname()}-{os.getpid()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f"{glob.escape(temporary.name.rpartition('-')[0])}-*"):
-        if left == temporary or _born(int(left.name.rpartition("-")[2])) is None:
-            remove(left)
+    temporary = temporary_of(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
         yield temporary
         for made in (*temporary.rglob("*"), temporary):
             flush(made)
@@ -202,12 +247,45 @@ def replacing(path: Path):
             shutil.rmtree(path)  # a folder cannot be renamed over a filled one
         os.replace(temporary, path)
         flush(path.parent)
-    except OSError as error:
-        remove(temporary)
-        raise disk_error(error, path) from error
-    except BaseException:
-        remove(temporary)
+    except BaseException as error:
+        with suppress(OSError):  # what stopped the writing may stop this too
+            remove(temporary)
+        if isinstance(error, OSError):
+            raise disk_error(error, path) from error
         raise
+
+
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.tmp(?P<node>[\w.-]+?)(-(?P<place>[0-9a-f]{8}))?-(?P<pid>[0-9]+)", re.DOTALL | re.ASCII)
+ABANDONED_S = 24 * 3600
+"""Age of a temporary file from which on nobody writes it, whoever made it."""
+
+
+def temporary_of(path: Path) -> Path:
+    """Where this process writes what will be `path`. The name says whose it is: node, machine (a hash) and process number."""
+    return path.with_name(f".{path.name}.tmp{node()}-{_hash_of(machine())}-{os.getpid()}")
+
+
+@cache
+def _hash_of(place: str | None) -> str:
+    return xxhash.xxh3_64_hexdigest(str(place).encode())[:8]
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the temporaries of `path` whose processes are gone for certain or have not written for a day."""
+    with suppress(OSError):  # a folder that cannot be listed, another user's file: they are only in nobody's way
+        for name in os.listdir(path.parent):
+            match, left = LEFTOVER.fullmatch(name), path.parent / name
+            if match and match["name"] == path.name and _is_abandoned(left, match):
+                remove(left)
+
+
+def _is_abandoned(left: Path, match: re.Match) -> bool:
+    if left == temporary_of(left.with_name(match["name"])):
+        return True  # of this very process: an earlier attempt that failed
+    here = machine()
+    if fate(here if match["place"] == _hash_of(here) else None, int(match["pid"])) == "dead":
+        return True
+    return time.time() - max(made.lstat().st_mtime for made in (left, *left.rglob("*"))) > ABANDONED_S
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -267,11 +345,22 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 def read_json(path: Path):
     """The JSON value in `path`. Raises UserError if it is missing, damaged or not as it was written."""
     try:
-        return unsealed(json.loads(path.read_text(encoding="utf-8")), str(path))
+        return unsealed(json.loads(_read_text(path)), str(path))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}); restore it or delete what it belongs to") from None
+
+
+def _read_text(path: Path) -> str:
+    """The text of a file of ours. One that is replaced at this moment on NFS (ESTALE) is opened again."""
+    for _ in range(10):
+        try:
+            return path.read_text(encoding="utf-8")
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+    return path.read_text(encoding="utf-8")
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -279,7 +368,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
     Raises UserError if a line is no row, or a file whose first row bears a seal is not as `write_jsonl` left it."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        lines = _read_text(path).splitlines(keepends=True) if path.exists() else []
         rows = [{**json.loads(line)} for line in lines if line.endswith("\n")]
     except (ValueError, TypeError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as rows of JSON ({error}); restore it") from None
@@ -298,163 +387,67 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files and folders of killed processes in `folder`; call while holding its lock."""
-    for left in folder.glob(".*.tmp*") if folder.is_dir() else ():
-        remove(left)
+    """Delete the temporary files and folders that processes of ours left in `folder`; call while holding its lock, so that
+    none of them still writes. What else begins with a dot is not ours."""
+    for name in _names_in(folder):
+        if LEFTOVER.fullmatch(name):
+            remove_if_possible(folder / name)
+
+
+def remove_if_possible(path: Path) -> None:
+    """Delete what is needed no more, or warn: another user's file may stop that, or a reader on a network disk. No run ends
+    for it."""
+    try:
+        remove(path)
+    except OSError as error:
+        _tell_kept(path, error.strerror)
+
+
+@cache
+def _tell_kept(path: Path, why: str) -> None:
+    logger.warning("%s is not needed any more and cannot be deleted (%s): delete it by hand", path, why)
+
+
+def break_links(path: Path) -> None:
+    """Give a file its own content if it shares it with other names (a run copied by `cp -l` or `cp -s`); call before adding
+    to it."""
+    if path.is_file() and (path.is_symlink() or path.stat().st_nlink > 1):
+        with replacing(path) as temporary:
+            shutil.copyfile(path, temporary)
+
+
+CANNOT_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS)
+"""What some network and FUSE file systems answer to fsync, of folders above all. A full or failing disk says something else."""
 
 
 def flush(path: Path) -> None:
-    """Make a file, or a folder's entries, survive a power cut before a name points at them."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Make a file, or a folder's entries, survive a power cut before a name points at them, where the file system can."""
+    if path.is_symlink():  # an entry of its folder, which is flushed too
+        return
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError as error:  # written, but not for us to read
+        _tell_unsynced(error.strerror)
+        return
+    try:
+        sync_file(descriptor)
     finally:
         os.close(descriptor)
 
 
-# --- one job at a time ----------------------------------------------------------------------------------------------------
-
-
-class Lock:
-    """Keeps two jobs out of what is written at `path`, on any file system that the nodes share; use as a context manager.
-
-    Every contender puts a file of its own, `.NAME.lock.<uuid>`, beside `path` and looks for those of others: the later of
-    two sees the earlier and withdraws. A holder touches its file every `BEAT` seconds from a thread, so that a crash frees
-    the lock: at once where the process can be seen to be gone (same machine), after two silent beats where Slurm says that
-    its job has ended, after `SILENCE` seconds otherwise. (flock would not do: Lustre is often mounted without it.)"""
-
-    BEAT, SILENCE = 10.0, 180.0
-
-    def __init__(self, path: Path, wait: float | None = None):
-        """`wait`: seconds until UserError while another holds the lock (None: $INHERITUNE_LOCK_WAIT, or 120)."""
-        self.path = path
-        self.wait = float(os.environ.get("INHERITUNE_LOCK_WAIT") or 120) if wait is None else wait
-        self.file = path.with_name(f".{path.name}.lock.{uuid.uuid4().hex[:12]}")
-        self._released = threading.Event()
-
-    def acquire(self) -> None:
-        """Take the lock, waiting for another holder. Raises UserError naming it when the wait is over."""
-        deadline, told = time.monotonic() + self.wait, False
-        while (holder := self._try()) is not None:
-            who = f"{holder.get('job') or 'process ' + str(holder.get('pid'))} on {holder.get('host')}"
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"{self.path} is being written by {who}, still after {self.wait:.0f} s of waiting; let it finish, or stop "
-                    f"it first; nothing was changed"
-                )
-            if not told:
-                limit = f" up to {self.wait:.0f} s" if math.isfinite(self.wait) else ""
-                print(f"{self.path} is being written by {who}: waiting{limit}", flush=True)
-                told = True
-            time.sleep(random.uniform(0.5, 1.5))  # two that meet do not go on meeting
-        threading.Thread(target=self._beat, daemon=True).start()
-
-    def release(self) -> None:
-        self._released.set()
-        self.file.unlink(missing_ok=True)
-
-    def __enter__(self) -> "Lock":
-        self.acquire()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.release()
-
-    def lost(self) -> bool:
-        """Whether another job took this one for dead (after minutes without a beat) and may be writing here."""
-        return not self.file.is_file()
-
-    def _try(self) -> dict | None:
-        """Announce ourselves; None if nobody else is here, else who (and our file is withdrawn)."""
-        me = {"machine": _machine(), "pid": os.getpid(), "born": _born(os.getpid()), "host": node()}
-        if os.environ.get("SLURM_JOB_ID"):
-            me["slurm"] = [os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT") or "0"]
-            me["job"] = f"job {os.environ['SLURM_JOB_ID']}"
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file.write_text(json.dumps(me), encoding="utf-8")
-        except OSError as error:
-            self.file.unlink(missing_ok=True)  # an empty one, on a full disk, would look like another's for minutes
-            raise disk_error(error, self.file) from error
-        now = self.file.stat().st_mtime  # the file server's clock, which the beats of others are measured by
-        for other in self.path.parent.glob(f".{self.path.name}.lock.*"):
-            try:
-                silent, holder = now - other.stat().st_mtime, json.loads(other.read_text(encoding="utf-8"))
-            except FileNotFoundError:
-                continue
-            except ValueError:  # it is being written this moment
-                holder = {}
-            if other != self.file and not self._dead(holder, silent):
-                self.file.unlink(missing_ok=True)
-                return holder
-            if other != self.file:
-                other.unlink(missing_ok=True)
-        return None
-
-    def _dead(self, holder: dict, silent: float) -> bool:
-        if holder.get("machine") == _machine():
-            return _born(holder["pid"]) != holder["born"]
-        if holder.get("slurm") and silent > 2 * self.BEAT and _job_ended(*holder["slurm"]):
-            return True
-        return silent > self.SILENCE
-
-    def _beat(self) -> None:
-        while not self._released.wait(self.BEAT):
-            try:
-                os.utime(self.file)
-            except OSError:  # taken away, or the file server is: `lost` tells
-                continue
-
-
-def lock_holder(path: Path) -> dict | None:
-    """Who holds the lock of `path` ({host, pid, slurm, job, silent: seconds since its last beat}), or None. Only looks: Slurm
-    is not asked, so a job that died on another machine passes for alive for `Lock.SILENCE` seconds."""
-    for file in path.parent.glob(f".{path.name}.lock.*"):
-        try:
-            holder = json.loads(file.read_text(encoding="utf-8"))
-            holder["silent"] = time.time() - file.stat().st_mtime
-        except (OSError, ValueError):  # it is being written, or was just taken away
-            continue
-        here = holder["machine"] == _machine()
-        if _born(holder["pid"]) == holder["born"] if here else holder["silent"] <= Lock.SILENCE:
-            return holder
-    return None
-
-
-def _machine() -> str:
-    """Names this machine, since its last start, and the process numbers seen here (a container has its own)."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{boot.read_text().strip() if boot.is_file() else socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
-
-
-def _born(pid: int) -> str | None:
-    """Start time of a living process (field 22 of its stat), or None: a number used again is another process."""
+def sync_file(descriptor: int) -> None:
+    """os.fsync, where the file system can. Raises OSError if the disk is full or fails."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC:
+            raise
+        _tell_unsynced(error.strerror)
 
 
-def node() -> str:
-    """Name of this node, as Slurm calls it where it does."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
-def _job_ended(job: str, restarts: str) -> bool:
-    """Whether Slurm says that this start of `job` is over; False where it cannot be asked."""
-    if job == os.environ.get("SLURM_JOB_ID"):
-        return restarts != (os.environ.get("SLURM_RESTART_COUNT") or "0")  # an earlier start of our own job
-    try:
-        said = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    shown = next((line for line in said.stdout.splitlines() if line.startswith(f"JobId={job} ")), "")  # not an array's others
-    fields = dict(word.split("=", 1) for word in shown.split() if "=" in word)
-    if said.returncode or "JobState" not in fields:
-        return "Invalid job id" in said.stderr  # forgotten since it ended
-    alive = fields["JobState"] in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
-    return not alive or fields.get("Restarts", "0") != restarts
+@cache
+def _tell_unsynced(why: str) -> None:
+    logger.debug("a file or folder cannot be synced (%s): a power cut may lose what was written last", why)
 
 
 # --- hashes and markers ---------------------------------------------------------------------------------------------------

@@ -223,9 +223,12 @@ def _read_folder(folder: Path, stem: str, suffix: str, read: Callable[[Path], di
 
 def _tag_folder(folder: Path) -> Path | None:
     """The folder of DeepSpeed's files: `folder` or, one level down, the tag named by `latest` or the only one."""
-    if any(folder.glob("*_model_states.pt")):
+    if any(folder.glob("[!.]*_model_states.pt")):
         return folder
-    tags = [p for p in sorted(folder.iterdir()) if p.is_dir() and any(p.glob("*_model_states.pt"))]
+    tags = [p for p in sorted(folder.iterdir()) if p.is_dir() and any(p.glob("[!.]*_model_states.pt"))]
+    if (folder / "COMPLETE").is_file():  # of our own making: what was put beside its files is not ours
+        listed = {name.partition("/")[0] for name in rundir.marked_files(folder / "COMPLETE")}
+        tags = [tag for tag in tags if tag.name in listed]
     if (folder / "latest").is_file():
         latest = (folder / "latest").read_text(encoding="utf-8", errors="replace").strip()
         if latest not in [p.name for p in tags]:

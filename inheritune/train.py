@@ -34,6 +34,7 @@ from inheritune.engine import (
 )
 from inheritune.inherit import extend, halve, inherit, write_random
 from inheritune.job import Job
+from inheritune.lock import Lock
 from inheritune.log import Metrics, StartClock, logger, progress, record_provenance, setup, start_wandb
 from inheritune.models import count_parameters, flops_per_token, hf_config
 from inheritune.rundir import data_dir, finished_weights, node, read_json, write_json, write_text
@@ -88,7 +89,7 @@ def train_job(job: Job, ds: str | None = None) -> None:
     for warning in dslint.report(path, dslint.lint(settings, job.experiment.model, trainer.train, dist.world())):
         logger.warning("%s", warning) if dist.rank() == 0 else None
     clock.end("data")
-    lock = rundir.Lock(job.dir.path)
+    lock = Lock(job.dir.path)
     dist.on_rank0(lock.acquire)
     clock.end("lock")
     trainer.clock = clock
@@ -152,7 +153,7 @@ def prepare_start(job: Job):
 def random_start(job: Job, layers: int):
     """The random model of this experiment and seed with `layers` blocks, written once.  -> its folder"""
     folder = job.root.seed_checkpoint(layers)
-    with rundir.Lock(folder):  # runs of one size share it, and may start at the same time
+    with Lock(folder):  # runs of one size share it, and may start at the same time
         if not (folder / "inherited.json").is_file():
             write_random(hf_config(job.experiment.model, layers), folder, seed=job.seed)
     return folder
@@ -190,7 +191,7 @@ class Trainer:
         self.next_look = 0.0
         self.arithmetic = self.share.describe(self.batch, dist.world(), ceiling, self.length)
 
-    def fit(self, lock: rundir.Lock) -> None:
+    def fit(self, lock: Lock) -> None:
         """Everything from the start checkpoint to DONE. Raises dist.Stopped, with all saved, when asked to leave before."""
         job, run_dir = self.job, self.job.dir
         self.lock = lock
@@ -342,7 +343,7 @@ class Trainer:
             if self._evaluate(step, state["tokens"]) is None:
                 return False
             state["evaluated"] = step
-        if step in self.job.run.keep_at and not dist.on_rank0(kept.is_dir):
+        if step in self.job.run.keep_at and not dist.on_rank0((kept / "COMPLETE").is_file):
             self._check_weights(state)
             checkpoint.export_weights(self.engine, kept, self.tokens.folder / "tokenizer")
         if step % train.checkpoint_every == 0 and self.saved < step < train.steps:
@@ -418,8 +419,8 @@ class Trainer:
         on_curve = validate.interval(losses[curve] if final else losses)
         if self.metrics:
             self.metrics.add({"step": step, "tokens": tokens_seen, "val_loss": on_curve["mean"], "val_windows": on_curve["n"]})
-            self.job.dir.validation.mkdir(exist_ok=True)
-            np.save(self.job.dir.losses(step), losses)
+            with rundir.replacing(self.job.dir.losses(step)) as temporary, open(temporary, "wb") as file:
+                np.save(file, losses)
         logger.info("step %d of %d: validation loss %.4f (%s)", step, self.train.steps, on_curve["mean"], self.pace)
         return losses
 
@@ -462,8 +463,8 @@ class Trainer:
                 f"{run_dir.path} was started with {key} = {old}, now it is {new}; go back to it, or start a run of another name"
             )
         if run_dir.provenance.is_file():
-            first = read_json(run_dir.provenance)["starts"][0]
-            if self.teacher and self.teacher.files != first["teacher"]["files"]:
+            first = run_dir.read_starts("data_fingerprint")[0]
+            if self.teacher and self.teacher.files != (first.get("teacher") or {}).get("files"):
                 raise UserError(
                     f"{run_dir.path} was taught by {first['teacher']['folder']}, whose weights are not those of "
                     f"{self.teacher.source.folder} now; restore them or start a run of another name"

@@ -29,7 +29,7 @@ from inheritune import __main__ as program
 from inheritune import dist
 from inheritune.config import UserError
 from inheritune.log import logger
-from inheritune.rundir import RunDir, hash_folder, read_json, read_jsonl
+from inheritune.rundir import RunDir, hash_folder, read_json, read_jsonl, remove
 
 TABLE = Path(__file__).with_name("damage.md")
 WRITE = os.environ.get("DAMAGE") == "write"
@@ -436,3 +436,34 @@ def test_tokens_that_fail_are_prepared_again(world, tmp_path):
     flip(shard)
     code, said = verb(tmp_path / "tree", ["prepare", "TREE/small.yaml", "--workers", "1"])
     assert code == 0 and f"{shard} does not have the content" in said and hash_folder(shard.parent) == before, said
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"starts": []}', '{"starts": [3]}', '{"starts": [{}]}', '{"starts'])
+def test_starts_that_are_not_recorded_are_refused_by_all_that_read_them(world, tmp_path, content):
+    """provenance.json with no seal, as a person or another program leaves it."""
+    shutil.copytree(world.whole, tmp_path / "tree")
+    path = tmp_path / "tree" / RUNS / "reference" / "provenance.json"
+    path.write_text(content)
+    readers = [
+        ["export", f"TREE/{RUNS}/reference", "--to", "TREE/out"],
+        ["plan", "TREE/small.yaml", "--run", "reference", "--against", f"TREE/{RUNS}/reference"],
+    ]
+    for words in readers:
+        code, said = verb(tmp_path / "tree", words)
+        assert code == 2 and str(path) in said and "Traceback" not in said, said
+    for pattern in SCENES["resume"].without:
+        remove(tmp_path / "tree" / pattern)
+    code, said = verb(tmp_path / "tree", SCENES["resume"].words)
+    assert code == 2 and "Traceback" not in said and said.splitlines()[-1].startswith("inheritune: "), said
+    assert str(path) in said, said
+
+
+@pytest.mark.parametrize("words", [["table", "TREE/small.yaml"], ["status", "TREE/small.yaml"]], ids=["table", "status"])
+@pytest.mark.parametrize("folder", [f"{RUNS}/reference", RUNS, "runs"])
+def test_a_run_folder_of_another_user_is_told(world, tmp_path, words, folder):
+    shutil.copytree(world.whole, tmp_path / "tree")
+    (tmp_path / "tree" / folder).chmod(0)
+    code, said = verb(tmp_path / "tree", words)
+    (tmp_path / "tree" / folder).chmod(0o755)
+    assert code == (2 if words[0] == "table" else 0) and "Traceback" not in said, said
+    assert "Permission denied" in said and str(tmp_path / "tree" / RUNS / "reference") in said, said

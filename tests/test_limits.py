@@ -20,9 +20,10 @@ from test_stop import make
 from inheritune.config import Model, UserError, load_experiment
 from inheritune.dist import limit_error
 from inheritune.inherit import write_random
+from inheritune.lock import Lock
 from inheritune.log import Metrics, start_wandb
 from inheritune.models import hf_config
-from inheritune.rundir import Lock, RunDir, data_dir, hash_folder, read_jsonl, remove
+from inheritune.rundir import RunDir, data_dir, hash_folder, read_jsonl, remove
 
 
 def limited(megabytes: int, *words) -> str:

@@ -180,7 +180,7 @@ def test_a_killed_prepare_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeyp
         while any(is_alive(worker) for worker in workers):  # they leave by themselves
             assert time.monotonic() < deadline
             time.sleep(0.05)
-    (folder / ".progress.json.tmp1").write_text("left by a killed process")
+    (folder / ".progress.json.tmpnode1-0123abcd-1").write_text("left by a killed process")
     prepare(chosen, 1)
     assert contents(folder) == unbroken
     assert {name: (folder / name).stat().st_mtime_ns for name in kept} == kept

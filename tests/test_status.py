@@ -1,19 +1,28 @@
 """status: every state that a run can be in, from folders that the program's own writers left; on a real Slurm at the end."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment, write_tokens
 from slurm_cluster import session_cluster, slurm  # noqa: F401
+from test_damage import modes_count
 
-from inheritune import dist
-from inheritune.config import load_experiment
+from inheritune import config, dist
+from inheritune.config import UserError, load_experiment
+from inheritune.lock import Lock, lock_holder
 from inheritune.log import record_provenance
 from inheritune.paper import curve_of, published_curves, published_loss
-from inheritune.rundir import Lock, RunDir, data_dir, lock_holder, read_json, read_jsonl, write_json
+from inheritune.rundir import RunDir, data_dir, read_json, read_jsonl, write_json
 from inheritune.status import Job, last_rows, read_jobs
 from inheritune.status import status as show
 
@@ -138,6 +147,181 @@ def test_distance_to_the_curve_is_shown(capsys):
     assert "paper" not in " ".join(lines(capsys, "gpt2_medium_owt", rehearse=True))  # a rehearsal is compared with nothing
 
 
+# --- files that are damaged, unreadable or gone ---------------------------------------------------------------------------
+
+STARTED = {"starts": [{"time": "2026-01-02", "host": "node1", "slurm_job": None}]}
+BROKEN = {  # file: {content: what is said of it}
+    "provenance.json": {
+        b"{}": "does not list the starts of its run",
+        b"[]": "does not list the starts of its run",
+        b'{"starts": []}': "does not list the starts of its run",
+        b'{"starts": [3]}': "does not list the starts of its run",
+        b'{"starts": [{"time"': "cannot be read as JSON",
+        b"": "cannot be read as JSON",
+        bytes(range(256)): "cannot be read as JSON",
+        b'{"starts": [{}], "seal": "0"}': "is not as it was written",
+        b'{"starts": [{}]}': "ended without a word",
+    },
+    "STOPPED": {
+        b"{}": "does not say why the run stopped",
+        b"[1]": "does not say why the run stopped",
+        b'{"why": 3}': "does not say why the run stopped",
+        b'{"why": "SIG': "cannot be read as JSON",
+    },
+    "metrics.jsonl": dict.fromkeys(
+        [
+            b"", b"5\n[]\nnull\n{}\n", bytes(range(256)), b'{"step": "x", "loss": 3.0}\n', b'{"step": 3, "loss": null}\n',
+            b'{"step": 3, "loss": NaN}\n', b'{"step": 3, "val_loss": "3"}\n', b'{"step": 3, "loss": 3.0, "step_s": "x"}\n',
+            b'{"loss": 3.0}\n', b'{"loss": ' + b"[" * 100_000 + b"\n",
+        ],
+        "ended without a word",
+    ),
+}  # fmt: skip
+DAMAGES = [(file, content) for file, contents in BROKEN.items() for content in contents]
+
+
+@pytest.fixture
+def three(tmp_path, own_root) -> str:
+    """An experiment of three runs, all of which began; `middle` will be damaged."""
+    runs = {name: {"init": "random"} for name in ("first", "middle", "last")}
+    path = write_experiment(tmp_path / "recipes", experiment_dict(runs=runs, paper=[]))
+    for name in runs:
+        run = RunDir.of(load_experiment(path), name)
+        write_rows(run, training_row(3), {"step": 3, "val_loss": 3.25})
+        write_json(run.provenance, STARTED)
+    return path
+
+
+def check_others(said: dict[str, str]) -> None:
+    """The runs beside `middle` are shown as without its damage."""
+    for name in ("first", "last"):
+        assert "failed" in said[name] and "3 of 6" in said[name] and "(node1, started 2026-01-02)" in said[f"{name}:"]
+
+
+@pytest.mark.parametrize(("file", "content"), DAMAGES, ids=[f"{file}-{content[:20]}" for file, content in DAMAGES])
+def test_a_damaged_file_is_a_remark_and_the_other_runs_are_shown(three, capsys, file, content):
+    (RunDir.of(load_experiment(three), "middle").path / file).write_bytes(content)
+    said = lines(capsys, three)
+    check_others(said)
+    assert BROKEN[file][content] in said["middle:"] and ("stopped" if file == "STOPPED" else "failed") in said["middle"]
+
+
+@pytest.mark.parametrize("file", ["provenance.json", "metrics.jsonl", "STOPPED", "DONE", "."])
+@pytest.mark.parametrize("damage", ["unreadable", "a folder", "a link to nowhere"])
+def test_a_file_that_cannot_be_read_is_a_remark_and_the_other_runs_are_shown(three, capsys, file, damage):
+    """Another user's run folder, for one."""
+    path = RunDir.of(load_experiment(three), "middle").path / file
+    if damage == "unreadable":
+        path.exists() or path.write_text("{}")
+        mode = path.stat().st_mode
+        path.chmod(0)
+    else:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        path.mkdir() if damage == "a folder" else path.symlink_to("/nowhere/at/all")
+    with modes_count():
+        said = lines(capsys, three)
+    check_others(said)
+    if damage == "unreadable":
+        path.chmod(mode)
+    if damage == "unreadable" and file == ".":
+        assert "unknown" in said["middle"] and "cannot be read (Permission denied)" in said["middle:"]
+    elif damage == "unreadable" and file != "DONE":
+        assert f"{path} cannot be read" in said["middle:"] and "Permission denied" in said["middle:"]
+    elif file == "metrics.jsonl" and damage == "a folder":
+        assert f"{path} cannot be read (Is a directory)" in said["middle:"]
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[]", b'{"stage": 9}', b'{"stage": true}', b'{"stage": "1"}', b'{"sta'])
+def test_a_damaged_done_of_a_grown_run_is_a_remark(small, capsys, content):
+    run = RunDir.of(load_experiment(small), "grown")
+    run.path.mkdir(parents=True)
+    run.done.write_bytes(content)
+    said = lines(capsys, small)
+    assert "unknown" in said["grown"] and f"{run.done} " in said["grown:"] and "next:" not in said["grown:"]
+    assert "not started" in said["reference"] and "next:" in said["reference:"]
+
+
+def test_a_lock_that_names_nobody_is_a_run_at_work(three, capsys):
+    run = RunDir.of(load_experiment(three), "middle")
+    run.path.with_name(".middle.lock.0123456789ab").write_text("[]")
+    said = lines(capsys, three)
+    check_others(said)
+    assert "running" in said["middle"] and "a process that its lock does not name" in said["middle"]
+
+
+def test_only_jobs_are_read_from_the_folder_of_jobs(own_root):
+    jobs = own_root / "runs" / "jobs"
+    names = ["12", "12_3", "12.bak", "12 (copy)", ".12", "12_", "1２", "notes", "99_1"]
+    for name in names:
+        (jobs / name).mkdir(parents=True)
+        (jobs / name / "run").write_text(f"runs/small/seed0/{name}\n")
+    (jobs / "12" / "failure").mkdir()
+    (jobs / "99_1" / "run").write_bytes(bytes(range(128, 256)))
+    (jobs / "100").write_text("a file")
+    (jobs / "101" / "run").mkdir(parents=True)
+    (jobs / "12_3" / "failure").write_bytes(b"node1 rank 0: \xff\n1\n")
+    found = read_jobs({})
+    assert {job.name for job in found.values()} == {"12", "12_3", "99_1"}
+    assert "cannot be read (Is a directory)" in found[own_root / "runs/small/seed0/12"].failure
+    assert found[own_root / "runs/small/seed0/12_3"].failure == "node1 rank 0: \ufffd"
+
+
+def test_runs_that_are_a_link_are_shown(three, capsys, own_root, tmp_path, monkeypatch):
+    (own_root / "runs").rename(tmp_path / "elsewhere")
+    (own_root / "runs").symlink_to(tmp_path / "elsewhere")
+    run = RunDir.of(load_experiment(three), "middle")
+    monkeypatch.setenv("INHERITUNE_JOB", str(own_root / "runs" / "jobs" / "12_3"))
+    dist.tell_run(run.path)
+    dist.tell_failure("CUDA out of memory")
+    said = lines(capsys, three)
+    check_others(said)
+    assert "job 12_3 failed: " in said["middle:"]
+
+
+def test_files_that_change_or_vanish_while_they_are_read(three, capsys):
+    """A run whose files are written, and one whose folder is moved away and back, while status reads."""
+    written, moved = (RunDir.of(load_experiment(three), name) for name in ("middle", "last"))
+    over, rounds = threading.Event(), []
+
+    def change() -> None:
+        while not over.is_set():
+            write_json(written.provenance, STARTED)
+            write_rows(written, training_row(3), {"step": 3, "val_loss": 3.25})
+            moved.path.rename(moved.path.with_name("away"))
+            moved.path.with_name("away").rename(moved.path)
+            rounds.append(1)
+
+    worker = threading.Thread(target=change)
+    worker.start()
+    try:
+        for _ in range(100):
+            said = lines(capsys, three)
+            assert said["first"].split()[1] == "failed" and "ended without a word (node1" in said["middle:"], said
+            assert "last" in said
+    finally:
+        over.set()
+        worker.join()
+    assert len(rounds) > 10
+
+
+def test_a_file_replaced_on_nfs_is_opened_again(tmp_path, monkeypatch):
+    """The kernel's boundary is replaced: no file system here answers ESTALE."""
+    write_json(tmp_path / "a.json", {"a": 1})
+    read, stale = Path.read_text, [2]
+
+    def read_text(self, **options):
+        if stale[0]:
+            stale[0] -= 1
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self))
+        return read(self, **options)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert read_json(tmp_path / "a.json") == {"a": 1} and stale == [0]
+    stale[0] = 100
+    with pytest.raises(UserError, match="Stale file handle"):
+        read_json(tmp_path / "a.json")
+
+
 # --- quick, and on a cluster ----------------------------------------------------------------------------------------------
 
 
@@ -149,6 +333,34 @@ def test_status_is_quick_and_needs_no_torch(small):
         [sys.executable, "-c", code, "status", small], capture_output=True, text=True, cwd=REPOSITORY, check=True
     )
     assert "reference" in done.stdout and done.stdout.endswith("\n\n")
+
+
+def test_five_hundred_runs_take_less_than_two_seconds(tmp_path, own_root, capsys, monkeypatch):
+    """Each of which starts from the one before. No folder is listed, and no depth counted, once for every run."""
+    names = [f"run{number}" for number in range(500)]
+    runs = {name: {"init": {"inherit": {"source": before, "layers": "0:4"}}} for before, name in pairwise(names)}
+    runs = {names[0]: {"init": "random"}, **runs}
+    path = write_experiment(tmp_path / "recipes", experiment_dict(runs=runs, paper=[]))
+    experiment, record = load_experiment(path), [training_row(step) for step in range(2000)]
+    for name in names:
+        write_rows(RunDir.of(experiment, name), *record)
+        write_json(RunDir.of(experiment, name).provenance, STARTED)
+    calls = Counter()
+    for module, function in ((config, "place_layers"), (os, "listdir"), (os, "scandir")):
+        monkeypatch.setattr(module, function, counting(calls, getattr(module, function)))
+    start_time = time.process_time()
+    said = lines(capsys, path)
+    assert time.process_time() - start_time < 2
+    assert len([name for name in names if "failed" in said[name]]) == 500
+    assert calls["place_layers"] < 1000 and calls["listdir"] + calls["scandir"] < 10, calls
+
+
+def counting(calls: Counter, function):
+    def call(*args, **kwargs):
+        calls[function.__name__] += 1
+        return function(*args, **kwargs)
+
+    return call
 
 
 def test_array_that_waits_is_told(own_root):

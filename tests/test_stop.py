@@ -12,7 +12,8 @@ import pytest
 from conftest import REPOSITORY, experiment_dict, free_port, run_verb, write_experiment, write_tokens
 
 from inheritune.config import UserError, load_experiment
-from inheritune.rundir import Lock, RunDir, data_dir, hash_folder, read_json, read_jsonl
+from inheritune.lock import Lock
+from inheritune.rundir import RunDir, data_dir, hash_folder, read_json, read_jsonl
 
 RECORD = ("step", "tokens", "loss", "lr", "grad_norm", "val_loss")
 
@@ -153,7 +154,7 @@ def test_full_disk_is_one_sentence_and_nothing_is_lost(tmp_path, stage, disk):
 
 def other_holder(path, **facts):
     """A lock file as another process would have left it."""
-    file = path.with_name(f".{path.name}.lock.other")
+    file = path.with_name(f".{path.name}.lock.0123456789ab")
     file.write_text(json.dumps({"machine": "another machine", "pid": 1, "born": "1", "host": "node9", **facts}))
     return file
 
@@ -173,7 +174,7 @@ def test_lock_of_a_living_process_is_respected_and_names_it(tmp_path):
 
 
 def test_lock_of_a_killed_process_of_this_machine_is_free_at_once(tmp_path):
-    code = f"from inheritune.rundir import Lock; from pathlib import Path; import os, signal; \
+    code = f"from inheritune.lock import Lock; from pathlib import Path; import os, signal; \
 Lock(Path({str(tmp_path / 'run')!r})).acquire(); os.kill(os.getpid(), signal.SIGKILL)"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False)
     assert len(list(tmp_path.iterdir())) == 1
@@ -216,7 +217,7 @@ def test_many_contenders_are_let_in_one_by_one(tmp_path):
     code = """
 import sys, time
 from pathlib import Path
-from inheritune.rundir import Lock
+from inheritune.lock import Lock
 counter = Path(sys.argv[1])
 for _ in range(4):
     with Lock(counter, wait=60):

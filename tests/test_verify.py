@@ -1,16 +1,22 @@
 """verify: every marker, every kind of damage, and nothing else called damaged."""
 
+import errno
 import os
 import shutil
 import socket
+import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, write_tokens
+from test_damage import modes_count
 
+from inheritune import rundir
 from inheritune.config import UserError
-from inheritune.rundir import RunDir, hash_folder, replacing, write_json
+from inheritune.log import Metrics, logger
+from inheritune.rundir import RunDir, flush, hash_folder, replacing, write_json
 from inheritune.status import verify
 
 
@@ -86,6 +92,56 @@ def test_damaged_marker_is_named(tree, capsys, content):
     assert f"DAMAGED: {marker}" in capsys.readouterr().out
 
 
+def test_what_no_run_reads_is_named(tree, capsys):
+    checkpoints = tree / "runs" / "small" / "seed0" / "reference" / "checkpoints"
+    write_json(checkpoints / "step_00000004" / "COMPLETE", {"step": 4, "files": {}})
+    shutil.copytree(checkpoints / "step_00000004", checkpoints / "step_00000005")
+    shutil.copytree(checkpoints / "step_00000004", checkpoints / "step_00000004.bak")
+    for name in ("step_00000006", ".DS_Store"):
+        (checkpoints / name).write_text("a file")
+    verify(tree)
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("whole: ")]
+    assert lines == [
+        f"not read by any run: {checkpoints}/step_00000004.bak has no name of a checkpoint",
+        f"not read by any run: {checkpoints}/step_00000005 is a copy of the checkpoint of step 4",
+        f"not read by any run: {checkpoints}/step_00000006 has no name of a checkpoint",
+        f"unfinished: {checkpoints}/step_00000008 has no COMPLETE, so no run reads it",
+    ]
+
+
+def test_linked_folders_are_verified_too_and_once(tree, capsys):
+    """Runs and data often lie on another disk; a link loop ends."""
+    shutil.move(tree / "runs" / "small", tree / "elsewhere")
+    (tree / "runs" / "small").symlink_to(tree / "elsewhere")
+    (tree / "elsewhere" / "loop").symlink_to(tree)
+    flip(tree / "elsewhere" / "seed0" / "reference" / "final" / "weights")
+    with pytest.raises(UserError, match="^1 files of"):
+        verify(tree / "runs")
+    assert capsys.readouterr().out.count("DAMAGED") == 1
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tree, capsys):
+    folder = tree / "runs" / "small" / "seed0" / "reference" / "checkpoints" / "step_00000004"
+    folder.chmod(0)
+    with modes_count(), pytest.raises(UserError, match="^1 files of"):
+        verify(tree)
+    folder.chmod(0o755)
+    assert f"DAMAGED: {folder} cannot be read (Permission denied)" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_the_run_deletes_meanwhile_is_not_damaged(tree, capsys):
+    checkpoint = tree / "runs" / "small" / "seed0" / "reference" / "checkpoints" / "step_00000004"
+
+    def deleting(markers):
+        for marker in markers:
+            if marker.parent == checkpoint:
+                shutil.rmtree(checkpoint)
+            yield marker
+
+    verify(tree, deleting)
+    assert f"deleted meanwhile: {checkpoint}" in capsys.readouterr().out
+
+
 def test_nothing_to_verify_is_told(tree):
     shutil.rmtree(tree / "runs" / "small" / "seed0" / "reference" / "init")
     with pytest.raises(UserError, match="nothing to verify in .*final"):
@@ -120,3 +176,62 @@ def test_a_folder_and_all_its_files_are_on_disk_before_its_name(tmp_path, monkey
         (folder / "config.json").write_text("{}")
         names = [folder, folder / "config.json", folder / "tokenizer", folder / "tokenizer" / "vocab.json"]
     assert sorted(synced[:-1]) == sorted((str(name), False) for name in names) and synced[-1] == (str(tmp_path), True)
+
+
+@pytest.mark.parametrize("folder", ["/proc", "/sys", "/proc/self/fd"])
+def test_a_folder_whose_file_system_cannot_sync_is_no_error(folder):
+    """As some network and FUSE file systems: these of the kernel answer EINVAL to every fsync."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    with pytest.raises(OSError, match="Invalid argument"):
+        os.fsync(descriptor)
+    os.close(descriptor)
+    flush(Path(folder))
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_files_are_written_where_folders_cannot_be_synced(tmp_path, monkeypatch, caplog, code):
+    """The kernel's boundary is replaced: no file system here takes files and refuses to sync its folders."""
+    sync = os.fsync
+
+    def refusing(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refusing)
+    monkeypatch.setattr(logger, "propagate", True)
+    caplog.set_level("DEBUG", logger.name)
+    rundir._tell_unsynced.cache_clear()
+    for name in ("a", "b"):
+        with replacing(tmp_path / name) as folder:
+            folder.mkdir()
+            (folder / "config.json").write_text(name)
+    assert (tmp_path / "b" / "config.json").read_text() == "b"
+    told = [(record.levelname, record.message) for record in caplog.records]
+    sentence = f"a file or folder cannot be synced ({os.strerror(code)}): a power cut may lose what was written last"
+    assert told == [("DEBUG", sentence)]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_full_or_failing_disk_is_told_by_the_sync_too(tmp_path, monkeypatch, code):
+    def failing(_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises((UserError, OSError), match="no space left while writing|Input/output error"):
+        write_json(tmp_path / "a.json", {})
+    with pytest.raises(OSError, match=os.strerror(code)):
+        metrics = Metrics.__new__(Metrics)
+        metrics._file = open(tmp_path / "metrics.jsonl", "w")  # noqa: SIM115
+        metrics.sync()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_what_was_written_but_cannot_be_read_is_no_error(tmp_path):
+    """Under a umask that keeps a file's own owner from reading it, and with links that lead nowhere."""
+    with modes_count(), replacing(tmp_path / "made") as folder:
+        folder.mkdir()
+        (folder / "dangling").symlink_to("/nowhere")
+        (folder / "written").write_text("x")
+        (folder / "written").chmod(0o200)
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["dangling", "written"]
