@@ -7,6 +7,7 @@ requests, shares them out over the ranks and computes the metrics; it is importe
 import contextlib
 import io
 import logging
+import math
 import os
 import sys
 from importlib.metadata import version
@@ -174,8 +175,23 @@ def score(lm, task: Task, found: dict) -> dict | None:
     for metric in task.metrics:
         key = next(key for key in values if key.partition(",")[0] == metric)
         stderr = values[key.replace(metric, f"{metric}_stderr", 1)]
-        row[metric] = {"score": float(values[key]), "stderr": None if stderr == "N/A" else float(stderr)}
+        row[metric] = {"score": float(values[key]), "stderr": finite(stderr)}
     return row
+
+
+def check_finite(name: str, row: dict, task: Task) -> None:
+    """Raises UserError if a score of the row is nan or infinite, which no JSON can hold."""
+    for metric in task.metrics:
+        if not math.isfinite(row[metric]["score"]):
+            raise UserError(
+                f"{metric} of task {name} is {row[metric]['score']}: the model's weights or the task's data are damaged; the "
+                f"tasks before it are saved, --tasks scores others"
+            )
+
+
+def finite(stderr) -> float | None:
+    """lm-eval's standard error; None where it has none (N/A; nan of a single document, inf of a perplexity's bootstrap)."""
+    return float(stderr) if stderr != "N/A" and math.isfinite(float(stderr)) else None
 
 
 def describe(name: str, row: dict, task: Task) -> str:

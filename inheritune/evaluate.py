@@ -84,6 +84,7 @@ def measure(loaded: Experiment, chosen: dict[str, Task], job: Job | None, source
             raise dist.Stopped(f"{len(missing) - number} tasks are left to score ({why}); the same command goes on with them")
         start_time = time.monotonic()
         row = downstream.score(lm, chosen[name], benchmarks[name])
+        dist.on_rank0(downstream.check_finite, name, row, chosen[name])
         if row:  # rank 0
             results["tasks"][name] = row | {"precision": train.precision, "checkpoint": identity}
             write_json(target, results) if target else None
@@ -103,14 +104,17 @@ def load_weights(source: Source) -> torch.nn.Module:
 def checkpoint_losses(model, source: Source, tokens: Tokens, length: int, train: Train) -> np.ndarray:
     """Per-window validation losses of `source`, loaded as `model`.  -> (n,) float64
 
-    Raises UserError if the data's vocabulary or windows do not fit the model."""
+    Raises UserError if the data's vocabulary or windows do not fit the model, and if a loss is not finite."""
     check_vocabulary(tokens.vocab_size, source.config.vocab_size, str(source.folder))
     positions = getattr(source.config, "max_position_embeddings", length)
     if length > positions:
         raise UserError(f"data.sequence_length ({length}) is beyond the {positions} positions of {source.folder}")
     starts, device = validate.final_windows(tokens, length, train.final_windows), dist.device()
     with torch.autocast(device.type, torch.bfloat16, enabled=train.precision != "fp32"):
-        return validate.window_losses(model, tokens, length, starts, device)
+        losses = validate.window_losses(model, tokens, length, starts, device)
+    if not np.isfinite(losses).all():
+        raise UserError(f"the validation loss of {source.folder} is not finite: its weights are damaged; restore them")
+    return losses
 
 
 def same_ids(tokenizer, data: Data, folder: Path) -> bool:

@@ -30,6 +30,7 @@ from pathlib import Path
 
 import xxhash
 
+from inheritune import environment
 from inheritune.config import REPOSITORY, Experiment, UserError
 
 
@@ -328,7 +329,7 @@ class Lock:
     def __init__(self, path: Path, wait: float | None = None):
         """`wait`: seconds until UserError while another holds the lock (None: $INHERITUNE_LOCK_WAIT, or 120)."""
         self.path = path
-        self.wait = float(os.environ.get("INHERITUNE_LOCK_WAIT") or 120) if wait is None else wait
+        self.wait = environment.number("INHERITUNE_LOCK_WAIT") if wait is None else wait
         self.file = path.with_name(f".{path.name}.lock.{uuid.uuid4().hex[:12]}")
         self._released = threading.Event()
 

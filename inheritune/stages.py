@@ -19,6 +19,7 @@ from inheritune.config import REPOSITORY, Experiment, Grow, Run, UserError, load
 from inheritune.dist import Stopped, asked_to_stop
 from inheritune.planning import MFU, gpu_hours, models_of
 from inheritune.rundir import RunDir, data_dir, read_json, seed_flag, write_json
+from inheritune.values import GPUS, read_numbers
 
 
 @dataclass(frozen=True)
@@ -191,10 +192,10 @@ def check_json(experiment: Experiment, runs: list[str], ds: str | None, gpus: li
 
 def _numbers(words: str | None) -> list[int]:
     """[1, 2, 4] of "1,2,4"."""
-    numbers = words.split(",") if words else []
-    if not all(word.strip().isdigit() and int(word) for word in numbers):
-        raise UserError(f"check: --gpus takes a number of GPUs or several, as in 1,2,4 (got '{words}')")
-    return [int(word) for word in numbers]
+    try:
+        return read_numbers(GPUS, words) if words else []
+    except ValueError:
+        raise UserError(f"check: --gpus takes a number of GPUs or several, as in 1,2,4 (got '{words}')") from None
 
 
 def unfinished_source(experiment: Experiment, spec: Run, seed: int) -> str | None:
