@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from inheritune import environment, values
 from inheritune.errors import UserError, nearest
+from inheritune.reading import read_yaml
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPES = REPOSITORY / "recipes"
@@ -533,17 +534,6 @@ def resolve_path(path: str) -> Path:
     """A path of an experiment file: absolute, or relative to the current folder, or to the repository."""
     given = Path(os.path.expandvars(path)).expanduser()
     return given if given.is_absolute() or given.exists() else REPOSITORY / given
-
-
-def read_yaml(path: Path) -> dict:
-    """The mapping in a YAML file, an experiment's or a run's. Raises UserError if there is none."""
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} must hold a mapping with data, model, train and runs, not {type(raw).__name__}")
-    return raw
 
 
 def load_experiment(name: str, rehearse: bool | None = None) -> Experiment:

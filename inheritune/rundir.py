@@ -26,12 +26,14 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import xxhash
 
 from inheritune import environment
 from inheritune.config import REPOSITORY, Experiment, UserError
+from inheritune.reading import refuse_twice
 
 
 def root() -> Path:
@@ -266,9 +268,10 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def read_json(path: Path):
-    """The JSON value in `path`. Raises UserError if it is missing, damaged or not as it was written."""
+    """The JSON value in `path`. Raises UserError if it is missing, damaged, has a key twice or is not as it was written."""
     try:
-        return unsealed(json.loads(path.read_text(encoding="utf-8")), str(path))
+        text = path.read_text(encoding="utf-8")
+        return unsealed(json.loads(text, object_pairs_hook=partial(refuse_twice, path)), str(path))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (ValueError, OSError, RecursionError) as error:
