@@ -7,13 +7,14 @@ the mathematics of a run lives here and nowhere else; memory and speed live in d
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from inheritune import environment, values
+from inheritune import environment, names, values
 from inheritune.errors import UserError, nearest
 from inheritune.reading import read_yaml
 
@@ -30,6 +31,13 @@ class Strict(BaseModel):
     """Unknown keys are errors, values do not change after loading, `from:` in YAML is `from_` in Python."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, use_attribute_docstrings=True)
+
+
+def _without(problem: Callable[[str], str], name: str) -> str:
+    """`name`. Raises ValueError with what `problem` (of names.py) says of it."""
+    if why := problem(name):
+        raise ValueError(f"'{names.shown(name)}' {why}")
+    return name
 
 
 Layers = Annotated[int, values.LAYERS]
@@ -85,6 +93,11 @@ class Data(Strict):
     """Stop reading after about this many tokens (train and validation together)."""
     sequence_length: Length
     sampling: Annotated[str, Field(pattern=r"^(random_windows|one_pass|epochs:[1-9][0-9]{0,8})$")]
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name):
+        return _without(names.folder_problem, name)
 
     @model_validator(mode="after")
     def _complete(self):
@@ -362,6 +375,7 @@ class Evaluate(Strict):
         if not isinstance(named, dict) or not all(isinstance(own, dict) for own in named.values()):
             raise ValueError("give a list of names, or a mapping of names to {task, metrics, shots}")
         for name, own in named.items():
+            _without(names.task_problem, str(name))
             if name not in TASKS and "task" not in own:
                 raise ValueError(f"unknown task '{name}'; {nearest(name, TASKS)}")
         return {name: {**TASKS.get(name, {}), **own} for name, own in named.items()}
@@ -388,11 +402,20 @@ class Experiment(Strict):
     runs: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")], Run]
     evaluate: Evaluate = Evaluate()
 
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name):
+        return _without(names.experiment_problem, name)
+
     @field_validator("runs")
     @classmethod
-    def _has_runs(cls, runs):
+    def _name_folders(cls, runs):
         if not runs:
             raise ValueError("at least one run is needed")
+        for name in runs:
+            _without(names.run_problem, name)
+        if same := names.same_folder(runs):
+            raise ValueError(f"'{same[0]}' and '{same[1]}' are one folder where capitals do not count; rename one")
         return runs
 
     @model_validator(mode="after")

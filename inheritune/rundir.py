@@ -31,7 +31,7 @@ from pathlib import Path
 
 import xxhash
 
-from inheritune import environment
+from inheritune import environment, names
 from inheritune.config import REPOSITORY, Experiment, UserError
 from inheritune.reading import refuse_twice
 
@@ -58,7 +58,7 @@ class RunDir:
     @classmethod
     def of(cls, experiment: Experiment, run: str, seed: int = 0) -> "RunDir":
         """The folder of `run`; rehearsals lie apart, under runs/rehearsal/."""
-        base = root() / "runs" / "rehearsal" if experiment.rehearsal else root() / "runs"
+        base = root() / "runs" / names.REHEARSAL if experiment.rehearsal else root() / "runs"
         return cls(base / experiment.name / f"seed{seed}" / run)
 
     def stage(self, number: int) -> "RunDir":
@@ -67,7 +67,7 @@ class RunDir:
 
     def seed_checkpoint(self, layers: int) -> Path:
         """The random start that all runs of this experiment and seed with `layers` blocks share."""
-        return self.path.parent / f"random_init_{layers}_layers"
+        return self.path.parent / names.RANDOM_INIT.format(layers)
 
     experiment = property(lambda self: self.path / "experiment.yaml")
     provenance = property(lambda self: self.path / "provenance.json")

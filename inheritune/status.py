@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from inheritune import names
 from inheritune.config import Experiment, Run, UserError, load_experiment
 from inheritune.paper import curve_of, published_curves, published_loss
 from inheritune.rundir import MARKERS, Lock, RunDir, damages, data_dir, lock_holder, marked_files, read_json, root, seed_flag
@@ -181,7 +182,7 @@ def read_jobs(queue: dict[str, Job] | None) -> dict[Path, Job]:
     """{run folder: the last job that worked on it}, from runs/jobs/ (dist.tell_run, slurm/job.sh). Where that one has ended
     and others of its array wait, the first of these."""
     found, queue = {}, queue or {}
-    marks = [(path.stat().st_mtime_ns, path) for path in (root() / "runs" / "jobs").glob("*/run")]
+    marks = [(path.stat().st_mtime_ns, path) for path in (root() / "runs" / names.JOBS).glob("*/run")]
     for _, path in sorted(marks):
         name, failure = path.parent.name, path.parent / "failure"
         array = name.partition("_")[0] + "_"

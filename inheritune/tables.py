@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from inheritune import names
 from inheritune.config import Experiment, Run, UserError, load_experiment
 from inheritune.paper import (
     Column,
@@ -473,4 +474,4 @@ def paper_item(name: str, seed: int = 0, rehearse=None, only_missing: bool = Fal
 
 def paper_folder(rehearsal: bool, seed: int) -> Path:
     """Where tables and figures of the paper are written."""
-    return root() / "runs" / ("rehearsal/paper" if rehearsal else "paper") / f"seed{seed}"
+    return root() / "runs" / (names.REHEARSAL if rehearsal else "") / names.PAPER / f"seed{seed}"
