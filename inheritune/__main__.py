@@ -13,7 +13,7 @@ import traceback
 from inheritune import dist, environment, values
 from inheritune.config import UserError, nearest
 
-SWITCHES = ("rehearse", "slot", "json", "missing")
+SWITCHES = ("rehearse", "slot", "json", "missing", "allow_task_code")
 
 
 class Verbs:
@@ -31,17 +31,17 @@ class Verbs:
         setup()
         prepare(load_experiment(experiment, rehearse), workers)
 
-    def fetch(self, experiment, rehearse=None):
+    def fetch(self, experiment, rehearse=None, allow_task_code=None):
         """Download what an experiment needs of the Hub into the cache, where there is internet; first says how much it is.
 
         Documents (as many files as the tokens asked for need), the tokenizer, the models that its runs start from, the data of
-        its downstream tasks."""
+        its downstream tasks. --allow-task-code lets the experiment's task files run the code that they name."""
         from inheritune.config import load_experiment
         from inheritune.fetch import fetch
         from inheritune.log import setup
 
         setup()
-        fetch(load_experiment(experiment, rehearse))
+        fetch(load_experiment(experiment, rehearse), bool(allow_task_code))
 
     def train(self, experiment, run, seed=0, stage=None, ds=None, procs=1, rehearse=None):
         """Train one run (or --stage N of a grown run) to its end; goes on from the last checkpoint if there is one.
@@ -95,13 +95,14 @@ class Verbs:
 
         grow(experiment, run, seed, procs, ds, bool(slot), rehearse)
 
-    def check(self, experiment, run=None, stage=None, seed=0, rehearse=None, ds=None, gpus=None):
+    def check(self, experiment, run=None, stage=None, seed=0, rehearse=None, ds=None, gpus=None, allow_task_code=None):
         """Whether an experiment, its DeepSpeed JSON (or --ds FILE) and what --run starts from are sound; takes no GPU.
 
-        --gpus 8, or --gpus 1,4,8, shows how the batch is cut over so many GPUs and what goes wrong there."""
+        --gpus 8, or --gpus 1,4,8, shows how the batch is cut over so many GPUs and what goes wrong there. --allow-task-code
+        passes over code that the experiment's task files name."""
         from inheritune.stages import check
 
-        check(experiment, run, stage, seed, rehearse, ds, gpus)
+        check(experiment, run, stage, seed, rehearse, ds, gpus, bool(allow_task_code))
 
     def plan(self, experiment, run=None, ds=None, gpus=8, gpu="H100", gpu_memory=None, mfu=0.4, json=None, against=None,
              rehearse=None):  # fmt: skip
@@ -113,14 +114,16 @@ class Verbs:
 
         plan(experiment, run, ds, gpus, gpu, gpu_memory, mfu, bool(json), against, rehearse)
 
-    def evaluate(self, experiment, run=None, model=None, tasks=None, seed=0, out=None, procs=1, rehearse=None):
+    def evaluate(self, experiment, run=None, model=None, tasks=None, seed=0, out=None, procs=1, rehearse=None,
+                 allow_task_code=None):  # fmt: skip
         """Validation loss of a finished run, or of any checkpoint (--model), and the scores of the experiment's lm-eval tasks.
 
         --run A,B/stage2,C@10000 measures several: runs, a stage of a grown one, weights kept at a step. --tasks a,b takes only
-        these tasks, --tasks none only the loss. Each task is saved as it ends; the same command goes on."""
+        these tasks, --tasks none only the loss. Each task is saved as it ends; the same command goes on. --allow-task-code lets
+        the experiment's task files run the code that they name."""
         from inheritune.evaluate import evaluate
 
-        evaluate(experiment, run, model, tasks, seed, out, rehearse)
+        evaluate(experiment, run, model, tasks, seed, out, rehearse, bool(allow_task_code))
 
     def table(self, item, seed=0, rehearse=None, missing=None):
         """A table of the paper (table5): ours beside theirs, with noise and verdicts; or that of an experiment.

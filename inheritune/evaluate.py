@@ -16,25 +16,27 @@ from inheritune.log import logger, setup
 from inheritune.models import build, count_parameters
 from inheritune.rundir import RunDir, beside, finished_weights, hash_folder, parse_weights_name, read_json, write_json
 from inheritune.sources import TOKENIZER_FILES, Source, open_source
+from inheritune.taskcode import refuse_task_code
 from inheritune.tokens import PROBE, check_vocabulary, load_tokenizer
 from inheritune.train import Job, compare, random_start
 
 
 def evaluate(experiment: str, run: str | None = None, model: str | None = None, tasks: str | None = None, seed: int = 0,
-             out: str | None = None, rehearse=None) -> None:  # fmt: skip
+             out: str | None = None, rehearse=None, allow_task_code: bool = False) -> None:  # fmt: skip
     """Measure `run` of `experiment` (RUN, RUN/stage2, RUN@10000, or several: 'a,b'), or the checkpoint `model` (a folder or Hub
     id), and write results.json beside the weights, or at `out`.
 
     A run's results.json keeps what training wrote; the validation and the difference to its reference are renewed. The
     experiment's downstream `tasks` ('a,b'; default all; 'none') are added one by one as each is scored; one that is there
-    already for these weights is not scored again."""
+    already for these weights is not scored again. Code that task files name is run only with `allow_task_code`."""
     loaded = load_experiment(experiment, rehearse)
     if (run is None) == (model is None):
         raise UserError("evaluate needs either --run NAME or --model CHECKPOINT")
     chosen = downstream.choose(loaded.evaluate, tasks)
+    refuse_task_code(loaded.evaluate.task_files if chosen else None, allow_task_code)
     found = [weights_of(loaded, name, seed) for name in run.split(",")] if run else []
     for job, source, target in found or [(None, open_source(model), Path(out) if out else None)]:
-        measure(loaded, chosen, job, source, target)
+        measure(loaded, chosen, job, source, target, allow_task_code)
 
 
 def weights_of(experiment: Experiment, name: str, seed: int) -> tuple[Job, Source, Path]:
@@ -49,12 +51,15 @@ def weights_of(experiment: Experiment, name: str, seed: int) -> tuple[Job, Sourc
     return job, open_source(str(weights)), beside(weights).results
 
 
-def measure(loaded: Experiment, chosen: dict[str, Task], job: Job | None, source: Source, target: Path | None) -> None:
+def measure(loaded: Experiment, chosen: dict[str, Task], job: Job | None, source: Source, target: Path | None,
+            allow_code: bool = False) -> None:  # fmt: skip
     """Validation loss and `chosen` tasks of `source`, into `target`."""
     dist.start()
     setup()
     tokens, foreign = Tokens.of(loaded, "val"), job is None or job.run.init.external
-    benchmarks = downstream.load_tasks(chosen, loaded.evaluate.task_files)  # all that can be refused comes before the work
+    benchmarks = downstream.load_tasks(
+        chosen, loaded.evaluate.task_files, allow_code
+    )  # all that can be refused comes before the work
     results = {"model": source.origin, "layers": None, "steps": None}
     if target and (target.is_file() or (job and RunDir(target.parent).is_done())):
         results = RunDir(target.parent).read_results() if target.name == "results.json" else read_json(target)

@@ -21,6 +21,7 @@ from inheritune.downstream import load_tasks
 from inheritune.log import logger
 from inheritune.rundir import data_dir
 from inheritune.sources import COMMON_FILES, WEIGHTS, download_model, weight_patterns
+from inheritune.taskcode import refuse_task_code
 from inheritune.tokens import bpe_size, hub_errors, keep_gpt2, load_tokenizer, on_the_hub
 
 BYTES_PER_TOKEN = 8
@@ -124,11 +125,13 @@ def model_files(model: Repository) -> list[str]:
     )
 
 
-def fetch(experiment: Experiment) -> None:
+def fetch(experiment: Experiment, allow_task_code: bool = False) -> None:
     """Print what the experiment needs and what of it is missing, then download that. A killed fetch goes on with the first
     file that the cache has not whole.
 
-    Raises UserError, before anything is downloaded, if there is no room, no internet, or a licence to accept first."""
+    Raises UserError, before anything is downloaded, if there is no room, no internet, a licence to accept first, or code in
+    task files that is not allowed."""
+    refuse_task_code(experiment.evaluate.task_files, allow_task_code)
     repositories = wanted(experiment)
     if repositories:
         print(table(repositories), flush=True)
@@ -150,7 +153,8 @@ def fetch(experiment: Experiment) -> None:
             taken += 1
         if one.what == "model":
             download_model(one.name, one.revision)  # finds every file there; leaves the listing that it needs offline
-    load_tasks(experiment.evaluate.tasks, experiment.evaluate.task_files)  # lm-eval keeps their data where it will look for it
+    tasks = experiment.evaluate
+    load_tasks(tasks.tasks, tasks.task_files, allow_task_code)  # lm-eval keeps their data where it will look for it
     files = sum(len(one.files) for one in repositories)
     print(f"{files} files of {experiment.name} are in the cache: {taken} downloaded, {files - taken} were there")
 

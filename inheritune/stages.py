@@ -19,6 +19,7 @@ from inheritune.config import REPOSITORY, Experiment, Grow, Run, UserError, load
 from inheritune.dist import Stopped, asked_to_stop
 from inheritune.planning import MFU, gpu_hours, models_of
 from inheritune.rundir import RunDir, data_dir, read_json, seed_flag, write_json
+from inheritune.taskcode import refuse_task_code
 from inheritune.values import GPUS, read_numbers
 
 
@@ -137,12 +138,17 @@ def grow(experiment: str, run: str, seed: int = 0, procs: int = 1, ds: str | Non
 
 
 def check(experiment: str, run: str | None = None, stage: int | None = None, seed: int = 0, rehearse=None,
-          ds: str | None = None, gpus: str | None = None) -> None:  # fmt: skip
+          ds: str | None = None, gpus: str | None = None, allow_task_code: bool = False) -> None:  # fmt: skip
     """Print that the experiment is sound and, for `run` (and `stage` of a grown run), that what it starts from is there;
-    before that, what is wrong with the DeepSpeed JSON of its runs (or `ds`), for each number in `gpus` ("4" or "1,2,4").
+    before that, what is wrong with the DeepSpeed JSON of its runs (or `ds`), for each number in `gpus` ("4" or "1,2,4"), and
+    code in its task files that is not allowed.
 
     Raises UserError naming what is refused or missing, with the commands that make it."""
     loaded = load_experiment(experiment, rehearse)
+    if loaded.evaluate.task_files and not find_spec("lm_eval"):
+        print("the task files are not looked at here, without lm_eval; evaluate does it at its start")
+    else:
+        refuse_task_code(loaded.evaluate.task_files, allow_task_code)
     check_json(loaded, [run] if run else list(loaded.runs), ds, _numbers(gpus))
     if run is None:
         print(f"{loaded.name}: the file is sound; runs: {', '.join(loaded.runs)}")
