@@ -18,6 +18,7 @@ from tabulate import tabulate
 from inheritune.config import Experiment, UserError
 from inheritune.documents import Source
 from inheritune.downstream import load_tasks
+from inheritune.escape import markdown
 from inheritune.log import logger
 from inheritune.rundir import data_dir
 from inheritune.sources import COMMON_FILES, WEIGHTS, download_model, weight_patterns
@@ -162,8 +163,10 @@ def fetch(experiment: Experiment, allow_task_code: bool = False) -> None:
 def table(repositories: list[Repository]) -> str:
     """What is needed, a row per repository and the sum, with the free space of the cache."""
     rows = [
-        [f"{one.what}: {one.name}@{(one.revision or 'main')[:8]}", len(one.files), sum(one.files.values()), len(one.cached),
-         sum(one.missing().values())]
+        [
+            markdown(f"{one.what}: {one.name}@{(one.revision or 'main')[:8]}"),
+            len(one.files), sum(one.files.values()), len(one.cached), sum(one.missing().values()),
+        ]
         for one in repositories
     ]  # fmt: skip
     rows.append(["in all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])])

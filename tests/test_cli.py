@@ -19,9 +19,9 @@ from inheritune.rundir import data_dir
 
 # DESIGN: a file imports only from files before it; documents holds the readers that prepare and fetch share
 ORDER = """
-errors values environment reading names config taskcode rundir dist log tokens documents prepare batches
-models sources downstream fetch inherit attention export validate dslint engine distil planning checkpoint
-train evaluate stages paper tables figures status
+errors values environment reading names escape config taskcode rundir dist log tokens documents prepare
+batches models sources downstream fetch inherit attention export validate dslint engine distil planning
+checkpoint train evaluate stages paper tables figures status
 """.split()  # noqa: SIM905 - a list to read
 
 
