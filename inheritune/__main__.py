@@ -10,11 +10,10 @@ import sys
 import time
 import traceback
 
-from inheritune import dist
+from inheritune import dist, environment, values
 from inheritune.config import UserError, nearest
 
-SWITCHES = ("rehearse", "slot", "json", "missing")
-COUNTS = ("stage", "procs", "workers", "sequences", "length", "gpus", "gpu_memory", "depth")
+SWITCHES = ("rehearse", "slot", "json", "missing", "allow_task_code")
 
 
 class Verbs:
@@ -32,17 +31,17 @@ class Verbs:
         setup()
         prepare(load_experiment(experiment, rehearse), workers, experiment)
 
-    def fetch(self, experiment, rehearse=None):
+    def fetch(self, experiment, rehearse=None, allow_task_code=None):
         """Download what an experiment needs of the Hub into the cache, where there is internet; first says how much it is.
 
         Documents (as many files as the tokens asked for need), the tokenizer, the models that its runs start from, the data of
-        its downstream tasks."""
+        its downstream tasks. --allow-task-code lets the experiment's task files run the code that they name."""
         from inheritune.config import load_experiment
         from inheritune.fetch import fetch
         from inheritune.log import setup
 
         setup()
-        fetch(load_experiment(experiment, rehearse))
+        fetch(load_experiment(experiment, rehearse), bool(allow_task_code))
 
     def train(self, experiment, run, seed=0, stage=None, ds=None, procs=1, rehearse=None):
         """Train one run (or --stage N of a grown run) to its end; goes on from the last checkpoint if there is one.
@@ -65,7 +64,10 @@ class Verbs:
         def split(words, default):
             return words.split(",") if words else default
 
-        chosen = [int(index) for index in layers.split(",")] if "," in layers else layers
+        try:
+            chosen = values.read_numbers(values.LAYER, layers) if "," in layers else layers
+        except ValueError as problem:
+            raise UserError(f"inherit: --layers as a list {problem} for each layer, as in 0,2,4 (got '{layers}')") from None
         inherit(source, chosen, out, split(parts, PARTS), split(modules, MODULES), seed, revision, depth, at)
         print(f"wrote {out}: layers {layers} of {source}")
 
@@ -78,9 +80,9 @@ class Verbs:
         from inheritune.figures import plot_attention
 
         try:
-            pairs = [tuple(int(n) - 1 for n in pair.split(":")) for pair in maps.split(",")] if maps else None
-            assert all(len(pair) == 2 for pair in pairs or ())
-        except (ValueError, AssertionError):
+            found = [values.read_numbers(values.LAYERS, pair, ":") for pair in maps.split(",")] if maps else []
+            pairs = [(layer - 1, head - 1) for layer, head in found] or None
+        except ValueError:
             raise UserError(f"analyze: --maps takes pairs layer:head, counted from 1, such as 4:2,7:3 (got '{maps}')") from None
         folder = run_analyze(model, data, out, sequences, length, seed, pairs)
         print("plots:", *(path.relative_to(folder) for path in plot_attention(folder)), "in", folder)
@@ -93,13 +95,14 @@ class Verbs:
 
         grow(experiment, run, seed, procs, ds, bool(slot), rehearse)
 
-    def check(self, experiment, run=None, stage=None, seed=0, rehearse=None, ds=None, gpus=None):
+    def check(self, experiment, run=None, stage=None, seed=0, rehearse=None, ds=None, gpus=None, allow_task_code=None):
         """Whether an experiment, its DeepSpeed JSON (or --ds FILE) and what --run starts from are sound; takes no GPU.
 
-        --gpus 8, or --gpus 1,4,8, shows how the batch is cut over so many GPUs and what goes wrong there."""
+        --gpus 8, or --gpus 1,4,8, shows how the batch is cut over so many GPUs and what goes wrong there. --allow-task-code
+        passes over code that the experiment's task files name."""
         from inheritune.stages import check
 
-        check(experiment, run, stage, seed, rehearse, ds, gpus)
+        check(experiment, run, stage, seed, rehearse, ds, gpus, bool(allow_task_code))
 
     def plan(self, experiment, run=None, ds=None, gpus=8, gpu="H100", gpu_memory=None, mfu=0.4, json=None, against=None,
              rehearse=None):  # fmt: skip
@@ -111,14 +114,16 @@ class Verbs:
 
         plan(experiment, run, ds, gpus, gpu, gpu_memory, mfu, bool(json), against, rehearse)
 
-    def evaluate(self, experiment, run=None, model=None, tasks=None, seed=0, out=None, procs=1, rehearse=None):
+    def evaluate(self, experiment, run=None, model=None, tasks=None, seed=0, out=None, procs=1, rehearse=None,
+                 allow_task_code=None):  # fmt: skip
         """Validation loss of a finished run, or of any checkpoint (--model), and the scores of the experiment's lm-eval tasks.
 
         --run A,B/stage2,C@10000 measures several: runs, a stage of a grown one, weights kept at a step. --tasks a,b takes only
-        these tasks, --tasks none only the loss. Each task is saved as it ends; the same command goes on."""
+        these tasks, --tasks none only the loss. Each task is saved as it ends; the same command goes on. --allow-task-code lets
+        the experiment's task files run the code that they name."""
         from inheritune.evaluate import evaluate
 
-        evaluate(experiment, run, model, tasks, seed, out, rehearse)
+        evaluate(experiment, run, model, tasks, seed, out, rehearse, bool(allow_task_code))
 
     def table(self, item, seed=0, rehearse=None, missing=None):
         """A table of the paper (table5): ours beside theirs, with noise and verdicts; or that of an experiment.
@@ -204,11 +209,11 @@ def main(argv: list[str]) -> int:
 
 
 def bind(verb: str, function, argv: list[str]) -> dict:
-    """{argument: value} of a verb's command line, every flag checked, values typed by python-fire's parser.
+    """{argument: value} of a verb's command line, every flag and value checked; the environment's numbers too, some of which
+    are read only hours later.
 
-    Raises UserError for an unknown, repeated or missing argument."""
-    from fire.parser import DefaultParseValue
-
+    Raises UserError for an unknown, repeated or missing argument, and for a value that is not of the argument's kind."""
+    environment.check()
     parameters = {name: p for name, p in inspect.signature(function).parameters.items() if name != "self"}
     positional = [name for name, p in parameters.items() if p.default is p.empty]
     found, rest = {}, list(argv)
@@ -234,19 +239,28 @@ def bind(verb: str, function, argv: list[str]) -> dict:
             raise UserError(f"{verb}: --{name} needs a value")
         if name in found:
             raise UserError(f"{verb}: --{name} is given twice")
-        # names, paths and layer ranges stay text: fire would read 1e3 as a number and 0:4 as a slice
-        number = name in (*COUNTS, *SWITCHES, "seed", "at") and (verb, name) != ("check", "gpus")  # that is a list
-        found[name] = DefaultParseValue(value) if number or name == "mfu" else value
-        if name == "mfu" and not isinstance(found[name], int | float):
-            raise UserError(f"{verb}: --{name} takes a number (got '{value}')")
-        if number and not isinstance(found[name], int):
-            raise UserError(f"{verb}: --{name} takes a whole number (got '{value}')")
-        if number and name in COUNTS and found[name] < 1:
-            raise UserError(f"{verb}: --{name} must be at least 1 (got {value})")
+        found[name] = typed(verb, name, value)
     missing = [name for name in positional if name not in found]
     if missing:
         raise UserError(f"{verb} needs {missing[0].upper()}; usage: python -m inheritune {verb} {usage(function)}")
     return found
+
+
+def typed(verb: str, name: str, text: str):
+    """The value of an argument: a number, or True or False of a switch; else the text itself, since names, paths and layer
+    ranges may look like numbers (1e3, 0:4). Raises UserError if it is not of the argument's kind."""
+    flag = f"{verb}: --{name.replace('_', '-')}"
+    if name in SWITCHES:
+        if text.lower() not in values.TRUTHS:
+            raise UserError(f"{flag} is given alone, or with true or false (got '{text}')")
+        return values.TRUTHS[text.lower()]
+    if name not in values.ARGUMENTS or (verb, name) == ("check", "gpus"):  # that is a list
+        return text
+    try:
+        return values.ARGUMENTS[name].read(text)
+    except ValueError as problem:
+        shown = f"'{text}'" if str(problem).startswith("takes") else text
+        raise UserError(f"{flag} {problem} (got {shown})") from None
 
 
 def run(verb: str, arguments: dict, argv: list[str]) -> int:

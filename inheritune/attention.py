@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from inheritune import names
 from inheritune.batches import Tokens
 from inheritune.config import RECIPES, Experiment, UserError, load_experiment, read_yaml
 from inheritune.dist import device, limit_error
@@ -433,7 +434,7 @@ def run_analyze(
         folder = run.path
     else:  # a local folder by its last two names (at_00010000 alone would not say whose), a Hub id by both of its own
         name = "--".join((Path(model).resolve() if Path(model).exists() else Path(model)).parts[-2:])
-        folder = root() / "runs" / ("rehearsal/analysis" if rehearsals else "analysis") / name
+        folder = root() / "runs" / (names.REHEARSAL if rehearsals else "") / names.ANALYSIS / name
     write_jsonl(RunDir(folder).attention, rows)
     print(describe(rows))
     return folder

@@ -5,14 +5,18 @@ key and the nearest valid name. `Experiment.plan_run("random_4")` gives one run 
 the mathematics of a run lives here and nowhere else; memory and speed live in ds_configs/ (engine.py).
 """
 
-import difflib
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from inheritune import environment, names, values
+from inheritune.errors import UserError, nearest
+from inheritune.reading import read_yaml
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPES = REPOSITORY / "recipes"
@@ -23,34 +27,36 @@ NORMS = ("attn_norm", "mlp_norm")
 """Modules that name one norm of a block: that of the attention, or of the MLP. `norms` means both."""
 
 
-class UserError(Exception):
-    """A user's mistake: printed as one sentence without a traceback, exit code 2."""
-
-
-def nearest(name: str, valid) -> str:
-    """The end of a sentence that refuses `name`: the closest valid name, or all of them."""
-    valid = [str(v) for v in valid]
-    close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean '{close[0]}'?"
-    return "valid names: " + ", ".join(sorted(valid)) if valid else "nothing is valid here"
-
-
 class Strict(BaseModel):
     """Unknown keys are errors, values do not change after loading, `from:` in YAML is `from_` in Python."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, use_attribute_docstrings=True)
 
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
+def _without(problem: Callable[[str], str], name: str) -> str:
+    """`name`. Raises ValueError with what `problem` (of names.py) says of it."""
+    if why := problem(name):
+        raise ValueError(f"'{names.shown(name)}' {why}")
+    return name
+
+
+Layers = Annotated[int, values.LAYERS]
+Layer = Annotated[int, values.LAYER]
+Steps = Annotated[int, values.STEPS]
+Tokens = Annotated[int, values.TOKENS]
+Windows = Annotated[int, values.WINDOWS]
+Length = Annotated[int, values.LENGTH]
+Width = Annotated[int, values.WIDTH]
+AboveZero = Annotated[float, values.ABOVE_ZERO]
+NotNegative = Annotated[float, values.NOT_NEGATIVE]
+BelowOne = Annotated[float, values.BELOW_ONE]
 
 
 class ValidationSplit(Strict):
     """Which documents are held out: a random `fraction`, or the whole first shard (`first_shard: true`)."""
 
-    fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    seed: int = 2357
+    fraction: Annotated[float, values.INSIDE_ONE] | None = None
+    seed: Annotated[int, values.SEED] = 2357
     """Seed of the random fraction; 2357 is nanoGPT's, used by the paper (FACTS section 5)."""
     first_shard: bool = False
 
@@ -69,7 +75,7 @@ class Data(Strict):
     """embedded: the Python standard library's text; files: local globs; hub: a pinned data set on the Hub."""
     files: list[str] | dict[str, list[str]] = []
     """Globs (source: files) or file names inside the data set (source: hub); a mapping names groups for `weights`."""
-    weights: dict[str, Annotated[float, Field(gt=0)]] = {}
+    weights: dict[str, Annotated[float, values.WEIGHT]] = {}
     """Share of each group of `files` in the tokens read; they need not add up to one."""
     repo: str | None = None
     revision: str | None = None
@@ -82,11 +88,16 @@ class Data(Strict):
     tokenizer_revision: str | None = None
     end_of_text: Literal["append", "prepend"] = "append"
     validation: ValidationSplit
-    shard_tokens: Positive = 100_000_000
-    max_tokens: Positive | None = None
+    shard_tokens: Tokens = 100_000_000
+    max_tokens: Tokens | None = None
     """Stop reading after about this many tokens (train and validation together)."""
-    sequence_length: Positive
-    sampling: Annotated[str, Field(pattern=r"^(random_windows|one_pass|epochs:[1-9][0-9]*)$")]
+    sequence_length: Length
+    sampling: Annotated[str, Field(pattern=r"^(random_windows|one_pass|epochs:[1-9][0-9]{0,8})$")]
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name):
+        return _without(names.folder_problem, name)
 
     @model_validator(mode="after")
     def _complete(self):
@@ -113,15 +124,15 @@ class Model(Strict):
 
     size: str
     family: Literal["gpt2", "llama"]
-    layers: Positive
-    width: Positive
-    heads: Positive
-    kv_heads: Positive
+    layers: Layers
+    width: Width
+    heads: Width
+    kv_heads: Width
     """Key and value heads (grouped-query attention); Llama only."""
-    mlp_width: Positive
-    positions: Positive
-    vocab_size: Positive
-    norm_eps: float = 1.0e-5
+    mlp_width: Width
+    positions: Length
+    vocab_size: Annotated[int, values.VOCABULARY]
+    norm_eps: AboveZero = 1.0e-5
     tied_head: bool
 
     @model_validator(mode="before")
@@ -151,29 +162,29 @@ class Model(Strict):
 class Train(Strict):
     """Optimization. FACTS section 6 has the paper's values."""
 
-    steps: Positive
-    batch_tokens: Positive
+    steps: Steps
+    batch_tokens: Annotated[int, values.BATCH]
     """Global batch in tokens: sequences x sequence_length; any number of GPUs divides it (batches.py)."""
-    lr: Annotated[float, Field(gt=0)]
-    min_lr: Annotated[float, Field(ge=0)] = 1.0e-5
-    warmup_steps: Count = 2000
+    lr: AboveZero
+    min_lr: NotNegative = 1.0e-5
+    warmup_steps: Annotated[int, values.STEPS_OR_NONE] = 2000
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1.0e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    clip: Annotated[float, Field(ge=0)] = 1.0
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
+    eps: AboveZero = 1.0e-8
+    weight_decay: NotNegative = 0.1
+    clip: NotNegative = 1.0
     """Largest gradient norm (of the mean gradient); 0 turns clipping off."""
     precision: Literal["auto", "fp32", "bf16_autocast", "bf16"] = "auto"
     """bf16_autocast keeps fp32 masters and accumulation (what the paper's code did); auto: that on a GPU, fp32 on a CPU."""
     deepspeed: str = "ds_configs/zero3.json"
-    eval_every: Positive = 1000
-    eval_windows: Positive = 400
+    eval_every: Steps = 1000
+    eval_windows: Windows = 400
     """Validation windows for the curve; nested in final_windows."""
-    final_windows: Positive = 4096
-    """Validation windows at a stage's end, for tables and the stop rule of growth."""
-    log_every: Positive = 10
-    checkpoint_every: Positive = 1000
-    keep_last: Positive = 2
+    final_windows: Annotated[int, values.FINAL_WINDOWS] = 4096
+    """Validation windows at a stage's end, for tables and the stop rule of growth; two at least, for an interval."""
+    log_every: Steps = 10
+    checkpoint_every: Steps = 1000
+    keep_last: Annotated[int, values.CHECKPOINTS] = 2
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "inheritune"
 
@@ -211,7 +222,7 @@ class HalfWidth(Start):
 
 
 class Blocks(Start):
-    layers: str | list[Count]
+    layers: str | list[Layer]
     """Half-open range 'a:b' (0:16 are the first 16; ':16', '-4:' work too), or a list of block indices."""
     parts: list[Literal[PARTS]] = list(PARTS)
 
@@ -227,9 +238,9 @@ class Inherit(Blocks):
     """Weights copied from `source`."""
 
     modules: list[Literal[MODULES + NORMS]] = list(MODULES)
-    depth: Positive | None = None
+    depth: Layers | None = None
     """Blocks of the model, if more than those that are copied; the others are random."""
-    at: Count | None = None
+    at: Layer | None = None
     """Index of the first copied block in the model (default: 0)."""
 
     def blocks(self, n_source: int) -> list[int | None]:
@@ -270,17 +281,17 @@ class Distil(Strict):
     teacher: str
     """Another run of the file, a local checkpoint or a Hub id, of the same vocabulary."""
     revision: str | None = None
-    alpha: Annotated[float, Field(ge=0, lt=1)] = 0.6
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    alpha: BelowOne = 0.6
+    temperature: AboveZero = 1.0
 
 
 class Grow(Strict):
     """Growth by stages (paper, Algorithm 1): add `by` layers until parity with the source or `max_layers`."""
 
-    by: Positive = 2
-    margin: float = 0.01
+    by: Layers = 2
+    margin: Annotated[float, values.FINITE] = 0.01
     """Parity: the upper end of the 95% interval of (ours - reference) is at or below this many nats."""
-    max_layers: Positive
+    max_layers: Layers
     from_: Annotated[Literal["reference", "previous"], Field(alias="from")] = "reference"
     """reference: every stage restarts from the reference's first layers, as in the paper; previous: keeps what was trained."""
 
@@ -304,14 +315,14 @@ class Run(Strict):
 
     init: Init
     distil: Distil | None = None
-    layers: Positive | None = None
+    layers: Layers | None = None
     """Blocks of a random model; an inherited one has as many as it copies."""
     train: dict[str, Any] = {}
     """Keys of `train` that differ in this run."""
     grow: Grow | None = None
     compare: str | None = None
     """Run whose validation loss this one is compared with (default: the source, if it is a run of the file)."""
-    keep_at: list[Positive] = []
+    keep_at: list[Steps] = []
     """Steps whose weights are kept as at_<step>/."""
 
     @model_validator(mode="after")
@@ -343,7 +354,7 @@ class Task(Strict):
     """lm-eval's name of a task or group."""
     metrics: Annotated[list[str], Field(min_length=1)]
     """lm-eval's names; the first is the task's score, the others are kept beside it."""
-    shots: Count = 0
+    shots: Annotated[int, values.SHOTS] = 0
     """Few-shot examples before each question."""
 
 
@@ -354,7 +365,7 @@ class Evaluate(Strict):
     """Names of recipes/lm_eval/tasks.yaml, as a list or with keys that replace theirs; or names of your own with all keys."""
     task_files: str | None = None
     """Folder with lm-eval task files (YAML) of your own."""
-    batch: Positive = 16
+    batch: Annotated[int, values.SEQUENCES] = 16
     """Sequences per forward and rank."""
 
     @field_validator("tasks", mode="before")
@@ -364,6 +375,7 @@ class Evaluate(Strict):
         if not isinstance(named, dict) or not all(isinstance(own, dict) for own in named.values()):
             raise ValueError("give a list of names, or a mapping of names to {task, metrics, shots}")
         for name, own in named.items():
+            _without(names.task_problem, str(name))
             if name not in TASKS and "task" not in own:
                 raise ValueError(f"unknown task '{name}'; {nearest(name, TASKS)}")
         return {name: {**TASKS.get(name, {}), **own} for name, own in named.items()}
@@ -390,11 +402,20 @@ class Experiment(Strict):
     runs: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")], Run]
     evaluate: Evaluate = Evaluate()
 
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name):
+        return _without(names.experiment_problem, name)
+
     @field_validator("runs")
     @classmethod
-    def _has_runs(cls, runs):
+    def _name_folders(cls, runs):
         if not runs:
             raise ValueError("at least one run is needed")
+        for name in runs:
+            _without(names.run_problem, name)
+        if same := names.same_folder(runs):
+            raise ValueError(f"'{same[0]}' and '{same[1]}' are one folder where capitals do not count; rename one")
         return runs
 
     @model_validator(mode="after")
@@ -416,6 +437,7 @@ class Experiment(Strict):
             except ValidationError as error:
                 problems.extend(_sentences(error, Train, f"runs.{name}.train."))
                 continue
+            problems += [f"runs.{name}.{problem}" for problem in _keep_problems(run, train)]
             if train.batch_tokens % self.data.sequence_length:
                 problems.append(
                     f"runs.{name}: batch_tokens ({train.batch_tokens}) is not a multiple of sequence_length "
@@ -435,6 +457,8 @@ class Experiment(Strict):
             ready |= {name for name, sources in needed.items() if ready.issuperset(sources)}
         for name, sources in needed.items():
             try:
+                if isinstance(start := self.runs[name].init.copied, Blocks) and isinstance(start.layers, str):
+                    _range_ends(start.layers)
                 if name not in ready:
                     raise UserError("of its sources and teachers, and theirs, one is made from itself")
                 for other in (self.runs[source].init.external for source in sources):
@@ -452,12 +476,14 @@ class Experiment(Strict):
 
         Raises UserError if it copies layers that its source has not."""
         start = run.init.copied
-        if start is None or run.grow:
-            return run.grow.max_layers if run.grow else run.layers or self.model.layers
+        if start is None:
+            return run.layers or self.model.layers
         depth = (known or {}).get(start.source)
         if depth is None:
             source = self.runs.get(start.source)
             depth = self.layers_of(source, known) if source else self.model.layers
+        if run.grow:
+            return run.grow.depths(start.layers, depth)[-1]
         return len(start.blocks(depth))
 
     def train_of(self, run: Run) -> Train:
@@ -476,34 +502,47 @@ class Experiment(Strict):
         return run.compare or (source if source in self.runs else None)
 
 
+def _keep_problems(run: Run, train: Train) -> list[str]:
+    """Sentences on `keep_at` steps that the run never comes to."""
+    if run.keep_at and run.init.external:
+        return ["keep_at: a model of others is not trained, so there is no step to keep; leave it out"]
+    late = [step for step in run.keep_at if step > train.steps]
+    return [f"keep_at: step {late[0]} is never reached, the run has {train.steps} steps; keep an earlier one"] if late else []
+
+
+def _range_ends(layers: str) -> tuple[int | None, int | None]:
+    """The ends of 'a:b'. Raises UserError if it is malformed; for a lone number too, because it could mean the first n as well
+    as block n."""
+    try:
+        ends = [int(end) if end.strip() else None for end in layers.split(":")]
+    except ValueError:
+        ends = []
+    if len(ends) == 1 and ends != [None]:
+        raise UserError(
+            f"layers '{layers}' could mean the first {layers} (write 0:{layers}) or block {layers} alone "
+            f"(write {layers}:{ends[0] + 1})"
+        )
+    if len(ends) != 2:
+        raise UserError(f"layers '{layers}' is neither a half-open range such as 0:16 nor a list such as 0,2,4")
+    return ends[0], ends[1]
+
+
 def parse_layers(layers: str | list[int], n_source: int) -> list[int]:
     """Block indices meant by `layers` in a model of `n_source` blocks: a half-open range 'a:b' (Python's rules for
-    negative and missing ends), or a list. Raises UserError if it is empty, out of range or malformed; a lone number too,
-    because it could mean the first n as well as block n."""
+    negative and missing ends), or a list. Raises UserError if it is empty, out of range or malformed."""
     if isinstance(layers, str):
-        try:
-            ends = [int(end) if end.strip() else None for end in layers.split(":")]
-        except ValueError:
-            ends = []
-        if len(ends) == 1 and ends != [None]:
-            raise UserError(
-                f"layers '{layers}' could mean the first {layers} (write 0:{layers}) or block {layers} alone "
-                f"(write {layers}:{ends[0] + 1})"
-            )
-        if len(ends) != 2:
-            raise UserError(f"layers '{layers}' is neither a half-open range such as 0:16 nor a list such as 0,2,4")
-        low, high = ends
+        low, high = _range_ends(layers)
         low = 0 if low is None else low + n_source if low < 0 else low
         high = n_source if high is None else high + n_source if high < 0 else high
-        indices = list(range(low, high))
+        indices, wrong = range(low, high), [*range(low, min(high, 0))[:1], *range(max(low, n_source), high)[:1]]
     else:
         indices = [int(index) for index in layers]
+        wrong = [index for index in indices if not 0 <= index < n_source]
     if not indices:
         raise UserError(f"layers {layers} selects no layer; a range is half-open: 0:16 are the first 16")
-    wrong = [index for index in indices if not 0 <= index < n_source]
     if wrong:
         raise UserError(f"layers {layers} asks for layer {wrong[0]}; the source has {n_source} layers (0 to {n_source - 1})")
-    return indices
+    return list(indices)
 
 
 def place_layers(layers: str | list[int], n_source: int, depth: int | None = None, at: int = 0) -> list[int | None]:
@@ -524,17 +563,6 @@ def resolve_path(path: str) -> Path:
     return given if given.is_absolute() or given.exists() else REPOSITORY / given
 
 
-def read_yaml(path: Path) -> dict:
-    """The mapping in a YAML file, an experiment's or a run's. Raises UserError if there is none."""
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} must hold a mapping with data, model, train and runs, not {type(raw).__name__}")
-    return raw
-
-
 def load_experiment(name: str, rehearse: bool | None = None) -> Experiment:
     """Read recipes/<name>.yaml, or the YAML file at path `name`; rehearsed if asked for or if REHEARSE=1.
 
@@ -546,7 +574,9 @@ def load_experiment(name: str, rehearse: bool | None = None) -> Experiment:
     raw = read_yaml(path)
     raw.setdefault("name", path.stem)
     experiment = validate(Experiment, raw, str(path))
-    if rehearse if rehearse is not None else os.environ.get("REHEARSE", "0") not in ("", "0"):
+    if rehearse is None:
+        rehearse = environment.flag("REHEARSE")
+    if rehearse:
         experiment = rehearsal(experiment)
     return experiment
 

@@ -23,6 +23,7 @@ import warnings
 from datetime import timedelta
 from pathlib import Path
 
+from inheritune import environment
 from inheritune.config import UserError
 from inheritune.rundir import FULL, disk_error, node, root
 
@@ -110,7 +111,7 @@ def _import_muon() -> None:
 
 def patience_s() -> float:
     """Seconds that a rank waits for the others in a collective."""
-    return 60 * float(os.environ.get("DEEPSPEED_TIMEOUT") or 60)
+    return 60.0 * environment.number("DEEPSPEED_TIMEOUT")
 
 
 RENDEZVOUS_S = 600

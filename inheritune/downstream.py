@@ -7,6 +7,7 @@ requests, shares them out over the ranks and computes the metrics; it is importe
 import contextlib
 import io
 import logging
+import math
 import os
 import sys
 from importlib.metadata import version
@@ -15,11 +16,11 @@ from pathlib import Path
 import torch
 
 from inheritune import dist
-from inheritune.config import RECIPES, Evaluate, Task, UserError, nearest, resolve_path
+from inheritune.config import Evaluate, Task, UserError, nearest, resolve_path
 from inheritune.log import logger
+from inheritune.taskcode import TASK_FILES, guard_templates, refuse_task_code
 from inheritune.tokens import PROBE, hub_errors
 
-TASK_FILES = RECIPES / "lm_eval"
 FEWSHOT_SEED = 1234  # of the lm_eval command
 
 
@@ -32,12 +33,15 @@ def choose(evaluate: Evaluate, names: str | None) -> dict[str, Task]:
     return {name: evaluate.tasks[name] for name in chosen}
 
 
-def load_tasks(chosen: dict[str, Task], task_files: str | None) -> dict:
+def load_tasks(chosen: dict[str, Task], task_files: str | None, allow_code: bool = False) -> dict:
     """{name: lm-eval's task, or group of tasks, ready to be scored, its data set read from the cache or the Hub}.
 
-    Raises UserError for a task or metric that lm-eval does not know, fixed few-shot examples, and data that cannot be had."""
+    Raises UserError for task files that name code, unless that is allowed, for a task or metric that lm-eval does not know,
+    fixed few-shot examples, and data that cannot be had."""
     if not chosen:
         return {}
+    refuse_task_code(task_files, allow_code)
+    guard_templates(allow_code)
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -51,7 +55,7 @@ def load_tasks(chosen: dict[str, Task], task_files: str | None) -> dict:
         if task.task not in known:
             raise UserError(f"lm-eval {version('lm-eval')} has no task '{task.task}' ({name}); {nearest(task.task, known)}")
         logger.info("reading the data of task %s (%d of %d)", name, number, len(chosen))
-        with hub_errors(f"the data of task {name} ({task.task} of lm-eval)", "datasets"), quiet():
+        with hub_errors(f"the data of task {name} ({task.task} of lm-eval)", "datasets"), quiet(), rendering(name):
             found = manager.load(task.task)
         for leaf in found["tasks"].values():
             unknown = [metric for metric in task.metrics if metric not in leaf.aggregation()]
@@ -73,6 +77,21 @@ def load_tasks(chosen: dict[str, Task], task_files: str | None) -> dict:
 def task_version(task: Task, found: dict) -> str:
     """The version that the file of lm-eval's task or group names."""
     return str(found["groups"][task.task].version if task.task in found["groups"] else found["tasks"][task.task].VERSION)
+
+
+@contextlib.contextmanager
+def rendering(name: str, kind: type[UserError] = UserError):
+    """What jinja raises for a template of task `name`, of its sandbox (taskcode.guard_templates) too, as one sentence. `kind`:
+    a NodeError where ranks render other documents, and one of them alone may meet it."""
+    from jinja2.exceptions import TemplateError
+
+    try:
+        yield
+    except TemplateError as error:
+        raise kind(
+            f"a template of task {name} cannot be rendered ({error}); correct its file. Python's own objects, by which a "
+            f"template could run code, are out of its reach, unless you trust it and give --allow-task-code"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -164,7 +183,7 @@ def score(lm, task: Task, found: dict) -> dict | None:
     # the bootstrap of a perplexity's error would fork this process, whose threads may then hold locks for ever; the same
     # numbers come from one process, in a minute or two for LAMBADA
     os.environ["DISABLE_MULTIPROC"] = "1"
-    with quiet():
+    with quiet(), rendering(task.task, dist.NodeError):
         answer = evaluate(lm, found, log_samples=False)
     if answer is None:
         return None
@@ -174,8 +193,23 @@ def score(lm, task: Task, found: dict) -> dict | None:
     for metric in task.metrics:
         key = next(key for key in values if key.partition(",")[0] == metric)
         stderr = values[key.replace(metric, f"{metric}_stderr", 1)]
-        row[metric] = {"score": float(values[key]), "stderr": None if stderr == "N/A" else float(stderr)}
+        row[metric] = {"score": float(values[key]), "stderr": finite(stderr)}
     return row
+
+
+def check_finite(name: str, row: dict, task: Task) -> None:
+    """Raises UserError if a score of the row is nan or infinite, which no JSON can hold."""
+    for metric in task.metrics:
+        if not math.isfinite(row[metric]["score"]):
+            raise UserError(
+                f"{metric} of task {name} is {row[metric]['score']}: the model's weights or the task's data are damaged; the "
+                f"tasks before it are saved, --tasks scores others"
+            )
+
+
+def finite(stderr) -> float | None:
+    """lm-eval's standard error; None where it has none (N/A; nan of a single document, inf of a perplexity's bootstrap)."""
+    return float(stderr) if stderr != "N/A" and math.isfinite(float(stderr)) else None
 
 
 def describe(name: str, row: dict, task: Task) -> str:

@@ -7,7 +7,7 @@ deepspeed. A test fails when a new DeepSpeed has a key without a verdict.
 """
 
 import logging
-import os
+import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,10 +15,23 @@ from typing import Literal
 
 import yaml
 
+from inheritune import environment
 from inheritune.config import Model, Train, UserError, nearest
+from inheritune.values import Kind
 
 MICRO = "train_micro_batch_size_per_gpu"
 OWN_KEYS = ("activation_checkpointing", "compile")
+SIZE, SIZE_OR_NONE = Kind("elements", gt=0, le=10**12), Kind("elements", ge=0, le=2**63)
+NUMBERS = {f"zero_optimization.{key}": SIZE for key in ("reduce_bucket_size", "allgather_bucket_size", "sub_group_size")}
+NUMBERS |= {
+    f"zero_optimization.{prefix}{key}": SIZE_OR_NONE
+    for key in ("prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold", "max_live_parameters",
+                "max_reuse_distance", "module_granularity_threshold")
+    for prefix in ("stage3_", "")
+}  # fmt: skip
+NUMBERS |= {f"zero_optimization.offload_param.{key}": SIZE_OR_NONE for key in ("buffer_count", "buffer_size", "max_in_cpu")}
+NUMBERS |= {"zero_optimization.zero_hpz_partition_size": Kind("ranks", gt=0, le=10**6)}
+"""Whole numbers of the JSON and what they may be."""
 VERDICTS = yaml.safe_load((Path(__file__).parent / "dslint.yaml").read_text(encoding="utf-8"))
 
 
@@ -77,6 +90,7 @@ def form(settings: dict) -> list[Problem]:
             refuse(f"inheritune.{key}", f"unknown key '{key}' in 'inheritune'; {nearest(key, OWN_KEYS)}")
         elif not isinstance(value, bool):
             refuse(f"inheritune.{key}", f"inheritune.{key} must be true or false (got {value!r})")
+    found += _by_numbers(flatten(settings))
     micro = settings.get(MICRO)
     if isinstance(micro, bool) or not isinstance(micro, int) or micro < 1:
         refuse(MICRO, f"{MICRO} must be a positive number of sequences (got {micro!r})")
@@ -89,6 +103,23 @@ def form(settings: dict) -> list[Problem]:
     for key, value in flatten(settings).items():
         if value == "auto" and key not in told and key.partition(".")[0] not in told:
             refuse(key, f"'{key}' is \"auto\", which only the Hugging Face Trainer fills in; give a value or leave the key out")
+    return found
+
+
+def _by_numbers(values: dict) -> list[Problem]:
+    """Sizes and counts that are none: DeepSpeed takes true for 1, and divides by some of them."""
+    found = []
+    for key, value in values.items():
+        kind, problem = NUMBERS.get(key) if value != "auto" else None, ""  # of which `form` says its own
+        whole = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
+        if isinstance(value, float) and not math.isfinite(value):
+            problem = "is not finite"
+        elif kind and not whole:
+            problem = "is no valid integer"
+        elif kind:
+            problem = kind.problem(value) and f"must be {kind.problem(value)}"
+        if problem:
+            found.append(Problem(key, "refuse", f"{key} = {value!r} {problem}; correct it or leave it out"))
     return found
 
 
@@ -283,8 +314,8 @@ def _by_memory(pinned: dict[str, int], ranks: int, model: Model) -> list[Problem
     there; `ulimit -l` does not bind it.)"""
     from inheritune.models import count_parameters, hf_config
 
-    allowed = int(os.environ.get("SLURM_MEM_PER_NODE") or 0) * 2**20  # of MiB; 0 is all of the node's
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or min(ranks, 8))  # ranks of one host
+    allowed = environment.number("SLURM_MEM_PER_NODE") * 2**20  # of MiB; 0 is all of the node's
+    here = environment.number("LOCAL_WORLD_SIZE") or min(ranks, 8)  # ranks of one host
     need = sum(pinned.values()) * count_parameters(hf_config(model, model.layers)) * here / ranks if allowed else 0
     if need <= allowed:
         return []
@@ -296,8 +327,10 @@ def _by_memory(pinned: dict[str, int], ranks: int, model: Model) -> list[Problem
 def _by_timeout() -> list[Problem]:
     """DEEPSPEED_TIMEOUT, how long ranks wait for each other (dist.start: 60 minutes where it is not set). DeepSpeed cannot even
     be imported where it is no number."""
-    key, patience = "DEEPSPEED_TIMEOUT", os.environ.get("DEEPSPEED_TIMEOUT", "60")
-    if not (patience.isdigit() and int(patience)):
-        return [Problem(key, "refuse", f"{key}={patience} is no number of minutes; set 60, or unset it")]
+    key = "DEEPSPEED_TIMEOUT"
+    try:
+        patience = environment.number(key)
+    except UserError as error:
+        return [Problem(key, "refuse", str(error))]
     short = f"{key}={patience} minutes: one slow save or evaluation ends the job on all ranks; set 60, or unset it"
-    return [Problem(key, "warn", short)] if int(patience) < 30 else []
+    return [Problem(key, "warn", short)] if patience < 30 else []

@@ -6,6 +6,7 @@ here; a JSON that sets it too is refused (dslint.py), so that each number has on
 
 import math
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from inheritune import dslint
 from inheritune.config import GPUS, Train, UserError, nearest, resolve_path
 from inheritune.dist import all_sum, rank
 from inheritune.models import architecture, build, fuse_gelu, linear_weights
+from inheritune.reading import read_text, refuse_twice
 
 
 def load_json(path: str | Path) -> dict:
@@ -26,16 +28,10 @@ def load_json(path: str | Path) -> dict:
         known = sorted(p.name for p in file.parent.glob("*.json")) if file.parent.is_dir() else []
         raise UserError(f"DeepSpeed JSON {path} does not exist; {nearest(file.name, known)}")
 
-    def refuse_twice(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice:
-            raise UserError(f"{path} sets '{twice}' twice; keep one")
-        return dict(pairs)
-
+    text = read_text(file)
     try:
-        settings = hjson.loads(file.read_text(encoding="utf-8"), object_pairs_hook=refuse_twice)
-    except (hjson.HjsonDecodeError, UnicodeDecodeError) as error:
+        settings = hjson.loads(text, object_pairs_hook=partial(refuse_twice, path))
+    except (ValueError, ArithmeticError, RecursionError) as error:  # hjson's own, and those of numbers such as 1e400
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path} must hold a JSON object, not {type(settings).__name__}")

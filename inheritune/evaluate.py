@@ -17,25 +17,27 @@ from inheritune.log import logger, setup
 from inheritune.models import build, count_parameters
 from inheritune.rundir import RunDir, beside, finished_weights, hash_folder, parse_weights_name, read_json, write_json
 from inheritune.sources import TOKENIZER_FILES, Source, open_source
+from inheritune.taskcode import refuse_task_code
 from inheritune.tokens import PROBE, check_vocabulary, load_tokenizer
 from inheritune.train import compare, random_start
 
 
 def evaluate(experiment: str, run: str | None = None, model: str | None = None, tasks: str | None = None, seed: int = 0,
-             out: str | None = None, rehearse=None) -> None:  # fmt: skip
+             out: str | None = None, rehearse=None, allow_task_code: bool = False) -> None:  # fmt: skip
     """Measure `run` of `experiment` (RUN, RUN/stage2, RUN@10000, or several: 'a,b'), or the checkpoint `model` (a folder or Hub
     id), and write results.json beside the weights, or at `out`.
 
     A run's results.json keeps what training wrote; the validation and the difference to its reference are renewed. The
     experiment's downstream `tasks` ('a,b'; default all; 'none') are added one by one as each is scored; one that is there
-    already for these weights is not scored again."""
+    already for these weights is not scored again. Code that task files name is run only with `allow_task_code`."""
     loaded = load_experiment(experiment, rehearse)
     if (run is None) == (model is None):
         raise UserError("evaluate needs either --run NAME or --model CHECKPOINT")
     chosen = downstream.choose(loaded.evaluate, tasks)
+    refuse_task_code(loaded.evaluate.task_files if chosen else None, allow_task_code)
     found = [weights_of(loaded, name, seed) for name in run.split(",")] if run else []
     for job, source, target in found or [(None, open_source(model), Path(out) if out else None)]:
-        measure(loaded, chosen, job, source, target)
+        measure(loaded, chosen, job, source, target, allow_task_code)
 
 
 def weights_of(experiment: Experiment, name: str, seed: int) -> tuple[Job, Source, Path]:
@@ -50,12 +52,15 @@ def weights_of(experiment: Experiment, name: str, seed: int) -> tuple[Job, Sourc
     return job, open_source(str(weights)), beside(weights).results
 
 
-def measure(loaded: Experiment, chosen: dict[str, Task], job: Job | None, source: Source, target: Path | None) -> None:
+def measure(loaded: Experiment, chosen: dict[str, Task], job: Job | None, source: Source, target: Path | None,
+            allow_code: bool = False) -> None:  # fmt: skip
     """Validation loss and `chosen` tasks of `source`, into `target`."""
     dist.start()
     setup()
     tokens, foreign = Tokens.of(loaded, "val"), job is None or job.run.init.external
-    benchmarks = downstream.load_tasks(chosen, loaded.evaluate.task_files)  # all that can be refused comes before the work
+    benchmarks = downstream.load_tasks(
+        chosen, loaded.evaluate.task_files, allow_code
+    )  # all that can be refused comes before the work
     results = {"model": source.origin, "layers": None, "steps": None}
     if target and (target.is_file() or (job and RunDir(target.parent).is_done())):
         results = RunDir(target.parent).read_results() if target.name == "results.json" else read_json(target)
@@ -85,6 +90,7 @@ def measure(loaded: Experiment, chosen: dict[str, Task], job: Job | None, source
             raise dist.Stopped(f"{len(missing) - number} tasks are left to score ({why}); the same command goes on with them")
         start_time = time.monotonic()
         row = downstream.score(lm, chosen[name], benchmarks[name])
+        dist.on_rank0(downstream.check_finite, name, row, chosen[name])
         if row:  # rank 0
             results["tasks"][name] = row | {"precision": train.precision, "checkpoint": identity}
             write_json(target, results) if target else None
@@ -104,14 +110,17 @@ def load_weights(source: Source) -> torch.nn.Module:
 def checkpoint_losses(model, source: Source, tokens: Tokens, length: int, train: Train) -> np.ndarray:
     """Per-window validation losses of `source`, loaded as `model`.  -> (n,) float64
 
-    Raises UserError if the data's vocabulary or windows do not fit the model."""
+    Raises UserError if the data's vocabulary or windows do not fit the model, and if a loss is not finite."""
     check_vocabulary(tokens.vocab_size, source.config.vocab_size, str(source.folder))
     positions = getattr(source.config, "max_position_embeddings", length)
     if length > positions:
         raise UserError(f"data.sequence_length ({length}) is beyond the {positions} positions of {source.folder}")
     starts, device = validate.final_windows(tokens, length, train.final_windows), dist.device()
     with torch.autocast(device.type, torch.bfloat16, enabled=train.precision != "fp32"):
-        return validate.window_losses(model, tokens, length, starts, device)
+        losses = validate.window_losses(model, tokens, length, starts, device)
+    if not np.isfinite(losses).all():
+        raise UserError(f"the validation loss of {source.folder} is not finite: its weights are damaged; restore them")
+    return losses
 
 
 def same_ids(tokenizer, data: Data, folder: Path) -> bool:

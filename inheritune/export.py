@@ -7,6 +7,7 @@ the logits of the two were compared.
 """
 
 import copy
+import json
 import shlex
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ import yaml
 
 from inheritune.attention import load_model
 from inheritune.config import Data, UserError, nearest, read_yaml
+from inheritune.escape import markdown
 from inheritune.inherit import MANIFEST
 from inheritune.models import seeded, tensor_shapes
 from inheritune.rundir import RunDir, read_json, replacing, write_json, write_text
@@ -148,13 +150,14 @@ def parents(run: RunDir) -> dict[str, str | None]:
             found[f"{_title(described)}, {copied}"] = None
             found |= parents(parent)
         else:  # the path is this machine's own affair
-            found[f"the local checkpoint '{Path(name).name}', {copied}"] = None
+            found[f"the local checkpoint '{markdown(Path(name).name)}', {copied}"] = None
     return found
 
 
 def _title(described: dict) -> str:
     stage = f" stage {described['stage']}" if described["stage"] else ""
-    return f"run '{described['run_name']}'{stage} of experiment {described['experiment']} (seed {described['seed']})"
+    experiment = markdown(described["experiment"])
+    return f"run '{described['run_name']}'{stage} of experiment {experiment} (seed {described['seed']})"
 
 
 def _ranges(layers: list[int]) -> str:
@@ -184,19 +187,20 @@ def model_card(run: RunDir, described: dict, name: str, dtype: str, compared: di
     revision = f" at revision {data['revision']}" if data["revision"] else ""
     copied = "".join(f"\n- Parent: {parent}" for parent in lineage) or "\n- Parent: none, a random start"
     if teacher := (described["run"].get("distil") or {}).get("teacher"):  # of a path only the name
-        copied += f"\n- Teacher (logits): '{Path(teacher).name if Path(teacher).is_absolute() else teacher}'"
+        shown = markdown(Path(teacher).name if Path(teacher).is_absolute() else teacher)
+        copied += f"\n- Teacher (logits): '{shown}'"
     of_models = "".join(f"\n- {parent}: {licence}" for parent, licence in licences.items())
     by = "W_Q / (layer + 1) in place of the scaling of attention logits by layer, " if run_scales(run) else ""
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}
 ---
 
-# {name}
+# {markdown(name)}
 
 {rehearsal}A language model of {results["layers"]} layers and {results["parameters"] / 1e6:,.2f}M parameters, made with
 Inheritune ([arXiv 2404.08634](https://arxiv.org/abs/2404.08634)): {_title(described)}.
 {copied}
-- Data: {data_name}{revision}, tokenizer {data["tokenizer"]}, sequences of {data["sequence_length"]} tokens
+- Data: {data_name}{revision}, tokenizer {markdown(data["tokenizer"])}, sequences of {data["sequence_length"]} tokens
 - Training: {results["steps"]:,} steps of {train["batch_tokens"]:,} tokens, {results["tokens"]:,} in all, {train["precision"]}
 - Code: commit {start["git_commit"] or "unknown"}, {versions}
 
@@ -211,7 +215,7 @@ Intervals are 95% over validation windows; they do not cover the choice of seeds
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = "{name}"
+folder = {json.dumps(name)}
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
 prompt = tokenizer("The", return_tensors="pt")

@@ -18,9 +18,11 @@ from tabulate import tabulate
 from inheritune.config import Experiment, UserError
 from inheritune.documents import Source
 from inheritune.downstream import load_tasks
+from inheritune.escape import markdown
 from inheritune.log import logger
 from inheritune.rundir import data_dir
 from inheritune.sources import COMMON_FILES, WEIGHTS, download_model, weight_patterns
+from inheritune.taskcode import refuse_task_code
 from inheritune.tokens import bpe_size, hub_errors, keep_gpt2, load_tokenizer, on_the_hub
 
 BYTES_PER_TOKEN = 8
@@ -124,11 +126,13 @@ def model_files(model: Repository) -> list[str]:
     )
 
 
-def fetch(experiment: Experiment) -> None:
+def fetch(experiment: Experiment, allow_task_code: bool = False) -> None:
     """Print what the experiment needs and what of it is missing, then download that. A killed fetch goes on with the first
     file that the cache has not whole.
 
-    Raises UserError, before anything is downloaded, if there is no room, no internet, or a licence to accept first."""
+    Raises UserError, before anything is downloaded, if there is no room, no internet, a licence to accept first, or code in
+    task files that is not allowed."""
+    refuse_task_code(experiment.evaluate.task_files, allow_task_code)
     repositories = wanted(experiment)
     if repositories:
         print(table(repositories), flush=True)
@@ -150,7 +154,8 @@ def fetch(experiment: Experiment) -> None:
             taken += 1
         if one.what == "model":
             download_model(one.name, one.revision)  # finds every file there; leaves the listing that it needs offline
-    load_tasks(experiment.evaluate.tasks, experiment.evaluate.task_files)  # lm-eval keeps their data where it will look for it
+    tasks = experiment.evaluate
+    load_tasks(tasks.tasks, tasks.task_files, allow_task_code)  # lm-eval keeps their data where it will look for it
     files = sum(len(one.files) for one in repositories)
     print(f"{files} files of {experiment.name} are in the cache: {taken} downloaded, {files - taken} were there")
 
@@ -158,8 +163,10 @@ def fetch(experiment: Experiment) -> None:
 def table(repositories: list[Repository]) -> str:
     """What is needed, a row per repository and the sum, with the free space of the cache."""
     rows = [
-        [f"{one.what}: {one.name}@{(one.revision or 'main')[:8]}", len(one.files), sum(one.files.values()), len(one.cached),
-         sum(one.missing().values())]
+        [
+            markdown(f"{one.what}: {one.name}@{(one.revision or 'main')[:8]}"),
+            len(one.files), sum(one.files.values()), len(one.cached), sum(one.missing().values()),
+        ]
         for one in repositories
     ]  # fmt: skip
     rows.append(["in all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])])

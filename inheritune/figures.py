@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from inheritune.config import Experiment, UserError, load_experiment
+from inheritune.escape import plot_label
 from inheritune.paper import (
     Panel,
     Row,
@@ -51,11 +52,13 @@ def _styles(labels: list[str]) -> list[dict]:
 def canvas(path: Path, width: float, height: float, rehearsal: bool):
     """An empty figure of `width` x `height` inches, written as a PNG when the block ends.
 
-    matplotlib's defaults are restored around it, and the file carries no version or date: same numbers, same bytes."""
+    matplotlib's defaults are restored around it, and the file carries no version or date: same numbers, same bytes. Words
+    are shown as they are: a label with two dollars is no formula."""
     from matplotlib import patheffects, style
     from matplotlib.figure import Figure
 
-    with style.context(["default", {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}]):
+    look = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
+    with style.context(["default", look]):
         figure = Figure(figsize=(width, height), layout="constrained")  # without pyplot: always the Agg canvas
         yield figure
         if rehearsal:
@@ -230,7 +233,7 @@ def plot_attention(folder: str | Path) -> list[Path]:
         raise UserError(f"{run.attention} is missing or empty; run 'python -m inheritune analyze --model M --data D' first")
     header = rows[0]
     parts = Path(header["model"]).parts
-    label = "/".join(parts[-2:])
+    label = plot_label("/".join(parts[-2:]))
     rehearsal = header.get("rehearsal", False)
     names = ("max_rank.png", "max_rank_taus.png", "avg_mass.png", "rank_heat_map.png", "attention_maps.png")
     paths = [run.path / name for name in names]
@@ -351,7 +354,7 @@ def figure(item: str, seed: int = 0, rehearse: bool | None = None) -> list[Path]
 
 
 def _title(entry) -> str:
-    return f"{entry.label}, {entry.results['layers']} layers"
+    return plot_label(f"{entry.label}, {entry.results['layers']} layers")
 
 
 def plot_cells(records: list[dict], path: Path, title: str, rehearsal: bool = False) -> None:

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from inheritune import environment
 from inheritune.config import UserError
 from inheritune.processes import birth, fate, machine, node
 from inheritune.rundir import disk_error
@@ -35,7 +36,7 @@ class Lock:
     def __init__(self, path: Path, wait: float | None = None):
         """`wait`: seconds until UserError while another holds the lock (None: $INHERITUNE_LOCK_WAIT, or 120)."""
         self.path = path
-        self.wait = _patience() if wait is None else wait
+        self.wait = environment.number("INHERITUNE_LOCK_WAIT") if wait is None else wait
         self.file = path.with_name(f".{path.name}.lock.{uuid.uuid4().hex[:12]}")
         self._released = threading.Event()
 
@@ -149,18 +150,6 @@ def lock_holders(folder: Path) -> dict[str, dict]:
 def lock_holder(path: Path) -> dict | None:
     """Who holds the lock of `path`, or None; see `lock_holders`."""
     return lock_holders(path.parent).get(path.name)
-
-
-def _patience() -> float:
-    """$INHERITUNE_LOCK_WAIT in seconds, or 120. Raises UserError for what is no such number."""
-    word = os.environ.get("INHERITUNE_LOCK_WAIT") or "120"
-    try:
-        seconds = float(word)
-    except ValueError:
-        seconds = math.nan
-    if not seconds >= 0:
-        raise UserError(f"INHERITUNE_LOCK_WAIT is '{word}'; set it to a number of seconds, such as 120")
-    return seconds
 
 
 def _lock_files(folder: Path) -> Iterator[tuple[str, Path]]:

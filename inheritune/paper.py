@@ -10,11 +10,23 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
 
-from inheritune.config import RECIPES, Experiment, Strict, UserError, load_experiment, nearest, rehearsal_count, validate
+from inheritune import values
+from inheritune.config import (
+    RECIPES,
+    Experiment,
+    Layers,
+    Steps,
+    Strict,
+    UserError,
+    load_experiment,
+    nearest,
+    rehearsal_count,
+    validate,
+)
 from inheritune.rundir import RunDir, beside, data_dir, find_weights
 
 PAPER = RECIPES / "paper"
@@ -37,15 +49,15 @@ class Row(Published):
     label: str
     run: str | None = None
     """EXPERIMENT/RUN (an experiment in a folder of recipes/ has a slash itself); none: shown as published, not run here."""
-    stage: int | None = None
+    stage: Annotated[int, values.STAGE] | None = None
     """Stage of a grown run (default: the one it chose)."""
-    kept: int | None = None
+    kept: Annotated[int, values.CHECKPOINTS] | None = None
     """Weights kept on the way: the first, second ... of the run's `keep_at` (default: the end)."""
     group: str = ""
     """Rows among which a highlight is chosen."""
     data: str | None = None
     """Experiment whose text the attention is measured on (default: the run's own)."""
-    maps: list[tuple[int, int]] = []
+    maps: list[tuple[Layers, Layers]] = []
     """(layer, head), from 1, of the attention maps that are drawn."""
 
 
@@ -56,7 +68,7 @@ class Column(Published):
     metric: str | None = None
     mean: list[str] = []
     """Metrics that this one is the mean of."""
-    n: int | None = None
+    n: Annotated[int, values.QUESTIONS] | None = None
     """Questions (or windows) that the paper's number is a mean over."""
 
 
@@ -66,10 +78,10 @@ class Panel(Strict):
     kind: Literal["max_rank", "taus", "mass", "heat", "maps", "loss"]
     title: str
     rows: list[Row]
-    smooth: int = 1
+    smooth: Steps = 1
     """Evaluations in a trailing mean, as in the paper's figure."""
-    from_step: int = 0
-    to_step: int | None = None
+    from_step: Annotated[int, values.STEPS_OR_NONE] = 0
+    to_step: Steps | None = None
     loss: Literal["val_loss", "train_loss"] = "val_loss"
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from inheritune.config import GPUS, Experiment, Model, Run, Train, UserError, load_experiment, nearest
 from inheritune.rundir import RunDir, read_json
+from inheritune.values import ARGUMENTS
 
 FRAMEWORK = 1.5e9  # CUDA context, cuBLAS workspaces and NCCL's buffers of one GPU: typical, not measured here
 FRAGMENTATION = 0.05  # of the peak: what PyTorch's allocator reserves beyond what is in use; typical, not measured here
@@ -390,8 +391,10 @@ def plan(experiment: str, run: str | None = None, ds: str | None = None, gpus: i
     """Print the plan of `run`, or of every run; or, `against` a run's folder, predicted beside measured."""
     from inheritune.engine import load_json
 
-    if not 0 < mfu <= 1:
-        raise UserError(f"plan: --mfu is the share of the GPU's peak rate that is used, between 0 and 1 (got {mfu})")
+    for name, value in (("mfu", mfu), ("gpus", gpus), ("gpu_memory", gpu_memory)):
+        kind = ARGUMENTS[name]
+        if value is not None and (problem := kind.problem(value)):
+            raise UserError(f"plan: --{name.replace('_', '-')} {kind.says or f'must be {problem}'} (got {value})")
     loaded = load_experiment(experiment, rehearse)
     if against:
         rows = compare(RunDir(against), loaded)

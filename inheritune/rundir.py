@@ -20,13 +20,15 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import xxhash
 
+from inheritune import names
 from inheritune.config import REPOSITORY, Experiment, UserError
 from inheritune.processes import fate, machine, node
+from inheritune.reading import refuse_twice
 
 logger = logging.getLogger("inheritune")
 
@@ -53,7 +55,7 @@ class RunDir:
     @classmethod
     def of(cls, experiment: Experiment, run: str, seed: int = 0) -> "RunDir":
         """The folder of `run`; rehearsals lie apart, under runs/rehearsal/."""
-        base = root() / "runs" / "rehearsal" if experiment.rehearsal else root() / "runs"
+        base = root() / "runs" / names.REHEARSAL if experiment.rehearsal else root() / "runs"
         return cls(base / experiment.name / f"seed{seed}" / run)
 
     def stage(self, number: int) -> "RunDir":
@@ -62,7 +64,7 @@ class RunDir:
 
     def seed_checkpoint(self, layers: int) -> Path:
         """The random start that all runs of this experiment and seed with `layers` blocks share."""
-        return self.path.parent / f"random_init_{layers}_layers"
+        return self.path.parent / names.RANDOM_INIT.format(layers)
 
     experiment = property(lambda self: self.path / "experiment.yaml")
     provenance = property(lambda self: self.path / "provenance.json")
@@ -343,9 +345,9 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def read_json(path: Path):
-    """The JSON value in `path`. Raises UserError if it is missing, damaged or not as it was written."""
+    """The JSON value in `path`. Raises UserError if it is missing, damaged, has a key twice or is not as it was written."""
     try:
-        return unsealed(json.loads(_read_text(path)), str(path))
+        return unsealed(json.loads(_read_text(path), object_pairs_hook=partial(refuse_twice, path)), str(path))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (ValueError, OSError, RecursionError) as error:

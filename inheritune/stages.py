@@ -19,6 +19,8 @@ from inheritune.config import REPOSITORY, Experiment, Grow, Run, UserError, load
 from inheritune.dist import Stopped, asked_to_stop
 from inheritune.planning import MFU, gpu_hours, models_of
 from inheritune.rundir import RunDir, data_dir, read_json, seed_flag, write_json
+from inheritune.taskcode import refuse_task_code
+from inheritune.values import GPUS, read_numbers
 
 
 @dataclass(frozen=True)
@@ -136,12 +138,17 @@ def grow(experiment: str, run: str, seed: int = 0, procs: int = 1, ds: str | Non
 
 
 def check(experiment: str, run: str | None = None, stage: int | None = None, seed: int = 0, rehearse=None,
-          ds: str | None = None, gpus: str | None = None) -> None:  # fmt: skip
+          ds: str | None = None, gpus: str | None = None, allow_task_code: bool = False) -> None:  # fmt: skip
     """Print that the experiment is sound and, for `run` (and `stage` of a grown run), that what it starts from is there;
-    before that, what is wrong with the DeepSpeed JSON of its runs (or `ds`), for each number in `gpus` ("4" or "1,2,4").
+    before that, what is wrong with the DeepSpeed JSON of its runs (or `ds`), for each number in `gpus` ("4" or "1,2,4"), and
+    code in its task files that is not allowed.
 
     Raises UserError naming what is refused or missing, with the commands that make it."""
     loaded = load_experiment(experiment, rehearse)
+    if loaded.evaluate.task_files and not find_spec("lm_eval"):
+        print("the task files are not looked at here, without lm_eval; evaluate does it at its start")
+    else:
+        refuse_task_code(loaded.evaluate.task_files, allow_task_code)
     check_json(loaded, [run] if run else list(loaded.runs), ds, _numbers(gpus))
     if run is None:
         print(f"{loaded.name}: the file is sound; runs: {', '.join(loaded.runs)}")
@@ -191,10 +198,10 @@ def check_json(experiment: Experiment, runs: list[str], ds: str | None, gpus: li
 
 def _numbers(words: str | None) -> list[int]:
     """[1, 2, 4] of "1,2,4"."""
-    numbers = words.split(",") if words else []
-    if not all(word.strip().isdigit() and int(word) for word in numbers):
-        raise UserError(f"check: --gpus takes a number of GPUs or several, as in 1,2,4 (got '{words}')")
-    return [int(word) for word in numbers]
+    try:
+        return read_numbers(GPUS, words) if words else []
+    except ValueError:
+        raise UserError(f"check: --gpus takes a number of GPUs or several, as in 1,2,4 (got '{words}')") from None
 
 
 def unfinished_source(experiment: Experiment, spec: Run, seed: int) -> str | None:

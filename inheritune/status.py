@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from inheritune import names
 from inheritune.config import Experiment, Run, UserError, load_experiment
 from inheritune.lock import Lock, describe_holder, lock_holders
 from inheritune.paper import curve_of, published_curves, published_loss
@@ -289,11 +290,11 @@ def read_jobs(queue: dict[str, Job] | None) -> dict[Path, Job]:
     found, queue, arrays, marks, base = {}, queue or {}, {}, [], root()
     for other, job in queue.items():
         arrays.setdefault(other.partition("_")[0] + "_", job)
-    folder = base / "runs" / "jobs"
-    names = []
+    folder = base / "runs" / names.JOBS
+    listed = []
     with suppress(OSError):
-        names = os.listdir(folder)
-    for name in names:
+        listed = os.listdir(folder)
+    for name in listed:
         with suppress(OSError):
             if re.fullmatch(r"[0-9]+(_[0-9]+)?", name):
                 run = folder / name / "run"

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from inheritune import names
 from inheritune.config import Experiment, Run, UserError, load_experiment
+from inheritune.escape import csv_cell, latex, markdown
 from inheritune.paper import (
     Column,
     Item,
@@ -143,7 +145,7 @@ def verdict(experiment: Experiment, found: list[Entry]) -> str:
             other = entry.results["validation"]["mean"] - chosen.results["validation"]["mean"]
             side = "above" if other > 0 else "below"
             shape = f"{entry.results['layers']} layers, {entry.results['steps']} steps"
-            text += f"; the {entry.label} ({shape}) ends {abs(other):.4f} {side} it"
+            text += f"; the {markdown(entry.label)} ({shape}) ends {abs(other):.4f} {side} it"
             if entry.results.get("difference", {"high": margin + 1})["high"] <= margin:
                 text += " and reaches the reference's loss too"
     return text + "."
@@ -182,20 +184,20 @@ def table(item: str, seed: int = 0, rehearse=None, missing: bool = False) -> tup
 
 
 def write_table(stem: Path, title: str, headers: list[str], cells: list[list[str]], notes: list[str], records: list) -> None:
-    """Print a table as Markdown and write stem.md, stem.tex and, from `records` (one per number), stem.csv."""
-    text = tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True)
-    page = "\n\n".join([title, text, *notes]) + "\n"
+    """Print a table as Markdown and write stem.md, stem.tex and, from `records` (one per number), stem.csv. The title, the
+    headers and the first cell of a row are words, escaped here; the other cells are numbers, and notes are Markdown."""
+    words = [[markdown(row[0]), *row[1:]] for row in cells]
+    text = tabulate(words, headers=list(map(markdown, headers)), tablefmt="github", disable_numparse=True)
+    page = "\n\n".join([markdown(title), text, *notes]) + "\n"
     write_text(stem.with_suffix(".md"), page)
-    latex = [[cell.replace("**", "") for cell in row] for row in cells]
-    below = [f"% {line}" for line in [title, *notes]]
-    write_text(
-        stem.with_suffix(".tex"),
-        "\n".join([*below, tabulate(latex, headers=headers, tablefmt="latex_booktabs", disable_numparse=True)]) + "\n",
-    )
+    plain = [[latex(row[0]), *(cell.replace("**", "") for cell in row[1:])] for row in cells]
+    below = [f"% {latex(line)}" for line in [title, *notes]]
+    text = tabulate(plain, headers=list(map(latex, headers)), tablefmt="latex_booktabs", disable_numparse=True)
+    write_text(stem.with_suffix(".tex"), "\n".join([*below, text]) + "\n")
     lines = io.StringIO()
-    writer = csv.DictWriter(lines, list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
+    writer = csv.writer(lines, lineterminator="\n")
+    writer.writerow(map(csv_cell, records[0]))
+    writer.writerows([csv_cell(record[key]) for key in records[0]] for record in records)
     write_text(stem.with_suffix(".csv"), lines.getvalue())
     print(page)
 
@@ -473,4 +475,4 @@ def paper_item(name: str, seed: int = 0, rehearse=None, only_missing: bool = Fal
 
 def paper_folder(rehearsal: bool, seed: int) -> Path:
     """Where tables and figures of the paper are written."""
-    return root() / "runs" / ("rehearsal/paper" if rehearsal else "paper") / f"seed{seed}"
+    return root() / "runs" / (names.REHEARSAL if rehearsal else "") / names.PAPER / f"seed{seed}"

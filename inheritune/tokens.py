@@ -314,7 +314,7 @@ def bpe_size(name: str) -> int | None:
     """N of 'bpe:N', None for another kind. Raises UserError if N is no number above 256."""
     if not name.startswith("bpe:"):
         return None
-    if not re.fullmatch(r"bpe:\d+", name) or int(name[4:]) <= 257:
+    if not re.fullmatch(r"bpe:[0-9]{1,8}", name) or int(name[4:]) <= 257:
         raise UserError(f"tokenizer '{name}': write bpe:N with N above 257 (256 bytes, end of text, merges), e.g. bpe:2048")
     return int(name[4:])
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import yaml
 
-from inheritune import checkpoint, dist, dslint, rundir, validate
+from inheritune import checkpoint, dist, dslint, environment, rundir, validate
 from inheritune.batches import Order, Share, Tokens, check_some_shards, read_share
 from inheritune.config import RESUMABLE_KEYS, UserError, load_experiment, read_yaml
 from inheritune.distil import Teacher
@@ -360,7 +360,7 @@ class Trainer:
         self.watch.at(f"saving after step {state['step']}")
         seconds = checkpoint.save(self.engine, self.job.dir, state["step"], state, self.settings, self.train.keep_last)
         self.saved = state["step"]
-        lead = float(os.environ.get("INHERITUNE_LEAD") or math.inf)
+        lead = environment.number("INHERITUNE_LEAD")
         if seconds > lead / 2:
             logger.warning(
                 "saving took %.0f s of the %.0f s between the job's signal and its time limit: raise SITE_LEAD in "

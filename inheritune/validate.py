@@ -24,12 +24,17 @@ Z95 = 1.959963984540054
 def final_windows(tokens: Tokens, length: int, count: int) -> np.ndarray:
     """Starts of min(all, count) evenly spaced, non-overlapping windows of the validation text.  -> (n,) int64
 
-    Raises UserError if the text is shorter than one window."""
+    Raises UserError if the text is shorter than two windows: one has no deviation, and so no interval."""
     available = tokens.n_windows(length)
     if available < 1:
         raise UserError(
             f"the validation text of {tokens.folder} has {tokens.n_tokens} tokens, fewer than one window of {length} + 1; "
             f"hold out more (data.validation.fraction) or shorten data.sequence_length"
+        )
+    if available < 2:
+        raise UserError(
+            f"the validation text of {tokens.folder} has {tokens.n_tokens} tokens, one window of {length} + 1; an "
+            f"interval needs two: hold out more (data.validation.fraction) or shorten data.sequence_length"
         )
     n = min(available, count)
     return (np.arange(n) * available // n) * length

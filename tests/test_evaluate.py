@@ -51,9 +51,11 @@ def checkpoint(tmp_path) -> Path:
 
 
 def write_own(tmp_path: Path, checkpoint: Path, tasks: dict = OWN, **files: dict) -> str:
-    """An experiment with `tasks`, whose data has the checkpoint's tokenizer; `files` are task files beside the rehearsal's."""
-    shutil.copytree(TASK_FILES / "rehearsal", tmp_path / "own", dirs_exist_ok=True)
-    for name, content in files.items():
+    """An experiment with `tasks`, whose data has the checkpoint's tokenizer; `files` are task files beside some that include
+    the rehearsal's."""
+    (tmp_path / "own").mkdir(exist_ok=True)
+    theirs = {path.stem: {"include": str(path)} for path in (TASK_FILES / "rehearsal").glob("*.yaml")}
+    for name, content in {**theirs, **files}.items():
         (tmp_path / "own" / f"{name}.yaml").write_text(yaml.safe_dump(content))
     raw = experiment_dict(evaluate={"tasks": tasks, "task_files": str(tmp_path / "own"), "batch": 4})
     raw["runs"]["theirs"] = {"init": {"external": {"source": str(checkpoint)}}}
@@ -300,3 +302,23 @@ def test_a_rehearsal_scores_stand_ins_without_the_hub(tmp_path):
     results = read_json(RunDir.of(experiment, "public").results)
     assert results["rehearsal"] and list(results["tasks"]) == list(experiment.evaluate.tasks) and results["validation"]["n"]
     assert {row["n"] for row in results["tasks"].values()} == {16}
+
+
+def test_code_of_task_files_runs_only_where_it_is_allowed(tmp_path, checkpoint):
+    """A copy of the rehearsal's task files is not the repository's any more."""
+    path = write_own(tmp_path, checkpoint, {"choice": OWN["choice"]})
+    shutil.rmtree(tmp_path / "own")
+    shutil.copytree(TASK_FILES / "rehearsal", tmp_path / "own")
+    loader = (tmp_path / "own" / "documents.py").read_text()
+    (tmp_path / "own" / "documents.py").write_text(f"open({str(tmp_path / 'trapped')!r}, 'w')\n{loader}")
+    for verb in (["fetch", path], ["check", path], ["evaluate", path, "--run", "theirs"]):
+        said = refused(*verb, **ALONE)
+        assert f"task files in {tmp_path / 'own'} name code" in said and "choice.yaml, line 3: !function documents.load" in said
+        assert "give --allow-task-code" in said and not (tmp_path / "trapped").exists()
+    run_verb("check", path, "--allow-task-code")
+    run_verb("evaluate", path, "--run", "theirs", "--tasks", "none", **ALONE)
+    assert not (tmp_path / "trapped").exists()
+    run_verb("fetch", path, "--allow-task-code", **ALONE)
+    assert (tmp_path / "trapped").exists()
+    run_verb("evaluate", path, "--run", "theirs", "--allow-task-code", **ALONE)
+    assert results_of(path)["tasks"]["choice"]["n"] == 16

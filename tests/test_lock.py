@@ -185,7 +185,7 @@ def test_a_lock_that_cannot_be_taken_away_is_named(open_folder):
 @pytest.mark.parametrize("word", ["soon", "-1", "nan", "1e"])
 def test_a_wait_that_is_no_number_is_refused(tmp_path, monkeypatch, word):
     monkeypatch.setenv("INHERITUNE_LOCK_WAIT", word)
-    with pytest.raises(UserError, match=f"INHERITUNE_LOCK_WAIT is '{word}'; set it to a number of seconds, such as 120"):
+    with pytest.raises(UserError, match=f"INHERITUNE_LOCK_WAIT={word} .*; set 120, or unset it"):
         Lock(tmp_path / "run")
 
 

@@ -2,6 +2,7 @@
 that a run leaves; no file is for everyone to write; names are data, not shell. (More refusals: test_sources.py.)"""
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -9,19 +10,23 @@ import shutil
 import stat
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import REPOSITORY, experiment_dict, one_sentence, write_experiment
 from tiny_models import config_of, random_model
 
+from inheritune.__main__ import main
 from inheritune.attention import load_model
-from inheritune.config import UserError, load_experiment
-from inheritune.downstream import open_tokenizer
+from inheritune.config import Task, UserError, load_experiment
+from inheritune.downstream import load_tasks, open_tokenizer
 from inheritune.inherit import inherit
 from inheritune.rundir import RunDir
 from inheritune.sources import open_source
+from inheritune.taskcode import TASK_FILES, code_in, code_of_template
 from inheritune.tokens import load_tokenizer, train_bpe
 
 # --- code of others ---------------------------------------------------------------------------------------------------------
@@ -130,6 +135,135 @@ def test_links_out_of_the_folder_are_refused(tmp_path):
 def test_an_experiment_cannot_name_a_folder_outside(tmp_path, change):
     with pytest.raises(UserError, match="match pattern"):
         load_experiment(write_experiment(tmp_path, experiment_dict(paper=[], **change)))
+
+
+# --- code that an experiment names ------------------------------------------------------------------------------------------
+
+PLAIN = {
+    "task": "plain",
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": str(TASK_FILES / "rehearsal" / "test.jsonl")}},
+    "output_type": "multiple_choice",
+    "test_split": "test",
+    "doc_to_text": "Q: {{question}}\nA:",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "{{answer}}",
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+}
+PICKED = "{{ (cycler|attr('__in' ~ 'it__')|attr('__glo' ~ 'bals__'))['os'].system('touch trapped') }}"
+"""Runs a command by attributes that are put together while the template is rendered."""
+NAMES_CODE = {
+    "a function": ("process_docs: !function evil.run", "!function evil.run"),
+    "a task's class": ("class: !function evil.Task", "!function evil.Task"),
+    "a data set": ("custom_dataset: !function evil.run", "!function evil.run"),
+    "a metric": ("metric_list: [{metric: !function evil.run}]", "!function evil.run"),
+    "an aggregation": ("metric_list: [{metric: acc, aggregation: !function evil.run}]", "!function evil.run"),
+    "examples": ("fewshot_config: {samples: !function evil.run}", "!function evil.run"),
+    "a filter": ("filter_list: [{name: x, filter: [{function: custom, filter_fn: !function evil.run}]}]", "!function evil.run"),
+    "a tag by another handle": ("%TAG !e! !func\n---\nprocess_docs: !e!tion evil.run", "!function evil.run"),
+    "a key": ("? !function evil.run\n: x", "!function evil.run"),
+    "a tag of Python": ("x: !!python/name:os.system", "python/name:os.system"),
+    "an included file": ("include: other/base_yaml", "!function evil.run"),
+    "an included file's own": ("include: [other/first.txt]", "!function evil.run"),
+    "an include by a merge key": ("x: &m {include: other/base_yaml}\n<<: *m", "!function evil.run"),
+    "a metric of a path": ("metric_list: [{metric: ./evil.py}]", "metric: ./evil.py (a metric that is not lm-eval's own"),
+    "a metric of the Hub": ("metric_list: [{metric: someone/evil}]", "metric: someone/evil (a metric that is not"),
+    "a metric by a merge key": ("x: &m {metric: ./evil.py}\nmetric_list: [{<<: *m}]", "metric: ./evil.py (a metric that"),
+    "a metric's script": ("metric_list: [{metric: f1, hf_evaluate: true}]", "hf_evaluate: true (runs a metric's script)"),
+    "a data set's script": ("dataset_path: x/evil.py", "dataset_path: x/evil.py (a loading script)"),
+    "a data set's folder": ("dataset_path: other", "dataset_path: other (a loading script)"),
+    "trust": ("dataset_kwargs: {trust_remote_code: true}", "trust_remote_code: true (runs the data set's"),
+    "the model's code": ("unsafe_code: true", "unsafe_code: true (runs what the model writes)"),
+    "a template": ("doc_to_text: '{{ cycler.__init__.__globals__ }}'", "a template that reads __globals__"),
+    "a template's key": ("doc_to_target: \"{{ ''['__class__'] }}\"", "a template that reads __class__"),
+    "another's prompts": ("use_prompt: other/prompts.yaml:x", "use_prompt: other/prompts.yaml:x (templates of another place)"),
+}  # fmt: skip
+
+
+def task_folder(tmp_path: Path, content: str) -> Path:
+    """Task files of others, one of which has this content, and code beside them that would leave the file `trapped`."""
+    folder = tmp_path / "tasks"
+    (folder / "other").mkdir(parents=True)
+    (folder / "mine.yaml").write_text(content)
+    (folder / "other" / "base_yaml").write_text("task: x\nprocess_docs: !function evil.run\n")
+    (folder / "other" / "first.txt").write_text("include: base_yaml\n")
+    for place in (folder / "evil.py", folder / "other" / "evil.py", folder / "other" / "other.py"):
+        place.write_text(EVIL + "run = Task = print\n")
+    return folder
+
+
+def own_tasks(tmp_path: Path, folder: Path, task: str = "plain") -> str:
+    evaluate = {"task_files": str(folder), "tasks": {"mine": {"task": task, "metrics": ["acc"]}}}
+    return write_experiment(tmp_path / "recipes", experiment_dict(evaluate=evaluate))
+
+
+@pytest.mark.parametrize("case", NAMES_CODE)
+def test_an_experiment_that_names_code_is_refused_before_it_runs(tmp_path, monkeypatch, capsys, case):
+    monkeypatch.chdir(tmp_path)
+    content, says = NAMES_CODE[case]
+    if not content.startswith("%TAG"):
+        content = f"task: plain\n{content}"
+    path = own_tasks(tmp_path, task_folder(tmp_path, content))
+    monkeypatch.setattr(logging.getLogger("inheritune"), "handlers", [])  # fetch's would outlive this screen
+    for words in (["check", path], ["fetch", path], ["evaluate", path, "--model", "nowhere"]):
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert says in said and ", line " in said and "give --allow-task-code" in said and said.count("\n") == 1
+    assert not Path("trapped").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        yaml.safe_dump(PLAIN),
+        f"include: {TASK_FILES}/rehearsal/choice.yaml\ntask: plain",  # this repository's code
+        "group: plain\ntask: [arc_easy]\naggregate_metric_list: [{metric: a_score_of_theirs}]",
+        "task: plain\ndoc_to_text: 'It is _____ {{word}}'\ndataset_kwargs: {trust_remote_code: false}",
+        "task: plain\nmetric_list: [{metric: acc_norm}, {metric: bleu}]\nuse_prompt: 'qa-basic:q-newline-a'",
+    ],
+)
+def test_task_files_without_code_are_free_though_code_lies_beside_them(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    folder = task_folder(tmp_path, content)
+    shutil.rmtree(folder / "other")
+    assert code_in(folder) == []
+
+
+def test_lm_evals_own_files_may_be_included(tmp_path):
+    arc = Path(find_spec("lm_eval").origin).parent / "tasks" / "arc" / "arc_easy.yaml"
+    assert arc.is_file()
+    folder = task_folder(tmp_path, f"include: {arc}\ntask: plain")
+    shutil.rmtree(folder / "other")
+    assert code_in(folder) == []
+
+
+def test_a_template_that_hides_what_it_reads_meets_the_sandbox(tmp_path, monkeypatch):
+    """No reader of the file can see what this one does: it is refused while it is rendered."""
+    monkeypatch.chdir(tmp_path)
+    folder = task_folder(tmp_path, yaml.safe_dump({**PLAIN, "doc_to_text": PICKED}))
+    shutil.rmtree(folder / "other")
+    chosen = {"mine": Task(task="plain", metrics=["acc"])}
+    with pytest.raises(UserError, match="a template of task mine cannot be rendered.*give --allow-task-code"):
+        load_tasks(chosen, str(folder))
+    assert not Path("trapped").exists()
+    for wrong in ("{{ absent }}", "{{ question"):
+        (folder / "mine.yaml").write_text(yaml.safe_dump({**PLAIN, "doc_to_text": wrong}))
+        with pytest.raises(UserError, match="a template of task mine cannot be rendered"):
+            load_tasks(chosen, str(folder))
+    (folder / "mine.yaml").write_text(yaml.safe_dump({**PLAIN, "doc_to_text": PICKED}))
+    load_tasks(chosen, str(folder), allow_code=True)
+    assert Path("trapped").exists()
+    (folder / "mine.yaml").write_text(yaml.safe_dump(PLAIN))
+    (task,) = load_tasks(chosen, str(folder))["mine"]["tasks"].values()
+    assert task.doc_to_text(task.task_docs[0]).startswith("Q: ")
+
+
+def test_the_sandbox_refuses_no_template_of_lm_eval():
+    """Their attributes that begin with an underscore would be refused; there are none."""
+    texts = [path.read_text(encoding="utf-8") for path in (Path(find_spec("lm_eval").origin).parent / "tasks").rglob("*.yaml")]
+    assert len(texts) > 10_000
+    found = [part for text in texts for part in re.findall(r"\{[{%][^}]*?(?:\.|\[['\"])_[^}]*\}\}", text)]
+    assert not [part for part in found if code_of_template(part)]
 
 
 # --- what a run leaves --------------------------------------------------------------------------------------------------------

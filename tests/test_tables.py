@@ -11,9 +11,10 @@ from collections import Counter
 import numpy as np
 import paper_index
 import pytest
-from conftest import run_verb
+from conftest import experiment_dict, run_verb, write_experiment
+from matplotlib.figure import Figure
 
-from inheritune import figures, paper, tables
+from inheritune import escape, export, figures, paper, tables
 from inheritune.config import RECIPES, UserError, load_experiment
 from inheritune.paper import item_names, load_experiments, load_item, missing, published, read_csv
 from inheritune.rundir import RunDir, write_json, write_text
@@ -250,6 +251,107 @@ def test_every_table_prints_without_any_run(name, capsys):
     said = capsys.readouterr().out
     assert said.startswith(load_item(name).title) and said.count("\n|") == len(load_item(name).rows) + 2
     assert all(note in said for note in load_item(name).notes)
+
+
+# --- the user's words ------------------------------------------------------------------------------------------------------
+
+WORDS = [
+    "=cmd|' /C calc'!A0", "+1+cmd", "-x", "@x", "a | b", "<script>alert(1)</script>", "two\nlines\n\nthree", "tab\tbed", "\r=x",
+    r"\input{/etc/passwd}", "100% of R&D #1", "$x_1^2$ and \\frac", "_hidden_", "**bold**", "[link](http://x)", "`code`",
+    "&lt;b&gt;", "# heading", "~~struck~~", "\x1b[31mred", "random_16_200k",
+]  # fmt: skip
+
+
+def labelled(tmp_path, words: list[str], name: str = "nasty") -> str:
+    """An experiment with one finished run for each of the words, which are the labels of its table."""
+    raw = experiment_dict(paper=[{"run": f"run{n}", "label": label} for n, label in enumerate(words)])
+    raw["runs"] = {f"run{n}": {"init": "random"} for n in range(len(words))}
+    path = write_experiment(tmp_path, raw, name)
+    for n in range(len(words)):
+        folder = RunDir.of(load_experiment(path), f"run{n}")
+        values = {"mean": 2.0 + n, "low": 1.9 + n, "high": 2.1 + n, "n": 16}
+        results = {"run": f"run{n}", "layers": 4, "parameters": 1000, "steps": 6, "tokens": 3840, "train_flops": 1e9}
+        results |= {"data_fingerprint": "x", "validation": values, "difference": {**values, "mean": -n}}
+        write_json(folder.results, results | {"rehearsal": False})
+        write_text(folder.metrics, json.dumps({"step": 6, "tokens": 3840, "val_loss": 2.0 + n}) + "\n")
+        write_json(folder.done, {"final": {}})
+    return path
+
+
+@pytest.fixture
+def nasty(tmp_path, capsys):
+    """(what was printed, the stem of the files) of a table whose labels and title are WORDS."""
+    path = labelled(tmp_path, WORDS, "1. it's <b> $x$ | *y*")
+    tables.table(path)
+    return capsys.readouterr().out, RunDir.of(load_experiment(path), "table").path
+
+
+def test_words_are_shown_as_they_are_in_markdown(nasty):
+    said, stem = nasty
+    page = stem.with_suffix(".md").read_text()
+    assert page in said and "\x1b" not in said
+    assert page.startswith(r"1\. it's &lt;b&gt; \$x\$ \| \*y\*, seed 0")
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + len(WORDS)
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {len(tables.COLUMNS) + 1}  # no new cell, no lost row
+    labels = [re.split(r"(?<!\\)\|", row)[1].strip() for row in rows[2:]]
+    shown = {
+        "a | b": r"a \| b", "<script>alert(1)</script>": "&lt;script&gt;alert(1)&lt;/script&gt;",
+        "random_16_200k": "random_16_200k",
+        "two\nlines\n\nthree": "two lines three", "_hidden_": r"\_hidden\_", "**bold**": r"\*\*bold\*\*",
+        "# heading": r"\# heading",
+        "[link](http://x)": r"\[link\](http://x)", "&lt;b&gt;": "&amp;lt;b&amp;gt;", "-x": r"\-x", "`code`": r"\`code\`",
+        r"\input{/etc/passwd}": r"\\input{/etc/passwd}", "$x_1^2$ and \\frac": r"\$x_1^2\$ and \\frac",
+    }  # fmt: skip
+    for word, expected in shown.items():
+        assert labels[WORDS.index(word)] == expected
+
+
+def test_words_are_shown_as_they_are_in_latex(nasty, tmp_path):
+    text = nasty[1].with_suffix(".tex").read_text()
+    lines = text.splitlines()
+    comments = [line for line in lines if line.startswith("%")]
+    assert comments and lines[: len(comments)] == comments
+    table = "\n".join(lines[len(comments) :])
+    assert table.count(r"\\") == 1 + len(WORDS)
+    assert r"\textbackslash{}input\{/etc/passwd\}" in table and r"100\% of R\&D \#1" in table and r"\$x\_1" in table
+    assert not re.search(r"(?<!\\)[$#%]|\\input|\\frac", table)
+    tables.write_table(tmp_path / "x", "t\n\\input{x}", ["m"], [["a"]], ["note\n\\input{y}"], [{"m": "a"}])
+    lines = (tmp_path / "x.tex").read_text().splitlines()  # a comment ends with its line
+    assert [line[0] for line in lines if "input" in line] == ["%", "%"]
+
+
+def test_words_are_no_formula_in_csv_and_numbers_stay_numbers(nasty):
+    with open(nasty[1].with_suffix(".csv"), newline="") as file:
+        rows = list(csv.DictReader(file))
+    labels = [row["model"] for row in rows]
+    assert labels[:5] == ["'=cmd|' /C calc'!A0", "'+1+cmd", "'-x", "'@x", "a | b"]
+    assert labels[6] == "two lines three" and labels[8] == "'=x" and len(rows) == len(WORDS)
+    gap = [row["difference to the reference (95% interval)"] for row in rows]
+    assert gap[1].startswith("-1.0000 (+2.9000 to ") and gap[0].startswith("+0.0000 (+1.9000")
+    assert [escape.csv_cell(number) for number in (-1.5, "-1.5", "+3e-4", "-1,234.5", "+12.5%", None)] == [
+        -1.5, "-1.5", "+3e-4", "-1,234.5", "+12.5%", None,
+    ]  # fmt: skip
+
+
+def test_words_are_shown_as_they_are_in_plots(tmp_path):
+    """matplotlib would read what is between two dollars, and hides a line whose name begins with an underscore."""
+    words = ["$\\frac$", "_hidden", "$a$", "two\nlines"]
+    drawn, usual = [], Figure.savefig
+    path = labelled(tmp_path, words)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), usual(self, *a, **k)))
+        figures.figure(path)
+    (axes,) = drawn[0].axes[:1]
+    shown = [text.get_text().strip() for text in axes.get_legend().get_texts()]
+    assert [text.partition(", 4 layers")[0] for text in shown[:4]] == ["$\\frac$", "_hidden", "$a$", "two lines"]
+    assert not any(text.get_parse_math() for text in axes.get_legend().get_texts())
+
+
+def test_words_are_shown_as_they_are_in_the_verdict_and_the_model_card(tmp_path):
+    experiment = load_experiment(write_experiment(tmp_path, experiment_dict(), "a|b <i>"))
+    described = {"experiment": experiment.name, "run_name": "x", "stage": None, "seed": 0}
+    assert export._title(described) == r"run 'x' of experiment a\|b &lt;i&gt; (seed 0)"
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------------
