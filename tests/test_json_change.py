@@ -1,8 +1,8 @@
 """A run resumes under another DeepSpeed JSON with the losses of the unbroken run, or not at all.
 
-Two ranks, at each ZeRO stage. Each run is stopped after step 4 of 8 (its folder is copied as it was then) and resumed under
-its JSON with one key changed: for each key that dslint.yaml (`resume`) allows to change, and the way back. The steps after
-that must have the losses of the unbroken run.
+Two ranks, at each ZeRO stage (outside the drills each key at one, or where it decides the layout). Each run is stopped after
+step 4 of 8 (its folder is copied as it was then) and resumed under its JSON with one key changed: for each key that
+dslint.yaml (`resume`) allows to change, and the way back. The steps after that must have the losses of the unbroken run.
 """
 
 import copy
@@ -182,28 +182,46 @@ def resumes(run: RunDir) -> bool:
     return f"resumed at step {AT} of {STEPS}" in run.log.read_text()
 
 
-CASES = [(key, stage) for key in CHANGES for stage in range(4)]
+def thinned(key: str, number: int) -> set[int]:
+    """The stages at which `key`, the `number`-th, is tried outside the drills: those where it decides the layout, or one."""
+    if any(word in key for word in ("stage3", "offload", "hpz")):
+        return {3}
+    return set(RESUME["layout"].get(key, [])) or {number % 4}
+
+
+CASES = [
+    pytest.param(key, stage, marks=[] if stage in thinned(key, number) else pytest.mark.drill)
+    for number, key in enumerate(key for key in CHANGES if key != "inheritune.compile")
+    for stage in range(4)
+]
 BACK = [(key, stage) for key, stages in RESUME["layout"].items() for stage in stages]
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """All runs of this file but the compiled ones."""
+def lab(request, tmp_path_factory):
+    """The runs that the chosen tests of this file need, but the compiled ones."""
     made = Lab(tmp_path_factory.mktemp("json"))
     made.jobs = {}
-    for key, stage in CASES:
-        before, now = both(key, stage)
-        if key != "inheritune.compile" and not is_refused(now, made.experiment) and not is_refused(before, made.experiment):
-            made.jobs[key, stage] = made.resumed(f"zero{stage}_{key}", before, now)
-    for key, stage in BACK:
-        before, now = both(key, stage)
-        made.jobs[key, stage, "back"] = made.resumed(f"back{stage}_{key}", now, before)
-    for key, value in KEYS_OF_TRAIN.items():
+    chosen = [item for item in request.session.items if item.module is request.module]
+    params: dict[str, list[dict]] = {}
+    for item in chosen:
+        if hasattr(item, "callspec"):
+            params.setdefault(item.originalname, []).append(item.callspec.params)
+    for each in params.get("test_a_change_keeps_the_losses_or_is_refused", ()):
+        before, now = both(each["key"], each["stage"])
+        if not is_refused(now, made.experiment) and not is_refused(before, made.experiment):
+            made.jobs[each["key"], each["stage"]] = made.resumed(f"zero{each['stage']}_{each['key']}", before, now)
+    for each in params.get("test_a_layout_is_left_again", ()):
+        before, now = both(each["key"], each["stage"])
+        made.jobs[each["key"], each["stage"], "back"] = made.resumed(f"back{each['stage']}_{each['key']}", now, before)
+    plain = both("dump_state", 1)[0]
+    for each in params.get("test_a_key_of_train_that_may_change_keeps_the_bits", ()):
         raw = copy.deepcopy(made.raw)
-        raw["train"][key] = value
-        made.jobs[key] = made.resumed(key, *[both("dump_state", 1)[0]] * 2, write_experiment(made.folder / key, raw))
-    plain, told = both("dump_state", 1)[0], made.folder / "order.txt"
-    made.jobs["order"] = made.resumed("order", plain, plain, fault="parameters in another order", refused=str(told))
+        raw["train"][each["key"]] = KEYS_OF_TRAIN[each["key"]]
+        path = write_experiment(made.folder / each["key"], raw)
+        made.jobs[each["key"]] = made.resumed(each["key"], plain, plain, path)
+    order = {"fault": "parameters in another order", "refused": str(made.folder / "order.txt")}
+    made.jobs["order"] = made.resumed("order", plain, plain, **order)
     raw = copy.deepcopy(made.raw)
     raw["train"]["precision"] = "bf16"
     made.bf16 = [made.unbroken(its, write_experiment(made.folder / "bf16", raw)) for its in both(ROUND_ROBIN, 2)]
@@ -218,7 +236,7 @@ def test_every_key_that_may_change_is_tried():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("key", "stage"), [case for case in CASES if case[0] != "inheritune.compile"])
+@pytest.mark.parametrize(("key", "stage"), CASES)
 def test_a_change_keeps_the_losses_or_is_refused(lab, key, stage):
     before, now = both(key, stage)
     if (key, stage) not in lab.jobs:
