@@ -34,7 +34,8 @@ from inheritune.rundir import (
     replacing,
     write_json,
 )
-from inheritune.sources import CheckpointWriter, deepspeed_classes, load_skeleton, read_deepspeed, read_tensor
+from inheritune.sources import deepspeed_classes, load_skeleton, read_deepspeed, read_tensor
+from inheritune.writer import CheckpointWriter
 
 TAG = "deepspeed"  # DeepSpeed's tag: the sub-folder of its files
 MARKER = "COMPLETE"

@@ -19,8 +19,9 @@ from inheritune.config import Data, UserError, nearest, read_yaml
 from inheritune.inherit import MANIFEST
 from inheritune.models import seeded, tensor_shapes
 from inheritune.rundir import RunDir, read_json, replacing, write_json, write_text
-from inheritune.sources import TOKENIZER_FILES, Source, open_source, write_checkpoint
+from inheritune.sources import TOKENIZER_FILES, Source, open_source
 from inheritune.tokens import load_tokenizer
+from inheritune.writer import write_checkpoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.05}

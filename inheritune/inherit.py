@@ -22,7 +22,8 @@ import xxhash
 from inheritune import rundir
 from inheritune.config import MODULES, NORMS, PARTS, UserError, nearest, parse_layers, place_layers
 from inheritune.models import Shape, architecture, fresh_tensor, tensor_shapes
-from inheritune.sources import TOKENIZER_FILES, Source, open_source, write_checkpoint
+from inheritune.sources import TOKENIZER_FILES, Source, open_source
+from inheritune.writer import write_checkpoint
 
 MANIFEST = "inherited.json"
 

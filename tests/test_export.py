@@ -23,8 +23,9 @@ from inheritune.attention import load_model
 from inheritune.config import UserError, load_experiment
 from inheritune.models import seeded
 from inheritune.rundir import RunDir, data_dir, hash_folder, read_json, write_json
-from inheritune.sources import open_source, write_checkpoint
+from inheritune.sources import open_source
 from inheritune.tokens import train_bpe
+from inheritune.writer import write_checkpoint
 
 
 def store(folder: Path, model: torch.nn.Module) -> None:

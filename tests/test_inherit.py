@@ -266,7 +266,7 @@ def test_disk_without_room(llama, tmp_path, monkeypatch):
 
 
 def test_disk_that_fills_up_meanwhile(llama, tmp_path, monkeypatch):
-    from inheritune.sources import CheckpointWriter
+    from inheritune.writer import CheckpointWriter
 
     whole, calls = CheckpointWriter.add, []
 

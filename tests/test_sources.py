@@ -21,7 +21,8 @@ from inheritune import sources
 from inheritune.config import UserError
 from inheritune.models import tensor_shapes
 from inheritune.rundir import write_json
-from inheritune.sources import CheckpointWriter, open_source, write_checkpoint
+from inheritune.sources import open_source
+from inheritune.writer import CheckpointWriter, write_checkpoint
 
 KINDS = ("paper", "public", "llama", "llama_tied")
 
