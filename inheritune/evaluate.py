@@ -14,8 +14,9 @@ from inheritune.config import Data, Experiment, Task, Train, UserError, load_exp
 from inheritune.engine import resolve_precision
 from inheritune.log import logger, setup
 from inheritune.models import build, count_parameters
+from inheritune.portable import TOKENIZER_FILES
 from inheritune.rundir import RunDir, beside, finished_weights, hash_folder, parse_weights_name, read_json, write_json
-from inheritune.sources import TOKENIZER_FILES, Source, open_source
+from inheritune.sources import Source, open_source
 from inheritune.tokens import PROBE, check_vocabulary, load_tokenizer
 from inheritune.train import Job, compare, random_start
 

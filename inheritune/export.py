@@ -8,7 +8,6 @@ the logits of the two were compared.
 
 import copy
 import shlex
-import shutil
 from pathlib import Path
 
 import torch
@@ -18,8 +17,9 @@ from inheritune.attention import load_model
 from inheritune.config import Data, UserError, nearest, read_yaml
 from inheritune.inherit import MANIFEST
 from inheritune.models import seeded, tensor_shapes
+from inheritune.portable import copy_tokenizer
 from inheritune.rundir import RunDir, read_json, replacing, write_json, write_text
-from inheritune.sources import TOKENIZER_FILES, Source, open_source
+from inheritune.sources import Source, open_source
 from inheritune.tokens import load_tokenizer
 from inheritune.writer import write_checkpoint
 
@@ -54,14 +54,10 @@ def export(folder: str, to: str, dtype: str = "fp32") -> None:
     with replacing(out) as temporary:
         temporary.mkdir()
         write_checkpoint(temporary, config, specs, lambda name: outside_tensor(source, config, name).to(DTYPES[dtype]))
-        described_model = read_json(temporary / "config.json") | older_keys(config, DTYPES[dtype])
-        write_json(temporary / "config.json", described_model, seal=False)
         special = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id")}
         special["pad_token_id"] = tokenizer.end_of_text
         write_json(temporary / "generation_config.json", special, seal=False)
-        for name in TOKENIZER_FILES:
-            if (run.final / name).is_file():
-                shutil.copyfile(run.final / name, temporary / name)
+        copy_tokenizer(run.final, temporary, trained=True)
         compared = compare_logits(run.final, temporary, config.vocab_size)
         if not compared["difference"] <= TOLERANCE[dtype] * max(1.0, compared["largest"]):
             raise RuntimeError(f"the export of {run.final} computes other logits ({compared}): nothing was written")
@@ -104,16 +100,6 @@ def outside_tensor(source: Source, config, name: str) -> torch.Tensor:
         # GPT-2, the one family with this flag: inputs x outputs, the first `hidden_size` outputs are the queries
         tensor[..., : source.config.hidden_size] /= inside[0] + 1
     return tensor
-
-
-def older_keys(config, dtype: torch.dtype) -> dict:
-    """What transformers 4 calls otherwise in config.json; 5 reads these keys too."""
-    keys, rope = {"torch_dtype": str(dtype).removeprefix("torch.")}, getattr(config, "rope_parameters", None) or {}
-    if "rope_theta" in rope:
-        keys["rope_theta"] = rope["rope_theta"]
-        if rope.get("rope_type", "default") != "default":
-            keys["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-    return keys
 
 
 def compare_logits(ours: Path, exported: Path, vocab_size: int) -> dict:

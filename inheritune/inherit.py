@@ -21,8 +21,9 @@ import xxhash
 
 from inheritune import rundir
 from inheritune.config import MODULES, NORMS, PARTS, UserError, nearest, parse_layers, place_layers
-from inheritune.models import Shape, architecture, fresh_tensor, tensor_shapes
-from inheritune.sources import TOKENIZER_FILES, Source, open_source
+from inheritune.models import Shape, architecture, fresh_tensor, takes_token_types, tensor_shapes
+from inheritune.portable import copy_settings, copy_tokenizer, drop_older_keys
+from inheritune.sources import Source, open_source
 from inheritune.writer import write_checkpoint
 
 MANIFEST = "inherited.json"
@@ -180,7 +181,7 @@ def extend(previous: str | Path, reference: str | Path, layers_from: int, layers
     if not layers_from < layers_to <= n_new:
         raise UserError(f"cannot extend {layers_from} layers to {layers_to}: {reference} has {n_new}")
     of_depth = {old.table.layers, *old.table.per_layer, *_INCIDENTAL}
-    ours, theirs = old.config.to_dict(), new.config.to_dict()
+    ours, theirs = drop_older_keys(old.config.to_dict()), drop_older_keys(new.config.to_dict())
     differing = sorted(key for key in ours.keys() | theirs.keys() if key not in of_depth and ours.get(key) != theirs.get(key))
     if differing:
         key = differing[0]
@@ -277,10 +278,10 @@ def _write(out: Path, config, origins: dict[str, Origin], about: dict, seed: int
     with rundir.replacing(out) as folder:
         folder.mkdir(parents=True)
         written = write_checkpoint(folder, config, specs, tensor_of)
-        for name in (*TOKENIZER_FILES, "generation_config.json"):
-            if beside and (beside / name).is_file():
-                shutil.copyfile(beside / name, folder / name)
-                written["files"] |= rundir.hash_folder(folder, only=(name,))
+        if beside:
+            copied = copy_tokenizer(beside, folder, token_types=takes_token_types(config))
+            copied += copy_settings(beside, folder)
+            written["files"] |= rundir.hash_folder(folder, only=copied)
         hashes = {name: written["tensors"][name]["xxh3"] for name in origins}
         tensors = {name: _record(origin, hashes[name], seed, shapes[name]) for name, origin in origins.items()}
         manifest = {**about, "tensors": tensors, "files": written["files"]}

@@ -6,6 +6,8 @@ its trainable biases and standard scaling.
 """
 
 import copy
+import inspect
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 import xxhash
 import yaml
 
-from inheritune import rundir
+from inheritune import portable, rundir
 from inheritune.config import Model, UserError
 
 Shape = tuple[int, ...]
@@ -229,13 +231,21 @@ def load_config(path: Path):
 
 
 def write_config(path: Path, config, dtype: torch.dtype) -> None:
-    """config.json of a causal language model stored in `dtype`."""
+    """config.json of a causal language model stored in `dtype`, as transformers 4 and 5 both read it."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = copy.deepcopy(config)
     config.dtype = dtype
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
-    rundir.write_text(path, config.to_json_string())
+    described = portable.add_older_keys(json.loads(config.to_json_string()))
+    rundir.write_text(path, json.dumps(described, indent=2, sort_keys=True) + "\n")
+
+
+def takes_token_types(config) -> bool:
+    """Whether the family's model takes token_type_ids, as GPT-2 does (it adds an embedding for each)."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return "token_type_ids" in inspect.signature(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].forward).parameters
 
 
 def count_parameters(config) -> int:

@@ -23,14 +23,20 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from inheritune import rundir
 from inheritune.config import UserError
-from inheritune.models import Architecture, Shape, architecture, load_config, model_shapes
+from inheritune.models import (
+    Architecture,
+    Shape,
+    architecture,
+    load_config,
+    model_shapes,
+)
+from inheritune.portable import FILES
 from inheritune.tokens import gate
 
-TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
-TOKENIZER_FILES += ["vocab.json", "merges.txt", "tokenizer.model"]
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-COMMON_FILES = ["config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES]
+COMMON_FILES = ["config.json", "generation_config.json", "adapter_config.json", *FILES]
+"""Patterns of the files that are wanted beside the weights."""
 WEIGHTS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 BLOCK_BYTES = 1 << 21  # of a tensor that is copied: half a megabyte to a few, a processor's cache, did equally well

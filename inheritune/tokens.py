@@ -21,6 +21,7 @@ import numpy as np
 import xxhash
 
 from inheritune.config import Data, UserError, resolve_path
+from inheritune.portable import TEMPLATES, find_files, write_tokenizer
 from inheritune.rundir import FULL, disk_error, replacing, root
 
 log = logging.getLogger(__name__)
@@ -192,11 +193,9 @@ def _byte_level(backend) -> None:
 
 def _save_backend(backend, folder: Path, end_of_text: str, **special) -> None:
     """tokenizer.json and the configuration by which AutoTokenizer opens it (written here: transformers would load torch)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    backend.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    config |= {"eos_token": end_of_text, "bos_token": end_of_text, "unk_token": end_of_text, **special}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    config = {"eos_token": end_of_text, "bos_token": end_of_text, "unk_token": end_of_text, **special}
+    files = {"tokenizer.json": backend.to_str(pretty=True), "tokenizer_config.json": json.dumps(config)}
+    write_tokenizer(folder, {name: text.encode() for name, text in files.items()}, trained=True)
 
 
 class FastTokenizer(Tokenizer):
@@ -204,7 +203,7 @@ class FastTokenizer(Tokenizer):
 
     transformers is not asked again: it takes seconds and, with torch, half a gigabyte in every worker process."""
 
-    FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+    FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", *TEMPLATES)
 
     def __init__(self, name: str, folder: Path):
         from tokenizers import Tokenizer as Backend
@@ -213,7 +212,7 @@ class FastTokenizer(Tokenizer):
             raise UserError(
                 f"tokenizer '{name}': {folder} holds no tokenizer.json and tokenizer_config.json; run 'prepare' first"
             )
-        self._files = {file: (folder / file).read_bytes() for file in self.FILES if (folder / file).is_file()}
+        self._files = {file: (folder / file).read_bytes() for file in find_files(folder, self.FILES)}
         try:
             self._backend = Backend.from_buffer(self._files["tokenizer.json"])
             end = json.loads(self._files["tokenizer_config.json"]).get("eos_token")
@@ -237,9 +236,7 @@ class FastTokenizer(Tokenizer):
         return json.dumps([parts["model"], parts["normalizer"], parts["pre_tokenizer"], added]).encode()
 
     def save(self, folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for file, content in self._files.items():
-            (folder / file).write_bytes(content)
+        write_tokenizer(folder, self._files, trained=True)
 
 
 def _open_pretrained(name: str, revision: str | None) -> FastTokenizer:

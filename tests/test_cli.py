@@ -19,8 +19,8 @@ from inheritune.rundir import data_dir
 
 # DESIGN: a file imports only from files before it; documents holds the readers that prepare and fetch share
 ORDER = """
-config rundir dist log tokens documents prepare batches models sources writer downstream fetch inherit attention export validate
-dslint engine distil planning layout checkpoint train evaluate stages paper tables figures status
+config rundir dist log portable tokens documents prepare batches models sources writer downstream fetch inherit
+attention export validate dslint engine distil planning layout checkpoint train evaluate stages paper tables figures status
 """.split()  # noqa: SIM905 - a list to read
 
 

@@ -8,23 +8,22 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, experiment_dict, refused, run_verb, write_experiment, write_tokens
 from tiny_models import config_of, random_model, weights_of
+from versions import assert_alike, assert_close, open_in_both
 
 from inheritune import export as module
 from inheritune.attention import load_model
-from inheritune.config import UserError, load_experiment
+from inheritune.config import Data, UserError, load_experiment
 from inheritune.models import seeded
 from inheritune.rundir import RunDir, data_dir, hash_folder, read_json, write_json
 from inheritune.sources import open_source
-from inheritune.tokens import train_bpe
+from inheritune.tokens import load_tokenizer, train_bpe
 from inheritune.writer import write_checkpoint
 
 
@@ -197,43 +196,53 @@ def test_snippets_of_the_readme_and_of_the_card_generate_text(trained, tmp_path)
         assert done.returncode == 0 and done.stdout.startswith(prompt) and len(done.stdout) > len(prompt) + 5, done.stderr
 
 
-OLDER = ["transformers>=4.57,<4.58", "huggingface-hub>=0.34,<1", "tokenizers>=0.22,<0.23"]
-LOGITS = """
-import sys, numpy, torch, transformers
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
-tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
-with torch.no_grad():
-    numpy.save(sys.argv[2], model(torch.from_numpy(numpy.load(sys.argv[3]))).logits.numpy())
-print(transformers.__version__, tokenizer("import os")["input_ids"], model.config._attn_implementation)
-"""
-
-
-@pytest.mark.drill
-def test_transformers_4_computes_the_same_logits(trained, tmp_path):
-    """In a second environment that shares torch and numpy with this one and has its own transformers."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "older"], check=True)
-    site = next((tmp_path / "older").glob("lib/python*/site-packages"))
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), *OLDER]
-    installed = subprocess.run(install, capture_output=True, text=True, check=False)
-    if installed.returncode:
-        pytest.skip(f"transformers 4.57 cannot be installed: {installed.stderr.strip().splitlines()[-1]}")
-    (site / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")  # searched after what was installed
-    out, llama = tmp_path / "out", tmp_path / "llama"
+def test_both_versions_compute_the_logits_of_the_run(trained, older, tmp_path):
+    """The plain form in transformers 4.57 and 5, by the tokenizer's own output, and the run's own form here."""
+    out = tmp_path / "out"
     module.export(str(trained / "reference"), str(out))
-    llama.mkdir()
-    store(llama, random_model(config_of("llama")))
-    config = read_json(llama / "config.json")
-    config["rope_parameters"]["rope_theta"] = 77.0  # transformers 4 has another key for it
-    write_json(llama / "config.json", config)
-    write_json(llama / "config.json", config | module.older_keys(open_source(llama).config, torch.float32))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(out / name, llama / name)
-    for folder, ours, vocabulary in ((out, trained / "reference" / "final", 300), (llama, llama, 61)):
-        np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, vocabulary, (2, 12)))
-        with torch.no_grad():
-            expected = load_model(str(ours))(torch.from_numpy(np.load(tmp_path / "ids.npy"))).logits[..., :vocabulary].numpy()
-        command = [tmp_path / "older" / "bin" / "python", "-c", LOGITS, folder, tmp_path / "logits.npy", tmp_path / "ids.npy"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert re.fullmatch(r"4\.57\.\d+ \[\d.*\] sdpa", done.stdout.strip())
-        assert np.abs(np.load(tmp_path / "logits.npy") - expected).max() < 1e-5
+    texts = ["import os", "def f(x):\n\treturn x"]
+    (fourth,), (fifth,) = open_in_both([{"folder": str(out), "texts": texts}], older, tmp_path / "opened")
+    assert_alike(fourth, fifth)
+    assert fifth["outputs"] == ["attention_mask", "input_ids"]
+    ours = load_tokenizer(Data.model_validate(experiment_dict()["data"]), trained / "reference" / "final")
+    assert fifth["ids"] == [row.tolist() for row in ours.encode_batch(texts)]
+    with torch.no_grad():
+        logits = load_model(str(trained / "reference" / "final"))(torch.tensor([fifth["ids"][0]])).logits[..., :300]
+    assert_close(fifth["logits"], logits)
+
+
+# --- what the model that a run started from says ---------------------------------------------------------------------------
+
+
+def started_from(run: Path, to: Path, settings: dict | None = None, **config) -> RunDir:
+    """A copy of a finished run, as it would be had its start stated `config` and generation settings."""
+    shutil.copytree(run, to)
+    copied = RunDir(to)
+    for folder in (copied.init, copied.final):
+        write_json(folder / "config.json", read_json(folder / "config.json") | config, seal=False)
+    if settings:
+        write_json(copied.init / "generation_config.json", settings, seal=False)
+    done = {"final": hash_folder(copied.final)}
+    write_json(copied.done, done)
+    write_json(copied.results, read_json(copied.results) | {"weights": copied.weights_hash()})
+    return copied
+
+
+# --- tokenizers -----------------------------------------------------------------------------------------------------------
+
+
+def test_tokenizer_that_an_older_run_left_is_opened_by_both(trained, tmp_path):
+    run = started_from(trained / "half", tmp_path / "run")
+    config = read_json(run.final / "tokenizer_config.json")
+    config = {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers", "is_local": True, "local_files_only": False,
+              "eos_token": config["eos_token"], "clean_up_tokenization_spaces": True}  # fmt: skip
+    write_json(run.final / "tokenizer_config.json", config, seal=False)
+    (run.final / "chat_template.jinja").write_text("{{ messages }}")
+    write_json(run.done, {"final": hash_folder(run.final)})
+    write_json(run.results, read_json(run.results) | {"weights": run.weights_hash()})
+    module.export(str(run.path), str(tmp_path / "out"))
+    assert read_json(tmp_path / "out" / "tokenizer_config.json") == {
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "clean_up_tokenization_spaces": False,
+        "add_prefix_space": False, "model_input_names": ["input_ids", "attention_mask"],
+    }  # fmt: skip
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
