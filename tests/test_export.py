@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, experiment_dict, refused, run_verb, write_experiment, write_tokens
+from tiny_families import family_config
 from tiny_models import config_of, random_model, weights_of
 from versions import assert_alike, assert_close, open_in_both
 
@@ -228,6 +229,51 @@ def started_from(run: Path, to: Path, settings: dict | None = None, **config) ->
     return copied
 
 
+def test_generation_settings_of_the_start_are_kept(trained, tmp_path):
+    settings = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [299, 7, 50256], "bos_token_id": 5}
+    settings |= {"pad_token_id": 3, "transformers_version": "4.51.0"}
+    run = started_from(trained / "half", tmp_path / "run", settings, eos_token_id=299, pad_token_id=50256)
+    module.export(str(run.path), str(tmp_path / "out"))
+    written = read_json(tmp_path / "out" / "generation_config.json")
+    assert written == settings | {"eos_token_id": [299, 7]}  # the run's tokenizer has 300 ids
+    config = read_json(tmp_path / "out" / "config.json")
+    assert (config["eos_token_id"], config["bos_token_id"], config["pad_token_id"]) == (299, 299, None)
+    run_verb("export", run.path, "--to", tmp_path / "again")
+    assert read_json(tmp_path / "again" / "generation_config.json") == written
+
+
+@pytest.mark.parametrize(
+    ("stated", "ids"),
+    [
+        ({}, (299, 299, None)),
+        ({"eos_token_id": 299, "bos_token_id": 1, "pad_token_id": 2}, (1, 299, 2)),
+        ({"eos_token_id": [7, 299], "pad_token_id": 300}, (299, [7, 299], None)),
+        ({"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}, (299, 299, None)),  # of another tokenizer
+        ({"eos_token_id": [50256], "bos_token_id": 50256}, (299, 299, None)),
+        ({"eos_token_id": 0, "bos_token_id": 0}, (299, 299, None)),
+    ],
+)
+def test_special_ids_are_those_of_the_runs_tokenizer(stated, ids):
+    known = module.special_ids(stated, 300, 299)
+    assert (known["bos_token_id"], known["eos_token_id"], known["pad_token_id"]) == ids
+
+
+def test_dtype_is_that_of_the_start_unless_another_is_asked_for(trained, tmp_path):
+    run = started_from(trained / "half", tmp_path / "run")
+    assert module.stated_dtype(run) == "fp32" == module.stated_dtype(RunDir(trained / "reference"))  # a random start
+    for key, stated in (("dtype", "bfloat16"), ("torch_dtype", "bfloat16"), ("dtype", "float16")):
+        described = {k: v for k, v in read_json(run.init / "config.json").items() if k not in ("dtype", "torch_dtype")}
+        write_json(run.init / "config.json", described | {key: stated}, seal=False)
+        assert module.stated_dtype(run) == ("bf16" if stated == "bfloat16" else "fp32")
+    write_json(run.init / "config.json", described | {"dtype": "bfloat16"}, seal=False)
+    assert "in bf16" in run_verb("export", run.path, "--to", tmp_path / "out").stdout
+    run_verb("export", run.path, "--to", tmp_path / "asked", "--dtype", "fp32")
+    for name, dtype in (("out", torch.bfloat16), ("asked", torch.float32)):
+        source, config = open_source(tmp_path / name), read_json(tmp_path / name / "config.json")
+        assert {source.dtype(tensor) for tensor in source.names()} == {dtype}
+        assert config["dtype"] == config["torch_dtype"] == str(dtype).removeprefix("torch.")
+
+
 # --- tokenizers -----------------------------------------------------------------------------------------------------------
 
 
@@ -246,3 +292,27 @@ def test_tokenizer_that_an_older_run_left_is_opened_by_both(trained, tmp_path):
         "add_prefix_space": False, "model_input_names": ["input_ids", "attention_mask"],
     }  # fmt: skip
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+def test_card_opens_a_tokenizer_by_a_class_that_gives_the_runs_ids(tmp_path, sentencepiece_models):
+    """For Qwen 2 the installed AutoTokenizer takes a class with rules of its own, and some sentencepiece models have no
+    counterpart in transformers."""
+    names = {"own class": "bpe:300", "plain": "bpe:300", "sentencepiece": str(sentencepiece_models["llama"])}
+    openers = {"own class": "PreTrainedTokenizerFast", "plain": "AutoTokenizer", "sentencepiece": "sentencepiece"}
+    for name, tokenizer in names.items():
+        folder = tmp_path / name
+        config = family_config("qwen2" if name == "own class" else "llama")
+        config.vocab_size, config.max_position_embeddings = 600, 64
+        random_model(config).save_pretrained(folder)
+        data = Data.model_validate(experiment_dict()["data"] | {"tokenizer": tokenizer})
+        if name == "sentencepiece":
+            shutil.copyfile(tokenizer, folder / "tokenizer.model")
+        else:
+            train_bpe(tokenizer, [Path(os.__file__).read_text(), "12345 " * 1000], folder)
+        ours = load_tokenizer(data, folder)
+        opener, pad_token_id = module.open_as_others(folder, ours)
+        assert (opener, pad_token_id) == (openers[name], None)
+        snippet = module.SNIPPETS[opener].format(name=name) + "\nprint('IDS', tokenizer.encode('The\\n\\n  cat 12345'))"
+        done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and done.stdout.startswith("The"), done.stderr
+        assert f"IDS {ours.encode_batch(['The' + chr(10) * 2 + '  cat 12345'])[0].tolist()}" in done.stdout
