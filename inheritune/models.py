@@ -9,6 +9,8 @@ import copy
 import inspect
 import json
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -282,6 +284,24 @@ def linear_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
         for key, weight in module.named_parameters(recurse=False)
         if len(getattr(weight, "ds_shape", weight.shape)) > 1 and weight is not embedding  # ZeRO 3 leaves weights flat
     }
+
+
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Names of modules that torch.compile, FSDP and activation checkpointing put around another one."""
+
+
+def strip_wrappers(names: Iterable[str], where) -> list[str]:
+    """`names` of a checkpoint's tensors without what wrappers of the trained model put into them, and without the `module.`
+    of DistributedDataParallel where all names begin with it.
+
+    Raises UserError (naming `where`) if two tensors then have one name."""
+    plain = [".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names]
+    while plain and all(name.startswith("module.") for name in plain):
+        plain = [name.removeprefix("module.") for name in plain]
+    twice = next((name for name, count in Counter(plain).items() if count > 1), None)
+    if twice:
+        raise UserError(f"{where} holds {twice} both of a compiled or wrapped model and of a plain one; keep one of them")
+    return plain
 
 
 def seeded(*parts) -> torch.Generator:

@@ -267,7 +267,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 def read_json(path: Path):
     """The JSON value in `path`. Raises UserError if it is missing, damaged or not as it was written."""
     try:
-        return unsealed(json.loads(path.read_text(encoding="utf-8")), str(path))
+        return unsealed(json.loads(path.read_text(encoding="utf-8-sig")), str(path))  # editors put a mark first
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (ValueError, OSError, RecursionError) as error:

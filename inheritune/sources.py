@@ -29,6 +29,7 @@ from inheritune.models import (
     architecture,
     load_config,
     model_shapes,
+    strip_wrappers,
 )
 from inheritune.portable import FILES
 from inheritune.tokens import gate
@@ -454,12 +455,12 @@ def as_bytes(tensor: torch.Tensor):
 
 
 def _named(stored: dict[str, Stored], table: Architecture, tied: bool, folder: Path) -> dict[str, Stored]:
-    """`stored` under full names: prefix added where it was left out, the head's own name for it, buffers and a tied head
-    dropped."""
+    """`stored` under full names: what wrappers of a model added taken off, the prefix added where it was left out, the head's
+    own name for it, buffers and a tied head dropped."""
     outside = {name for names in table.parts.values() for name in names}
     renamed = {ours: names[0] for ours, names in table.published.items() if names[0] in outside}
-    named = {}
-    for name, place in stored.items():
+    plain, named = strip_wrappers(stored, folder), {}
+    for name, place in zip(plain, stored.values(), strict=True):
         full = renamed.get(name, name)
         full = full if full in outside or full.startswith(table.base_prefix) else table.base_prefix + full
         within = re.match(re.escape(table.block).replace(r"\{i\}", r"\d+"), full)

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import tempfile
+from codecs import BOM_UTF8
 from collections.abc import Iterable
 from contextlib import contextmanager
 from functools import cached_property
@@ -21,7 +22,7 @@ import numpy as np
 import xxhash
 
 from inheritune.config import Data, UserError, resolve_path
-from inheritune.portable import TEMPLATES, find_files, write_tokenizer
+from inheritune.portable import FILES, TEMPLATES, copy_tokenizer, find_files, write_tokenizer
 from inheritune.rundir import FULL, disk_error, replacing, root
 
 log = logging.getLogger(__name__)
@@ -142,7 +143,7 @@ def _gpt2_ranks(folder: Path | None) -> dict[bytes, int]:
             ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
         else:
             byte_of = {letter: byte for byte, letter in enumerate(LETTERS)}
-            encoder = json.loads(path.read_text(encoding="utf-8"))
+            encoder = json.loads(path.read_text(encoding="utf-8-sig"))
             encoder.pop(END_OF_TEXT, None)
             ranks = {bytes(byte_of[letter] for letter in token): rank for token, rank in encoder.items()}
         ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
@@ -244,10 +245,11 @@ def _open_pretrained(name: str, revision: str | None) -> FastTokenizer:
     from transformers import AutoTokenizer
 
     local = resolve_path(name)
-    with hub_errors(f"tokenizer '{name}'", name):
-        tokenizer = AutoTokenizer.from_pretrained(
-            local if local.is_dir() else name, revision=None if local.is_dir() else revision, trust_remote_code=False
-        )
+    if local.is_dir():
+        tokenizer = _open_folder(name, local)
+    else:
+        with hub_errors(f"tokenizer '{name}'", name):
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise UserError(
             f"tokenizer '{name}' ({type(tokenizer).__name__}) has no 'fast' form (tokenizer.json); use one that has"
@@ -255,6 +257,21 @@ def _open_pretrained(name: str, revision: str | None) -> FastTokenizer:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return FastTokenizer(name, Path(folder))
+
+
+def _open_folder(name: str, folder: Path):
+    """The tokenizer in `folder` by transformers, which cannot read JSON that begins with a byte order mark: such a folder is
+    read from a copy without it."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as copy:
+        if any(path.read_bytes().startswith(BOM_UTF8) for path in folder.glob("*.json")):
+            copy_tokenizer(folder, Path(copy), ["config.json", *FILES])  # the config names the family
+            folder = Path(copy)
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"tokenizer '{name}' cannot be opened ({_first_line(error)}); restore its folder") from None
 
 
 def train_bpe(name: str, texts: Iterable[str], folder: Path) -> None:

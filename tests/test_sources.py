@@ -87,6 +87,54 @@ def test_names_without_prefix_and_with_old_buffers(tmp_path):
     assert all(torch.equal(source.tensor(name), tensor) for name, tensor in weights_of(model).items())
 
 
+WRAPPED = {
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "compiled, then DistributedDataParallel": lambda name: f"module._orig_mod.{name}",
+    "DistributedDataParallel, compiled": lambda name: f"_orig_mod.module.{name}",
+    "blocks compiled": lambda name: name.replace(".h.0.", ".h.0._orig_mod.").replace(".layers.0.", ".layers.0._orig_mod."),
+    "FSDP and checkpointing": lambda name: f"_fsdp_wrapped_module.{name}".replace(
+        ".attn.", "._checkpoint_wrapped_module.attn."
+    ),
+    "compiled base model": lambda name: "_orig_mod." + name.removeprefix("transformer.").removeprefix("model."),
+}
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "bin"])
+@pytest.mark.parametrize("kind", ["public", "llama"])
+@pytest.mark.parametrize("case", WRAPPED)
+def test_names_of_a_wrapped_model_are_those_of_the_model(tmp_path, case, kind, layout):
+    model = random_model(config_of(kind))
+    named = {WRAPPED[case](name): tensor.clone() for name, tensor in model.state_dict().items()}
+    assert not named.keys() & weights_of(model).keys() or case == "blocks compiled"
+    model.config.save_pretrained(tmp_path)
+    if layout == "bin":
+        torch.save(named, tmp_path / "pytorch_model.bin")
+    else:
+        safetensors.torch.save_file(named, tmp_path / "model.safetensors")
+    source, expected = open_source(tmp_path), weights_of(model)
+    assert source.names() == list(expected)
+    assert all(torch.equal(source.tensor(name), tensor) for name, tensor in expected.items())
+
+
+def test_wrapped_and_plain_names_of_one_tensor_are_refused(tmp_path):
+    model = random_model(config_of("llama"))
+    model.config.save_pretrained(tmp_path)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["_orig_mod.model.norm.weight"] = state["model.norm.weight"] + 1
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="holds model.norm.weight both of a compiled or wrapped model and of a plain one"):
+        open_source(tmp_path)
+
+
+def test_byte_order_mark_of_an_editor_is_passed_over(tmp_path):
+    model = random_model(config_of("llama"))
+    model.save_pretrained(tmp_path, max_shard_size="6KB")
+    for name in ("config.json", INDEX):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+    source = open_source(tmp_path)
+    assert all(torch.equal(source.tensor(name), tensor) for name, tensor in weights_of(model).items())
+
+
 def test_tied_head_alone_or_twice(tmp_path):
     model = random_model(config_of("public"))
     model.config.save_pretrained(tmp_path)

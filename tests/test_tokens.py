@@ -164,6 +164,10 @@ def test_saved_configuration_has_no_word_of_one_version_or_machine(tmp_path):
     saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert saved(TEXTS[:4], add_special_tokens=False)["input_ids"] == lists(reopened.encode_batch(TEXTS[:4]))
     assert saved.chat_template == {"default": TEMPLATE, "tool": "{{ messages }}"} and saved.pad_token == "<|pad|>"
+    for names in ("hf", "newest"):  # a config that is damaged is not taken for a name of the Hub
+        (tmp_path / names / "tokenizer_config.json").write_text("{")
+        with pytest.raises(UserError, match=f"tokenizer '.*{names}' cannot be opened .*restore its folder"):
+            load_tokenizer(data(str(tmp_path / names)))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bpe:300", "sentencepiece"])
@@ -176,6 +180,14 @@ def test_every_saved_tokenizer_states_its_outputs(sentencepiece_models, request,
     config = read_json(tmp_path / "tokenizer_config.json")
     assert config["model_input_names"] == ["input_ids", "attention_mask"]
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_byte_order_marks_in_a_tokenizer_are_passed_over(tmp_path):
+    train_bpe("bpe:300", [Path(__file__).read_text()], tmp_path)
+    expected = load_tokenizer(data(str(tmp_path)))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+    assert load_tokenizer(data(str(tmp_path))).fingerprint == expected.fingerprint
 
 
 def test_two_tokenizers_never_share_a_fingerprint(sentencepiece_models, tmp_path):
