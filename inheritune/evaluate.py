@@ -93,11 +93,12 @@ def measure(loaded: Experiment, chosen: dict[str, Task], job: Job | None, source
 
 
 def load_weights(source: Source) -> torch.nn.Module:
-    """The model of a checkpoint in fp32, one copy on each rank's device, in evaluation mode."""
+    """The model of a checkpoint in fp32, one copy on each rank's device, in evaluation mode. Raises UserError for a weight that
+    is nan or inf."""
     model = build(source.config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(source.tensor(name))
+            parameter.copy_(source.finite_tensor(name))
     return model.eval().to(dist.device())
 
 

@@ -21,9 +21,10 @@ import xxhash
 
 from inheritune import rundir
 from inheritune.config import MODULES, NORMS, PARTS, UserError, nearest, parse_layers, place_layers
+from inheritune.log import logger
 from inheritune.models import Shape, architecture, fresh_tensor, takes_token_types, tensor_shapes
 from inheritune.portable import copy_settings, copy_tokenizer, drop_older_keys
-from inheritune.sources import Source, open_source
+from inheritune.sources import Source, describe_not_finite, open_source
 from inheritune.writer import write_checkpoint
 
 MANIFEST = "inherited.json"
@@ -259,6 +260,7 @@ def _write(out: Path, config, origins: dict[str, Origin], about: dict, seed: int
     about = json.loads(json.dumps(about))  # as it will be read again: tuples are lists
     if finished := _finished(out, about):
         print(f"{out}: already there")
+        _warn_of_not_finite(out, finished.get("not_finite", {}))
         return finished
     shapes = tensor_shapes(config)
     specs = {name: (shape, origins[name].dtype) for name, shape in shapes.items()}
@@ -284,9 +286,29 @@ def _write(out: Path, config, origins: dict[str, Origin], about: dict, seed: int
             written["files"] |= rundir.hash_folder(folder, only=copied)
         hashes = {name: written["tensors"][name]["xxh3"] for name in origins}
         tensors = {name: _record(origin, hashes[name], seed, shapes[name]) for name, origin in origins.items()}
-        manifest = {**about, "tensors": tensors, "files": written["files"]}
+        bad = {name: row["not_finite"] for name, row in written["tensors"].items() if row["not_finite"]}
+        manifest = {**about, "not_finite": bad, "tensors": tensors, "files": written["files"]}
         rundir.write_json(folder / MANIFEST, manifest)
+    _warn_of_not_finite(out, bad)
     return manifest
+
+
+def _warn_of_not_finite(out: Path, counts: dict[str, int]) -> None:
+    if counts:
+        logger.warning("%s: %s; copied as they are, but no run can start from them", out, describe_not_finite(counts))
+
+
+def check_start(folder: Path) -> None:
+    """Raises UserError if the checkpoint `folder`, which this module made, is not as it was left, or holds nan or inf, with
+    which nothing can be trained."""
+    rundir.check_own(folder)
+    counts = rundir.read_json(folder / MANIFEST).get("not_finite")
+    if counts is None:  # of a version that did not count them
+        open_source(folder, check=False).check_finite()
+    if counts:
+        raise UserError(
+            f"{folder}: {describe_not_finite(counts)}; repair the source they come from, delete this folder and start again"
+        )
 
 
 def _record(origin: Origin, xxh3: str, seed: int, shape: Shape) -> dict:

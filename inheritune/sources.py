@@ -27,6 +27,7 @@ from inheritune.models import (
     Architecture,
     Shape,
     architecture,
+    count_not_finite,
     load_config,
     model_shapes,
     strip_wrappers,
@@ -409,6 +410,18 @@ class Source:
         """The tensor, read from its own bytes only. Raises UserError if the file has shrunk meanwhile."""
         return read_tensor(self._at(name))
 
+    def finite_tensor(self, name: str) -> torch.Tensor:
+        """`tensor(name)`. Raises UserError if it holds nan or inf, with which nothing can be computed."""
+        tensor = self.tensor(name)
+        if bad := count_not_finite(as_bytes(tensor), tensor.dtype):
+            raise UserError(f"{self.folder}: {describe_not_finite({name: bad})}; restore the checkpoint or use another one")
+        return tensor
+
+    def check_finite(self) -> None:
+        """Raises UserError naming the first tensor that holds nan or inf. Reads all of them."""
+        for name in self.names():
+            self.finite_tensor(name)
+
     def blocks(self, name: str) -> Iterator[memoryview] | None:
         """`read_blocks` of the tensor; None if a part of it is stored in another dtype."""
         stored = self._at(name)
@@ -433,7 +446,8 @@ def read_tensor(stored: Stored) -> torch.Tensor:
 
 
 def read_blocks(stored: Stored) -> Iterator[memoryview]:
-    """A tensor's bytes as they are stored, block after block in one small buffer: use each before asking for the next.
+    """A tensor's bytes as they are stored, block after block of whole elements in one small buffer: use each before asking for
+    the next.
 
     A block that was just read is still in the processor's cache, where hashing and writing it cost little."""
     buffer = memoryview(bytearray(BLOCK_BYTES))
@@ -442,11 +456,21 @@ def read_blocks(stored: Stored) -> Iterator[memoryview]:
         with open(extent.file, "rb", buffering=0) as file:
             file.seek(extent.offset)
             while left:
-                count = file.readinto(buffer[: min(left, BLOCK_BYTES)])
-                if not count:
+                size = min(left, BLOCK_BYTES)
+                count = file.readinto(buffer[:size])
+                while 0 < count < size and (more := file.readinto(buffer[count:size])):  # whole elements
+                    count += more
+                if count < size:
                     raise UserError(f"{extent.file} is cut off; copy it again")
-                yield buffer[:count]
-                left -= count
+                yield buffer[:size]
+                left -= size
+
+
+def describe_not_finite(counts: dict[str, int]) -> str:
+    """What {tensor: number of values that are nan or inf} says, in a clause."""
+    (name, count), *others = counts.items()
+    more = f", and {len(others)} more tensor(s) have some" if others else ""
+    return f"tensor {name} has {count} value(s) that are nan or inf{more}"
 
 
 def as_bytes(tensor: torch.Tensor):

@@ -14,7 +14,7 @@ import torch
 import xxhash
 
 from inheritune import rundir
-from inheritune.models import Shape, write_config
+from inheritune.models import Shape, count_not_finite, write_config
 from inheritune.sources import BLOCK_BYTES, DTYPE_NAMES, as_bytes
 
 Specs = dict[str, tuple[Shape, torch.dtype]]
@@ -87,18 +87,20 @@ class CheckpointWriter:
             tensor = (data[first : first + BLOCK_BYTES] for first in range(0, len(data), BLOCK_BYTES))
         if file not in self._open:
             self._begin(file)
-        digest, written = xxhash.xxh3_128(), 0
+        digest, written, bad = xxhash.xxh3_128(), 0, 0
         for block in tensor:
             self._put(file, block)
             digest.update(block)
+            bad += count_not_finite(block, dtype)  # while it is in the processor's cache
             written += len(block)
         assert written == math.prod(shape) * dtype.itemsize, f"{name}: {written} bytes, not {shape} of {dtype}"
-        self.tensors[name] = {"file": file, "xxh3": digest.hexdigest()}
+        self.tensors[name] = {"file": file, "xxh3": digest.hexdigest(), "not_finite": bad}
         if not waiting:
             self._end(file)
 
     def close(self) -> dict:
-        """Write index and config; {"tensors": {name: {file, xxh3}}, "files": {name: {bytes, xxh3}}} of what was written."""
+        """Write index and config; {"tensors": {name: {file, xxh3, not_finite}}, "files": {name: {bytes, xxh3}}} of what was
+        written; `not_finite` counts the values that are nan or inf."""
         missing = [name for waiting in self._waiting.values() for name in waiting]
         assert not missing, f"{missing[-1]} was announced and never added"
         if self.folder is None:
