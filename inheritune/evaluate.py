@@ -14,6 +14,7 @@ from inheritune.config import Data, Experiment, Task, Train, UserError, load_exp
 from inheritune.engine import resolve_precision
 from inheritune.log import logger, setup
 from inheritune.models import build, count_parameters
+from inheritune.outputs import check_new_file, resolve_output
 from inheritune.portable import TOKENIZER_FILES
 from inheritune.rundir import RunDir, beside, finished_weights, hash_folder, parse_weights_name, read_json, write_json
 from inheritune.sources import Source, open_source
@@ -34,7 +35,10 @@ def evaluate(experiment: str, run: str | None = None, model: str | None = None, 
         raise UserError("evaluate needs either --run NAME or --model CHECKPOINT")
     chosen = downstream.choose(loaded.evaluate, tasks)
     found = [weights_of(loaded, name, seed) for name in run.split(",")] if run else []
-    for job, source, target in found or [(None, open_source(model), Path(out) if out else None)]:
+    named = resolve_output(out) if out else None
+    if named:
+        check_new_file(named)
+    for job, source, target in found or [(None, open_source(model), named)]:
         measure(loaded, chosen, job, source, target)
 
 

@@ -17,6 +17,7 @@ from inheritune.attention import load_model
 from inheritune.config import Data, UserError, nearest, read_yaml
 from inheritune.inherit import MANIFEST
 from inheritune.models import seeded, tensor_shapes
+from inheritune.outputs import check_new_folder, resolve_output
 from inheritune.portable import SPECIAL_IDS, copy_tokenizer
 from inheritune.rundir import RunDir, read_json, replacing, write_json, write_text
 from inheritune.sources import Source, open_source
@@ -36,12 +37,11 @@ def export(folder: str, to: str, dtype: str | None = None) -> None:
     (fp32 or bf16; default: that of the model which the run started from).
 
     Raises UserError for an unfinished or damaged run, one without a tokenizer, an unknown dtype and a `to` that holds
-    something; then nothing is written."""
+    something or cannot be written; then nothing is written."""
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"export: unknown dtype '{dtype}'; {nearest(dtype, DTYPES)}")
-    out, run = Path(to), finished(RunDir(folder))
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} already holds something; choose another folder, or delete it")
+    out, run = resolve_output(to), finished(RunDir(folder))
+    check_new_folder(out)
     if not any((run.final / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise UserError(
             f"{run.final} holds no tokenizer (tokenizer.json or tokenizer.model); copy the files of the prepared data's "
@@ -63,14 +63,14 @@ def export(folder: str, to: str, dtype: str | None = None) -> None:
         compared = compare_logits(run.final, temporary, config.vocab_size)
         if not compared["difference"] <= TOLERANCE[dtype] * max(1.0, compared["largest"]):
             raise RuntimeError(f"the export of {run.final} computes other logits ({compared}): nothing was written")
-        write_text(temporary / "README.md", model_card(run, described, out.absolute().name, dtype, compared, opener))
+        write_text(temporary / "README.md", model_card(run, described, out.name, dtype, compared, opener))
     if opener != "AutoTokenizer":
         print(f"AutoTokenizer gives other ids than the run was trained with: open it as README.md shows, by {opener}")
     print(
         f"wrote {out} in {dtype}: its logits differ by at most {compared['difference']:.1e} "
         f"(the largest is {compared['largest']:.1f})"
     )
-    print(f"to publish it: hf upload OWNER/{out.absolute().name} {shlex.quote(str(out))}")
+    print(f"to publish it: hf upload OWNER/{out.name} {shlex.quote(str(out))}")
 
 
 def stated_dtype(run: RunDir) -> str:

@@ -23,6 +23,7 @@ from inheritune import rundir
 from inheritune.config import MODULES, NORMS, PARTS, UserError, nearest, parse_layers, place_layers
 from inheritune.log import logger
 from inheritune.models import Shape, architecture, fresh_tensor, takes_token_types, tensor_shapes
+from inheritune.outputs import check_new_folder, resolve_output
 from inheritune.portable import copy_settings, copy_tokenizer, drop_older_keys
 from inheritune.sources import Source, describe_not_finite, open_source
 from inheritune.writer import write_checkpoint
@@ -258,10 +259,12 @@ def _write(out: Path, config, origins: dict[str, Origin], about: dict, seed: int
 
     `about` is what the manifest says besides its tensors and files; an `out` that says the same is left as it is."""
     about = json.loads(json.dumps(about))  # as it will be read again: tuples are lists
+    out = resolve_output(out)
     if finished := _finished(out, about):
         print(f"{out}: already there")
         _warn_of_not_finite(out, finished.get("not_finite", {}))
         return finished
+    check_new_folder(out)
     shapes = tensor_shapes(config)
     specs = {name: (shape, origins[name].dtype) for name, shape in shapes.items()}
     for name, origin in origins.items():
@@ -325,7 +328,7 @@ def _record(origin: Origin, xxh3: str, seed: int, shape: Shape) -> dict:
 
 def _finished(out: Path, about: dict) -> dict | None:
     """The manifest in `out` if it is this very surgery, whole; None if `out` is free. Raises UserError if it is taken."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not out.is_dir() or not any(out.iterdir()):
         return None
     manifest = rundir.read_json(out / MANIFEST) if (out / MANIFEST).is_file() else {}
     differing = sorted(key for key, value in about.items() if manifest.get(key) != value)

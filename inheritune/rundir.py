@@ -190,7 +190,10 @@ def replacing(path: Path):
 
     Raises UserError when the disk is full."""
     temporary = path.with_name(f".{path.name}.tmp{socket.gethostname()}-{os.getpid()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, path) from error
     for left in path.parent.glob(f"{glob.escape(temporary.name.rpartition('-')[0])}-*"):
         if left == temporary or _born(int(left.name.rpartition("-")[2])) is None:
             remove(left)
@@ -199,6 +202,8 @@ def replacing(path: Path):
         for made in (*temporary.rglob("*"), temporary):
             flush(made)
         if path.is_dir() and not path.is_symlink():
+            if not temporary.is_dir():
+                raise UserError(f"{path} is a folder, so no file of that name can be written; rename or remove it")
             shutil.rmtree(path)  # a folder cannot be renamed over a filled one
         os.replace(temporary, path)
         flush(path.parent)

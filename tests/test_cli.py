@@ -19,7 +19,7 @@ from inheritune.rundir import data_dir
 
 # DESIGN: a file imports only from files before it; documents holds the readers that prepare and fetch share
 ORDER = """
-config rundir dist log portable tokens documents prepare batches models sources writer downstream fetch inherit
+config rundir dist log outputs portable tokens documents prepare batches models sources writer downstream fetch inherit
 attention export validate dslint engine distil planning layout checkpoint train evaluate stages paper tables figures status
 """.split()  # noqa: SIM905 - a list to read
 

@@ -316,3 +316,19 @@ def test_card_opens_a_tokenizer_by_a_class_that_gives_the_runs_ids(tmp_path, sen
         done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0 and done.stdout.startswith("The"), done.stderr
         assert f"IDS {ours.encode_batch(['The' + chr(10) * 2 + '  cat 12345'])[0].tolist()}" in done.stdout
+
+
+def test_to_is_a_link_or_cannot_be_written(trained, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    module.export(str(trained / "half"), str(tmp_path / "link"))
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "README.md").is_file()
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for to, sentence in (
+        ("file", "is a file; give"),
+        ("dangling", "is a link to nowhere"),
+        ("link", "already holds something"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            module.export(str(trained / "half"), str(tmp_path / to))
