@@ -142,9 +142,10 @@ class Verbs:
 
         print("\n".join(str(path) for path in figure(item, seed, rehearse)))
 
-    def export(self, folder, to, dtype="fp32"):
-        """Write a finished run (its FOLDER) as a plain checkpoint with tokenizer and model card; DTYPE is fp32 or bf16.
+    def export(self, folder, to, dtype=None):
+        """Write a finished run (its FOLDER) as a plain checkpoint with tokenizer and model card.
 
+        DTYPE is fp32 or bf16, by default that of the model which the run started from.
         Plain GPT-2 or Llama for any program: scaling by layer folded in, padding of the vocabulary cut off, logits compared."""
         from inheritune.export import export
 

@@ -25,6 +25,7 @@ from inheritune.config import RECIPES, Experiment, UserError, load_experiment, r
 from inheritune.dist import device, limit_error
 from inheritune.inherit import write_random
 from inheritune.models import hf_config
+from inheritune.outputs import check_writable, resolve_output
 from inheritune.rundir import RunDir, beside, check_own, finished_weights, parse_weights_name, root, write_jsonl
 
 TAUS = (0.80, 0.85, 0.90, 0.95)
@@ -409,6 +410,9 @@ def run_analyze(
     `model` is an HF checkpoint, a Hub id, the folder of a finished run (a grown one means its chosen stage), or a name
     (`named_run`, of that seed). `data` is an experiment or a folder of prepared data. `out` is by default the run folder that
     holds the weights, else runs/analysis/<model>. In a rehearsal, whose models are short, `length` is cut to its sequences."""
+    if out:
+        out = str(resolve_output(out))
+        check_writable(Path(out))
     if (Path(data) / "manifest.json").is_file():
         experiment, tokens = None, Tokens(data, "val")
     else:

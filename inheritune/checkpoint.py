@@ -19,6 +19,7 @@ from inheritune.layout import describe_layout, find_changes
 from inheritune.log import logger
 from inheritune.models import architecture
 from inheritune.planning import checkpoint_bytes
+from inheritune.portable import copy_settings, copy_tokenizer
 from inheritune.rundir import (
     RunDir,
     disk_error,
@@ -33,7 +34,8 @@ from inheritune.rundir import (
     temporary_of,
     write_json,
 )
-from inheritune.sources import CheckpointWriter, deepspeed_classes, load_skeleton, read_deepspeed, read_tensor
+from inheritune.sources import deepspeed_classes, load_skeleton, read_deepspeed, read_tensor
+from inheritune.writer import CheckpointWriter
 
 TAG = "deepspeed"  # DeepSpeed's tag: the sub-folder of its files
 MARKER = "COMPLETE"
@@ -364,7 +366,8 @@ def _generators() -> dict:
 
 
 def export_weights(engine, folder: Path, tokenizer: Path) -> None:
-    """Write the fp32 masters as an HF checkpoint with tokenizer, one parameter in memory at a time; all ranks must call.
+    """Write the fp32 masters as an HF checkpoint with tokenizer and the generation settings of the model that the run started
+    from, one parameter in memory at a time; all ranks must call.
 
     Raises UserError on every rank when the disk is full; nothing is left then."""
     config = engine.module.config
@@ -383,9 +386,9 @@ def export_weights(engine, folder: Path, tokenizer: Path) -> None:
                     for (piece, shape), part in zip(its.items(), value.flatten().tensor_split(len(its)), strict=True):
                         writer.add(piece, part.view(shape))
                 writer.close()
-                for file in tokenizer.iterdir():
-                    if file.is_file() and not file.name.startswith("."):  # what else lies there is not the tokenizer's
-                        (temporary / file.name).write_bytes(file.read_bytes())
+                copy_tokenizer(tokenizer, temporary, ["**/*"], trained=True)
+                if (RunDir(folder.parent).init / "config.json").is_file():  # what the weights started from
+                    copy_settings(RunDir(folder.parent).init, temporary)
                 if folder.name != "final":  # whose marker is DONE
                     write_json(temporary / MARKER, {"files": hash_folder(temporary)})
         except Exception as error:

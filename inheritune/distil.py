@@ -15,10 +15,11 @@ class Teacher:
     precision."""
 
     def __init__(self, settings: Distil, source: str, revision: str | None):
-        """Raises UserError, on every rank, if `source` (path or id) cannot be read."""
+        """Raises UserError, on every rank, if `source` (path or id) cannot be read or holds nan or inf."""
         self.alpha, self.temperature = settings.alpha, settings.temperature
         dist.on_rank0(lambda: bool(open_source(source, revision)))  # compares the hashes, once for all ranks
         self.source = open_source(source, revision, check=False)
+        dist.on_rank0(self.source.check_finite)
         self.files = dist.on_rank0(rundir.hash_folder, self.source.folder, only=self.source.files())
 
     def load(self, student, length: int, precision: str, device) -> None:

@@ -15,8 +15,10 @@ from inheritune.engine import resolve_precision
 from inheritune.job import Job
 from inheritune.log import logger, setup
 from inheritune.models import build, count_parameters
+from inheritune.outputs import check_new_file, resolve_output
+from inheritune.portable import TOKENIZER_FILES
 from inheritune.rundir import RunDir, beside, finished_weights, hash_folder, parse_weights_name, read_json, write_json
-from inheritune.sources import TOKENIZER_FILES, Source, open_source
+from inheritune.sources import Source, open_source
 from inheritune.taskcode import refuse_task_code
 from inheritune.tokens import PROBE, check_vocabulary, load_tokenizer
 from inheritune.train import compare, random_start
@@ -36,7 +38,10 @@ def evaluate(experiment: str, run: str | None = None, model: str | None = None, 
     chosen = downstream.choose(loaded.evaluate, tasks)
     refuse_task_code(loaded.evaluate.task_files if chosen else None, allow_task_code)
     found = [weights_of(loaded, name, seed) for name in run.split(",")] if run else []
-    for job, source, target in found or [(None, open_source(model), Path(out) if out else None)]:
+    named = resolve_output(out) if out else None
+    if named:
+        check_new_file(named)
+    for job, source, target in found or [(None, open_source(model), named)]:
         measure(loaded, chosen, job, source, target, allow_task_code)
 
 
@@ -99,11 +104,12 @@ def measure(loaded: Experiment, chosen: dict[str, Task], job: Job | None, source
 
 
 def load_weights(source: Source) -> torch.nn.Module:
-    """The model of a checkpoint in fp32, one copy on each rank's device, in evaluation mode."""
+    """The model of a checkpoint in fp32, one copy on each rank's device, in evaluation mode. Raises UserError for a weight that
+    is nan or inf."""
     model = build(source.config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(source.tensor(name))
+            parameter.copy_(source.finite_tensor(name))
     return model.eval().to(dist.device())
 
 

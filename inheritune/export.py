@@ -9,7 +9,6 @@ the logits of the two were compared.
 import copy
 import json
 import shlex
-import shutil
 from pathlib import Path
 
 import torch
@@ -20,9 +19,12 @@ from inheritune.config import Data, UserError, nearest, read_yaml
 from inheritune.escape import markdown
 from inheritune.inherit import MANIFEST
 from inheritune.models import seeded, tensor_shapes
+from inheritune.outputs import check_new_folder, resolve_output
+from inheritune.portable import SPECIAL_IDS, copy_tokenizer
 from inheritune.rundir import RunDir, read_json, replacing, write_json, write_text
-from inheritune.sources import TOKENIZER_FILES, Source, open_source, write_checkpoint
-from inheritune.tokens import load_tokenizer
+from inheritune.sources import Source, open_source
+from inheritune.tokens import PROBE, Tokenizer, load_tokenizer
+from inheritune.writer import write_checkpoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.05}
@@ -32,21 +34,22 @@ SCALED = "scale_attn_by_inverse_layer_idx"
 LICENCES = yaml.safe_load((Path(__file__).parent / "licences.yaml").read_text(encoding="utf-8"))
 
 
-def export(folder: str, to: str, dtype: str = "fp32") -> None:
-    """Write the finished run in `folder` (a grown run: the stage that its DONE names) to the new folder `to`.
+def export(folder: str, to: str, dtype: str | None = None) -> None:
+    """Write the finished run in `folder` (a grown run: the stage that its DONE names) to the new folder `to`, in `dtype`
+    (fp32 or bf16; default: that of the model which the run started from).
 
-    Raises UserError for an unfinished or damaged
-    run, one without a tokenizer, an unknown dtype and a `to` that holds something; then nothing is written."""
-    if dtype not in DTYPES:
+    Raises UserError for an unfinished or damaged run, one without a tokenizer, an unknown dtype and a `to` that holds
+    something or cannot be written; then nothing is written."""
+    if dtype is not None and dtype not in DTYPES:
         raise UserError(f"export: unknown dtype '{dtype}'; {nearest(dtype, DTYPES)}")
-    out, run = Path(to), finished(RunDir(folder))
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} already holds something; choose another folder, or delete it")
+    out, run = resolve_output(to), finished(RunDir(folder))
+    check_new_folder(out)
     if not any((run.final / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise UserError(
             f"{run.final} holds no tokenizer (tokenizer.json or tokenizer.model); copy the files of the prepared data's "
             f"tokenizer/ into it, and export again"
         )
+    dtype = dtype or stated_dtype(run)
     described = read_yaml(run.experiment)
     tokenizer = load_tokenizer(Data.model_validate(described["data"]), run.final)
     source = open_source(run.final)
@@ -55,20 +58,29 @@ def export(folder: str, to: str, dtype: str = "fp32") -> None:
     with replacing(out) as temporary:
         temporary.mkdir()
         write_checkpoint(temporary, config, specs, lambda name: outside_tensor(source, config, name).to(DTYPES[dtype]))
-        described_model = read_json(temporary / "config.json") | older_keys(config, DTYPES[dtype])
-        write_json(temporary / "config.json", described_model, seal=False)
-        special = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id")}
-        special["pad_token_id"] = tokenizer.end_of_text
-        write_json(temporary / "generation_config.json", special, seal=False)
-        for name in TOKENIZER_FILES:
-            if (run.final / name).is_file():
-                shutil.copyfile(run.final / name, temporary / name)
+        copy_tokenizer(run.final, temporary, trained=True)
+        opener, pad_token_id = open_as_others(temporary, tokenizer)
+        settings = outside_settings(run, config, tokenizer, pad_token_id)
+        write_json(temporary / "generation_config.json", settings, seal=False)
         compared = compare_logits(run.final, temporary, config.vocab_size)
         if not compared["difference"] <= TOLERANCE[dtype] * max(1.0, compared["largest"]):
             raise RuntimeError(f"the export of {run.final} computes other logits ({compared}): nothing was written")
-        write_text(temporary / "README.md", model_card(run, described, out.absolute().name, dtype, compared))
-    print(f"wrote {out}: its logits differ by at most {compared['difference']:.1e} (the largest is {compared['largest']:.1f})")
-    print(f"to publish it: hf upload OWNER/{out.absolute().name} {shlex.quote(str(out))}")
+        write_text(temporary / "README.md", model_card(run, described, out.name, dtype, compared, opener))
+    if opener != "AutoTokenizer":
+        print(f"AutoTokenizer gives other ids than the run was trained with: open it as README.md shows, by {opener}")
+    print(
+        f"wrote {out} in {dtype}: its logits differ by at most {compared['difference']:.1e} "
+        f"(the largest is {compared['largest']:.1f})"
+    )
+    print(f"to publish it: hf upload OWNER/{out.name} {shlex.quote(str(out))}")
+
+
+def stated_dtype(run: RunDir) -> str:
+    """The dtype of the model that the run started from, where an export can have it; else fp32, that of the run."""
+    config = run.init / "config.json"
+    described = read_json(config) if config.is_file() else {}
+    stated = described.get("dtype") or described.get("torch_dtype")
+    return next((name for name, dtype in DTYPES.items() if str(dtype) == f"torch.{stated}"), "fp32")
 
 
 def finished(run: RunDir) -> RunDir:
@@ -82,16 +94,37 @@ def finished(run: RunDir) -> RunDir:
 
 
 def outside_config(config, vocab_size: int, end_of_text: int):
-    """`config` for the world outside: standard scaling, the tokenizer's vocabulary, and the ids that begin and end a text
-    (in our training every text lies between two ends of text). Biases held at zero keep their mark, which others ignore."""
+    """`config` for other programs: standard scaling, the tokenizer's vocabulary, and the `special_ids` of a text (in our
+    training `end_of_text` lies between any two texts). Biases held at zero keep their mark, which others ignore."""
     config = copy.deepcopy(config)
     if getattr(config, SCALED, False):
         setattr(config, SCALED, False)
     config.vocab_size, config.use_cache = vocab_size, True
-    for key in ("bos_token_id", "eos_token_id"):
-        if getattr(config, key, None) is None:
-            setattr(config, key, end_of_text)
+    ids = special_ids({key: getattr(config, key, None) for key in SPECIAL_IDS}, vocab_size, end_of_text)
+    for key in SPECIAL_IDS:
+        setattr(config, key, ids[key])
     return config
+
+
+def special_ids(stated: dict, vocab_size: int, end_of_text: int) -> dict:
+    """{bos, eos and pad_token_id: id} of a trained model, from those that are `stated` for the model it started from.
+
+    Where that one ends a text otherwise than the run's data do, its ids are of another tokenizer: then `end_of_text`
+    begins and ends a text, and nothing pads it."""
+    known = {key: _below(vocab_size, stated.get(key)) for key in SPECIAL_IDS}
+    ends = known["eos_token_id"]
+    if end_of_text not in (ends if isinstance(ends, list) else [ends]):
+        known = {"eos_token_id": end_of_text, "bos_token_id": None, "pad_token_id": None}
+    if known["bos_token_id"] is None:
+        known["bos_token_id"] = end_of_text
+    return known
+
+
+def _below(vocab_size: int, ids: int | list[int] | None) -> int | list[int] | None:
+    """An id, or those of a list, below `vocab_size`; None where there is none."""
+    if isinstance(ids, list):
+        return [number for number in ids if number < vocab_size] or None
+    return ids if ids is not None and ids < vocab_size else None
 
 
 def outside_tensor(source: Source, config, name: str) -> torch.Tensor:
@@ -107,14 +140,34 @@ def outside_tensor(source: Source, config, name: str) -> torch.Tensor:
     return tensor
 
 
-def older_keys(config, dtype: torch.dtype) -> dict:
-    """What transformers 4 calls otherwise in config.json; 5 reads these keys too."""
-    keys, rope = {"torch_dtype": str(dtype).removeprefix("torch.")}, getattr(config, "rope_parameters", None) or {}
-    if "rope_theta" in rope:
-        keys["rope_theta"] = rope["rope_theta"]
-        if rope.get("rope_type", "default") != "default":
-            keys["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-    return keys
+def outside_settings(run: RunDir, config, tokenizer: Tokenizer, pad_token_id: int | None) -> dict:
+    """generation_config.json of the outside form `config`: the settings of the model that the run started from, and which ids
+    begin, end and pad a text (`pad_token_id` is the tokenizer's own)."""
+    kept = [folder / "generation_config.json" for folder in (run.final, run.init)]  # older runs have it in init/ only
+    stated = next((read_json(path) for path in kept if path.is_file()), {})
+    ids = {key: stated.get(key, getattr(config, key, None)) for key in SPECIAL_IDS}
+    ids = special_ids(ids, config.vocab_size, tokenizer.end_of_text)
+    if ids["pad_token_id"] is None:
+        ids["pad_token_id"] = tokenizer.end_of_text if pad_token_id is None else pad_token_id
+    return stated | ids
+
+
+def open_as_others(folder: Path, tokenizer: Tokenizer) -> tuple[str, int | None]:
+    """(class, id of its padding token) by which others open the tokenizer in `folder` with the ids of `tokenizer`.
+
+    transformers 5 has AutoTokenizer take a class of its own for a few families (Qwen2Tokenizer), whatever the folder states."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if not (folder / "tokenizer.json").is_file():  # tokens.py found no counterpart that gives its ids
+        return "sentencepiece", None
+    code = Path(__file__).read_text(encoding="utf-8").splitlines(keepends=True)
+    texts = [PROBE, "e\u0301 \u212b \ufb01 1000000000", *(line for line in code if "<" not in line)]
+    expected = [ids.tolist() for ids in tokenizer.encode_batch(texts)]
+    for name, kind in {"AutoTokenizer": AutoTokenizer, "PreTrainedTokenizerFast": PreTrainedTokenizerFast}.items():
+        opened = kind.from_pretrained(folder)
+        if opened(texts, add_special_tokens=False)["input_ids"] == expected:
+            return name, opened.pad_token_id
+    raise RuntimeError(f"no class of transformers gives the ids of {folder}'s tokenizer: nothing was written")
 
 
 def compare_logits(ours: Path, exported: Path, vocab_size: int) -> dict:
@@ -167,7 +220,31 @@ def _ranges(layers: list[int]) -> str:
     return ", ".join(map(str, layers))
 
 
-def model_card(run: RunDir, described: dict, name: str, dtype: str, compared: dict) -> str:
+SNIPPETS = {
+    "AutoTokenizer": """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = {name}
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+prompt = tokenizer("The", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0]))
+""",
+    "sentencepiece": """import torch
+from sentencepiece import SentencePieceProcessor
+from transformers import AutoModelForCausalLM
+
+folder = {name}
+tokenizer = SentencePieceProcessor(model_file=folder + "/tokenizer.model")
+model = AutoModelForCausalLM.from_pretrained(folder)
+prompt = torch.tensor([tokenizer.encode("The")])
+print(tokenizer.decode(model.generate(prompt, max_new_tokens=20)[0].tolist()))
+""",
+}
+SNIPPETS["PreTrainedTokenizerFast"] = SNIPPETS["AutoTokenizer"].replace("AutoTokenizer", "PreTrainedTokenizerFast")
+"""The card's use of a model, by the class that opens its tokenizer with the run's ids."""
+
+
+def model_card(run: RunDir, described: dict, name: str, dtype: str, compared: dict, opener: str) -> str:
     """README.md of the export: a YAML head as the Hub reads it, and what the model is, from the run's own JSON."""
     results, start = run.read_results(), run.read_starts("versions", "git_commit")[-1]
     data, train, lineage = described["data"], described["train"], parents(run)
@@ -213,14 +290,7 @@ Intervals are 95% over validation windows; they do not cover the choice of seeds
 ## Use
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = {json.dumps(name)}
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder)
-prompt = tokenizer("The", return_tensors="pt")
-print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0]))
-```
+{SNIPPETS[opener].format(name=json.dumps(name))}```
 
 Weights are {dtype}: {by}vocabulary as the tokenizer's. On two random sequences, computed in fp32, logits differ from the
 trained weights' by at most {compared["difference"]:.1e} (the largest logit is {compared["largest"]:.1f}).

@@ -120,7 +120,7 @@ def model_files(model: Repository) -> list[str]:
     for stem, suffix in WEIGHTS:
         weights = [name for name in listed if any(fnmatchcase(name, p) for p in weight_patterns(stem, suffix))]
         if weights:
-            return [name for name in COMMON_FILES if name in listed] + weights
+            return [name for pattern in COMMON_FILES for name in listed if fnmatchcase(name, pattern)] + weights
     raise UserError(
         f"{model.name} holds neither model.safetensors nor pytorch_model.bin in its first folder; use another model"
     )

@@ -21,8 +21,12 @@ import xxhash
 
 from inheritune import rundir
 from inheritune.config import MODULES, NORMS, PARTS, UserError, nearest, parse_layers, place_layers
-from inheritune.models import Shape, architecture, fresh_tensor, tensor_shapes
-from inheritune.sources import TOKENIZER_FILES, Source, open_source, write_checkpoint
+from inheritune.log import logger
+from inheritune.models import Shape, architecture, fresh_tensor, takes_token_types, tensor_shapes
+from inheritune.outputs import check_new_folder, resolve_output
+from inheritune.portable import copy_settings, copy_tokenizer, drop_older_keys
+from inheritune.sources import Source, describe_not_finite, open_source
+from inheritune.writer import write_checkpoint
 
 MANIFEST = "inherited.json"
 
@@ -179,7 +183,7 @@ def extend(previous: str | Path, reference: str | Path, layers_from: int, layers
     if not layers_from < layers_to <= n_new:
         raise UserError(f"cannot extend {layers_from} layers to {layers_to}: {reference} has {n_new}")
     of_depth = {old.table.layers, *old.table.per_layer, *_INCIDENTAL}
-    ours, theirs = old.config.to_dict(), new.config.to_dict()
+    ours, theirs = drop_older_keys(old.config.to_dict()), drop_older_keys(new.config.to_dict())
     differing = sorted(key for key in ours.keys() | theirs.keys() if key not in of_depth and ours.get(key) != theirs.get(key))
     if differing:
         key = differing[0]
@@ -255,9 +259,12 @@ def _write(out: Path, config, origins: dict[str, Origin], about: dict, seed: int
 
     `about` is what the manifest says besides its tensors and files; an `out` that says the same is left as it is."""
     about = json.loads(json.dumps(about))  # as it will be read again: tuples are lists
+    out = resolve_output(out)
     if finished := _finished(out, about):
         print(f"{out}: already there")
+        _warn_of_not_finite(out, finished.get("not_finite", {}))
         return finished
+    check_new_folder(out)
     shapes = tensor_shapes(config)
     specs = {name: (shape, origins[name].dtype) for name, shape in shapes.items()}
     for name, origin in origins.items():
@@ -276,15 +283,35 @@ def _write(out: Path, config, origins: dict[str, Origin], about: dict, seed: int
     with rundir.replacing(out) as folder:
         folder.mkdir(parents=True)
         written = write_checkpoint(folder, config, specs, tensor_of)
-        for name in (*TOKENIZER_FILES, "generation_config.json"):
-            if beside and (beside / name).is_file():
-                shutil.copyfile(beside / name, folder / name)
-                written["files"] |= rundir.hash_folder(folder, only=(name,))
+        if beside:
+            copied = copy_tokenizer(beside, folder, token_types=takes_token_types(config))
+            copied += copy_settings(beside, folder)
+            written["files"] |= rundir.hash_folder(folder, only=copied)
         hashes = {name: written["tensors"][name]["xxh3"] for name in origins}
         tensors = {name: _record(origin, hashes[name], seed, shapes[name]) for name, origin in origins.items()}
-        manifest = {**about, "tensors": tensors, "files": written["files"]}
+        bad = {name: row["not_finite"] for name, row in written["tensors"].items() if row["not_finite"]}
+        manifest = {**about, "not_finite": bad, "tensors": tensors, "files": written["files"]}
         rundir.write_json(folder / MANIFEST, manifest)
+    _warn_of_not_finite(out, bad)
     return manifest
+
+
+def _warn_of_not_finite(out: Path, counts: dict[str, int]) -> None:
+    if counts:
+        logger.warning("%s: %s; copied as they are, but no run can start from them", out, describe_not_finite(counts))
+
+
+def check_start(folder: Path) -> None:
+    """Raises UserError if the checkpoint `folder`, which this module made, is not as it was left, or holds nan or inf, with
+    which nothing can be trained."""
+    rundir.check_own(folder)
+    counts = rundir.read_json(folder / MANIFEST).get("not_finite")
+    if counts is None:  # of a version that did not count them
+        open_source(folder, check=False).check_finite()
+    if counts:
+        raise UserError(
+            f"{folder}: {describe_not_finite(counts)}; repair the source they come from, delete this folder and start again"
+        )
 
 
 def _record(origin: Origin, xxh3: str, seed: int, shape: Shape) -> dict:
@@ -301,7 +328,7 @@ def _record(origin: Origin, xxh3: str, seed: int, shape: Shape) -> dict:
 
 def _finished(out: Path, about: dict) -> dict | None:
     """The manifest in `out` if it is this very surgery, whole; None if `out` is free. Raises UserError if it is taken."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not out.is_dir() or not any(out.iterdir()):
         return None
     manifest = rundir.read_json(out / MANIFEST) if (out / MANIFEST).is_file() else {}
     differing = sorted(key for key, value in about.items() if manifest.get(key) != value)

@@ -6,15 +6,20 @@ its trainable biases and standard scaling.
 """
 
 import copy
+import inspect
+import json
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import xxhash
 import yaml
 
-from inheritune import rundir
+from inheritune import portable, rundir
 from inheritune.config import Model, UserError
 
 Shape = tuple[int, ...]
@@ -229,13 +234,21 @@ def load_config(path: Path):
 
 
 def write_config(path: Path, config, dtype: torch.dtype) -> None:
-    """config.json of a causal language model stored in `dtype`."""
+    """config.json of a causal language model stored in `dtype`, as transformers 4 and 5 both read it."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = copy.deepcopy(config)
     config.dtype = dtype
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
-    rundir.write_text(path, config.to_json_string())
+    described = portable.add_older_keys(json.loads(config.to_json_string()))
+    rundir.write_text(path, json.dumps(described, indent=2, sort_keys=True) + "\n")
+
+
+def takes_token_types(config) -> bool:
+    """Whether the family's model takes token_type_ids, as GPT-2 does (it adds an embedding for each)."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return "token_type_ids" in inspect.signature(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].forward).parameters
 
 
 def count_parameters(config) -> int:
@@ -272,6 +285,39 @@ def linear_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
         for key, weight in module.named_parameters(recurse=False)
         if len(getattr(weight, "ds_shape", weight.shape)) > 1 and weight is not embedding  # ZeRO 3 leaves weights flat
     }
+
+
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Names of modules that torch.compile, FSDP and activation checkpointing put around another one."""
+
+
+def strip_wrappers(names: Iterable[str], where) -> list[str]:
+    """`names` of a checkpoint's tensors without what wrappers of the trained model put into them, and without the `module.`
+    of DistributedDataParallel where all names begin with it.
+
+    Raises UserError (naming `where`) if two tensors then have one name."""
+    plain = [".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names]
+    while plain and all(name.startswith("module.") for name in plain):
+        plain = [name.removeprefix("module.") for name in plain]
+    twice = next((name for name, count in Counter(plain).items() if count > 1), None)
+    if twice:
+        raise UserError(f"{where} holds {twice} both of a compiled or wrapped model and of a plain one; keep one of them")
+    return plain
+
+
+INFINITY = {torch.float64: 0x7FF0 << 48, torch.float32: 0x7F80 << 16, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
+"""The bits of inf in each dtype."""
+
+
+def count_not_finite(data, dtype: torch.dtype) -> int:
+    """How many of the floats of `dtype` in the buffer `data` are nan or inf.
+
+    Their bits are at or above those of inf, of either sign: two maxima of integers find none at the speed of reading."""
+    size, infinity = dtype.itemsize, INFINITY[dtype]
+    bits, sign = np.frombuffer(data, f"u{size}"), 1 << (8 * size - 1)
+    if not bits.size or (bits.view(f"i{size}").max() < infinity and bits.max() < sign + infinity):
+        return 0
+    return int(np.count_nonzero((bits & infinity) == infinity))
 
 
 def seeded(*parts) -> torch.Generator:

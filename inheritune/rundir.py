@@ -246,6 +246,8 @@ def replacing(path: Path):
         for made in (*temporary.rglob("*"), temporary):
             flush(made)
         if path.is_dir() and not path.is_symlink():
+            if not temporary.is_dir():
+                raise UserError(f"{path} is a folder, so no file of that name can be written; rename or remove it")
             shutil.rmtree(path)  # a folder cannot be renamed over a filled one
         os.replace(temporary, path)
         flush(path.parent)
@@ -358,11 +360,11 @@ def _read_text(path: Path) -> str:
     """The text of a file of ours. One that is replaced at this moment on NFS (ESTALE) is opened again."""
     for _ in range(10):
         try:
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8-sig")
         except OSError as error:
             if error.errno != errno.ESTALE:
                 raise
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8-sig")
 
 
 def read_jsonl(path: Path) -> list[dict]:

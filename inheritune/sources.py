@@ -1,46 +1,47 @@
-"""Checkpoints on disk: lazy tensors from safetensors, .bin and DeepSpeed ZeRO files, and a streamed writer.
+"""Checkpoints on disk: lazy tensors from safetensors, .bin and DeepSpeed ZeRO files (writer.py is the way back).
 
 `open_source(path)` reads headers only; `Source.tensor(name)` then reads that tensor's bytes and nothing else. All three
 kinds come down to one description: a tensor is a shape, a dtype and a few byte ranges (`Extent`) of files, one range in
 safetensors and .bin, one per rank and sub-group in a ZeRO checkpoint. Nothing is mapped into memory and nothing is
-unpickled freely. `CheckpointWriter` is the way back: an ordinary Hugging Face checkpoint, in memory one tensor of a shard.
+unpickled freely.
 """
 
 import json
 import math
-import os
 import re
 import struct
-import threading
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
-import xxhash
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from inheritune import rundir
 from inheritune.config import UserError
-from inheritune.models import Architecture, Shape, architecture, load_config, model_shapes, write_config
+from inheritune.models import (
+    Architecture,
+    Shape,
+    architecture,
+    count_not_finite,
+    load_config,
+    model_shapes,
+    strip_wrappers,
+)
+from inheritune.portable import FILES
 from inheritune.tokens import gate
 
-TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
-TOKENIZER_FILES += ["vocab.json", "merges.txt", "tokenizer.model"]
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-COMMON_FILES = ["config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES]
+COMMON_FILES = ["config.json", "generation_config.json", "adapter_config.json", *FILES]
+"""Patterns of the files that are wanted beside the weights."""
 WEIGHTS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 BLOCK_BYTES = 1 << 21  # of a tensor that is copied: half a megabyte to a few, a processor's cache, did equally well
-
-Specs = dict[str, tuple[Shape, torch.dtype]]
 
 
 @dataclass(frozen=True)
@@ -412,6 +413,18 @@ class Source:
         """The tensor, read from its own bytes only. Raises UserError if the file has shrunk meanwhile."""
         return read_tensor(self._at(name))
 
+    def finite_tensor(self, name: str) -> torch.Tensor:
+        """`tensor(name)`. Raises UserError if it holds nan or inf, with which nothing can be computed."""
+        tensor = self.tensor(name)
+        if bad := count_not_finite(as_bytes(tensor), tensor.dtype):
+            raise UserError(f"{self.folder}: {describe_not_finite({name: bad})}; restore the checkpoint or use another one")
+        return tensor
+
+    def check_finite(self) -> None:
+        """Raises UserError naming the first tensor that holds nan or inf. Reads all of them."""
+        for name in self.names():
+            self.finite_tensor(name)
+
     def blocks(self, name: str) -> Iterator[memoryview] | None:
         """`read_blocks` of the tensor; None if a part of it is stored in another dtype."""
         stored = self._at(name)
@@ -436,7 +449,8 @@ def read_tensor(stored: Stored) -> torch.Tensor:
 
 
 def read_blocks(stored: Stored) -> Iterator[memoryview]:
-    """A tensor's bytes as they are stored, block after block in one small buffer: use each before asking for the next.
+    """A tensor's bytes as they are stored, block after block of whole elements in one small buffer: use each before asking for
+    the next.
 
     A block that was just read is still in the processor's cache, where hashing and writing it cost little."""
     buffer = memoryview(bytearray(BLOCK_BYTES))
@@ -445,11 +459,21 @@ def read_blocks(stored: Stored) -> Iterator[memoryview]:
         with open(extent.file, "rb", buffering=0) as file:
             file.seek(extent.offset)
             while left:
-                count = file.readinto(buffer[: min(left, BLOCK_BYTES)])
-                if not count:
+                size = min(left, BLOCK_BYTES)
+                count = file.readinto(buffer[:size])
+                while 0 < count < size and (more := file.readinto(buffer[count:size])):  # whole elements
+                    count += more
+                if count < size:
                     raise UserError(f"{extent.file} is cut off; copy it again")
-                yield buffer[:count]
-                left -= count
+                yield buffer[:size]
+                left -= size
+
+
+def describe_not_finite(counts: dict[str, int]) -> str:
+    """What {tensor: number of values that are nan or inf} says, in a clause."""
+    (name, count), *others = counts.items()
+    more = f", and {len(others)} more tensor(s) have some" if others else ""
+    return f"tensor {name} has {count} value(s) that are nan or inf{more}"
 
 
 def as_bytes(tensor: torch.Tensor):
@@ -458,12 +482,12 @@ def as_bytes(tensor: torch.Tensor):
 
 
 def _named(stored: dict[str, Stored], table: Architecture, tied: bool, folder: Path) -> dict[str, Stored]:
-    """`stored` under full names: prefix added where it was left out, the head's own name for it, buffers and a tied head
-    dropped."""
+    """`stored` under full names: what wrappers of a model added taken off, the prefix added where it was left out, the head's
+    own name for it, buffers and a tied head dropped."""
     outside = {name for names in table.parts.values() for name in names}
     renamed = {ours: names[0] for ours, names in table.published.items() if names[0] in outside}
-    named = {}
-    for name, place in stored.items():
+    plain, named = strip_wrappers(stored, folder), {}
+    for name, place in zip(plain, stored.values(), strict=True):
         full = renamed.get(name, name)
         full = full if full in outside or full.startswith(table.base_prefix) else table.base_prefix + full
         within = re.match(re.escape(table.block).replace(r"\{i\}", r"\d+"), full)
@@ -558,118 +582,3 @@ def download_model(repo: str, revision: str | None) -> Path:
             f"'{repo}' is no folder here and cannot be had from the Hub ({reason}); download it first"
         ) from None
     return folder
-
-
-# --- writing --------------------------------------------------------------------------------------------------------------
-
-
-class CheckpointWriter:
-    """Writes a Hugging Face checkpoint tensor by tensor: every byte's place is known before the first one is written.
-
-    `specs` is {name: (shape, dtype)}; `add` is called in this order, or for each shard by a thread of its own. With
-    folder=None nothing is written, so that ranks other than 0 can take part in gathering the tensors with the same code."""
-
-    def __init__(self, folder: Path | None, config, specs: Specs, max_shard_bytes: int = 2 << 30):
-        self.folder, self.config, self.specs = folder, config, specs
-        self.tensors: dict[str, dict] = {}
-        self.files: dict[str, dict] = {}
-        self._open: dict[str, tuple[BinaryIO, xxhash.xxh3_128]] = {}
-        shards, used = [[]], 0
-        for name, (shape, dtype) in specs.items():
-            size = math.prod(shape) * dtype.itemsize
-            if shards[-1] and used + size > max_shard_bytes:
-                shards, used = [*shards, []], 0
-            shards[-1].append(name)
-            used += size
-        files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-        self.shards = dict(zip(files, shards, strict=True))
-        self._file_of = {name: file for file, shard in self.shards.items() for name in shard}
-        self._waiting = {file: shard[::-1] for file, shard in self.shards.items()}
-
-    def _begin(self, file: str) -> None:
-        """Begin a shard with its header."""
-        header, position = {"__metadata__": {"format": "pt"}}, 0
-        for name in self.shards[file]:
-            shape, dtype = self.specs[name]
-            end = position + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
-            position = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # data begins at a multiple of 8, as safetensors' own writer has it
-        self._open[file] = open(self.folder / file, "wb"), xxhash.xxh3_128()  # noqa: SIM115 (closed by _end)
-        self._put(file, struct.pack("<Q", len(text)) + text)
-
-    def _put(self, file: str, data) -> None:
-        opened, digest = self._open[file]
-        opened.write(data)
-        digest.update(data)
-
-    def _end(self, file: str) -> None:
-        """Finish a shard, and note it in the record."""
-        opened, digest = self._open.pop(file)
-        size = opened.tell()
-        opened.close()
-        rundir.flush(self.folder / file)  # here, while other threads write, not all at the end
-        self.files[file] = {"bytes": size, "xxh3": digest.hexdigest()}
-
-    def add(self, name: str, tensor: torch.Tensor | Iterable[memoryview]) -> None:
-        """Append its shard's next tensor (CPU or GPU; its dtype and shape must be those announced), or blocks of its
-        bytes."""
-        file = self._file_of[name]
-        waiting = self._waiting[file]
-        assert waiting and waiting[-1] == name, f"expected {waiting[-1:]}, got {name}"
-        waiting.pop()
-        if self.folder is None:
-            return
-        shape, dtype = self.specs[name]
-        if torch.is_tensor(tensor):
-            assert (tuple(tensor.shape), tensor.dtype) == (shape, dtype), (
-                f"{name}: {tensor.shape} {tensor.dtype}, not {shape} {dtype}"
-            )
-            data = memoryview(as_bytes(tensor.detach().cpu().contiguous()))
-            tensor = (data[first : first + BLOCK_BYTES] for first in range(0, len(data), BLOCK_BYTES))
-        if file not in self._open:
-            self._begin(file)
-        digest, written = xxhash.xxh3_128(), 0
-        for block in tensor:
-            self._put(file, block)
-            digest.update(block)
-            written += len(block)
-        assert written == math.prod(shape) * dtype.itemsize, f"{name}: {written} bytes, not {shape} of {dtype}"
-        self.tensors[name] = {"file": file, "xxh3": digest.hexdigest()}
-        if not waiting:
-            self._end(file)
-
-    def close(self) -> dict:
-        """Write index and config; {"tensors": {name: {file, xxh3}}, "files": {name: {bytes, xxh3}}} of what was written."""
-        missing = [name for waiting in self._waiting.values() for name in waiting]
-        assert not missing, f"{missing[-1]} was announced and never added"
-        if self.folder is None:
-            return {}
-        total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.specs.values())
-        index = {"metadata": {"total_size": total}, "weight_map": self._file_of}
-        rundir.write_json(self.folder / "model.safetensors.index.json", index, seal=False)
-        write_config(self.folder / "config.json", self.config, next(iter(self.specs.values()))[1])
-        files = {file: self.files[file] for file in self.shards}  # in this order, whichever thread ended first
-        files |= rundir.hash_folder(self.folder, only=("model.safetensors.index.json", "config.json"))
-        return {"tensors": {name: self.tensors[name] for name in self.specs}, "files": files}
-
-
-def write_checkpoint(folder: Path, config, specs: Specs, tensor_of: Callable, **options) -> dict:
-    """Write the tensors of `specs`, each asked of `tensor_of` (as `add` takes it) when its turn comes; the record of
-    CheckpointWriter.close. A few shards are written at a time: copying into the page cache takes a core each."""
-    writer, over = CheckpointWriter(folder, config, specs, **options), threading.Event()
-
-    def write(shard: list[str]) -> None:
-        for name in shard:
-            if over.is_set():
-                return
-            writer.add(name, tensor_of(name))
-
-    with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)))) as pool:
-        try:
-            for written in as_completed([pool.submit(write, shard) for shard in writer.shards.values()]):
-                written.result()
-        finally:  # when one fails, or the user stops this, the others have no need to end theirs
-            over.set()
-    return writer.close()

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import tempfile
+from codecs import BOM_UTF8
 from collections.abc import Iterable
 from contextlib import contextmanager
 from functools import cached_property
@@ -21,6 +22,7 @@ import numpy as np
 import xxhash
 
 from inheritune.config import Data, UserError, resolve_path
+from inheritune.portable import FILES, TEMPLATES, copy_tokenizer, find_files, write_tokenizer
 from inheritune.rundir import FULL, disk_error, replacing, root
 
 log = logging.getLogger(__name__)
@@ -186,7 +188,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
         pairs = [line.split() for line in path.read_bytes().splitlines()]
         return {base64.b64decode(token): int(rank) for token, rank in pairs}
     byte_of = {letter: byte for byte, letter in enumerate(LETTERS)}
-    encoder = json.loads(path.read_text(encoding="utf-8"))
+    encoder = json.loads(path.read_text(encoding="utf-8-sig"))
     encoder.pop(END_OF_TEXT, None)
     return {bytes(byte_of[letter] for letter in token): rank for token, rank in encoder.items()}
 
@@ -221,11 +223,9 @@ def _byte_level(backend) -> None:
 
 def _save_backend(backend, folder: Path, end_of_text: str, **special) -> None:
     """tokenizer.json and the configuration by which AutoTokenizer opens it (written here: transformers would load torch)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    backend.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    config |= {"eos_token": end_of_text, "bos_token": end_of_text, "unk_token": end_of_text, **special}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    config = {"eos_token": end_of_text, "bos_token": end_of_text, "unk_token": end_of_text, **special}
+    files = {"tokenizer.json": backend.to_str(pretty=True), "tokenizer_config.json": json.dumps(config)}
+    write_tokenizer(folder, {name: text.encode() for name, text in files.items()}, trained=True)
 
 
 class FastTokenizer(Tokenizer):
@@ -233,7 +233,7 @@ class FastTokenizer(Tokenizer):
 
     transformers is not asked again: it takes seconds and, with torch, half a gigabyte in every worker process."""
 
-    FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+    FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", *TEMPLATES)
 
     def __init__(self, name: str, folder: Path):
         from tokenizers import Tokenizer as Backend
@@ -242,7 +242,7 @@ class FastTokenizer(Tokenizer):
             raise UserError(
                 f"tokenizer '{name}': {folder} holds no tokenizer.json and tokenizer_config.json; run 'prepare' first"
             )
-        self._files = {file: (folder / file).read_bytes() for file in self.FILES if (folder / file).is_file()}
+        self._files = {file: (folder / file).read_bytes() for file in find_files(folder, self.FILES)}
         try:
             self._backend = Backend.from_buffer(self._files["tokenizer.json"])
             end = json.loads(self._files["tokenizer_config.json"]).get("eos_token")
@@ -266,9 +266,7 @@ class FastTokenizer(Tokenizer):
         return json.dumps([parts["model"], parts["normalizer"], parts["pre_tokenizer"], added]).encode()
 
     def save(self, folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for file, content in self._files.items():
-            (folder / file).write_bytes(content)
+        write_tokenizer(folder, self._files, trained=True)
 
 
 def _open_pretrained(name: str, revision: str | None) -> FastTokenizer:
@@ -276,10 +274,11 @@ def _open_pretrained(name: str, revision: str | None) -> FastTokenizer:
     from transformers import AutoTokenizer
 
     local = resolve_path(name)
-    with hub_errors(f"tokenizer '{name}'", name):
-        tokenizer = AutoTokenizer.from_pretrained(
-            local if local.is_dir() else name, revision=None if local.is_dir() else revision, trust_remote_code=False
-        )
+    if local.is_dir():
+        tokenizer = _open_folder(name, local)
+    else:
+        with hub_errors(f"tokenizer '{name}'", name):
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise UserError(
             f"tokenizer '{name}' ({type(tokenizer).__name__}) has no 'fast' form (tokenizer.json); use one that has"
@@ -287,6 +286,21 @@ def _open_pretrained(name: str, revision: str | None) -> FastTokenizer:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return FastTokenizer(name, Path(folder))
+
+
+def _open_folder(name: str, folder: Path):
+    """The tokenizer in `folder` by transformers, which cannot read JSON that begins with a byte order mark: such a folder is
+    read from a copy without it."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as copy:
+        if any(path.read_bytes().startswith(BOM_UTF8) for path in folder.glob("*.json")):
+            copy_tokenizer(folder, Path(copy), ["config.json", *FILES])  # the config names the family
+            folder = Path(copy)
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"tokenizer '{name}' cannot be opened ({_first_line(error)}); restore its folder") from None
 
 
 def train_bpe(name: str, texts: Iterable[str], folder: Path) -> None:

@@ -32,7 +32,7 @@ from inheritune.engine import (
     weights_are_finite,
     zero_stage,
 )
-from inheritune.inherit import extend, halve, inherit, write_random
+from inheritune.inherit import check_start, extend, halve, inherit, write_random
 from inheritune.job import Job
 from inheritune.lock import Lock
 from inheritune.log import Metrics, StartClock, logger, progress, record_provenance, setup, start_wandb
@@ -210,7 +210,7 @@ class Trainer:
             dist.on_rank0(checkpoint.prune, run_dir, resume, self.train.keep_last)
         self.watch.at("loading the start or a checkpoint")
         start = dist.on_rank0(prepare_start, job)
-        dist.on_rank0(rundir.check_own, start)
+        dist.on_rank0(check_start, start)
         source = open_source(str(start), check=False)
         self.clock.end("making the start")
         if self.teacher:

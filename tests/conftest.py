@@ -64,14 +64,45 @@ def disk(tmp_path):
     subprocess.run(["umount", str(made.path)], check=True)
 
 
+GPT2_BPE = Path(os.environ.get("INHERITUNE_GPT2_BPE") or REPOSITORY.parent / "shared" / "data" / "gpt2-bpe")
+
+
+def has_gpt2_bpe() -> bool:
+    """Whether GPT-2's BPE is there, in GPT2_BPE."""
+    return any((GPT2_BPE / name).is_file() for name in ("gpt2.tiktoken", "encoder.json"))
+
+
 @pytest.fixture
 def gpt2_bpe(monkeypatch) -> Path:
     """A folder with GPT-2's BPE, set as INHERITUNE_GPT2_BPE."""
-    folder = Path(os.environ.get("INHERITUNE_GPT2_BPE") or REPOSITORY.parent / "shared" / "data" / "gpt2-bpe")
-    if not any((folder / name).is_file() for name in ("gpt2.tiktoken", "encoder.json")):
-        pytest.skip(f"no GPT-2 BPE in {folder}: run tests/fetch_gpt2_bpe.sh and set INHERITUNE_GPT2_BPE")
-    monkeypatch.setenv("INHERITUNE_GPT2_BPE", str(folder))
-    return folder
+    if not has_gpt2_bpe():
+        pytest.skip(f"no GPT-2 BPE in {GPT2_BPE}: run tests/fetch_gpt2_bpe.sh and set INHERITUNE_GPT2_BPE")
+    monkeypatch.setenv("INHERITUNE_GPT2_BPE", str(GPT2_BPE))
+    return GPT2_BPE
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_models(tmp_path_factory) -> dict[str, Path]:
+    """Tiny models trained here: Llama's kind (BPE, bytes as fallback), with sentencepiece's own normalization, unigram."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    (folder / "text").write_text("".join(path.read_text() for path in sorted((REPOSITORY / "inheritune").glob("*.py"))))
+    plain = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    kinds = {"llama": {"model_type": "bpe", **plain}, "open_llama": {"model_type": "bpe"}, "unigram": {"model_type": "unigram"}}
+    for name, options in kinds.items():
+        sentencepiece.SentencePieceTrainer.train(
+            input=folder / "text", model_prefix=folder / name, vocab_size=600, byte_fallback=True, minloglevel=2, **options
+        )
+    return {name: folder / f"{name}.model" for name in kinds}
+
+
+@pytest.fixture(scope="session")
+def older(request) -> Path:
+    """A folder with transformers 4.57, kept between runs of the tests."""
+    from versions import install_older
+
+    return install_older(Path(request.config.cache.mkdir("transformers-4.57")))
 
 
 def experiment_dict(**changes) -> dict:

@@ -8,23 +8,24 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, experiment_dict, refused, run_verb, write_experiment, write_tokens
+from tiny_families import family_config
 from tiny_models import config_of, random_model, weights_of
+from versions import assert_alike, assert_close, open_in_both
 
 from inheritune import export as module
 from inheritune.attention import load_model
-from inheritune.config import UserError, load_experiment
+from inheritune.config import Data, UserError, load_experiment
 from inheritune.models import seeded
 from inheritune.rundir import RunDir, data_dir, hash_folder, read_json, write_json
-from inheritune.sources import open_source, write_checkpoint
-from inheritune.tokens import train_bpe
+from inheritune.sources import open_source
+from inheritune.tokens import load_tokenizer, train_bpe
+from inheritune.writer import write_checkpoint
 
 
 def store(folder: Path, model: torch.nn.Module) -> None:
@@ -196,43 +197,138 @@ def test_snippets_of_the_readme_and_of_the_card_generate_text(trained, tmp_path)
         assert done.returncode == 0 and done.stdout.startswith(prompt) and len(done.stdout) > len(prompt) + 5, done.stderr
 
 
-OLDER = ["transformers>=4.57,<4.58", "huggingface-hub>=0.34,<1", "tokenizers>=0.22,<0.23"]
-LOGITS = """
-import sys, numpy, torch, transformers
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
-tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
-with torch.no_grad():
-    numpy.save(sys.argv[2], model(torch.from_numpy(numpy.load(sys.argv[3]))).logits.numpy())
-print(transformers.__version__, tokenizer("import os")["input_ids"], model.config._attn_implementation)
-"""
-
-
-@pytest.mark.drill
-def test_transformers_4_computes_the_same_logits(trained, tmp_path):
-    """In a second environment that shares torch and numpy with this one and has its own transformers."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "older"], check=True)
-    site = next((tmp_path / "older").glob("lib/python*/site-packages"))
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), *OLDER]
-    installed = subprocess.run(install, capture_output=True, text=True, check=False)
-    if installed.returncode:
-        pytest.skip(f"transformers 4.57 cannot be installed: {installed.stderr.strip().splitlines()[-1]}")
-    (site / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")  # searched after what was installed
-    out, llama = tmp_path / "out", tmp_path / "llama"
+def test_both_versions_compute_the_logits_of_the_run(trained, older, tmp_path):
+    """The plain form in transformers 4.57 and 5, by the tokenizer's own output, and the run's own form here."""
+    out = tmp_path / "out"
     module.export(str(trained / "reference"), str(out))
-    llama.mkdir()
-    store(llama, random_model(config_of("llama")))
-    config = read_json(llama / "config.json")
-    config["rope_parameters"]["rope_theta"] = 77.0  # transformers 4 has another key for it
-    write_json(llama / "config.json", config)
-    write_json(llama / "config.json", config | module.older_keys(open_source(llama).config, torch.float32))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(out / name, llama / name)
-    for folder, ours, vocabulary in ((out, trained / "reference" / "final", 300), (llama, llama, 61)):
-        np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, vocabulary, (2, 12)))
-        with torch.no_grad():
-            expected = load_model(str(ours))(torch.from_numpy(np.load(tmp_path / "ids.npy"))).logits[..., :vocabulary].numpy()
-        command = [tmp_path / "older" / "bin" / "python", "-c", LOGITS, folder, tmp_path / "logits.npy", tmp_path / "ids.npy"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert re.fullmatch(r"4\.57\.\d+ \[\d.*\] sdpa", done.stdout.strip())
-        assert np.abs(np.load(tmp_path / "logits.npy") - expected).max() < 1e-5
+    texts = ["import os", "def f(x):\n\treturn x"]
+    (fourth,), (fifth,) = open_in_both([{"folder": str(out), "texts": texts}], older, tmp_path / "opened")
+    assert_alike(fourth, fifth)
+    assert fifth["outputs"] == ["attention_mask", "input_ids"]
+    ours = load_tokenizer(Data.model_validate(experiment_dict()["data"]), trained / "reference" / "final")
+    assert fifth["ids"] == [row.tolist() for row in ours.encode_batch(texts)]
+    with torch.no_grad():
+        logits = load_model(str(trained / "reference" / "final"))(torch.tensor([fifth["ids"][0]])).logits[..., :300]
+    assert_close(fifth["logits"], logits)
+
+
+# --- what the model that a run started from says ---------------------------------------------------------------------------
+
+
+def started_from(run: Path, to: Path, settings: dict | None = None, **config) -> RunDir:
+    """A copy of a finished run, as it would be had its start stated `config` and generation settings."""
+    shutil.copytree(run, to)
+    copied = RunDir(to)
+    for folder in (copied.init, copied.final):
+        write_json(folder / "config.json", read_json(folder / "config.json") | config, seal=False)
+    if settings:
+        write_json(copied.init / "generation_config.json", settings, seal=False)
+    done = {"final": hash_folder(copied.final)}
+    write_json(copied.done, done)
+    write_json(copied.results, read_json(copied.results) | {"weights": copied.weights_hash()})
+    return copied
+
+
+def test_generation_settings_of_the_start_are_kept(trained, tmp_path):
+    settings = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [299, 7, 50256], "bos_token_id": 5}
+    settings |= {"pad_token_id": 3, "transformers_version": "4.51.0"}
+    run = started_from(trained / "half", tmp_path / "run", settings, eos_token_id=299, pad_token_id=50256)
+    module.export(str(run.path), str(tmp_path / "out"))
+    written = read_json(tmp_path / "out" / "generation_config.json")
+    assert written == settings | {"eos_token_id": [299, 7]}  # the run's tokenizer has 300 ids
+    config = read_json(tmp_path / "out" / "config.json")
+    assert (config["eos_token_id"], config["bos_token_id"], config["pad_token_id"]) == (299, 299, None)
+    run_verb("export", run.path, "--to", tmp_path / "again")
+    assert read_json(tmp_path / "again" / "generation_config.json") == written
+
+
+@pytest.mark.parametrize(
+    ("stated", "ids"),
+    [
+        ({}, (299, 299, None)),
+        ({"eos_token_id": 299, "bos_token_id": 1, "pad_token_id": 2}, (1, 299, 2)),
+        ({"eos_token_id": [7, 299], "pad_token_id": 300}, (299, [7, 299], None)),
+        ({"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}, (299, 299, None)),  # of another tokenizer
+        ({"eos_token_id": [50256], "bos_token_id": 50256}, (299, 299, None)),
+        ({"eos_token_id": 0, "bos_token_id": 0}, (299, 299, None)),
+    ],
+)
+def test_special_ids_are_those_of_the_runs_tokenizer(stated, ids):
+    known = module.special_ids(stated, 300, 299)
+    assert (known["bos_token_id"], known["eos_token_id"], known["pad_token_id"]) == ids
+
+
+def test_dtype_is_that_of_the_start_unless_another_is_asked_for(trained, tmp_path):
+    run = started_from(trained / "half", tmp_path / "run")
+    assert module.stated_dtype(run) == "fp32" == module.stated_dtype(RunDir(trained / "reference"))  # a random start
+    for key, stated in (("dtype", "bfloat16"), ("torch_dtype", "bfloat16"), ("dtype", "float16")):
+        described = {k: v for k, v in read_json(run.init / "config.json").items() if k not in ("dtype", "torch_dtype")}
+        write_json(run.init / "config.json", described | {key: stated}, seal=False)
+        assert module.stated_dtype(run) == ("bf16" if stated == "bfloat16" else "fp32")
+    write_json(run.init / "config.json", described | {"dtype": "bfloat16"}, seal=False)
+    assert "in bf16" in run_verb("export", run.path, "--to", tmp_path / "out").stdout
+    run_verb("export", run.path, "--to", tmp_path / "asked", "--dtype", "fp32")
+    for name, dtype in (("out", torch.bfloat16), ("asked", torch.float32)):
+        source, config = open_source(tmp_path / name), read_json(tmp_path / name / "config.json")
+        assert {source.dtype(tensor) for tensor in source.names()} == {dtype}
+        assert config["dtype"] == config["torch_dtype"] == str(dtype).removeprefix("torch.")
+
+
+# --- tokenizers -----------------------------------------------------------------------------------------------------------
+
+
+def test_tokenizer_that_an_older_run_left_is_opened_by_both(trained, tmp_path):
+    run = started_from(trained / "half", tmp_path / "run")
+    config = read_json(run.final / "tokenizer_config.json")
+    config = {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers", "is_local": True, "local_files_only": False,
+              "eos_token": config["eos_token"], "clean_up_tokenization_spaces": True}  # fmt: skip
+    write_json(run.final / "tokenizer_config.json", config, seal=False)
+    (run.final / "chat_template.jinja").write_text("{{ messages }}")
+    write_json(run.done, {"final": hash_folder(run.final)})
+    write_json(run.results, read_json(run.results) | {"weights": run.weights_hash()})
+    module.export(str(run.path), str(tmp_path / "out"))
+    assert read_json(tmp_path / "out" / "tokenizer_config.json") == {
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "clean_up_tokenization_spaces": False,
+        "add_prefix_space": False, "model_input_names": ["input_ids", "attention_mask"],
+    }  # fmt: skip
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+def test_card_opens_a_tokenizer_by_a_class_that_gives_the_runs_ids(tmp_path, sentencepiece_models):
+    """For Qwen 2 the installed AutoTokenizer takes a class with rules of its own, and some sentencepiece models have no
+    counterpart in transformers."""
+    names = {"own class": "bpe:300", "plain": "bpe:300", "sentencepiece": str(sentencepiece_models["llama"])}
+    openers = {"own class": "PreTrainedTokenizerFast", "plain": "AutoTokenizer", "sentencepiece": "sentencepiece"}
+    for name, tokenizer in names.items():
+        folder = tmp_path / name
+        config = family_config("qwen2" if name == "own class" else "llama")
+        config.vocab_size, config.max_position_embeddings = 600, 64
+        random_model(config).save_pretrained(folder)
+        data = Data.model_validate(experiment_dict()["data"] | {"tokenizer": tokenizer})
+        if name == "sentencepiece":
+            shutil.copyfile(tokenizer, folder / "tokenizer.model")
+        else:
+            train_bpe(tokenizer, [Path(os.__file__).read_text(), "12345 " * 1000], folder)
+        ours = load_tokenizer(data, folder)
+        opener, pad_token_id = module.open_as_others(folder, ours)
+        assert (opener, pad_token_id) == (openers[name], None)
+        snippet = module.SNIPPETS[opener].format(name=name) + "\nprint('IDS', tokenizer.encode('The\\n\\n  cat 12345'))"
+        done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and done.stdout.startswith("The"), done.stderr
+        assert f"IDS {ours.encode_batch(['The' + chr(10) * 2 + '  cat 12345'])[0].tolist()}" in done.stdout
+
+
+def test_to_is_a_link_or_cannot_be_written(trained, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    module.export(str(trained / "half"), str(tmp_path / "link"))
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "README.md").is_file()
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for to, sentence in (
+        ("file", "is a file; give"),
+        ("dangling", "is a link to nowhere"),
+        ("link", "already holds something"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            module.export(str(trained / "half"), str(tmp_path / to))

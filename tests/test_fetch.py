@@ -40,6 +40,9 @@ def files(tmp_path) -> Path:
         input=tmp_path / "text", model_prefix=model / "tokenizer", vocab_size=45, model_type="bpe", minloglevel=2
     )
     (model / "tokenizer.vocab").unlink()
+    (model / "additional_chat_templates").mkdir()
+    for name in ("chat_template.jinja", "additional_chat_templates/tool.jinja"):
+        (model / name).write_text(f"{{# {name} #}}")
     for name in ("pytorch_model.bin", "flax_model.msgpack", "README.md"):
         (model / name).write_bytes(bytes(1000))
     return tmp_path / "hub"
@@ -85,17 +88,18 @@ def test_takes_what_is_needed_once_and_everything_works_offline_afterwards(reque
     variables = environment(hub, tmp_path)
     said = run_verb("fetch", path, **variables).stdout
     model = ["config.json", "generation_config.json", "model.safetensors"]
+    model += ["chat_template.jinja", "additional_chat_templates/tool.jinja"]
     assert sorted(hub.taken) == sorted(["sample/000.parquet", "sample/001.parquet", "tokenizer.model", *model])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("| ")]
     assert rows[1][:2] == [f"documents: someone/texts@{COMMIT[:8]}", "2"] and rows[1][3] == "0"
     assert rows[1][2] == rows[1][4] == f"{2 * size / 1000:.0f} kB"
     assert [row[0].split(":")[0] for row in rows[2:]] == ["model", "in all"]  # the tokenizer is a file of the model's
     assert said.index("Free in") < said.index("file 1 of") and "is an estimate" in said
-    assert said.splitlines()[-1] == "6 files of small are in the cache: 6 downloaded, 0 were there"
+    assert said.splitlines()[-1] == "8 files of small are in the cache: 8 downloaded, 0 were there"
 
     hub.taken.clear()
     again = run_verb("fetch", path, **variables).stdout
-    assert not hub.taken and again.splitlines()[-1] == "6 files of small are in the cache: 0 downloaded, 6 were there"
+    assert not hub.taken and again.splitlines()[-1] == "8 files of small are in the cache: 0 downloaded, 8 were there"
 
     hub.close()
     offline = {**variables, "HF_HUB_OFFLINE": 1, "HF_ENDPOINT": "http://127.0.0.1:9"}
@@ -103,6 +107,7 @@ def test_takes_what_is_needed_once_and_everything_works_offline_afterwards(reque
     inherited = run_verb(
         "inherit", "--source", "someone/tiny", "--revision", COMMIT, "--layers", "0:2", "--out", tmp_path / "cut", **offline
     )
+    assert (tmp_path / "cut" / "additional_chat_templates" / "tool.jinja").is_file()
     assert "wrote" in inherited.stdout and json.loads((tmp_path / "cut" / "config.json").read_text())["n_layer"] == 2
 
 

@@ -11,13 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_families import LLAMA, NO_TOKENS
 from tiny_models import config_of, logits, random_model, weights_of
-from transformers import AutoModelForCausalLM
+from tiny_tokenizers import TEMPLATE, save_by_newest, write_chat_tokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from inheritune import rundir
 from inheritune.config import MODULES, UserError
 from inheritune.inherit import extend, inherit, write_random
 from inheritune.models import architecture, fresh_tensor, tensor_shapes
+from inheritune.portable import OLDER_KEYS
 from inheritune.sources import open_source
 
 KINDS = ("paper", "public", "llama", "llama_tied")
@@ -153,6 +156,33 @@ def test_chain_of_inheritance_and_random_start(tmp_path):
     assert b.config.frozen_zero_biases and not b.tensor("transformer.h.1.mlp.c_fc.bias").any()
 
 
+def test_tokenizer_templates_and_settings_come_along(tmp_path):
+    """All that is beside the weights of a chat model, in words of both versions; the manifest has it."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    random_model(config_of("llama")).save_pretrained(source)
+    (source / "generation_config.json").unlink(missing_ok=True)
+    write_chat_tokenizer(tmp_path / "older")
+    save_by_newest(tmp_path / "older", source)
+    for name in ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json", "notes.md"):
+        (source / name).write_text("{}")
+    described = rundir.read_json(source / "config.json") | {"temperature": 0.6, "do_sample": True, "eos_token_id": [2, 3]}
+    rundir.write_json(source / "config.json", described | {"_name_or_path": "/home/me/model"}, seal=False)
+    manifest = inherit(source, "0:2", out)
+    written = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    assert {"chat_template.jinja", "additional_chat_templates/tool.jinja", "vocab.json", "merges.txt"} < written
+    assert {"tokenizer.model", "added_tokens.json", "generation_config.json"} < written and "notes.md" not in written
+    assert set(manifest["files"]) | {"inherited.json"} == written
+    rundir.check_files(out, manifest["files"])
+    assert (out / "chat_template.jinja").read_text() == TEMPLATE
+    assert rundir.read_json(out / "generation_config.json") == {"do_sample": True, "temperature": 0.6, "eos_token_id": [2, 3]}
+    assert "/home/me" not in "".join(path.read_text() for path in out.glob("*config.json"))
+    assert rundir.read_json(out / "tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
+    inherit(out, "0:1", tmp_path / "again")  # a slice of a slice
+    for name in written - {"inherited.json", "config.json"}:
+        if not name.startswith("model"):
+            assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes(), name
+
+
 # --- growth from the previous stage ---------------------------------------------------------------------------------------
 
 
@@ -173,6 +203,33 @@ def test_extend_keeps_what_was_trained_and_adds_blocks_of_the_reference(tmp_path
         assert row.get("cast") == ("torch.bfloat16 to torch.float32" if origin is reference else None)
     assert not manifest["moved_blocks"]["changed"]
     assert extend(tmp_path / "previous", tmp_path / "reference", 2, 5, tmp_path / "out") == manifest
+
+
+def test_extend_joins_what_names_the_same_positions_in_other_words(tmp_path):
+    """A reference as transformers 4 wrote it, and a slice of it in words of both versions or as an older version left it."""
+    for family in ("llama", "phi3"):
+        positions = {"rope_theta": 77.0, "rope_scaling": {"type": "linear", "factor": 4.0}}
+        if family == "phi3":
+            positions = {"rope_theta": 77.0, "partial_rotary_factor": 0.5}
+        raw = {"model_type": family, "vocab_size": 61, **NO_TOKENS, **LLAMA, **positions}
+        folder = tmp_path / family
+        random_model(CONFIG_MAPPING[family].from_dict(copy.deepcopy(raw))).save_pretrained(folder / "reference")
+        rundir.write_json(folder / "reference" / "config.json", raw | {"architectures": ["X"]}, seal=False)
+        inherit(folder / "reference", "0:2", folder / "slice")
+        extend(folder / "slice", folder / "reference", 2, 3, folder / "out")
+        shutil.copytree(folder / "slice", folder / "older")
+        (folder / "older" / "inherited.json").unlink()
+        described = rundir.read_json(folder / "older" / "config.json")
+        described = {key: value for key, value in described.items() if key not in OLDER_KEYS}
+        if family == "llama":
+            described["rope_parameters"]["type"] = "linear"
+        rundir.write_json(folder / "older" / "config.json", described, seal=False)
+        extend(folder / "older", folder / "reference", 2, 3, folder / "again")
+        assert opened(folder / "out").config.rope_parameters == opened(folder / "again").config.rope_parameters
+        with pytest.raises(UserError, match="differ in rope_parameters"):
+            described["rope_parameters"]["rope_theta"] = 78.0
+            rundir.write_json(folder / "older" / "config.json", described, seal=False)
+            extend(folder / "older", folder / "reference", 2, 3, folder / "other")
 
 
 def test_extend_refuses_models_that_do_not_fit(tmp_path):
@@ -266,7 +323,7 @@ def test_disk_without_room(llama, tmp_path, monkeypatch):
 
 
 def test_disk_that_fills_up_meanwhile(llama, tmp_path, monkeypatch):
-    from inheritune.sources import CheckpointWriter
+    from inheritune.writer import CheckpointWriter
 
     whole, calls = CheckpointWriter.add, []
 

@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM
 from inheritune import sources
 from inheritune.config import UserError
 from inheritune.models import tensor_shapes
-from inheritune.rundir import write_json
-from inheritune.sources import CheckpointWriter, open_source, write_checkpoint
+from inheritune.rundir import hash_folder, write_json
+from inheritune.sources import open_source
+from inheritune.writer import CheckpointWriter, write_checkpoint
 
 KINDS = ("paper", "public", "llama", "llama_tied")
 
@@ -83,6 +84,54 @@ def test_names_without_prefix_and_with_old_buffers(tmp_path):
     model.config.save_pretrained(tmp_path)
     source = open_source(tmp_path)
     assert source.names() == list(weights_of(model))
+    assert all(torch.equal(source.tensor(name), tensor) for name, tensor in weights_of(model).items())
+
+
+WRAPPED = {
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "compiled, then DistributedDataParallel": lambda name: f"module._orig_mod.{name}",
+    "DistributedDataParallel, compiled": lambda name: f"_orig_mod.module.{name}",
+    "blocks compiled": lambda name: name.replace(".h.0.", ".h.0._orig_mod.").replace(".layers.0.", ".layers.0._orig_mod."),
+    "FSDP and checkpointing": lambda name: f"_fsdp_wrapped_module.{name}".replace(
+        ".attn.", "._checkpoint_wrapped_module.attn."
+    ),
+    "compiled base model": lambda name: "_orig_mod." + name.removeprefix("transformer.").removeprefix("model."),
+}
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "bin"])
+@pytest.mark.parametrize("kind", ["public", "llama"])
+@pytest.mark.parametrize("case", WRAPPED)
+def test_names_of_a_wrapped_model_are_those_of_the_model(tmp_path, case, kind, layout):
+    model = random_model(config_of(kind))
+    named = {WRAPPED[case](name): tensor.clone() for name, tensor in model.state_dict().items()}
+    assert not named.keys() & weights_of(model).keys() or case == "blocks compiled"
+    model.config.save_pretrained(tmp_path)
+    if layout == "bin":
+        torch.save(named, tmp_path / "pytorch_model.bin")
+    else:
+        safetensors.torch.save_file(named, tmp_path / "model.safetensors")
+    source, expected = open_source(tmp_path), weights_of(model)
+    assert source.names() == list(expected)
+    assert all(torch.equal(source.tensor(name), tensor) for name, tensor in expected.items())
+
+
+def test_wrapped_and_plain_names_of_one_tensor_are_refused(tmp_path):
+    model = random_model(config_of("llama"))
+    model.config.save_pretrained(tmp_path)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["_orig_mod.model.norm.weight"] = state["model.norm.weight"] + 1
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="holds model.norm.weight both of a compiled or wrapped model and of a plain one"):
+        open_source(tmp_path)
+
+
+def test_byte_order_mark_of_an_editor_is_passed_over(tmp_path):
+    model = random_model(config_of("llama"))
+    model.save_pretrained(tmp_path, max_shard_size="6KB")
+    for name in ("config.json", INDEX):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+    source = open_source(tmp_path)
     assert all(torch.equal(source.tensor(name), tensor) for name, tensor in weights_of(model).items())
 
 
@@ -197,13 +246,16 @@ def test_zero_tag_folder_one_level_down(zero_checkpoints, tmp_path):
     (step / "latest").write_text("global_step2\n")
     with pytest.raises(UserError, match="no COMPLETE marker"):
         open_source(step)
-    write_json(step / "COMPLETE", {"files": {}})
+    write_json(step / "COMPLETE", {"files": hash_folder(step)})
     assert open_source(step).file_of("transformer.wte.weight") == "zero_pp_rank_*_mp_rank_00_optim_states.pt"
+    copy_of(base / "paper_zero3_ranks2", step / "global_step3")
+    assert open_source(step).folder.name == "global_step2", "what was put beside our own files is not ours"
+    step = step.rename(tmp_path / "of_another_program")
+    (step / "COMPLETE").unlink()
     (step / "latest").write_text("elsewhere")
     with pytest.raises(UserError, match="names 'elsewhere'"):
         open_source(step)
     (step / "latest").unlink()
-    copy_of(base / "paper_zero3_ranks2", step / "global_step3")
     with pytest.raises(UserError, match="holds 2 DeepSpeed checkpoints, global_step2 to global_step3"):
         open_source(step)
 

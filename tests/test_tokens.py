@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_tokenizers import TEMPLATE, save_by_newest, write_chat_tokenizer
 
 from inheritune.config import REPOSITORY, Data, UserError
+from inheritune.rundir import read_json, write_json
 from inheritune.tokens import LETTERS, PROBE, bpe_size, check_vocabulary, load_tokenizer, train_bpe
 
 TEXTS = [PROBE, "", " ", "hello  world", "<|endoftext|> in a text </s><s>", "x" * 3000 + "\n" * 50]
@@ -24,22 +26,6 @@ def data(tokenizer: str) -> Data:
 
 def lists(rows) -> list[list[int]]:
     return [row.tolist() for row in rows]
-
-
-@pytest.fixture(scope="session")
-def sentencepiece_models(tmp_path_factory) -> dict[str, Path]:
-    """Tiny models trained here: Llama's kind (BPE, bytes as fallback), with sentencepiece's own normalization, unigram."""
-    import sentencepiece
-
-    folder = tmp_path_factory.mktemp("sentencepiece")
-    (folder / "text").write_text("".join(path.read_text() for path in sorted((REPOSITORY / "inheritune").glob("*.py"))))
-    plain = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-    kinds = {"llama": {"model_type": "bpe", **plain}, "open_llama": {"model_type": "bpe"}, "unigram": {"model_type": "unigram"}}
-    for name, options in kinds.items():
-        sentencepiece.SentencePieceTrainer.train(
-            input=folder / "text", model_prefix=folder / name, vocab_size=600, byte_fallback=True, minloglevel=2, **options
-        )
-    return {name: folder / f"{name}.model" for name in kinds}
 
 
 def test_gpt2_ids_are_those_of_the_tokenizers_library(gpt2_bpe, tmp_path):
@@ -151,6 +137,57 @@ def test_any_hugging_face_folder(tmp_path):
     (tmp_path / "hf/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": config["tokenizer_class"]}))
     with pytest.raises(UserError, match=r"no end-of-text \(EOS\) token"):
         load_tokenizer(data(str(tmp_path / "hf")))
+
+
+def test_saved_configuration_has_no_word_of_one_version_or_machine(tmp_path):
+    """A tokenizer of the Hub, as the installed transformers saves it: with named and extra tokens, templates and a prefix."""
+    from transformers import AutoTokenizer
+
+    write_chat_tokenizer(tmp_path / "hf")
+    save_by_newest(tmp_path / "hf", tmp_path / "newest")
+    assert read_json(tmp_path / "newest" / "tokenizer_config.json")["tokenizer_class"] == "TokenizersBackend"
+    backend = read_json(tmp_path / "newest" / "tokenizer.json")
+    backend["pre_tokenizer"]["add_prefix_space"] = True
+    write_json(tmp_path / "newest" / "tokenizer.json", backend, seal=False)
+    load_tokenizer(data(str(tmp_path / "newest"))).save(tmp_path / "saved")
+    reopened = load_tokenizer(data("moved/away"), tmp_path / "saved")
+    assert read_json(tmp_path / "saved" / "tokenizer_config.json") == {
+        "bos_token": "<|begin|>", "eos_token": "<|end|>", "pad_token": "<|pad|>",
+        "additional_special_tokens": ["<|user|>"], "extra_special_tokens": {"image_token": "<|image|>"},
+        "image_token": "<|image|>", "model_max_length": 64, "clean_up_tokenization_spaces": False, "add_prefix_space": True,
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"],
+    }  # fmt: skip
+    names = {p.relative_to(tmp_path / "saved").as_posix() for p in (tmp_path / "saved").rglob("*") if p.is_file()}
+    assert names == {
+        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates/tool.jinja",
+    }  # fmt: skip
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert saved(TEXTS[:4], add_special_tokens=False)["input_ids"] == lists(reopened.encode_batch(TEXTS[:4]))
+    assert saved.chat_template == {"default": TEMPLATE, "tool": "{{ messages }}"} and saved.pad_token == "<|pad|>"
+    for names in ("hf", "newest"):  # a config that is damaged is not taken for a name of the Hub
+        (tmp_path / names / "tokenizer_config.json").write_text("{")
+        with pytest.raises(UserError, match=f"tokenizer '.*{names}' cannot be opened .*restore its folder"):
+            load_tokenizer(data(str(tmp_path / names)))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bpe:300", "sentencepiece"])
+def test_every_saved_tokenizer_states_its_outputs(sentencepiece_models, request, tmp_path, kind):
+    if kind == "bpe:300":
+        train_bpe(kind, [Path(__file__).read_text()], tmp_path)
+    else:
+        request.getfixturevalue("gpt2_bpe") if kind == "gpt2" else None
+        load_tokenizer(data(str(sentencepiece_models["llama"]) if kind == "sentencepiece" else kind)).save(tmp_path)
+    config = read_json(tmp_path / "tokenizer_config.json")
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_byte_order_marks_in_a_tokenizer_are_passed_over(tmp_path):
+    train_bpe("bpe:300", [Path(__file__).read_text()], tmp_path)
+    expected = load_tokenizer(data(str(tmp_path)))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+    assert load_tokenizer(data(str(tmp_path))).fingerprint == expected.fingerprint
 
 
 def test_two_tokenizers_never_share_a_fingerprint(sentencepiece_models, tmp_path):

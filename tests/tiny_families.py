@@ -1,5 +1,7 @@
 """A small random configuration of every family of the architecture table, and of the variants that name tensors otherwise."""
 
+import copy
+
 from transformers import CONFIG_MAPPING
 
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -50,3 +52,49 @@ def family_config(name: str):
     """Five layers of width 32 with 61 tokens, no dropout."""
     model_type, changes = FAMILIES[name]
     return CONFIG_MAPPING[model_type](vocab_size=61, **NO_TOKENS, **changes)
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 16}
+LONG = {"short_factor": [1.0, 2.0, 1.0, 3.0], "long_factor": [2.0, 3.0, 4.0, 5.0]}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+
+# Positions (RoPE) that are not the default, in every family that has them.
+# name: (name above or config.model_type, keys of a config of transformers 4)
+POSITIONS = {
+    "llama, llama3": ("llama", {"rope_theta": 500000.0, "rope_scaling": LLAMA3}),
+    "llama, linear": ("llama", {"rope_theta": 77.0, "rope_scaling": {"type": "linear", "factor": 4.0}}),
+    "llama, dynamic": (
+        "llama",
+        {"rope_theta": 77.0, "rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_position_embeddings": 8},
+    ),
+    "llama, yarn": (
+        "llama",
+        {"rope_theta": 77.0, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}},
+    ),
+    "phi3, longrope": (
+        "phi3",
+        {"rope_theta": 77.0, "original_max_position_embeddings": 8, "rope_scaling": {"type": "longrope", **LONG}},
+    ),
+    "phi3, partial": ("phi3", {"rope_theta": 77.0, "partial_rotary_factor": 0.5}),
+    "phi, partial": ("phi", {"rope_theta": 77.0, "partial_rotary_factor": 0.25}),
+    "stablelm, partial": ("stablelm", {"rope_theta": 77.0, "partial_rotary_factor": 0.5}),
+    "gpt_neox, own names": ("gpt_neox", {"rotary_emb_base": 77, "rotary_pct": 0.5}),
+    "gemma3, two of them": ("gemma3", {"rope_theta": 99.0, "rope_local_base_freq": 77.0, "rope_scaling": LINEAR}),
+    "olmo, linear": ("olmo", {"rope_theta": 77.0, "rope_scaling": {"type": "linear", "factor": 2.0}}),
+    "olmo2, dynamic": ("olmo2", {"rope_theta": 77.0, "rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+    "falcon, linear": ("falcon_7b", {"rope_theta": 77.0, "rope_scaling": LINEAR}),
+    **{f"{name}, theta": (name, {"rope_theta": 77.0}) for name in ("gemma", "gemma2", "mistral", "mixtral")},
+    **{
+        f"{name}, linear": (name, {"rope_theta": 77.0, "rope_scaling": LINEAR})
+        for name in ("cohere", "granite", "qwen2", "qwen3", "starcoder2")
+    },
+}
+
+
+def positions_config(name: str):
+    """As `family_config`, with the positions of that name."""
+    family, keys = POSITIONS[name]
+    model_type, changes = FAMILIES.get(family, (family, LLAMA))
+    raw = {"model_type": model_type, "vocab_size": 61, **NO_TOKENS, **changes, **keys}
+    return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(raw))  # transformers writes into what it is given

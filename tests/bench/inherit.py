@@ -20,7 +20,7 @@ def setup(work: dict, folder: Path) -> None:
 
     from inheritune.config import Model
     from inheritune.models import hf_config, tensor_shapes
-    from inheritune.sources import write_checkpoint
+    from inheritune.writer import write_checkpoint
 
     source = folder / "source"
     if source.is_dir():

@@ -1,0 +1,47 @@
+"""Where a verb writes what the user named (--out, --to): resolved, and refused before any work where it cannot be written."""
+
+import os
+from pathlib import Path
+
+from inheritune.config import UserError
+
+
+def resolve_output(path: str | Path) -> Path:
+    """`path` as the place that is meant, links followed: what a link points to is written, the link stays as it is.
+
+    Raises UserError for a link to nothing: it may lead to a disk that is not mounted."""
+    given = Path(path).expanduser()
+    for part in (given, *given.parents):
+        if part.is_symlink() and not part.exists():
+            raise UserError(f"{part} is a link to {os.readlink(part)}, which does not exist; make that, or give another path")
+    return given.resolve()
+
+
+def check_new_folder(folder: Path) -> None:
+    """Raises UserError if `folder`, resolved, cannot be made: it is a file, holds something, or is not to be replaced."""
+    if folder.is_dir():
+        if any(folder.iterdir()):
+            raise UserError(f"{folder} already holds something; choose another folder, or delete it")
+        if folder == Path.cwd():  # a finished folder takes the place of the empty one: the shell would stand in nothing
+            raise UserError(f"{folder} is the folder you are in; give the name of a new one")
+        if os.path.ismount(folder):
+            raise UserError(f"{folder} is where a disk is mounted; give the name of a new folder in it")
+    elif folder.exists():
+        raise UserError(f"{folder} is a file; give the name of a new folder")
+    check_writable(folder.parent)
+
+
+def check_new_file(file: Path) -> None:
+    """Raises UserError if `file`, resolved, is a folder or is in one that cannot be written to."""
+    if file.is_dir():
+        raise UserError(f"{file} is a folder; give the file to write, such as {file / 'results.json'}")
+    check_writable(file.parent)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError if nothing can be written into `folder`, resolved, which need not exist yet."""
+    exists = next(path for path in (folder, *folder.parents) if path.exists())
+    if not exists.is_dir():
+        raise UserError(f"{exists} is a file, so nothing can be written below it; give another path")
+    if not os.access(exists, os.W_OK | os.X_OK):
+        raise UserError(f"{exists} cannot be written to; give a path below a folder that you own")

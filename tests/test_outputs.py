@@ -1,0 +1,132 @@
+"""Where a verb writes: links, dots, files and folders that cannot be written to are used as meant, or refused in a sentence."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import one_sentence, run_verb
+from tiny_models import config_of, random_model
+
+from inheritune.config import UserError
+from inheritune.outputs import check_new_file, check_new_folder, check_writable, resolve_output
+from inheritune.rundir import replacing
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    random_model(config_of("llama")).save_pretrained(folder)
+    return folder
+
+
+def inherit_to(source: Path, out: str, cwd: Path):
+    """`inherit --out OUT` as started from `cwd`."""
+    words = ["inherit", "--source", str(source), "--layers", "0:2", "--out", out]
+    command = [sys.executable, "-m", "inheritune", *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_link_to_an_empty_folder_stays_a_link(source, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real", target_is_directory=True)
+    for out in ("link/", "link"):
+        done = inherit_to(source, out, tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert os.readlink(tmp_path / "link") == "real" and (tmp_path / "real" / "inherited.json").is_file()
+    assert "already there" in done.stdout  # the second time
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_new_folders_and_trailing_slashes(source, tmp_path):
+    for out in ("new/", "deep/er/still", "./dotted"):
+        assert inherit_to(source, out, tmp_path).returncode == 0
+        assert (tmp_path / out / "config.json").is_file()
+
+
+REFUSED = {
+    "dangling link": ("link", "link is a link to nowhere/out, which does not exist; make that"),
+    "link above": ("link/out", "link is a link to nowhere/out, which does not exist; make that"),
+    "file": ("file", "file is a file; give the name of a new folder"),
+    "below a file": ("file/out", "file is a file, so nothing can be written below it"),
+    "here": (".", "is the folder you are in; give the name of a new one"),
+    "above": ("..", "already holds something"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_anything_is_written(source, tmp_path, case):
+    out, sentence = REFUSED[case]
+    here = tmp_path / "here"
+    here.mkdir()
+    if case not in ("here", "above"):
+        (here / "file").write_text("precious")
+        (here / "link").symlink_to("nowhere/out")
+    before = {p: p.lstat().st_mtime_ns for p in tmp_path.rglob("*")}
+    assert sentence in one_sentence(inherit_to(source, out, here))
+    assert {p: p.lstat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_disk_that_is_read_only(source, disk):
+    disk.resize(1 << 20)
+    (disk.path / "empty").mkdir()
+    subprocess.run(["mount", "-o", "remount,ro", str(disk.path)], check=True)
+    for out in ("out", "deep/out", "empty"):
+        assert f"{disk.path} cannot be written to" in one_sentence(inherit_to(source, str(disk.path / out), disk.path.parent))
+    with pytest.raises(UserError, match="cannot be written to"):
+        check_writable(disk.path / "results")
+    with pytest.raises(UserError, match="cannot write .*Read-only file system"):
+        with replacing(disk.path / "deep" / "file"):
+            pass
+
+
+def test_mount_point_is_refused(disk):
+    disk.resize(1 << 20)
+    with pytest.raises(UserError, match="is where a disk is mounted; give the name of a new folder in it"):
+        check_new_folder(disk.path)
+
+
+def test_loop_of_links_and_home(tmp_path, monkeypatch):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(UserError, match="a is a link to b, which does not exist"):
+        resolve_output(tmp_path / "a")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve_output("~/out") == tmp_path / "out"
+
+
+def test_a_file_never_takes_the_place_of_a_folder(tmp_path):
+    """Writing a file under the name of a folder once deleted the folder and all in it."""
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("precious")
+    with pytest.raises(UserError, match="is a folder, so no file of that name can be written"):
+        with replacing(tmp_path / "thesis") as temporary:
+            temporary.write_text("{}")
+    assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "precious"
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis"]
+    with pytest.raises(UserError, match=r"is a folder; give the file to write, such as .*thesis/results.json"):
+        check_new_file(tmp_path / "thesis")
+
+
+def test_evaluate_writes_where_it_is_told_or_refuses_before_it_measures(small, tmp_path, source):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("precious")
+    said = one_sentence(run_verb("evaluate", small, "--model", source, "--out", tmp_path / "thesis", check=False))
+    assert "is a folder; give the file to write" in said and (tmp_path / "thesis" / "chapter1.tex").is_file()
+    (tmp_path / "dangling").symlink_to("nowhere/results.json")
+    said = one_sentence(run_verb("evaluate", small, "--model", source, "--out", tmp_path / "dangling", check=False))
+    assert "which does not exist" in said
+
+
+def test_analyze_refuses_before_it_measures(small, tmp_path, source):
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for out, sentence in (
+        ("file", "is a file, so nothing"),
+        ("file/in", "is a file, so nothing"),
+        ("dangling", "is a link to"),
+    ):
+        said = one_sentence(run_verb("analyze", "--model", source, "--data", small, "--out", tmp_path / out, check=False))
+        assert sentence in said
+    assert (tmp_path / "file").read_text() == "precious"
