@@ -8,11 +8,12 @@ the mathematics of a run lives here and nowhere else; memory and speed live in d
 import difflib
 import math
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPES = REPOSITORY / "recipes"
@@ -389,6 +390,12 @@ class Experiment(Strict):
     train: Train
     runs: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")], Run]
     evaluate: Evaluate = Evaluate()
+    _given: str = PrivateAttr("")
+
+    @property
+    def given(self) -> str:
+        """The name or path that it was loaded by, and --rehearse if it is rehearsed: for a line to paste."""
+        return f"{shlex.quote(self._given or self.name)}{' --rehearse' if self.rehearsal else ''}"
 
     @field_validator("runs")
     @classmethod
@@ -548,6 +555,7 @@ def load_experiment(name: str, rehearse: bool | None = None) -> Experiment:
     experiment = validate(Experiment, raw, str(path))
     if rehearse if rehearse is not None else os.environ.get("REHEARSE", "0") not in ("", "0"):
         experiment = rehearsal(experiment)
+    experiment._given = str(name)
     return experiment
 
 

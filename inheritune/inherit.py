@@ -314,9 +314,6 @@ def _finished(out: Path, about: dict) -> dict | None:
 
 def _check_room(out: Path, need: int) -> None:
     """Raises UserError if the disk of `out` has not `need` bytes and a little for headers and configs."""
-    where = next(path for path in out.absolute().parents if path.is_dir())
-    free = shutil.disk_usage(where).free
+    free = rundir.free_bytes(out)
     if free < need + (16 << 20):
-        raise UserError(
-            f"{out} needs {need / 1e6:.0f} MB, {where} has {free / 1e6:.0f} MB free; free some, or choose another disk"
-        )
+        raise UserError(f"{out} needs {need / 1e6:.0f} MB, its disk has {free / 1e6:.0f} MB free; {rundir.more_room(out)}")

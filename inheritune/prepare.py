@@ -82,6 +82,8 @@ def prepare(experiment: Experiment, workers: int | None = None) -> Path:
             try:
                 job.run(pool, window=2 * workers + 2)
             except BrokenProcessPool:
+                for worker in multiprocessing.active_children():  # they ignore the SIGTERM by which the pool would end them
+                    worker.kill()
                 raise UserError(
                     f"a worker process was killed while preparing {folder} (out of memory?); start again with fewer "
                     f"workers than {workers}: what is written is kept"
