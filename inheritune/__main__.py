@@ -29,7 +29,7 @@ class Verbs:
         from inheritune.prepare import prepare
 
         setup()
-        prepare(load_experiment(experiment, rehearse), workers, experiment)
+        prepare(load_experiment(experiment, rehearse), workers)
 
     def fetch(self, experiment, rehearse=None, allow_task_code=None):
         """Download what an experiment needs of the Hub into the cache, where there is internet; first says how much it is.

@@ -24,7 +24,9 @@ from inheritune.rundir import (
     RunDir,
     disk_error,
     flush,
+    free_bytes,
     hash_folder,
+    more_room,
     node,
     read_json,
     remove,
@@ -131,12 +133,11 @@ def check_room(engine, run_dir: RunDir) -> None:
     need = checkpoint_bytes(trained, weights, engine.zero_optimization_stage())
 
     def check():
-        free = shutil.disk_usage(run_dir.path).free
+        free = free_bytes(run_dir.path)
         if free < need:
             raise UserError(
                 f"a checkpoint of {run_dir.path} needs {need / 1e6:.0f} MB, its disk has {free / 1e6:.0f} MB free; those "
-                f"before it are whole: free some space and start again, or set train.keep_last lower or INHERITUNE_ROOT to a "
-                f"larger disk"
+                f"before it are whole: set train.keep_last lower, {more_room(run_dir.path)}, and start again"
             )
 
     on_rank0(check)

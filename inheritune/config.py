@@ -7,15 +7,17 @@ the mathematics of a run lives here and nowhere else; memory and speed live in d
 
 import math
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from inheritune import environment, names, values
 from inheritune.errors import UserError, nearest
+from inheritune.layers import parse_layers, parse_range, place_layers
 from inheritune.reading import read_yaml
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -401,6 +403,12 @@ class Experiment(Strict):
     train: Train
     runs: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")], Run]
     evaluate: Evaluate = Evaluate()
+    _given: str = PrivateAttr("")
+
+    @property
+    def given(self) -> str:
+        """The name or path that it was loaded by, and --rehearse if it is rehearsed: for a line to paste."""
+        return f"{shlex.quote(self._given or self.name)}{' --rehearse' if self.rehearsal else ''}"
 
     @field_validator("name")
     @classmethod
@@ -458,7 +466,7 @@ class Experiment(Strict):
         for name, sources in needed.items():
             try:
                 if isinstance(start := self.runs[name].init.copied, Blocks) and isinstance(start.layers, str):
-                    _range_ends(start.layers)
+                    parse_range(start.layers)
                 if name not in ready:
                     raise UserError("of its sources and teachers, and theirs, one is made from itself")
                 for other in (self.runs[source].init.external for source in sources):
@@ -510,53 +518,6 @@ def _keep_problems(run: Run, train: Train) -> list[str]:
     return [f"keep_at: step {late[0]} is never reached, the run has {train.steps} steps; keep an earlier one"] if late else []
 
 
-def _range_ends(layers: str) -> tuple[int | None, int | None]:
-    """The ends of 'a:b'. Raises UserError if it is malformed; for a lone number too, because it could mean the first n as well
-    as block n."""
-    try:
-        ends = [int(end) if end.strip() else None for end in layers.split(":")]
-    except ValueError:
-        ends = []
-    if len(ends) == 1 and ends != [None]:
-        raise UserError(
-            f"layers '{layers}' could mean the first {layers} (write 0:{layers}) or block {layers} alone "
-            f"(write {layers}:{ends[0] + 1})"
-        )
-    if len(ends) != 2:
-        raise UserError(f"layers '{layers}' is neither a half-open range such as 0:16 nor a list such as 0,2,4")
-    return ends[0], ends[1]
-
-
-def parse_layers(layers: str | list[int], n_source: int) -> list[int]:
-    """Block indices meant by `layers` in a model of `n_source` blocks: a half-open range 'a:b' (Python's rules for
-    negative and missing ends), or a list. Raises UserError if it is empty, out of range or malformed."""
-    if isinstance(layers, str):
-        low, high = _range_ends(layers)
-        low = 0 if low is None else low + n_source if low < 0 else low
-        high = n_source if high is None else high + n_source if high < 0 else high
-        indices, wrong = range(low, high), [*range(low, min(high, 0))[:1], *range(max(low, n_source), high)[:1]]
-    else:
-        indices = [int(index) for index in layers]
-        wrong = [index for index in indices if not 0 <= index < n_source]
-    if not indices:
-        raise UserError(f"layers {layers} selects no layer; a range is half-open: 0:16 are the first 16")
-    if wrong:
-        raise UserError(f"layers {layers} asks for layer {wrong[0]}; the source has {n_source} layers (0 to {n_source - 1})")
-    return list(indices)
-
-
-def place_layers(layers: str | list[int], n_source: int, depth: int | None = None, at: int = 0) -> list[int | None]:
-    """For each block of a model its block in a source of `n_source`, None for a random one: `layers` from index `at` on, in
-    `depth` blocks (default: up to the last copied one). Raises UserError if they do not fit, and as parse_layers does."""
-    indices = parse_layers(layers, n_source)
-    depth = at + len(indices) if depth is None else depth
-    if at < 0 or at + len(indices) > depth:
-        raise UserError(
-            f"{len(indices)} layers ({layers}) from index {at} on do not fit into depth {depth}; change one of them"
-        )
-    return [None] * at + indices + [None] * (depth - at - len(indices))
-
-
 def resolve_path(path: str) -> Path:
     """A path of an experiment file: absolute, or relative to the current folder, or to the repository."""
     given = Path(os.path.expandvars(path)).expanduser()
@@ -578,6 +539,7 @@ def load_experiment(name: str, rehearse: bool | None = None) -> Experiment:
         rehearse = environment.flag("REHEARSE")
     if rehearse:
         experiment = rehearsal(experiment)
+    experiment._given = str(name)
     return experiment
 
 

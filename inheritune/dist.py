@@ -25,7 +25,7 @@ from pathlib import Path
 
 from inheritune import environment
 from inheritune.config import UserError
-from inheritune.rundir import FULL, disk_error, node, root
+from inheritune.rundir import FULL, disk_error, fullest_place, node, path_of, root
 
 
 class NodeError(UserError):
@@ -35,18 +35,20 @@ class NodeError(UserError):
         super().__init__(f"{node()} (rank {rank()}): {message}")
 
 
-UNUSABLE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EIO, errno.ESTALE, errno.EROFS)
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EIO, errno.ESTALE)
 
 
 def limit_error(error: Exception) -> NodeError | None:
     """What to tell if `error` says that memory, open files or the disk are used up or that a file cannot be used, else None."""
+    if isinstance(error, OSError) and error.errno == errno.EROFS and error.filename:
+        return NodeError(str(disk_error(error, path_of(error, root()))))
     if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename:  # wherever met: it is the user's affair
         return NodeError(f"{error.filename} cannot be used ({error.strerror}): see its owner and mode, or restore it")
     words = "" if isinstance(error, UserError) else str(error).partition("\n")[0]
     if "Too many open files" in words:
         return NodeError(f"{words}; allow more, as in: ulimit -n 4096")
     if any(os.strerror(code) in words for code in FULL):  # also said by the tokenizers' Rust, which raises plain Exceptions
-        return NodeError(str(disk_error(OSError(FULL[0], words), Path(getattr(error, "filename", None) or root()))))
+        return NodeError(str(disk_error(OSError(FULL[0], words), path_of(error, fullest_place()))))
     signs = ("allocate memory", "out of memory", "start new thread", "failed to map segment")
     if isinstance(error, MemoryError) or any(sign in words for sign in signs):
         what = f"out of memory ({words or type(error).__name__})"

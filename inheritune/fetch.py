@@ -5,7 +5,6 @@ with their sizes; `fetch` shows that beside the free space, and only then downlo
 """
 
 import math
-import shutil
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,7 +19,7 @@ from inheritune.documents import Source
 from inheritune.downstream import load_tasks
 from inheritune.escape import markdown
 from inheritune.log import logger
-from inheritune.rundir import data_dir
+from inheritune.rundir import data_dir, free_bytes, more_room
 from inheritune.sources import COMMON_FILES, WEIGHTS, download_model, weight_patterns
 from inheritune.taskcode import refuse_task_code
 from inheritune.tokens import bpe_size, hub_errors, keep_gpt2, load_tokenizer, on_the_hub
@@ -183,17 +182,14 @@ def table(repositories: list[Repository]) -> str:
 def free_space() -> tuple[Path, int]:
     """(the Hub's cache, bytes free there)."""
     cache = Path(constants.HF_HUB_CACHE)
-    return cache, shutil.disk_usage(next(path for path in (cache, *cache.absolute().parents) if path.is_dir())).free
+    return cache, free_bytes(cache)
 
 
 def check_room(need: int) -> None:
     """Raises UserError if the cache's disk has not `need` bytes and a little."""
     cache, free = free_space()
     if need and free < need + SPARE_BYTES:
-        raise UserError(
-            f"{in_units(need)} are to be downloaded, but {cache} has {in_units(free)} free; free some, or set HF_HOME to a "
-            f"larger disk"
-        )
+        raise UserError(f"{in_units(need)} are to be downloaded, but {cache} has {in_units(free)} free; {more_room(cache)}")
 
 
 def in_units(size: float) -> str:

@@ -11,7 +11,6 @@ not at all.
 import copy
 import json
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -341,9 +340,6 @@ def _finished(out: Path, about: dict) -> dict | None:
 
 def _check_room(out: Path, need: int) -> None:
     """Raises UserError if the disk of `out` has not `need` bytes and a little for headers and configs."""
-    where = next(path for path in out.absolute().parents if path.is_dir())
-    free = shutil.disk_usage(where).free
+    free = rundir.free_bytes(out)
     if free < need + (16 << 20):
-        raise UserError(
-            f"{out} needs {need / 1e6:.0f} MB, {where} has {free / 1e6:.0f} MB free; free some, or choose another disk"
-        )
+        raise UserError(f"{out} needs {need / 1e6:.0f} MB, its disk has {free / 1e6:.0f} MB free; {rundir.more_room(out)}")

@@ -64,21 +64,20 @@ EXAMPLES = 5  # named documents per kind of defect
 LICENCES = {"embedded": "Python Software Foundation License Version 2 (PSF-2.0)"}
 
 
-def prepare(experiment: Experiment, workers: int | None = None, given: str | None = None) -> Path:
+def prepare(experiment: Experiment, workers: int | None = None) -> Path:
     """Tokenize the experiment's documents into its data folder, unless that was done, and return the folder.
 
-    `workers` processes encode (default: one per core this process may use); `given` is the experiment as the command line
-    has it (default: its name). Documents that cannot be used are counted and
+    `workers` processes encode (default: one per core this process may use). Documents that cannot be used are counted and
     named in manifest.json. Raises UserError if a source is missing, unreadable or without any usable document, or if the
     disk is full; started again it goes on where it stopped."""
     data, folder = experiment.data, data_dir(experiment)
     workers = workers or len(os.sched_getaffinity(0))
     if _is_prepared(folder):  # asked without the lock first: the folder may belong to someone else
-        report_changes(experiment, folder, given or experiment.name)
+        report_changes(experiment, folder)
         return folder
     with Lock(folder, wait=math.inf):  # a second prepare of the same data waits here, then finds it done
         if _is_prepared(folder):
-            report_changes(experiment, folder, given or experiment.name)
+            report_changes(experiment, folder)
             return folder
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
@@ -88,6 +87,8 @@ def prepare(experiment: Experiment, workers: int | None = None, given: str | Non
             try:
                 job.run(pool, window=2 * workers + 2)
             except BrokenProcessPool:
+                for worker in multiprocessing.active_children():  # they ignore the SIGTERM by which the pool would end them
+                    worker.kill()
                 raise UserError(
                     f"a worker process was killed while preparing {folder} (out of memory?); start again with fewer "
                     f"workers than {workers}: what is written is kept"
@@ -106,7 +107,7 @@ def _is_prepared(folder: Path) -> bool:
     return True
 
 
-def report_changes(experiment: Experiment, folder: Path, given: str) -> None:
+def report_changes(experiment: Experiment, folder: Path) -> None:
     """Warn if the documents are no longer those that the data in `folder` was prepared from, and say how to prepare anew.
 
     Sizes are compared, and the content of files that are newer than the manifest. Documents that are all gone are taken to be
@@ -132,9 +133,8 @@ def report_changes(experiment: Experiment, folder: Path, given: str) -> None:
     if parts:
         log.warning(
             "%s was prepared from other documents: %s. It stays as it is; to prepare anew, for runs that begin anew too: "
-            "rm %s && python -m inheritune prepare %s%s",
-            folder, ", ".join(parts), shlex.quote(str(folder / "manifest.json")), shlex.quote(given),
-            " --rehearse" if experiment.rehearsal else "",
+            "rm %s && python -m inheritune prepare %s",
+            folder, ", ".join(parts), shlex.quote(str(folder / "manifest.json")), experiment.given,
         )  # fmt: skip
 
 

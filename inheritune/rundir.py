@@ -213,7 +213,7 @@ def finished_weights(experiment: Experiment, name: str, seed: int = 0) -> Path:
         verb = "grow" if experiment.run(run).grow else "train"
         raise UserError(
             f"run '{name}' of {experiment.name} (seed {seed}) is not finished; first: "
-            f"python -m inheritune {verb} {experiment.name} --run {run}{seed_flag(seed)}"
+            f"python -m inheritune {verb} {experiment.given} --run {run}{seed_flag(seed)}"
         )
     return weights
 
@@ -237,7 +237,7 @@ def replacing(path: Path):
     removed if the block fails. The rename is atomic and comes after every byte is on disk, so a reader sees nothing or
     everything. What processes that are gone left of earlier attempts is removed.
 
-    Raises UserError when the disk is full."""
+    Raises UserError when the disk is full or the place cannot be written."""
     temporary = temporary_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -254,9 +254,17 @@ def replacing(path: Path):
     except BaseException as error:
         with suppress(OSError):  # what stopped the writing may stop this too
             remove(temporary)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and _is_about(error, path, temporary):
             raise disk_error(error, path) from error
         raise
+
+
+def _is_about(error: OSError, path: Path, temporary: Path) -> bool:
+    """Whether `error` came of writing `path`, not of another file that was read for it."""
+    if not isinstance(error.filename, str):
+        return True
+    name = Path(error.filename)
+    return name.is_relative_to(temporary) or name.is_relative_to(path) or path.is_relative_to(name)
 
 
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.tmp(?P<node>[\w.-]+?)(-(?P<place>[0-9a-f]{8}))?-(?P<pid>[0-9]+)", re.DOTALL | re.ASCII)
@@ -298,13 +306,69 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 def disk_error(error: OSError, path: Path) -> Exception:
     """`error` as a UserError if it says that the disk is full or not writable, else itself."""
     if error.errno in FULL:
-        free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.is_dir())).free
-        return UserError(
-            f"no space left while writing {path} ({free / 1e6:.0f} MB free); free some, or set INHERITUNE_ROOT to a larger disk"
-        )
+        return UserError(f"no space left while writing {path} ({free_bytes(path) / 1e6:.0f} MB free); {more_room(path)}")
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return UserError(f"cannot write {path}: {os.strerror(error.errno)}; set INHERITUNE_ROOT to a folder you own")
+        return UserError(f"cannot write {path}: {os.strerror(error.errno)}; {_elsewhere(path, 'that you can write')}")
     return error
+
+
+def path_of(error: Exception, default: Path) -> Path:
+    """The file that `error` is about, or `default` if it does not tell."""
+    name = getattr(error, "filename", None)
+    return Path(os.fsdecode(name)) if isinstance(name, str | bytes) else default
+
+
+def fullest_place() -> Path:
+    """Of the folders that we and the libraries write to, the one with the least free space: where an error without a name
+    struck."""
+    return min((folder.expanduser() for folder, *_ in _places()), key=free_bytes)
+
+
+def free_bytes(path: Path) -> int:
+    """Free space of the disk on which `path` lies or will lie."""
+    return shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.is_dir())).free
+
+
+def more_room(path: Path) -> str:
+    """What to do where the disk of `path` is full."""
+    return f"free some, or {_elsewhere(path, 'on a larger disk')}"
+
+
+def _elsewhere(path: Path, which: str) -> str:
+    """How to have what lies at `path` in a folder `which` ("on a larger disk"), so that the same command works."""
+    variable, place = moved_by(path)
+    if variable is None:
+        return f"choose a folder {which}"
+    if variable == "TMPDIR" or not any(_names_in(place)):
+        return f"set {variable} to a folder {which}"
+    return f"set {variable} to a copy of {place} {which}"
+
+
+def moved_by(path: Path) -> tuple[str | None, Path]:
+    """(the variable that moves what lies at `path`, the folder that it names now); no variable for a place of the user's own
+    choice, such as --out."""
+    real = Path(os.path.realpath(path))
+    around = [(os.path.realpath(folder.expanduser()), variable, named) for folder, variable, named in _places()]
+    around = [one for one in around if real.is_relative_to(one[0]) and (one[1] != "TMPDIR" or _is_scratch(real, one[0]))]
+    _, variable, named = max(around, key=lambda one: len(one[0]), default=("", None, path))
+    return variable, named
+
+
+def _is_scratch(path: Path, temporary: str) -> bool:
+    """Whether `path` is a library's own in the temporary folder (tempfile's names), not what a user put there."""
+    return path == Path(temporary) or path.relative_to(temporary).parts[0].startswith("tmp")
+
+
+def _places() -> list[tuple[Path, str, Path]]:
+    """(folder, the variable that moves it, the folder that this one names now) of all folders that can be moved so."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    home = Path(os.environ.get("HF_HOME") or cache / "huggingface").expanduser()
+    datasets, temporary = os.environ.get("HF_DATASETS_CACHE") or home / "datasets", os.environ.get("TMPDIR") or "/tmp"
+    named = {"HF_HOME": home, "HF_DATASETS_CACHE": Path(datasets), "TMPDIR": Path(temporary)}
+    hubs = [name for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE") if os.environ.get(name)]
+    named |= {name: Path(os.environ[name]) for name in hubs[:1]}  # the first decides
+    ours = [(root() / name, "INHERITUNE_ROOT", root()) for name in ("runs", "data")]
+    return ours + [(folder, variable, folder) for variable, folder in named.items()]
 
 
 def write_text(path: Path, text: str) -> None:

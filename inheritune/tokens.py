@@ -23,7 +23,7 @@ import xxhash
 
 from inheritune.config import Data, UserError, resolve_path
 from inheritune.portable import FILES, TEMPLATES, copy_tokenizer, find_files, write_tokenizer
-from inheritune.rundir import FULL, disk_error, replacing, root
+from inheritune.rundir import FULL, disk_error, moved_by, path_of, replacing, root
 
 log = logging.getLogger(__name__)
 
@@ -473,10 +473,11 @@ def hub_errors(what: str, page: str):
         yield
     except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
         if getattr(error, "errno", None) in (*FULL, errno.EACCES, errno.EROFS):
-            raise disk_error(error, Path(constants.HF_HUB_CACHE)) from error
+            raise disk_error(error, path_of(error, Path(constants.HF_HUB_CACHE))) from error
         raise gate(error, what, page) or UserError(
             f"{what} is neither in the cache ({constants.HF_HUB_CACHE}) nor can it be had from the Hub ({_first_line(error)}); "
-            f"run 'python -m inheritune fetch' where there is internet, or set HF_HOME to a cache that has it"
+            f"run 'python -m inheritune fetch' where there is internet, or set {moved_by(Path(constants.HF_HUB_CACHE))[0]} to "
+            f"a cache that has it"
         ) from None
 
 

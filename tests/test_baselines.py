@@ -495,7 +495,7 @@ def test_a_teacher_that_does_not_fit_is_one_sentence(small, tmp_path):
     raw["runs"]["misfit"] = {"init": "random", "layers": 2, "distil": {"teacher": str(tmp_path / "other")}}
     path = write_experiment(tmp_path / "recipes", raw)
     for run, sentence in (
-        ("unfinished", "run 'reference' of small (seed 0) is not finished; first: python -m inheritune train small --run"),
+        ("unfinished", f"run 'reference' of small (seed 0) is not finished; first: python -m inheritune train {path} --run"),
         ("misfit", "has 61 tokens and 12 positions, the student 320 tokens and sequences of 32; use a teacher that fits"),
     ):
         done = run_verb("train", path, "--run", run, check=False)

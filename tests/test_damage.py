@@ -9,6 +9,8 @@ import ctypes
 import io
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 from collections import defaultdict
@@ -467,3 +469,184 @@ def test_a_run_folder_of_another_user_is_told(world, tmp_path, words, folder):
     (tmp_path / "tree" / folder).chmod(0o755)
     assert code == (2 if words[0] == "table" else 0) and "Traceback" not in said, said
     assert "Permission denied" in said and str(tmp_path / "tree" / RUNS / "reference") in said, said
+
+
+# --- what a refusal says to do works --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """`words` are refused on a tree that `harm` was done to, in a sentence that `says` this; after `does` they work (or, if it
+    gives other words, these)."""
+
+    words: list[str]
+    harm: Callable[[Path], object]
+    says: str
+    does: Callable[[Path, re.Match], list[str] | None]
+
+
+def run_words(tree: Path, words: list[str]) -> None:
+    code, said = verb(tree, words)
+    assert code == 0, said
+
+
+def run_printed(tree: Path, found: re.Match) -> None:
+    """Run the command that the sentence ends with."""
+    run_words(tree, shlex.split(found[1]))
+
+
+def prepare_anew(tree: Path, found: re.Match) -> None:
+    remove(Path(found[1]))
+    run_words(tree, ["prepare", "TREE/small.yaml", "--workers", "1"])
+
+
+def misname_checkpoint(tree: Path) -> None:
+    """Of the two, one is gone and one has the name of a step that it is not of."""
+    unfinish(tree)
+    remove(tree / RUNS / "reference/checkpoints/step_00000002")
+    (tree / CHECKPOINT).rename((tree / CHECKPOINT).with_name("step_00000005"))
+
+
+def rename_checkpoint(tree: Path, found: re.Match) -> None:
+    Path(found[1]).rename(tree / CHECKPOINT)
+
+
+def edit_json(path: Path, change: Callable[[dict], object]) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def forget(*patterns: str) -> Callable[[Path], None]:
+    def harm(tree: Path) -> None:
+        for path in [path for pattern in patterns for path in tree.glob(pattern)]:
+            remove(path)
+
+    return harm
+
+
+def unseal(pattern: str) -> Callable[[Path, re.Match], None]:
+    return lambda tree, _: edit_json(the(tree, pattern), lambda value: value.pop("seal"))
+
+
+def restore_tokenizer(tree: Path, _) -> None:
+    for file in the(tree, "data/small-*/tokenizer").iterdir():
+        shutil.copy(file, tree / RUNS / "reference" / "final")
+
+
+def damage_checkpoints(tree: Path) -> None:
+    unfinish(tree)
+    for path in tree.glob(f"{RUNS}/reference/checkpoints/*/deepspeed/*optim_states.pt"):
+        flip(path)
+
+
+unfinish = forget(*(f"{RUNS}/reference/{name}" for name in ("DONE", "final", "results.json")))
+EXPORT = ["export", f"TREE/{RUNS}/reference", "--to", "TREE/out"]
+CUT = SCENES["inherit from safetensors"].words
+REMEDIES = {
+    "a source that is not trained": Remedy(
+        train("copied"),
+        forget(f"{RUNS}/copied", f"{RUNS}/reference"),
+        r"is not finished; first: python -m inheritune (.*)",
+        run_printed,
+    ),
+    "a file edited on purpose": Remedy(
+        ["table", "TREE/small.yaml"],
+        lambda tree: edit_json(tree / RUNS / "reference/results.json", lambda value: value.update(note="by hand")),
+        r"results.json is not as it was written; .* delete its 'seal'",
+        unseal(f"{RUNS}/reference/results.json"),
+    ),
+    "a damaged marker": Remedy(
+        ["prepare", "TREE/small.yaml", "--workers", "1"],
+        lambda tree: the(tree, "data/small-*/manifest.json").write_text("{}"),
+        r"(\S+)/manifest.json is not the marker that its name says; restore it, or delete its folder",
+        lambda _, found: remove(Path(found[1])),
+    ),
+    "a shard that is gone": Remedy(
+        train("copied"),
+        forget(f"{RUNS}/copied", "data/small-*/train_00001.bin"),
+        r"; delete (\S+/manifest.json) and run 'prepare' again",
+        prepare_anew,
+    ),
+    "an empty analysis": Remedy(
+        ["figure", "TREE/small.yaml"],
+        lambda tree: (tree / RUNS / "reference/attention.jsonl").write_text(""),
+        r"attention.jsonl is empty; analyze the model again",
+        lambda tree, _: run_words(tree, SCENES["analyze"].words),
+    ),
+    "a file that may not be read": Remedy(
+        SCENES["evaluate"].words,
+        lambda tree: the(tree, f"{RUNS}/reference/final/model-*.safetensors").chmod(0),
+        r"(\S+) cannot be used \(Permission denied\): see its owner and mode",
+        lambda _, found: Path(found[1]).chmod(0o644),
+    ),
+    "a folder that may not be written": Remedy(
+        CUT,
+        lambda tree: (tree / "closed").mkdir(0o555),
+        "cannot write .*: Permission denied; choose a folder that you can write",
+        lambda tree, _: [word.replace("TREE/closed/cut", "TREE/cut") for word in CUT],
+    ),
+    "checkpoints that are all damaged": Remedy(
+        SCENES["resume"].words,
+        damage_checkpoints,
+        r"no other checkpoint is whole: restore it, or delete (\S+) to start over",
+        lambda _, found: remove(Path(found[1])),
+    ),
+    "a checkpoint of another name": Remedy(
+        SCENES["resume"].words,
+        misname_checkpoint,
+        r"(\S+) is a copy of the checkpoint of step 4 under a wrong name; rename or delete it",
+        rename_checkpoint,
+    ),
+    "an export without a tokenizer": Remedy(
+        EXPORT,
+        forget(f"{RUNS}/reference/final/tokenizer*"),
+        "holds no tokenizer .*; copy the files of the prepared data's tokenizer/ into it, and export again",
+        restore_tokenizer,
+    ),
+    "an export to a folder in use": Remedy(
+        EXPORT,
+        lambda tree: shutil.copytree(tree / "safetensors", tree / "out"),
+        "already holds something; choose another folder, or delete it",
+        lambda *_: [word.replace("TREE/out", "TREE/other") for word in EXPORT],
+    ),
+    "an export to a folder to delete": Remedy(
+        EXPORT,
+        lambda tree: shutil.copytree(tree / "safetensors", tree / "out"),
+        r"(\S+) already holds something; choose another folder, or delete it",
+        lambda _, found: remove(Path(found[1])),
+    ),
+    "a cut to a folder in use": Remedy(
+        CUT,
+        lambda tree: shutil.copytree(tree / "bin", tree / "cut"),
+        r"(\S+) already holds something else; choose another folder, or delete it",
+        lambda _, found: remove(Path(found[1])),
+    ),
+    "starts that are not recorded": Remedy(
+        SCENES["resume"].words,
+        lambda tree: (unfinish(tree), (tree / RUNS / "reference/provenance.json").write_text("{}")),
+        r"(\S+) does not list the starts of its run: it is damaged; restore it, or delete it",
+        lambda _, found: remove(Path(found[1])),
+    ),
+    "a stop that is damaged": Remedy(
+        ["status", "TREE/small.yaml"],
+        lambda tree: (unfinish(tree), (tree / RUNS / "reference/STOPPED").write_text("{}")),
+        r"(\S+) does not say why the run stopped: it is damaged; delete it",
+        lambda _, found: remove(Path(found[1])),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REMEDIES)
+def test_a_remedy_works(world, tmp_path, name):
+    tree, case = tmp_path / "tree", REMEDIES[name]
+    shutil.copytree(world.whole, tree)
+    case.harm(tree)
+    words = [word.replace("TREE/cut", "TREE/closed/cut") for word in case.words] if (tree / "closed").exists() else case.words
+    code, said = verb(tree, words)
+    assert code == (0 if words[0] == "status" else 2) and "Traceback" not in said, said
+    found = re.search(case.says, said.splitlines()[-1] if words[0] != "status" else said)
+    assert found, said
+    words = case.does(tree, found) or case.words
+    code, said = verb(tree, words)
+    assert code == 0 and not re.search(case.says, said), said
