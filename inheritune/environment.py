@@ -61,6 +61,10 @@ VARIABLES: dict[str, Variable] = {
     "TORCHELASTIC_USE_AGENT_STORE": Variable("True where torchrun holds the ranks' store"),
     # of other libraries, read or set so that they keep quiet, compile nothing and fork nothing
     "CUDA_VISIBLE_DEVICES": Variable("the GPUs that CUDA shows"),
+    "HF_HOME": Variable("the folder of the Hub's cache"),
+    "HF_DATASETS_CACHE": Variable("the folder of the cache of data sets"),
+    "XDG_CACHE_HOME": Variable("the folder of caches, where HF_HOME is not set"),
+    "TMPDIR": Variable("the folder of temporary files"),
     "TOKENIZERS_PARALLELISM": Variable("whether the tokenizers library starts threads"),
     "DS_LOG_LEVEL": Variable("what DeepSpeed logs"),
     "TRANSFORMERS_VERBOSITY": Variable("what transformers logs"),

@@ -148,7 +148,7 @@ def test_fetch_names_the_way_out_where_the_hub_cannot_be_reached(tmp_path):
 
 
 def test_unfinished_source_is_refused_with_the_command(small):
-    assert "first: python -m inheritune train small --run reference" in refused(
+    assert f"first: python -m inheritune train {small} --run reference" in refused(
         "train", small, "--run", "grown", "--stage", "1"
     )
 
