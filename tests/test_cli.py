@@ -19,9 +19,10 @@ from inheritune.rundir import data_dir
 
 # DESIGN: a file imports only from files before it; documents holds the readers that prepare and fetch share
 ORDER = """
-config rundir dist log tokens documents prepare batches models sources downstream fetch inherit attention export validate dslint
-engine distil planning checkpoint train evaluate stages paper tables figures status
+config launcher signals streams rundir dist log tokens documents prepare batches models sources downstream fetch inherit
+attention export validate dslint engine distil planning checkpoint train evaluate stages paper tables figures status
 """.split()  # noqa: SIM905 - a list to read
+
 
 @pytest.mark.parametrize(
     ("words", "says"),
