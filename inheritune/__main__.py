@@ -6,13 +6,21 @@ flags are checked here first, and verbs return nothing.
 
 import inspect
 import os
+import signal
 import sys
 import time
 import traceback
 
-from inheritune import dist, environment, values
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before a verb has begun: nothing to save, and no traceback
+
+from inheritune import dist, environment, launcher, signals, streams, values
 from inheritune.config import UserError, nearest
 
+SAVING = ("train", "prepare", "grow", "evaluate")
+"""Verbs that save and leave when they are asked to."""
+PRINTING = ("check", "plan", "status", "table", "verify")
+"""Verbs whose result is what they print."""
 SWITCHES = ("rehearse", "slot", "json", "missing", "allow_task_code")
 
 
@@ -175,38 +183,62 @@ class Verbs:
 
 
 def main(argv: list[str]) -> int:
-    """Run one verb. Exit code 0, or 2 for a user's mistake, told in one sentence."""
+    """Run one verb. Exit code 0, 2 for a user's mistake, told in one sentence, or 130 after a Ctrl-C."""
     argv = [word for word in argv if not word.startswith("--local_rank=")]  # the deepspeed launcher's; so says the environment
     os.umask(os.umask(0o022) | 0o002)  # what a run loads again is never for everyone to write; a group may be let in
-    verbs = {name: f for name, f in inspect.getmembers(Verbs, inspect.isfunction) if not name.startswith("_")}
     try:
-        if not argv or argv[0] in ("-h", "--help", "help"):
-            print(overview(verbs))
-            return 0
-        verb = argv[0]
-        if verb not in verbs:
-            raise UserError(f"unknown verb '{verb}'; {nearest(verb, verbs)}")
-        if "-h" in argv or "--help" in argv:
-            print(f"python -m inheritune {verb} {usage(verbs[verb])}\n\n{inspect.getdoc(verbs[verb])}")
-            return 0
-        arguments = bind(verb, verbs[verb], argv[1:])
-        return run(verb, arguments, argv)
-    except UserError as error:
-        if dist.rank() == 0 or isinstance(error, dist.NodeError):
-            print(f"inheritune: {error}", file=sys.stderr, flush=True)
-            dist.tell_failure(str(error), 2)
-        else:
-            time.sleep(3)  # srun --kill-on-bad-exit would end rank 0 before it has spoken
-        return 2
-    except dist.Stopped as stop:
-        if dist.rank() == 0:
-            print(f"inheritune: {stop}", flush=True)
-            dist.tell_stopped(stop)
-        return 0
+        code = choose(argv)
+    except KeyboardInterrupt:
+        code = signals.INTERRUPTED
     except Exception as error:
-        traceback.print_exc()
+        code = report(error)
+    return signals.INTERRUPTED if code == 0 and signals.is_interrupted() else code
+
+
+def choose(argv: list[str]) -> int:
+    """Run the verb that a command line names, or print its help; the exit code."""
+    verbs = {name: f for name, f in inspect.getmembers(Verbs, inspect.isfunction) if not name.startswith("_")}
+    asks_help = "-h" in argv or "--help" in argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview(verbs))
+        return check_printed()
+    verb = argv[0]
+    if verb not in verbs:
+        raise UserError(f"unknown verb '{verb}'; {nearest(verb, verbs)}")
+    if asks_help:
+        print(f"python -m inheritune {verb} {usage(verbs[verb])}\n\n{inspect.getdoc(verbs[verb])}")
+        return check_printed()
+    code = run(verb, bind(verb, verbs[verb], argv[1:]), argv)
+    return check_printed() if verb in PRINTING and code == 0 else code
+
+
+def check_printed() -> int:
+    """0. Raises UserError if what was printed could not be written, where it is all that was asked for."""
+    if error := streams.unwritten():
+        raise UserError(f"standard output cannot be written ({error.strerror})")
+    return 0
+
+
+def report(error: Exception) -> int:
+    """Tell the user and the job's script why the verb did not come to its end; the exit code."""
+    if isinstance(error, dist.Stopped):
+        try:
+            if dist.rank() == 0:
+                print(f"inheritune: {error}", flush=True)
+                dist.tell_stopped(error)
+            return 0
+        except UserError as untold:
+            error = untold
+    if not isinstance(error, UserError):
+        traceback.print_exception(error)
         dist.tell_failure(f"{type(error).__name__}: {error}")
         return 1
+    if dist.rank() == 0 or isinstance(error, dist.NodeError):
+        print(f"inheritune: {error}", file=sys.stderr, flush=True)
+        dist.tell_failure(str(error), 2)
+    else:
+        time.sleep(3)  # srun --kill-on-bad-exit would end rank 0 before it has spoken
+    return 2
 
 
 def bind(verb: str, function, argv: list[str]) -> dict:
@@ -266,12 +298,15 @@ def typed(verb: str, name: str, text: str):
 
 def run(verb: str, arguments: dict, argv: list[str]) -> int:
     """Call the verb through Fire, or start it as several processes where --procs asks for them."""
-    if verb in ("train", "prepare", "grow", "evaluate"):
-        dist.listen()
-    if verb in ("train", "evaluate") and arguments.get("procs", 1) > 1 and not dist.launched():
+    if verb in SAVING:
+        signals.listen()
+    else:
+        signals.raise_interrupts()
+    procs = launcher.count_processes(verb, arguments.get("procs"), os.environ)
+    if procs > 1:
         from inheritune.stages import launch
 
-        return launch(argv, arguments["procs"])
+        return launch(argv, procs)
     import fire
 
     try:
@@ -308,6 +343,9 @@ def overview(verbs: dict) -> str:
 
 def leave(code: int) -> None:
     """End this process."""
+    if code == signals.INTERRUPTED:
+        sys.stdout.flush(), sys.stderr.flush()
+        signals.leave_interrupted()
     if "torch.distributed" in sys.modules:  # torch's own threads abort a process at its exit now and then, work done
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
@@ -315,4 +353,5 @@ def leave(code: int) -> None:
 
 
 if __name__ == "__main__":
+    streams.guard()
     leave(main(sys.argv[1:]))

@@ -1,18 +1,17 @@
-"""Ranks: joining the process group under srun, torchrun, `deepspeed` or plainly, the few collectives that are used, and what
-a job's script and its ranks tell each other: signals to stop, a file that says there is more to do, a file with the cause of a
-failure.
+"""Ranks: joining the process group under srun, torchrun, `deepspeed`, mpirun or plainly (launcher.py), the few collectives that
+are used, and what ranks tell their job's script: a file that says there is more to do, a file with the cause of a failure.
 
 Nothing here needs a compiler: DeepSpeed's shared-memory CPU collective, the one op it would build at start, is turned off.
 """
 
 import errno
 import faulthandler
+import ipaddress
 import json
 import logging
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 
 from inheritune import environment
 from inheritune.config import UserError
+from inheritune.launcher import LOOPBACK, Launch, find_launch, read_launch
 from inheritune.rundir import FULL, disk_error, fullest_place, node, path_of, root
 
 
@@ -45,6 +45,8 @@ def limit_error(error: Exception) -> NodeError | None:
     if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename:  # wherever met: it is the user's affair
         return NodeError(f"{error.filename} cannot be used ({error.strerror}): see its owner and mode, or restore it")
     words = "" if isinstance(error, UserError) else str(error).partition("\n")[0]
+    if "No usable temporary directory" in words:  # said by tempfile, at any library's import
+        return NodeError("no folder for temporary files can be written (/tmp, /var/tmp); set TMPDIR to one that can")
     if "Too many open files" in words:
         return NodeError(f"{words}; allow more, as in: ulimit -n 4096")
     if any(os.strerror(code) in words for code in FULL):  # also said by the tokenizers' Rust, which raises plain Exceptions
@@ -65,25 +67,27 @@ class Stopped(Exception):
         self.again = again
 
 
-_LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
 def rank() -> int:
-    """This process's rank, also before the group exists."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    """This process's rank, also before the group exists; 0 where the environment names no whole launch."""
+    return find_launch(os.environ).rank
 
 
 def world() -> int:
-    """Number of processes of the group that `start` joined."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    """Number of processes of the launch."""
+    return find_launch(os.environ).world
 
 
 def start() -> None:
     """Choose the device and join the process group; call once, before anything imports deepspeed.
 
-    Raises UserError where a GPU is present that torch cannot use."""
+    Raises UserError where the launch cannot be understood, or a GPU is present that torch cannot use."""
     _quiet()
-    _find_peers()
+    launch = read_launch(os.environ)
+    os.environ.update(launch.variables(free_port()))
+    if launch.local:
+        _stay_on_this_machine()
+    if not Path("/proc/self/stat").is_file():
+        raise NodeError("/proc is not mounted, which DeepSpeed needs; mount it (mount -t proc proc /proc)")
     device()
     import deepspeed
     import torch
@@ -95,7 +99,7 @@ def start() -> None:
     if device().type == "cuda":
         torch.cuda.set_device(device())
     if not torch.distributed.is_initialized():
-        _meet()
+        _meet(launch)
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
 
 
@@ -123,7 +127,7 @@ RENDEZVOUS_S = 600
 _store = None  # where the ranks met: key and value, and no collective
 
 
-def _meet() -> None:
+def _meet(launch: Launch) -> None:
     """Join torch's process group, and prove it by one sum over all ranks. Raises NodeError naming the missing nodes."""
     import torch
     from torch.distributed import distributed_c10d
@@ -135,7 +139,7 @@ def _meet() -> None:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent holds the store
             store, *_ = next(torch.distributed.rendezvous("env://", rank(), world()))
         else:
-            store = _open_store(address, port)
+            store = _open_store(address, port, launch.local)
         _store = store
         store.set(f"device {rank()}", _device_name())
         store.set(f"here {rank()}", node())
@@ -186,19 +190,57 @@ def _device_name() -> str:
     return str(torch.cuda.get_device_properties(device()).uuid) if gpu else f"CPU of rank {rank()}"
 
 
-def _open_store(address: str, port: int):
-    """The ranks' store, held by rank 0. The port follows from job and step, so that one that was just requeued may still hold
-    it for a moment: then it is tried again for a while. Raises torch's DistError."""
+def _open_store(address: str, port: int, local: bool = False):
+    """The ranks' store, held by rank 0 on the address at which the ranks look for it, and no other. The port follows from job
+    and step, so that one that was just requeued may still hold it for a moment: then it is tried again for a while.
+
+    Raises torch's DistError, NodeError if the port stays in use."""
     import torch
 
-    wait, deadline = timedelta(seconds=RENDEZVOUS_S), time.monotonic() + 60
+    wait = timedelta(seconds=RENDEZVOUS_S)
+    if rank():
+        return torch.distributed.TCPStore(address, port, world(), False, wait, wait_for_workers=False)
+    deadline = time.monotonic() + 60
     while True:
         try:
-            return torch.distributed.TCPStore(address, port, world(), rank() == 0, wait, wait_for_workers=False)
-        except torch.distributed.DistError as error:
-            if "EADDRINUSE" not in str(error) or time.monotonic() > deadline:
-                raise
+            server = _bind(address, port, local)
+            break
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                raise NodeError(f"cannot listen for the other ranks at {address}:{port} ({error.strerror})") from None
             time.sleep(1)
+    own = server.getsockname()[0]  # rank 0 reaches its own store there, whatever the network makes of its name
+    own = LOOPBACK if own in ("::", "0.0.0.0") else own
+    return torch.distributed.TCPStore(own, port, world(), True, wait, wait_for_workers=False, master_listen_fd=server.detach())
+
+
+def _bind(address: str, port: int, local: bool) -> socket.socket:
+    """A socket that listens on this machine's interface of the name or address `address` only: who else can reach the store
+    may read and change it. On all interfaces where that cannot be told: a name that stands for a service in front of this
+    machine, or that only this machine takes for its loopback. Raises OSError.
+
+    (torchrun holds a store of its own, which listens on all interfaces.)"""
+    try:
+        found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
+    except socket.gaierror:
+        found = []
+    for family, *_, place in sorted(found, key=lambda one: one[0] != socket.AF_INET):  # which every other rank can reach
+        if ipaddress.ip_address(place[0].partition("%")[0]).is_loopback and not (local or place[0] == address):
+            continue
+        try:
+            return socket.create_server(place[:2], family=family)
+        except OSError as error:
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                raise
+    both = socket.has_dualstack_ipv6()
+    return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
+
+
+def _stay_on_this_machine() -> None:
+    """Let the ranks of a local launch talk over the loopback interface, unless the user chose another."""
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if "lo" in (interface for _, interface in socket.if_nameindex()):
+            os.environ.setdefault(name, "lo")
 
 
 def _wait_for_all(store) -> None:
@@ -217,20 +259,24 @@ def _wait_for_all(store) -> None:
 
 
 def _slurm_hosts() -> list[str]:
+    """Names of the nodes of this srun line, none where Slurm does not say."""
     nodes = os.environ.get("SLURM_STEP_NODELIST")
     if not nodes:
         return []
     if not shutil.which("scontrol"):  # as in a container; job.sh has asked before
         return os.environ.get("INHERITUNE_HOSTS", "").split()
-    said = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    return said.stdout.split()
+    try:
+        asked = ["scontrol", "show", "hostnames", nodes]
+        return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20).stdout.split()
+    except (OSError, subprocess.SubprocessError):  # then the ranks that are missing are named without their nodes
+        return []
 
 
 def preflight(folder: Path) -> str:
     """Compare what the ranks see before anything costs time: room in /dev/shm, `folder` (the prepared data) on every node.
     -> one line for the log. Raises UserError naming the nodes that are wrong."""
     cuda = device().type == "cuda"
-    shm = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
+    shm = shutil.disk_usage("/dev/shm").free if os.access("/dev/shm", os.W_OK) else 0
     seen = gather({"node": node(), "shm": shm, "data": (folder / "manifest.json").is_file()})
     problems = []
     for facts in seen:
@@ -242,7 +288,8 @@ def preflight(folder: Path) -> str:
         raise UserError("; ".join(dict.fromkeys(problems)))
     nodes = len({facts["node"] for facts in seen})
     least = min(facts["shm"] for facts in seen) / 1e9
-    return f"preflight: {world()} rank(s) on {nodes} node(s), a device each, a sum over all works, /dev/shm {least:.1f} GB free"
+    room = f"/dev/shm {least:.1f} GB free" if least else "no writable /dev/shm"
+    return f"preflight: {world()} rank(s) on {nodes} node(s), a device each, a sum over all works, {room}"
 
 
 # --- a rank that hangs ---------------------------------------------------------------------------------------------------
@@ -322,22 +369,6 @@ def who_lags(reports: dict[int, tuple[int, str]], nodes: dict[int, str]) -> str:
 # --- what a job and its ranks tell each other ---------------------------------------------------------------------------
 
 
-asked: list[str] = []
-"""Names of the signals that this process got since `listen`."""
-
-
-def listen() -> None:
-    """From now on SIGUSR1 (the time limit is near) and SIGTERM (preemption, scancel) ask this process to save and leave.
-    Call first of all: without a handler a signal to the job step ends the process, whatever it is doing."""
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, lambda number, _: asked.append(signal.Signals(number).name))
-
-
-def asked_to_stop() -> str | None:
-    """The first signal that this process got since `listen`, or None; `agree` makes it one answer for all ranks."""
-    return asked[0] if asked else None
-
-
 def agree(reason: str | None) -> str | None:
     """A reason to stop that any rank has, on every rank; None if none has one. One small collective."""
     import torch
@@ -351,38 +382,36 @@ def agree(reason: str | None) -> str | None:
 
 def tell_run(folder: Path) -> None:
     """Tell `status` which run folder this job works on ($INHERITUNE_JOB/run, relative to $INHERITUNE_ROOT)."""
-    job = os.environ.get("INHERITUNE_JOB")
-    if job and rank() == 0:
-        Path(job).mkdir(parents=True, exist_ok=True)
-        (Path(job) / "run").write_text(f"{folder.relative_to(root())}\n", encoding="utf-8")
+    if rank() == 0:
+        _tell("run", f"{folder.relative_to(root())}\n")
 
 
 def tell_stopped(stop: Stopped) -> None:
     """Tell the job's script ($INHERITUNE_JOB, slurm/job.sh) that this start has saved and stopped with work left, which the
-    script goes on with ("more") or leaves to the person who asked for the stop ("stopped")."""
-    folder = os.environ.get("INHERITUNE_JOB")
-    if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / ("more" if stop.again else "stopped")).write_text(f"{stop}\n", encoding="utf-8")
+    script goes on with ("more") or leaves to the person who asked for the stop ("stopped"). Raises UserError if it cannot be
+    told: it would take the work for finished."""
+    try:
+        _tell("more" if stop.again else "stopped", f"{stop}\n")
+    except OSError as error:
+        raise UserError(f"{stop}; but {error.filename} cannot be written ({error.strerror}), so the job stops here") from None
 
 
 def tell_failure(sentence: str, code: int = 1) -> None:
     """Tell the job's script why this rank failed, and its exit code (srun may report that of a task it ended because of
     this one); the first to fail is the cause, the others only lose their peer."""
-    folder = os.environ.get("INHERITUNE_JOB")
     line = sentence.strip().partition("\n")[0].rstrip(".")
-    if folder:
+    try:
+        _tell("failure", f"{node()} rank {rank()}: {line}\n{code}\n", mode="x")
+    except OSError:  # another was first, or the disk is full: the sentence is in the log, and the exit code tells of a failure
+        return
+
+
+def _tell(name: str, text: str, mode: str = "w") -> None:
+    """Write a file for the script of this Slurm job, if there is one. Raises OSError."""
+    if folder := os.environ.get("INHERITUNE_JOB"):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        try:
-            with open(Path(folder) / "failure", "x", encoding="utf-8") as file:
-                file.write(f"{node()} rank {rank()}: {line}\n{code}\n")
-        except FileExistsError:
-            pass
-
-
-def launched() -> bool:
-    """Whether a launcher (srun, torchrun, deepspeed or `launch`) started this process as one of several."""
-    return bool(os.environ.get("RANK")) or int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1
+        with open(Path(folder) / name, mode, encoding="utf-8", errors="replace") as file:
+            file.write(text)
 
 
 def free_port() -> int:
@@ -410,7 +439,7 @@ def device():
     if torch.cuda.is_available():
         if torch.cuda.device_count() == 1:  # a GPU of each task's own: DeepSpeed would take the one of this number
             os.environ["LOCAL_RANK"] = "0"
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
+        return torch.device("cuda", find_launch(os.environ).local_rank)
     unused = unused_gpu(torch.__version__, torch.version.cuda)
     if unused:
         raise NodeError(unused)
@@ -418,11 +447,22 @@ def device():
     return torch.device("cpu")
 
 
+SMI_PATIENCE_S = 120
+"""nvidia-smi takes half a minute on a machine of eight GPUs without the persistence daemon."""
+CPU_ONLY = "DS_ACCELERATOR=cpu to use the CPU on purpose"
+
+
 def unused_gpu(torch_version: str, torch_cuda: str | None) -> str | None:
     """A sentence if this machine has an NVIDIA GPU that the installed torch cannot use, else None."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not shutil.which("nvidia-smi"):
         return None
-    report = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False)
+    try:
+        report = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False, timeout=SMI_PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        hangs = f"nvidia-smi does not answer within {SMI_PATIENCE_S} s, so the GPU's driver hangs"
+        return f"{hangs}; restart this machine, or set {CPU_ONLY}"
+    except OSError:  # a file of that name that cannot be run
+        return None
     driver = re.search(r"Driver Version: *([\d.]+)", report.stdout)
     cuda = re.search(r"CUDA Version: *([\d.]+)", report.stdout)
     if report.returncode or not driver:
@@ -431,29 +471,8 @@ def unused_gpu(torch_version: str, torch_cuda: str | None) -> str | None:
     return (
         f"this machine has a GPU (driver {driver.group(1)}, CUDA up to {newest}), but torch {torch_version} "
         f"(built for {'CUDA ' + torch_cuda if torch_cuda else 'the CPU only'}) cannot use it; install the same torch from "
-        f"PyTorch's wheel index cu{newest.replace('.', '')} or the nearest below it, or set DS_ACCELERATOR=cpu to use the "
-        f"CPU on purpose"
+        f"PyTorch's wheel index cu{newest.replace('.', '')} or the nearest below it, or set {CPU_ONLY}"
     )
-
-
-def _find_peers() -> None:
-    """Set the variables that torch.distributed reads, from srun's if they are not there."""
-    if all(os.environ.get(name) for name in _LAUNCHED):
-        return  # torchrun and the deepspeed launcher set them all
-    peers = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    if os.environ.get("SLURM_STEP_NUM_TASKS"):  # set inside srun's tasks, not in the batch script
-        job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_STEP_ID") or 0)
-        peers = {
-            "RANK": os.environ["SLURM_PROCID"],
-            "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"],
-            "LOCAL_RANK": os.environ["SLURM_LOCALID"],
-            "MASTER_ADDR": _slurm_hosts()[0],
-            # of the job and the step: two jobs on one node do not meet
-            "MASTER_PORT": str(20000 + (job * 61 + step) % 20000),
-        }
-    else:
-        peers["MASTER_PORT"] = str(free_port())
-    os.environ.update(peers)
 
 
 def _quiet() -> None:

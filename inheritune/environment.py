@@ -47,6 +47,7 @@ VARIABLES: dict[str, Variable] = {
     "SLURM_MEM_PER_NODE": Variable("the job's --mem", MEBIBYTES, 0),
     "SLURM_STEP_ID": Variable("the step's number within its job"),
     "SLURM_STEP_NODELIST": Variable("the step's nodes"),
+    "SLURM_STEP_NUM_NODES": Variable("the number of the step's nodes"),
     "SLURM_STEP_NUM_TASKS": Variable("the step's tasks, of which each is a rank"),
     "SLURM_PROCID": Variable("this task's rank"),
     "SLURM_LOCALID": Variable("this task's rank on its node"),

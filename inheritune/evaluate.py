@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import xxhash
 
-from inheritune import dist, downstream, validate
+from inheritune import dist, downstream, signals, validate
 from inheritune.batches import Tokens
 from inheritune.config import Data, Experiment, Task, Train, UserError, load_experiment
 from inheritune.engine import resolve_precision
@@ -91,7 +91,7 @@ def measure(loaded: Experiment, chosen: dict[str, Task], job: Job | None, source
     dist.on_rank0(write_json, target, results) if target else None
     lm = downstream.harness(network, tokenizer, loaded.evaluate.batch, train.precision) if missing else None
     for number, name in enumerate(missing):
-        if why := dist.agree(dist.asked_to_stop()):
+        if why := dist.agree(signals.asked_to_stop()):
             raise dist.Stopped(f"{len(missing) - number} tasks are left to score ({why}); the same command goes on with them")
         start_time = time.monotonic()
         row = downstream.score(lm, chosen[name], benchmarks[name])

@@ -3,6 +3,7 @@
 Nothing ever reads a log to learn a number: tables and plots come from metrics.jsonl and results.json.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -40,7 +41,7 @@ def setup(run_dir: RunDir | None = None) -> None:
     if run_dir is not None and rank() == 0:
         run_dir.path.mkdir(parents=True, exist_ok=True)
         break_links(run_dir.log)
-        file = logging.FileHandler(run_dir.log, encoding="utf-8")
+        file = logging.FileHandler(run_dir.log, encoding="utf-8", errors="replace")
         file.handleError = lambda _: None  # a full disk: the record's own write says so, once
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         logger.addHandler(file)
@@ -51,6 +52,8 @@ def progress(steps=None, desc: str = "", unit: str = "it", **options) -> tqdm:
     hidden = True if rank() else None  # None: tqdm hides itself where there is no terminal
     return tqdm(steps, desc=desc, unit=unit, leave=False, disable=hidden, mininterval=0.5, dynamic_ncols=True, **options)
 
+
+GIT_PATIENCE_S = 30
 
 SPIKE_SIGMAS, SPIKE_ROWS = 7, 100
 
@@ -275,7 +278,10 @@ class StartClock:
 
     def __init__(self, first: bool):
         self.parts: dict[str, float] = {}
-        self._last = psutil.Process().create_time() if first else time.time()
+        self._last = time.time()
+        if first:
+            with contextlib.suppress(psutil.Error):  # where /proc is not mounted
+                self._last = psutil.Process().create_time()
 
     def end(self, part: str) -> None:
         """`part` ends now."""
@@ -292,12 +298,22 @@ class StartClock:
 
 
 def git_commit() -> str | None:
-    """Commit of the repository, with '+changes' where files differ from it; None outside a git checkout."""
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    if head.returncode:
+    """Commit of the repository, with '+changes' where files differ from it; None outside a git checkout, without git, or where
+    git refuses or does not answer (a checkout that another user owns, a network disk that hangs)."""
+    head = _git("rev-parse", "HEAD")
+    if head is None:
         return None
-    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=REPOSITORY, capture_output=True, check=False).stdout
-    return head.stdout.strip() + ("+changes" if changed.strip() else "")
+    return head + ("+changes" if _git("status", "--porcelain", "-uno") else "")
+
+
+def _git(*words: str) -> str | None:
+    """What git says of the repository, None if it fails. It takes no lock: others may be working in the checkout."""
+    command = ["git", "--no-optional-locks", *words]
+    try:
+        said = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=GIT_PATIENCE_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return None if said.returncode else said.stdout.strip()
 
 
 def _version(package: str) -> str | None:

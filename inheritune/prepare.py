@@ -17,7 +17,6 @@ import os
 import platform
 import re
 import shlex
-import signal
 import sys
 import threading
 import time
@@ -26,14 +25,16 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 
 import numpy as np
 import xxhash
 from tqdm import tqdm
 
+from inheritune import signals
 from inheritune.config import Data, Experiment, UserError
-from inheritune.dist import Stopped, asked_to_stop
+from inheritune.dist import Stopped
 from inheritune.documents import Batch, Source, Unusable, parse, read_batches
 from inheritune.lock import Lock
 from inheritune.rundir import (
@@ -158,8 +159,7 @@ def _start_worker(data: Data, tokenizer_dir: Path) -> None:
 
 
 def _start_process(data: Data, tokenizer_dir: Path) -> None:
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):  # the parent's to answer, who saves and ends us
-        signal.signal(number, signal.SIG_IGN)
+    signals.ignore()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
     def leave_with_parent():  # a killed parent cannot tell its workers, and they would wait for it for ever
@@ -170,14 +170,35 @@ def _start_process(data: Data, tokenizer_dir: Path) -> None:
     _start_worker(data, tokenizer_dir)
 
 
+class _Process(SpawnProcess):
+    """A worker, which no signal ends before it ignores them (`_start_process`)."""
+
+    def start(self) -> None:
+        with signals.held_back():
+            super().start()
+
+
+class _Spawn(SpawnContext):
+    """Starts workers anew: a fork would copy the parent's threads (pyarrow) half alive."""
+
+    Process = _Process
+
+
+def _start_pool(workers: int, data: Data, tokenizer_dir: Path) -> Executor:
+    if workers > 1:
+        # multiprocessing's own process removes the locks where a second Ctrl-C ends this one; there is no need to hear of it
+        sys.warnoptions.append("ignore:resource_tracker")
+        try:
+            return ProcessPoolExecutor(workers, _Spawn(), _start_process, (data, tokenizer_dir))
+        except OSError as error:  # its locks lie in /dev/shm
+            log.warning("several workers need a writable /dev/shm (%s): preparing with one", error.strerror)
+    return ThreadPoolExecutor(1, initializer=_start_worker, initargs=(data, tokenizer_dir))
+
+
 @contextmanager
 def _pool(workers: int, data: Data, tokenizer_dir: Path):
     """Executor of `workers` processes, each with the tokenizer loaded; one worker is a thread of this process."""
-    if workers == 1:
-        pool: Executor = ThreadPoolExecutor(1, initializer=_start_worker, initargs=(data, tokenizer_dir))
-    else:
-        spawn = multiprocessing.get_context("spawn")  # a fork would copy the parent's threads (pyarrow) half alive
-        pool = ProcessPoolExecutor(workers, spawn, _start_process, (data, tokenizer_dir))
+    pool = _start_pool(workers, data, tokenizer_dir)
     try:
         yield pool
     finally:
@@ -420,7 +441,7 @@ class _Job:
                 saved = time.monotonic()
             if self.tokens >= limit:
                 break
-            if asked_to_stop():
+            if signals.asked_to_stop():
                 self.save()
                 raise Stopped(f"preparing {self.folder} stopped at {self.tokens} tokens; the same command goes on from there")
         progress.close()

@@ -5,8 +5,10 @@ crash costs one step, a restart is the same command, and the growth logic is tes
 torch: it runs on a batch host.
 """
 
+import contextlib
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +16,12 @@ import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from inheritune import dist
+from inheritune import launcher, signals
 from inheritune.config import REPOSITORY, Experiment, Grow, Run, UserError, load_experiment
-from inheritune.dist import Stopped, asked_to_stop
+from inheritune.dist import Stopped, free_port
 from inheritune.planning import MFU, gpu_hours, models_of
 from inheritune.rundir import RunDir, data_dir, read_json, seed_flag, write_json
+from inheritune.signals import asked_to_stop
 from inheritune.taskcode import refuse_task_code
 from inheritune.values import GPUS, read_numbers
 
@@ -130,6 +133,8 @@ def grow(experiment: str, run: str, seed: int = 0, procs: int = 1, ds: str | Non
             if asked_to_stop() or trained.stopped.is_file():
                 raise Stopped(f"{run}: stopped within {action.title()}; the same command goes on from there")
             raise RuntimeError(f"{action.title()} ended without an error but left no result")
+        if asked_to_stop():
+            raise Stopped(f"{run}: stopped before {action.title()}; the same command goes on from there")
         if done_before and slot:
             raise Stopped(f"{run}: {done_before.title()} is done; next comes {action.title()}")
         _run(action, experiment, seed, procs, ds, loaded)
@@ -261,6 +266,8 @@ def _run(action: Action, experiment: str, seed: int, procs: int, ds: str | None,
     verb += ["--rehearse"] if loaded.rehearsal else []
     print(f"$ python -m inheritune {' '.join(verb)}", flush=True)
     code = launch(verb, procs, as_step=True) if action.verb == "train" else launch(verb, 1, as_step=False)
+    if code in (-signal.SIGINT, -signal.SIGUSR1, signals.INTERRUPTED) and asked_to_stop():
+        raise Stopped(f"{action.title()} was stopped before it had begun; the same grow command goes on from there")
     if code:
         print(f"grow stops: this step ended with code {code}; the same grow command goes on from there", file=sys.stderr)
         raise SystemExit(code if code > 0 else 128 - code)
@@ -269,37 +276,86 @@ def _run(action: Action, experiment: str, seed: int, procs: int, ds: str | None,
 def launch(verb: list[str], procs: int, as_step: bool = True) -> int:
     """Run `python -m inheritune VERB ...` as `procs` processes on this machine, or (`as_step`) inside a Slurm job as the
     tasks of $INHERITUNE_LAUNCH (an srun line, slurm/job.sh); returns the exit code of the first that failed, or 0. The
-    others are ended then: they would wait for it for ever. SIGUSR1 and SIGTERM to this process reach the ranks as SIGUSR1
-    (srun would answer a SIGTERM by killing its tasks)."""
-    arguments = ["-m", "inheritune", *verb]
-    path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
-    common = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // procs)), **os.environ, "PYTHONPATH": path}
-    in_batch_script = os.environ.get("SLURM_JOB_ID") and not os.environ.get("SLURM_STEP_NUM_TASKS")
-    dist.listen()
-    if as_step and in_batch_script and os.environ.get("INHERITUNE_LAUNCH"):
-        tasks = [subprocess.Popen([*shlex.split(os.environ["INHERITUNE_LAUNCH"]), "python", *arguments], env=common)]
-    else:
-        if procs > 1:
-            common.update(WORLD_SIZE=str(procs), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(dist.free_port()))
-        own = [{"RANK": str(r), "LOCAL_RANK": str(r)} if procs > 1 else {} for r in range(procs)]
-        image = os.environ.get("INHERITUNE_PYTHON") if in_batch_script else None  # job.sh's: Python within an image
-        python = shlex.split(image or shlex.quote(sys.executable))
-        tasks = [subprocess.Popen([*python, *arguments], env={**common, **mine}) for mine in own]
-    told = 0
+    others are ended then: they would wait for it for ever. A signal to this process that asks it to save reaches the ranks
+    as SIGUSR1 (srun would answer a SIGTERM by killing its tasks); a second Ctrl-C ends them."""
+    signals.listen()
+    step = as_step and _has_step()
+    tasks: list[subprocess.Popen] = []
+
+    def end() -> None:
+        _end(tasks, gently=step)
+
+    signals.before_leaving.append(end)
     try:
-        while any(process.poll() is None for process in tasks):
-            failed = next((process.returncode for process in tasks if process.poll()), 0)
-            if failed:
-                time.sleep(1)  # let the others say what they know
-                return failed
-            for _ in dist.asked[told:]:
-                told += 1
-                for process in tasks:
-                    process.send_signal(signal.SIGUSR1) if process.poll() is None else None
-            time.sleep(0.05)
-        return next((process.returncode for process in tasks if process.returncode), 0)
+        if step:
+            _start_step(tasks, verb)
+        else:
+            _start_here(tasks, verb, procs)
+        return _wait_for(tasks)
     finally:
-        for process in tasks:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+        end()
+        signals.before_leaving.remove(end)
+
+
+def _wait_for(tasks: list[subprocess.Popen]) -> int:
+    """Pass signals on until all processes have ended, or one has failed; the exit code."""
+    told = 0
+    while any(process.poll() is None for process in tasks):
+        failed = next((process.returncode for process in tasks if process.poll()), 0)
+        if failed:
+            time.sleep(1)  # let the others say what they know
+            return failed
+        for _ in signals.asked[told:]:
+            told += 1
+            for process in tasks:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGUSR1)
+        time.sleep(0.05)
+    return next((process.returncode for process in tasks if process.returncode), 0)
+
+
+def _has_step() -> bool:
+    return launcher.in_batch_script(os.environ) and bool(os.environ.get("INHERITUNE_LAUNCH"))
+
+
+def _start_step(tasks: list[subprocess.Popen], verb: list[str]) -> None:
+    """Start the srun of a Slurm job's script, which starts the ranks on the job's nodes."""
+    command = [*shlex.split(os.environ["INHERITUNE_LAUNCH"]), "python", "-m", "inheritune", *verb]
+    if not shutil.which(command[0]):
+        raise UserError(f"'{command[0]}', with which this job starts its ranks (INHERITUNE_LAUNCH), is not on the PATH")
+    tasks.append(subprocess.Popen(command, env=_environment(1)))
+
+
+def _start_here(tasks: list[subprocess.Popen], verb: list[str], procs: int) -> None:
+    """Start `procs` processes on this machine, ranks of one launch if there are several."""
+    image = os.environ.get("INHERITUNE_PYTHON") if launcher.in_batch_script(os.environ) else None  # Python within an image
+    command = [*shlex.split(image or shlex.quote(sys.executable)), "-m", "inheritune", *verb]
+    if not shutil.which(command[0]):
+        raise UserError(f"'{command[0]}', which is to start Python (INHERITUNE_PYTHON), is not on the PATH")
+    port = free_port()
+    for rank in range(procs):
+        own = launcher.Launch(rank, procs, rank, port=port).variables(port) if procs > 1 else {}
+        # no signal may end a rank before it listens; an image's own starter is left alone
+        with contextlib.nullcontext() if image else signals.held_back():
+            tasks.append(subprocess.Popen(command, env={**_environment(procs), **own}))
+
+
+def _environment(procs: int) -> dict[str, str]:
+    """What the processes of a launch share: this repository, its share of the cores, nothing of the launch of this process."""
+    path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    threads = str(max(1, (os.cpu_count() or 1) // procs))
+    inherited = launcher.without_launch(os.environ)
+    return {"OMP_NUM_THREADS": threads, **inherited, "PYTHONPATH": path, signals.CHILD: "1"}
+
+
+def _end(tasks: list[subprocess.Popen], gently: bool) -> None:
+    """End what still runs: ranks at once; an srun (`gently`) by SIGTERM, on which it ends its tasks too."""
+    for process in tasks:
+        if gently and process.poll() is None:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+        if process.poll() is None:
+            process.kill()
+    for process in tasks:
+        process.wait()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import yaml
 
-from inheritune import checkpoint, dist, dslint, environment, rundir, validate
+from inheritune import checkpoint, dist, dslint, environment, rundir, signals, validate
 from inheritune.batches import Order, Share, Tokens, check_some_shards, read_share
 from inheritune.config import RESUMABLE_KEYS, UserError, load_experiment, read_yaml
 from inheritune.distil import Teacher
@@ -370,7 +370,7 @@ class Trainer:
     def _asked_to_stop(self) -> bool:
         """Whether any rank got a signal, or a STOP file lies in the run's folder; the same on every rank."""
         self.watch.at("between two steps or two batches of validation")
-        reason = dist.asked_to_stop()
+        reason = signals.asked_to_stop()
         if reason is None and dist.rank() == 0 and time.monotonic() > self.next_look:
             self.next_look = time.monotonic() + 1  # a shared disk need not be asked at every step
             stops = str(self.job.root.stop), os.environ.get("INHERITUNE_STOP", "")  # and that of a growth that needs this run

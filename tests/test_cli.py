@@ -19,7 +19,8 @@ from inheritune.rundir import data_dir
 
 # DESIGN: a file imports only from files before it; documents holds the readers that prepare and fetch share
 ORDER = """
-errors values layers environment reading names escape config taskcode processes rundir lock dist log outputs portable tokens
+errors values layers environment reading names escape config launcher signals streams taskcode
+processes rundir lock dist log outputs portable tokens
 decoders documents prepare batches models sources writer downstream fetch inherit attention export validate dslint engine distil
 planning layout checkpoint job train evaluate stages paper tables figures status
 """.split()  # noqa: SIM905 - a list to read

@@ -44,26 +44,6 @@ def test_training_is_refused_there_instead_of_using_the_cpu(gpu_machine, small):
     assert done.returncode == 2 and "this machine has a GPU (driver 550.54" in done.stderr
 
 
-def test_ranks_come_from_sruns_tasks(tmp_path, monkeypatch):
-    control = tmp_path / "scontrol"
-    control.write_text("#!/bin/sh\nprintf 'node3\\nnode4\\n'\n")
-    control.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    task = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "node[3-4]", "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0"}
-    for name, value in {**task, "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}.items():
-        monkeypatch.setenv(name, value)
-    before = dict(os.environ)
-    try:
-        dist._find_peers()
-        assert [os.environ[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")] == ["3", "4", "1", "node3"]
-        assert dist.launched() and dist.world() == 4
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
 def test_first_failing_process_ends_the_others_with_its_code(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     assert stages.launch(["train", "quickstart", "--run", "nothing"], 2) == 2

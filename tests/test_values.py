@@ -8,7 +8,6 @@ import shutil
 import typing
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 from conftest import REPOSITORY, experiment_dict, refused, run_verb, write_experiment, write_tokens

@@ -52,11 +52,11 @@ def setup(work: dict, folder: Path) -> None:
 
 STOP = """
 import sys
-from inheritune import dist, train
+from inheritune import dist, signals, train
 log_step = train.Trainer._log_step
 def stop_at_two(self, state, *rest):
     log_step(self, state, *rest)
-    dist.asked.append("benchmark") if state["step"] == 2 else None
+    signals.asked.append("benchmark") if state["step"] == 2 else None
 train.Trainer._log_step = stop_at_two
 try:
     train.train(sys.argv[1], "reference")
