@@ -5,6 +5,7 @@ The state of a run beside DeepSpeed's files is one visible dict (`state` of trai
 """
 
 import errno
+import pickle
 import shutil
 import time
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 
 from inheritune.config import UserError
-from inheritune.dist import barrier, device, gather, on_rank0, rank, world
+from inheritune.dist import NodeError, barrier, device, gather, on_rank0, rank, world
 from inheritune.engine import drop_secondary_copies, full_parameters, zero_stage
 from inheritune.layout import describe_layout, find_changes
 from inheritune.log import logger
@@ -44,11 +45,12 @@ MARKER = "COMPLETE"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 
-def save(engine, run_dir: RunDir, step: int, state: dict, settings: dict, keep_last: int) -> float:
-    """Write checkpoint `step` on every rank, mark it complete, then delete all but the last `keep_last`.  -> seconds taken
+def save(engine, run_dir: RunDir, state: dict, settings: dict, keep_last: int, run: dict) -> float:
+    """Write a checkpoint of the run's `state`, at its step, on every rank; mark it complete, with what `run` says of the run
+    (identity.describe_run); then delete all but the last `keep_last`.  -> seconds taken
 
     No rank leaves before it is complete on all. Raises UserError when the disk is full; the checkpoints before it stay."""
-    t0 = time.perf_counter()
+    t0, step = time.perf_counter(), state["step"]
     target = run_dir.checkpoint(step)
     # named after this process: one that was taken for dead and still writes cannot get into ours
     temporary = on_rank0(temporary_of, target)
@@ -74,7 +76,7 @@ def save(engine, run_dir: RunDir, step: int, state: dict, settings: dict, keep_l
         flush(target.parent)
         files = {name: facts for part in hashes for name, facts in part.items()}
         shape = {"ranks": world(), "zero_stage": zero_stage(settings), **describe_layout(settings)}
-        marker = {"step": step, **shape, "files": files}
+        marker = {"step": step, "run": run, **shape, "files": files}
         write_json(target / MARKER, marker)
         prune(run_dir, step, keep_last)
 
@@ -197,7 +199,18 @@ def is_resize(run_dir: RunDir, step: int, settings: dict) -> bool:
     change of the JSON whose effect is not known."""
     folder = run_dir.checkpoint(step)
     marker = read_json(folder / MARKER)
-    before, now = (marker["ranks"], marker["zero_stage"]), (world(), zero_stage(settings))
+    try:
+        return _must_read_by_name(marker, run_dir, step, settings)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{folder / MARKER} lacks what a marker says, or says it otherwise; restore it, or delete {folder}"
+        ) from None
+
+
+def _must_read_by_name(marker: dict, run_dir: RunDir, step: int, settings: dict) -> bool:
+    """`is_resize`, by the checkpoint's marker."""
+    folder = run_dir.checkpoint(step)
+    before, now = (int(marker["ranks"]), int(marker["zero_stage"])), (world(), zero_stage(settings))
     if before != now and 0 in (before[1], now[1]):
         raise UserError(
             f"checkpoint {folder} was written by {before[0]} rank(s) at ZeRO {before[1]}, this job has "
@@ -353,8 +366,12 @@ def _shape(parameter) -> torch.Size:
 
 
 def _restore_generators(folder: Path, saved_rank: int) -> None:
-    generators = torch.load(folder / f"rng_{saved_rank:05d}.pt", weights_only=True)
-    torch.set_rng_state(generators["cpu"])
+    file = folder / f"rng_{saved_rank:05d}.pt"
+    try:
+        generators = torch.load(file, weights_only=True)
+        torch.set_rng_state(generators["cpu"])
+    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, RuntimeError):  # of another program, with a right hash
+        raise NodeError(f"{file} holds no state of random generators; restore it, or delete its checkpoint") from None
     if "cuda" in generators and device().type == "cuda":
         torch.cuda.set_rng_state(generators["cuda"])
 

@@ -155,7 +155,7 @@ def write_random(config, out: str | Path, seed: int = 0) -> dict:
 
     Returns the manifest. Raises UserError as `inherit` does."""
     origins = {name: Origin(torch.float32) for name in tensor_shapes(config)}
-    described = {key: value for key, value in config.to_dict().items() if key not in _INCIDENTAL}
+    described = {key: value for key, value in config.to_dict().items() if key not in INCIDENTAL}
     digest = xxhash.xxh3_128_hexdigest(json.dumps(described, sort_keys=True, default=str).encode())
     about = {
         "kind": "random",
@@ -181,7 +181,7 @@ def extend(previous: str | Path, reference: str | Path, layers_from: int, layers
         raise UserError(f"{previous} has {n_old} layers, not {layers_from}; give the stage that is to be extended")
     if not layers_from < layers_to <= n_new:
         raise UserError(f"cannot extend {layers_from} layers to {layers_to}: {reference} has {n_new}")
-    of_depth = {old.table.layers, *old.table.per_layer, *_INCIDENTAL}
+    of_depth = {old.table.layers, *old.table.per_layer, *INCIDENTAL}
     ours, theirs = drop_older_keys(old.config.to_dict()), drop_older_keys(new.config.to_dict())
     differing = sorted(key for key in ours.keys() | theirs.keys() if key not in of_depth and ours.get(key) != theirs.get(key))
     if differing:
@@ -207,7 +207,7 @@ def extend(previous: str | Path, reference: str | Path, layers_from: int, layers
 
 
 # Config keys that say nothing about what the model computes.
-_INCIDENTAL = ("dtype", "architectures", "transformers_version", "_name_or_path", "use_cache")
+INCIDENTAL = ("dtype", "architectures", "transformers_version", "_name_or_path", "use_cache")
 
 
 def cut_config(config, layers: Sequence[int | None]):

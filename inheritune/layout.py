@@ -17,6 +17,7 @@ from inheritune.engine import zero_stage
 
 VERSION = "the version of DeepSpeed"
 STAGE = "zero_optimization.stage"
+ELASTIC = "zero_optimization.elastic_checkpoint"
 
 
 def describe_layout(settings: dict) -> dict:
@@ -41,6 +42,16 @@ def fill_defaults(settings: dict) -> dict:
     return {key: value for key, value in flat.items() if not isinstance(value, dict)}
 
 
+def _fill_if_known(settings: dict) -> dict:
+    """`fill_defaults` of a JSON that another version of DeepSpeed took: what this one does not know keeps its value."""
+    from pydantic import ValidationError
+
+    try:
+        return fill_defaults(settings)
+    except ValidationError:
+        return fill_defaults({}) | {k: v for k, v in dslint.flatten(settings).items() if not isinstance(v, dict)}
+
+
 def find_changes(marker: dict, settings: dict, where: str) -> list[str]:
     """Return the keys that `settings` changes against the JSON in `marker` (of the checkpoint `where`) and that decide how
     vectors are stored. An empty list means that the checkpoint can be loaded as it is.
@@ -48,15 +59,17 @@ def find_changes(marker: dict, settings: dict, where: str) -> list[str]:
     Raises UserError naming a changed key of which this is not known."""
     import deepspeed
 
-    before, now = fill_defaults(marker["deepspeed"]) | marker["layout"], fill_defaults(settings)
+    before, now = _fill_if_known(marker["deepspeed"]) | marker["layout"], fill_defaults(settings)
     stages, rules = {before.get(STAGE), now[STAGE]}, dslint.VERDICTS["resume"]
     changed = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
+        if key == ELASTIC and old:  # DeepSpeed 0.19.8 writes such a checkpoint, and raises as it reads it
+            changed.append(key)
         if old == new or key == STAGE or not any(_is_read(key, stage) for stage in stages):
             continue
         if key in rules["layout"]:
-            changed.append(key)
+            changed += [key] * (key not in changed)
         elif not _is_kept(key, old, new):
             raise UserError(
                 f"{where} was written with {key} = {old}, the DeepSpeed JSON of this start has {new}; whether its stored "

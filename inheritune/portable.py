@@ -163,9 +163,10 @@ def special_tokens_map(raw: dict) -> dict:
 
 
 def find_files(folder: Path, patterns: Iterable[str] = FILES) -> list[str]:
-    """Names, relative to `folder`, of the tokenizer's files that are there."""
-    found = (path.relative_to(folder).as_posix() for pattern in patterns for path in sorted(folder.glob(pattern)))
-    return [name for name in found if (folder / name).is_file()]
+    """Names, relative to `folder`, of the tokenizer's files that are there; what is hidden (.DS_Store) is not a tokenizer's."""
+    found = (path.relative_to(folder) for pattern in patterns for path in sorted(folder.glob(pattern)))
+    shown = (path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
+    return [name for name in shown if (folder / name).is_file()]
 
 
 def write_tokenizer(folder: Path, files: dict[str, bytes], trained: bool = False, token_types: bool = False) -> None:

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 import yaml
 
-from inheritune import checkpoint, dist, dslint, environment, rundir, signals, validate
+from inheritune import checkpoint, dist, dslint, environment, identity, rundir, signals, validate
 from inheritune.batches import Order, Share, Tokens, check_some_shards, read_share
-from inheritune.config import RESUMABLE_KEYS, UserError, load_experiment, read_yaml
+from inheritune.config import UserError, load_experiment
 from inheritune.distil import Teacher
 from inheritune.engine import (
     gradient_norm,
@@ -69,7 +69,10 @@ def train(experiment: str, run: str, seed: int = 0, stage: int | None = None, ds
 def train_job(job: Job, ds: str | None = None) -> None:
     """Train `job` with the DeepSpeed JSON `ds` (default: the experiment's)."""
     if job.dir.is_done():
-        print(f"{job.title()} is finished: {job.dir.final}") if dist.rank() == 0 else None
+        if dist.rank() == 0:
+            print(f"{job.title()} is finished: {job.dir.final}")
+            if note := identity.describe_change_since(job.dir, job):
+                print(f"note: {note}; to train that, start a run of another name")
         return
     dist.tell_run(job.dir.path)
     path = ds or job.settings.deepspeed
@@ -125,7 +128,9 @@ def prepare_start(job: Job):
         return random_start(job, job.experiment.layers_of(job.run))
     folder = job.dir.init
     if (folder / "inherited.json").is_file():
-        return folder
+        if job.dir.experiment.is_file() or job.dir.complete_checkpoints():
+            return folder
+        rundir.remove(folder)  # of a start that was refused or killed before the run began: asked for otherwise, perhaps
     source, revision = source_of(job, copied.source, copied.revision)
     if job.run.init.half_width:
         halve(source, folder, revision)
@@ -203,6 +208,8 @@ class Trainer:
         if self._asked_to_stop():
             raise dist.Stopped(f"{job.title()} did not start: {self.why}", again="STOP" not in self.why)
         resume = checkpoint.find(run_dir)
+        if resume is not None:
+            dist.on_rank0(identity.check_checkpoint, job, self.train, self.tokens.fingerprint, resume)
         resized = resume is not None and checkpoint.is_resize(run_dir, resume, self.settings)
         self.clock.end("hashes of checkpoints")
         dist.on_rank0(rundir.remove_leftovers, run_dir.path)
@@ -212,6 +219,7 @@ class Trainer:
         start = dist.on_rank0(prepare_start, job)
         dist.on_rank0(check_start, start)
         source = open_source(str(start), check=False)
+        identity.check_start_model(job, source.config, start)
         self.clock.end("making the start")
         if self.teacher:
             self.teacher.load(source.config, self.length, self.train.precision, self.device)
@@ -225,10 +233,11 @@ class Trainer:
             source.config, weights, self.settings, self.train, self.share.micro_batch, self.share.accumulation
         )
         self.clock.end("engine")
-        state = {"step": 0, "tokens": 0, "data": self.tokens.fingerprint, "evaluated": -1}
+        state = {"step": 0, "tokens": 0, "data": self.tokens.fingerprint, "evaluated": -1, "bad": []}
         if resume is not None:
             state = (checkpoint.restore_resized if resized else checkpoint.restore)(self.engine, run_dir, resume)
             logger.info("resumed at step %d of %d", state["step"], self.train.steps)
+            self.bad = state.get("bad", [])  # a start does not begin the count of bad steps anew
         self.clock.end("checkpoint")
         if state["step"] < self.train.steps:
             checkpoint.check_room(self.engine, run_dir)  # now, not after the first thousand steps
@@ -282,7 +291,7 @@ class Trainer:
                 dist.rank() == 0 and self.clock.record(self.job.dir)
 
             if engine.was_step_applied():
-                self.bad = []
+                self.bad = state["bad"] = []
             else:
                 self._note_bad_step(state, sums)
             if not self.bad and (step % train.log_every == 0 or step == train.steps):
@@ -310,7 +319,7 @@ class Trainer:
         starts = self.order.starts(step - 1)[share.first : share.first + share.count].tolist()
         losses = [loss if math.isfinite(loss) else None for loss in losses]  # JSON has no nan
         ranks = dist.gather({"node": node(), "losses": losses, "windows": starts})
-        self.bad.append({"step": step, "ranks": ranks})
+        self.bad = state["bad"] = [*self.bad, {"step": step, "ranks": ranks}]
         facts = {"data": str(self.tokens.folder), "data_fingerprint": self.tokens.fingerprint, "seed": job.seed}
         dist.on_rank0(write_json, job.dir.bad_batch, {**facts, "window_tokens": self.length + 1, "steps": self.bad})
         if self.metrics:
@@ -358,7 +367,8 @@ class Trainer:
         if self.metrics:
             self.metrics.sync()
         self.watch.at(f"saving after step {state['step']}")
-        seconds = checkpoint.save(self.engine, self.job.dir, state["step"], state, self.settings, self.train.keep_last)
+        run = identity.describe_run(self.job, self.train, self.tokens.fingerprint)
+        seconds = checkpoint.save(self.engine, self.job.dir, state, self.settings, self.train.keep_last, run)
         self.saved = state["step"]
         lead = environment.number("INHERITUNE_LEAD")
         if seconds > lead / 2:
@@ -452,16 +462,8 @@ class Trainer:
     def _check_same_experiment(self) -> None:
         """Raises UserError if the run folder belongs to another experiment or other data than asked for now."""
         run_dir = self.job.dir
-        if not run_dir.experiment.is_file():
-            return
-        before, now = read_yaml(run_dir.experiment), self.job.resolved(self.train)
-        differences = _differences(before, yaml.safe_load(yaml.safe_dump(now)))
-        differences = [d for d in differences if d[0].removeprefix("train.") not in RESUMABLE_KEYS]
-        if differences:
-            key, old, new = differences[0]
-            raise UserError(
-                f"{run_dir.path} was started with {key} = {old}, now it is {new}; go back to it, or start a run of another name"
-            )
+        identity.check_begun(self.job, self.train)
+        identity.check_stages_before(self.job, self.train)
         if run_dir.provenance.is_file():
             first = run_dir.read_starts("data_fingerprint")[0]
             if self.teacher and self.teacher.files != (first.get("teacher") or {}).get("files"):
@@ -546,11 +548,3 @@ def compare(job: Job, losses: np.ndarray, results: dict) -> dict:
             )
     difference = validate.paired_difference(losses, np.load(reference.losses(theirs["steps"])))
     return {"compared_with": name, "difference": difference, "paper_rule": difference["mean"] <= 0}
-
-
-def _differences(before, now, path: str = "") -> list[tuple[str, object, object]]:
-    """(key path, old, new) wherever two nested dicts differ."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = [*before, *(key for key in now if key not in before)]
-        return [d for key in keys for d in _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))]
-    return [] if before == now else [(path, before, now)]

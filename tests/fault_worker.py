@@ -2,6 +2,7 @@
 
 python tests/fault_worker.py EXPERIMENT RUN KIND@STEP:RANK, where KIND is
     loss     the loss of one micro batch of that step is infinite, its gradient is not
+    losses   the loss of every micro batch from that step on is infinite
     weight   one weight of this rank becomes nan before that step, and stays so until it is loaded again
     unsaved  one weight becomes nan between that step and its checkpoint
     slow     whatever this rank brings to disk, at any step, takes half a second per file more
@@ -63,7 +64,7 @@ def at_step(order, number: int, share) -> None:
     global due
     if watch and number == int(step) - 1:
         watch.limit_s = HANG_S
-    due = number == int(step) - 1 and dist.rank() == int(who)
+    due = (number >= int(step) - 1 if kind == "losses" else number == int(step) - 1) and dist.rank() == int(who)
     if due and kind == "weight":
         spoil_a_weight()
     elif due and kind in HANGS:
@@ -85,7 +86,7 @@ def keep_watch(result):
 
 def spoil_the_loss(losses):
     global due
-    struck, due = due and kind == "loss", False
+    struck, due = due and kind in ("loss", "losses"), due and kind == "losses"
     return losses + float("inf") if struck else losses  # a sum's gradient is 1: only the loss shows it
 
 

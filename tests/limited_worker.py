@@ -7,6 +7,8 @@ import resource
 import sys
 from pathlib import Path
 
+import transformers.models.gpt2.modeling_gpt2  # noqa: F401 - what an import maps is not what is limited
+
 import inheritune.inherit
 import inheritune.prepare  # noqa: F401
 from inheritune import __main__ as program

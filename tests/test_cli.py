@@ -22,7 +22,7 @@ ORDER = """
 errors values layers environment reading names escape config launcher signals streams taskcode
 processes rundir lock dist log outputs portable tokens
 decoders documents prepare batches models sources writer downstream fetch inherit attention export validate dslint engine distil
-planning layout checkpoint job train evaluate stages paper tables figures status
+planning layout checkpoint job identity train evaluate stages paper tables figures status
 """.split()  # noqa: SIM905 - a list to read
 
 

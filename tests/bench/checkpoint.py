@@ -60,7 +60,7 @@ def ours(work: dict, folder: Path) -> dict:
     engine, settings = engine_of(work, folder)
     run_dir = RunDir(empty(folder))
     with clock() as measured:
-        checkpoint.save(engine, run_dir, 1, {"step": 1}, settings, keep_last=2)
+        checkpoint.save(engine, run_dir, {"step": 1}, settings, keep_last=2, run={})
     files = [file for file in run_dir.path.rglob("*") if file.is_file()]
     dist.on_rank0((folder / f"{work['key']}.bytes").write_text, str(sum(file.stat().st_size for file in files)))
     dist.stop()

@@ -1,0 +1,111 @@
+"""Whether what lies in a run's folder belongs to the run that is asked for.
+
+A folder may hold the start of a model that the experiment no longer describes, a checkpoint that was copied from another
+run, or stages that were grown under other settings. Each would train on without an error, as another run than its
+experiment.yaml says. So a checkpoint's marker names its run (`describe_run`), and every start compares.
+"""
+
+import json
+
+import yaml
+
+from inheritune.config import RESUMABLE_KEYS, Train, UserError, read_yaml
+from inheritune.inherit import INCIDENTAL, half_config
+from inheritune.job import Job
+from inheritune.models import architecture, hf_config
+from inheritune.rundir import RunDir, read_json
+
+GROWN_FURTHER = ("run.grow.max_layers", "run.grow.margin")
+"""Keys that may change between two stages: how far growth may go, and when it ends. No stage is another for it."""
+
+
+def describe_run(job: Job, train: Train, data_fingerprint: str) -> dict:
+    """Return what tells a run (with `train` as resolved) from all others, as JSON keeps it."""
+    return json.loads(json.dumps({**job.resolved(train), "data_fingerprint": data_fingerprint}))
+
+
+def find_differences(before, now, path: str = "") -> list[tuple[str, object, object]]:
+    """Return (key path, old, new) wherever two nested dicts differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [*before, *(key for key in now if key not in before)]
+        return [d for key in keys for d in find_differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))]
+    return [] if before == now else [(path, before, now)]
+
+
+def find_changes_of_run(before: dict, now: dict, free: tuple[str, ...] = ()) -> list[tuple[str, object, object]]:
+    """Return the differences that make another run: all but those of RESUMABLE_KEYS and `free`."""
+    changes = find_differences(before, now)
+    return [c for c in changes if c[0].removeprefix("train.") not in RESUMABLE_KEYS and c[0] not in free]
+
+
+def check_begun(job: Job, train: Train) -> None:
+    """Raises UserError if the run's folder was begun under another experiment than `job` has now."""
+    file = job.dir.experiment
+    if file.is_file():
+        changes = find_changes_of_run(read_yaml(file), yaml.safe_load(yaml.safe_dump(job.resolved(train))))
+        if changes:
+            key, old, new = changes[0]
+            raise UserError(
+                f"{job.dir.path} was started with {key} = {old}, now it is {new}; go back to it, or start a run of another name"
+            )
+
+
+def check_checkpoint(job: Job, train: Train, data_fingerprint: str, step: int) -> None:
+    """Raises UserError if checkpoint `step` was written by another run than `job`. Markers of older versions name none."""
+    folder = job.dir.checkpoint(step)
+    before = read_json(folder / "COMPLETE").get("run")
+    changes = find_changes_of_run(before, describe_run(job, train, data_fingerprint)) if before else []
+    if changes:
+        key, old, new = changes[0]
+        raise UserError(
+            f"checkpoint {folder} is of another run: {key} is {old} there and {new} here; move it away, or go back to that "
+            f"value"
+        )
+
+
+def check_stages_before(job: Job, train: Train) -> None:
+    """Raises UserError if a stage of a grown run would be trained otherwise than the first was."""
+    first = job.root.stage(1).experiment
+    if not job.stage or job.stage == 1 or not first.is_file():
+        return
+    now = yaml.safe_load(yaml.safe_dump(job.resolved(train)))
+    changes = find_changes_of_run(read_yaml(first), now, ("stage", *GROWN_FURTHER))
+    if changes:
+        key, old, new = changes[0]
+        raise UserError(
+            f"stage 1 of {job.root.path} was trained with {key} = {old}, now it is {new}; go back to it, or grow a run of "
+            f"another name"
+        )
+
+
+def check_start_model(job: Job, config, folder) -> None:
+    """Raises UserError if the start in `folder`, of configuration `config`, is not the model that the experiment describes.
+
+    Only where the experiment decides the shape: a random start, and what comes from a run of the same file."""
+    copied = job.run.init.copied
+    if copied and copied.source not in job.experiment.runs:
+        return
+    wanted = hf_config(job.experiment.model, getattr(config, architecture(config.model_type).layers))
+    if job.run.init.half_width:
+        wanted = half_config(wanted)
+    stored, asked = ({k: v for k, v in c.to_dict().items() if k not in INCIDENTAL} for c in (config, wanted))
+    changes = find_differences(json.loads(json.dumps(stored, default=str)), json.loads(json.dumps(asked, default=str)))
+    changes = [c for c in changes if c[0] in asked]
+    if changes:
+        key, old, new = changes[0]
+        raise UserError(
+            f"{folder} holds another model than {job.experiment.name} describes: its {key} is {old}, the experiment's {new}; "
+            f"go back to that, or delete the folder if it is left from before, or name the experiment anew"
+        )
+
+
+def describe_change_since(run_dir: RunDir, job: Job) -> str:
+    """Return a sentence that says in what the experiment has changed since the finished run in `run_dir` was trained, or ""."""
+    if not run_dir.experiment.is_file():
+        return ""
+    now = yaml.safe_load(yaml.safe_dump(job.resolved(job.settings)))
+    changes = find_changes_of_run(read_yaml(run_dir.experiment), now, ("train.precision",))  # that may be `auto` here
+    if not changes:
+        return ""
+    key, old, new = changes[0]
+    return f"it was trained with {key} = {old}, the experiment now has {new}"
