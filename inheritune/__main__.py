@@ -297,6 +297,17 @@ def typed(verb: str, name: str, text: str):
 
 
 def run(verb: str, arguments: dict, argv: list[str]) -> int:
+    """Call the verb, and say it in a sentence where a limit of the machine is met."""
+    try:
+        return call(verb, arguments, argv)
+    except Exception as error:  # after which other ranks may be in a collective; not so if all were asked to stop
+        dist.stop() if isinstance(error, dist.Stopped) else None
+        if limit := dist.limit_error(error):
+            raise limit from None
+        raise
+
+
+def call(verb: str, arguments: dict, argv: list[str]) -> int:
     """Call the verb through Fire, or start it as several processes where --procs asks for them."""
     if verb in SAVING:
         signals.listen()
@@ -309,13 +320,7 @@ def run(verb: str, arguments: dict, argv: list[str]) -> int:
         return launch(argv, procs)
     import fire
 
-    try:
-        fire.Fire(Verbs(), command=[verb, *(f"--{name}={value!r}" for name, value in arguments.items())], name="inheritune")
-    except Exception as error:  # after which other ranks may be in a collective; not so if all were asked to stop
-        dist.stop() if isinstance(error, dist.Stopped) else None
-        if limit := dist.limit_error(error):
-            raise limit from None
-        raise
+    fire.Fire(Verbs(), command=[verb, *(f"--{name}={value!r}" for name, value in arguments.items())], name="inheritune")
     dist.stop()
     return 0
 

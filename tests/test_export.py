@@ -313,7 +313,9 @@ def test_card_opens_a_tokenizer_by_a_class_that_gives_the_runs_ids(tmp_path, sen
         ours = load_tokenizer(data, folder)
         opener, pad_token_id = module.open_as_others(folder, ours)
         assert (opener, pad_token_id) == (openers[name], None)
-        snippet = module.SNIPPETS[opener].format(name=json.dumps(name)) + "\nprint('IDS', tokenizer.encode('The\\n\\n  cat 12345'))"
+        snippet = (
+            module.SNIPPETS[opener].format(name=json.dumps(name)) + "\nprint('IDS', tokenizer.encode('The\\n\\n  cat 12345'))"
+        )
         done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0 and done.stdout.startswith("The"), done.stderr
         assert f"IDS {ours.encode_batch(['The' + chr(10) * 2 + '  cat 12345'])[0].tolist()}" in done.stdout

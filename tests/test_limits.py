@@ -54,7 +54,8 @@ def test_inherit_out_of_memory_is_one_sentence_and_leaves_nothing(tmp_path):
     sizes = {"layers": 2, "width": 1024, "heads": 2, "positions": 32, "vocab_size": 20_000}
     write_random(hf_config(Model(size="gpt2_tiny", **sizes), 2), tmp_path / "source")  # its embedding has 80 MB
     words = ("inherit", "--source", tmp_path / "source", "--layers", "0:1", "--out", tmp_path / "out")
-    assert "out of memory" in limited(40, *words)
+    for megabytes in (1, 10):
+        assert "out of memory" in limited(megabytes, *words)
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
     run_verb(*words)
     assert (tmp_path / "out" / "inherited.json").is_file()
