@@ -152,7 +152,7 @@ def read_parquet(path: Path, key: str) -> Iterator[tuple[int, bytes | None]]:
         _check_column(path, file.schema_arrow, key)
         row = 0
         for batch in file.iter_batches(batch_size=256, columns=[key]):
-            column = batch.column(0)
+            column = batch.column(key)  # by name: where 'a.b' is asked for, pyarrow also reads field b of a column a
             column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
             for raw in column.cast(pa.large_binary()).to_pylist():
                 row += 1

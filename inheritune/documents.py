@@ -5,6 +5,7 @@ goes). `read_batches` streams their documents as raw bytes, `parse` makes text o
 reader notices whether its file ended whole, as far as the format tells: decoders.py, and the table in tests/damage.md.
 """
 
+import codecs
 import fnmatch
 import glob
 import io
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 KINDS = {".txt": "text", ".py": "python", ".parquet": "text"} | dict.fromkeys(
     (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz"), "json"
 )
+QUADRATIC = {"punycode", "idna"}
+"""Encodings that a coding line may name and whose decoders take a time that grows with the square of a text's length."""
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -76,9 +79,15 @@ class Source:
         return {"name": name, "bytes": self.path(name).stat().st_size}
 
     def state(self) -> str:
-        """Return a hash that changes when the documents do: names with sizes, or names with the commit of a Hub data set."""
-        local = self.data.source != "hub"
-        names = {group: [self._size_of(n) if local else n for n in names] for group, names in self.groups.items()}
+        """Return a hash that changes when the documents do: names with sizes and times of change, or names with the commit of a
+        Hub data set."""
+
+        def facts_of(name: str) -> dict | str:
+            if self.data.source == "hub":
+                return name
+            return self._size_of(name) | {"changed_ns": self.path(name).stat().st_mtime_ns}
+
+        names = {group: [facts_of(name) for name in names] for group, names in self.groups.items()}
         return xxhash.xxh3_128_hexdigest(json.dumps([names, self.data.revision]).encode())
 
     def documents(self, name: str) -> Iterator[tuple[int, bytes | None]]:
@@ -278,7 +287,9 @@ def _decode(kind: str, raw: bytes) -> str:
     encoding = "utf-8"
     try:
         if kind == "python":
-            encoding = tokenize.detect_encoding(io.BytesIO(raw).readline)[0]
+            encoding = codecs.lookup(tokenize.detect_encoding(io.BytesIO(raw).readline)[0]).name
+            if encoding in QUADRATIC:
+                raise LookupError
         return raw.decode(encoding)
     except LookupError:  # a coding line may name what is no encoding of text, such as rot13
         raise Unusable("coding line that is no text encoding") from None

@@ -144,7 +144,8 @@ def _has_changed(path: Path, before: dict, since: float) -> bool:
     facts = path.stat()
     if facts.st_size != before["bytes"]:
         return True
-    return "xxh3" in before and facts.st_mtime > since and hash_file(path) != before["xxh3"]
+    newer = max(facts.st_mtime, facts.st_ctime) > since  # a copy may keep the time of what it was copied from
+    return "xxh3" in before and newer and hash_file(path) != before["xxh3"]
 
 
 # --- encoding in processes -------------------------------------------------------------------------------------------------
@@ -413,6 +414,8 @@ class _Job:
                 left = BPE_SAMPLE_BYTES * weights[group] / sum(weights.values())
             number = self.first.get(group, 0)
             for batch in read_batches(self.source, group, (0, 0), BATCH_BYTES):
+                if self.heldout is not None and number + len(batch.raws) > len(self.heldout):
+                    raise self._changed()
                 for raw in batch.raws:
                     if left > 0 and (self.heldout is None or not self.heldout[number]):
                         try:
@@ -487,6 +490,8 @@ class _Job:
             into_val[: max(0, data.shard_tokens - self.splits["val"].tokens)] = True
             val_documents = int((lengths > 0)[ends <= into_val.sum()].sum())
         else:
+            if first + len(lengths) > self.counts[batch.group]:
+                raise self._changed()
             held = self.heldout[self.first[batch.group] + first :][: len(lengths)]
             into_val, val_documents = np.repeat(held, lengths), int((held & (lengths > 0)).sum())
         filled = self.splits["val"].write(ids[into_val], val_documents)
@@ -496,8 +501,16 @@ class _Job:
         self.position[batch.group] = batch.end
         return filled
 
+    def _changed(self) -> UserError:
+        return UserError(
+            f"{self.data.name}: documents changed while they were read; once nothing writes to them, the same command prepares "
+            f"them from the first on"
+        )
+
     def _finish(self) -> None:
         """Check that there is text, close the shards, write the manifest and drop the progress file."""
+        if self.source.state() != self.inputs:
+            raise self._changed()
         defects = {defect: entry["count"] for defect, entry in self.bad.items()}
         if not self.tokens:
             raise self._empty(defects)

@@ -22,7 +22,7 @@ from inheritune import prepare as module
 from inheritune.batches import Order, Share, Tokens, read_share
 from inheritune.config import UserError, load_experiment
 from inheritune.dist import NodeError
-from inheritune.documents import Source, read_batches
+from inheritune.documents import Source, Unusable, parse, read_batches
 from inheritune.prepare import cut_words, prepare
 from inheritune.rundir import data_dir, read_json
 from inheritune.tokens import load_tokenizer, train_bpe
@@ -348,3 +348,78 @@ def test_a_tokenizer_is_trained_on_the_same_text_as_before(tmp_path):
     train_bpe("bpe:400", texts, tmp_path / "whole")
     train_bpe("bpe:400", (piece for text in texts for piece in cut_words(text)), tmp_path / "cut")
     assert (tmp_path / "whole" / "tokenizer.json").read_bytes() == (tmp_path / "cut" / "tokenizer.json").read_bytes()
+
+
+# --- documents that change while they are read ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["appended", "rewritten", "cut"])
+@pytest.mark.parametrize("by", ["fraction", "first_shard"])
+def test_documents_that_change_while_they_are_read_are_not_mixed(tmp_path, monkeypatch, by, change):
+    write_jsonl(tmp_path / "a.jsonl", some_texts(400))
+    split = {"fraction": {"fraction": 0.1, "seed": 1}, "first_shard": {"first_shard": True}}[by]
+    chosen = experiment(files=["a.jsonl"], shard_tokens=20_000, validation=split)
+    whole, encode = (tmp_path / "a.jsonl").read_bytes(), module._encode
+
+    def meddle(*given):
+        if change == "appended":
+            (tmp_path / "a.jsonl").write_bytes(whole + whole)
+        else:
+            (tmp_path / "a.jsonl").write_bytes(whole[: len(whole) // 2] if change == "cut" else whole[::-1].lstrip())
+        return encode(*given)
+
+    monkeypatch.setattr(module, "BATCH_BYTES", 4096)
+    monkeypatch.setattr(module, "_encode", meddle)
+    with pytest.raises(
+        UserError, match="documents changed while they were read; once nothing writes to them, the same command"
+    ):
+        prepare(chosen, workers=1)
+    assert not (data_dir(chosen) / "manifest.json").exists()
+    monkeypatch.setattr(module, "_encode", encode)
+    (tmp_path / "a.jsonl").write_bytes(whole)
+    os.utime(tmp_path / "a.jsonl", ns=(1, 1))
+    splits = read_json(prepare(chosen, workers=1) / "manifest.json")["splits"]
+    assert sum(split["documents"] for split in splits.values()) in (399, 400)  # the one that first_shard cuts is in no part
+
+
+def test_a_file_that_was_rewritten_between_two_starts_begins_anew(tmp_path, monkeypatch):
+    """Of the same size: a part of each would be mixed without a word."""
+    write_jsonl(tmp_path / "a.jsonl", some_texts(400))
+    chosen = experiment(files=["a.jsonl"], shard_tokens=20_000)
+    monkeypatch.setattr(module, "BATCH_BYTES", 4096)
+    monkeypatch.setattr(module.signals, "asked_to_stop", lambda: True)
+    with pytest.raises(module.Stopped):
+        prepare(chosen, workers=1)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "a.jsonl", [text.replace("e", "a") for text in some_texts(400)])
+    folder = prepare(chosen, workers=1)
+    assert not any("e" in text for text in texts_of(folder, chosen))
+
+
+def test_a_replaced_file_with_the_time_of_the_old_one_is_reported(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(module.log, "propagate", True)
+    write_jsonl(tmp_path / "a.jsonl", some_texts(400))
+    chosen = experiment(files=["a.jsonl"], shard_tokens=20_000)
+    prepare(chosen, workers=1)
+    facts = (tmp_path / "a.jsonl").stat()
+    time.sleep(0.05)
+    write_jsonl(tmp_path / "new.jsonl", [text.replace("e", "a") for text in some_texts(400)])
+    os.utime(tmp_path / "new.jsonl", ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    os.replace(tmp_path / "new.jsonl", tmp_path / "a.jsonl")
+    prepare(chosen, workers=1)
+    assert "1 changed" in caplog.text
+
+
+def test_a_column_with_a_dot_in_its_name(tmp_path):
+    rows = {"a": [{"b": "of a struct"}] * 3, "a.b": [f"text {n}" for n in range(3)]}
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    assert raws("a.parquet", text_key="a.b") == [b"text 0", b"text 1", b"text 2"]
+
+
+@pytest.mark.parametrize("encoding", ["punycode", "IDNA"])
+def test_a_coding_line_of_a_slow_encoding_ends_soon(tmp_path, encoding):
+    """punycode takes hours for a megabyte."""
+    text = f"# coding: {encoding}\n".encode() + b"abcdefgh" * 200_000
+    with pytest.raises(Unusable, match="no text encoding"):
+        parse("python", text, "text")
