@@ -13,10 +13,13 @@ from inheritune.config import RESUMABLE_KEYS, Train, UserError, read_yaml
 from inheritune.inherit import INCIDENTAL, half_config
 from inheritune.job import Job
 from inheritune.models import architecture, hf_config
-from inheritune.rundir import RunDir, read_json
+from inheritune.rundir import RunDir, beside, find_weights, read_json
 
 GROWN_FURTHER = ("run.grow.max_layers", "run.grow.margin")
 """Keys that may change between two stages: how far growth may go, and when it ends. No stage is another for it."""
+
+UNRESOLVED = ("train.precision",)
+"""Keys that may be `auto` before the device is known."""
 
 
 def describe_run(job: Job, train: Train, data_fingerprint: str) -> dict:
@@ -38,11 +41,11 @@ def find_changes_of_run(before: dict, now: dict, free: tuple[str, ...] = ()) -> 
     return [c for c in changes if c[0].removeprefix("train.") not in RESUMABLE_KEYS and c[0] not in free]
 
 
-def check_begun(job: Job, train: Train) -> None:
-    """Raises UserError if the run's folder was begun under another experiment than `job` has now."""
+def check_begun(job: Job, train: Train, free: tuple[str, ...] = ()) -> None:
+    """Raises UserError if the run's folder was begun under another experiment than `job` has now, but for the keys `free`."""
     file = job.dir.experiment
     if file.is_file():
-        changes = find_changes_of_run(read_yaml(file), yaml.safe_load(yaml.safe_dump(job.resolved(train))))
+        changes = find_changes_of_run(read_yaml(file), yaml.safe_load(yaml.safe_dump(job.resolved(train))), free)
         if changes:
             key, old, new = changes[0]
             raise UserError(
@@ -78,6 +81,30 @@ def check_stages_before(job: Job, train: Train) -> None:
         )
 
 
+def describe_origin(job: Job) -> dict[str, str]:
+    """Return {run: hash of its weights} of the finished runs, of the same file, that the job's start is copied from."""
+    copied, origin, weights = job.run.init.copied, {}, None
+    if copied and copied.source in job.experiment.runs:
+        weights = find_weights(job.experiment, copied.source, job.seed)
+    if weights is not None:
+        origin[copied.source] = beside(weights).weights_hash()
+    if job.stage and job.stage > 1 and job.run.grow.from_ == "previous" and job.root.stage(job.stage - 1).is_done():
+        origin[f"{job.name}/stage{job.stage - 1}"] = job.root.stage(job.stage - 1).weights_hash()
+    return origin
+
+
+def check_origin(job: Job, before: dict[str, str]) -> None:
+    """Raises UserError if a run that the job's start was copied from (`before`, of describe_origin then) has other weights by
+    now, with which the result would be compared. One that is gone is no other."""
+    now = describe_origin(job)
+    for name, weights in before.items():
+        if now.get(name, weights) != weights:
+            raise UserError(
+                f"{job.dir.path} was started from weights of run '{name}' which has been trained anew since; restore those, "
+                f"or move {job.dir.path} away, so that it starts from the new ones"
+            )
+
+
 def check_start_model(job: Job, config, folder) -> None:
     """Raises UserError if the start in `folder`, of configuration `config`, is not the model that the experiment describes.
 
@@ -104,7 +131,7 @@ def describe_change_since(run_dir: RunDir, job: Job) -> str:
     if not run_dir.experiment.is_file():
         return ""
     now = yaml.safe_load(yaml.safe_dump(job.resolved(job.settings)))
-    changes = find_changes_of_run(read_yaml(run_dir.experiment), now, ("train.precision",))  # that may be `auto` here
+    changes = find_changes_of_run(read_yaml(run_dir.experiment), now, UNRESOLVED)
     if not changes:
         return ""
     key, old, new = changes[0]

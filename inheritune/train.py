@@ -84,6 +84,8 @@ def train_job(job: Job, ds: str | None = None) -> None:
     preflight = dist.preflight(data_dir(job.experiment))
     check_same_files(job, settings, path)
     clock.end("preflight")
+    # before the data is opened: that of another experiment lies in another folder, or is not there
+    dist.on_rank0(identity.check_begun, job, job.settings, identity.UNRESOLVED)
     tokens = Tokens.of(job.experiment, "train")
     check_vocabulary(tokens.vocab_size, job.experiment.model.vocab_size, f"model.vocab_size of {job.experiment.name}")
     check_some_shards(tokens.folder)
@@ -466,6 +468,7 @@ class Trainer:
         identity.check_stages_before(self.job, self.train)
         if run_dir.provenance.is_file():
             first = run_dir.read_starts("data_fingerprint")[0]
+            identity.check_origin(self.job, first.get("start_weights") or {})
             if self.teacher and self.teacher.files != (first.get("teacher") or {}).get("files"):
                 raise UserError(
                     f"{run_dir.path} was taught by {first['teacher']['folder']}, whose weights are not those of "
@@ -487,6 +490,7 @@ class Trainer:
             data_fingerprint=self.tokens.fingerprint,
             start=str(start),
             start_source=read_json(start / "inherited.json").get("source"),
+            start_weights=identity.describe_origin(self.job),
             resumed_at=resume,
             teacher=self.teacher and {"folder": str(self.teacher.source.folder), "files": self.teacher.files},
             device=str(self.device),

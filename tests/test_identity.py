@@ -113,6 +113,28 @@ def test_a_checkpoint_of_another_run_is_refused(again, source):
     assert not run.is_done() and run.complete_checkpoints() == [2, 4]
 
 
+def test_a_change_of_the_data_is_told_before_the_data_is_looked_for(again):
+    path = again(data={"name": "other-text"})
+    assert "was started with data.name = " in refused("train", path, "--run", "other")
+
+
+def test_a_run_whose_source_was_trained_anew_is_refused(again):
+    path = again()
+    cut, reference = run_of(path, "cut"), run_of(path, "reference")
+    run_verb("train", path, "--run", "cut")
+    (origin,) = (start["start_weights"] for start in read_json(cut.provenance)["starts"])
+    assert origin == {"reference": reference.weights_hash()}
+    shutil.rmtree(cut.final)
+    cut.done.unlink()
+    run_verb("train", path, "--run", "reference", "--seed", "1")  # with the same seed it has the same bits
+    shutil.rmtree(reference.path)
+    shutil.copytree(RunDir.of(load_experiment(path), "reference", 1).path, reference.path)
+    said = refused("train", path, "--run", "cut")
+    assert "was started from weights of run 'reference' which has been trained anew since" in said
+    cut.path.rename(cut.path.parent / "moved.away")
+    run_verb("train", path, "--run", "cut")
+
+
 def test_a_run_without_its_experiment_is_compared_with_its_checkpoint(again):
     path = again(train={"lr": 5e-4})
     run = run_of(path, "other")
