@@ -15,12 +15,13 @@ from inheritune.values import MEBIBYTES, MINUTES, SECONDS, Kind
 
 @dataclass(frozen=True)
 class Variable:
-    """`meaning` completes "NAME is ..."; `kind`: the number it must be (None: text); `default`: where it is
-    not set."""
+    """`meaning` completes "NAME is ..."; `kind`: the number it must be (None: text); `choices`: all the texts that
+    are understood (none: any); `default`: where it is not set."""
 
     meaning: str
     kind: Kind | None = None
     default: float | None = None
+    choices: tuple[str, ...] = ()
 
 
 FLAG = Kind("", ge=0, le=1, says="is neither 1 nor 0")
@@ -32,7 +33,7 @@ VARIABLES: dict[str, Variable] = {
     "INHERITUNE_LOCK_WAIT": Variable("how long a job waits for another that writes the same folder", SECONDS, 120),
     "INHERITUNE_GPT2_BPE": Variable("a folder with GPT-2's BPE, where the machine cannot download it"),
     "DEEPSPEED_TIMEOUT": Variable("how long a rank waits for the others in a collective", MINUTES, 60),
-    "DS_ACCELERATOR": Variable("cpu to leave the GPUs of this machine alone"),
+    "DS_ACCELERATOR": Variable("cpu to leave the GPUs of this machine alone", choices=("cpu", "cuda")),
     "WANDB_MODE": Variable("online or offline: where `sync` sends a record"),
     # of a job's script (slurm/job.sh) for the processes of its job
     "INHERITUNE_JOB": Variable("the folder in which a job's script and its ranks leave word for each other"),
@@ -100,7 +101,10 @@ def flag(name: str) -> bool:
 
 
 def check() -> None:
-    """Raises UserError for the first variable that must be a number and is none."""
+    """Raises UserError for the first variable that must be a number and is none, or is none of its choices."""
     for name, variable in VARIABLES.items():
         if variable.kind:
             number(name)
+        given = os.environ.get(name)
+        if given and variable.choices and given not in variable.choices:
+            raise UserError(f"{name}={given} is not known here; set it to {' or '.join(variable.choices)}, or unset it")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from inheritune.config import Experiment, Run, Train
+from inheritune.config import Experiment, Run, Train, UserError
 from inheritune.rundir import RunDir
 
 
@@ -38,6 +38,15 @@ class Job:
         mark = "REHEARSAL " if self.experiment.rehearsal else ""
         stage = f" stage {self.stage}" if self.stage else ""
         return f"{mark}{self.experiment.name}/{self.name}{stage} seed {self.seed}"
+
+    def depths(self) -> list[int]:
+        """Return the layers of each stage of a grown run. Raises UserError if `stage` is none of them, or the run has none."""
+        if not self.run.grow:
+            raise UserError(f"run '{self.name}' has no 'grow' section, so it has no stage {self.stage}; leave out --stage")
+        depths = self.run.grow.depths(self.run.init.inherit.layers, self.experiment.model.layers)
+        if self.stage and self.stage > len(depths):
+            raise UserError(f"run '{self.name}' has stages 1 to {len(depths)} ({depths} layers), no stage {self.stage}")
+        return depths
 
     def resolved(self, train: Train) -> dict:
         """What experiment.yaml of the run folder holds: everything that decides this run, its `train` as resolved."""

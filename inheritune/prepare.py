@@ -373,7 +373,16 @@ class _Job:
         if self.data.validation.fraction is None:
             return None
         log.info("counting the documents of %s", self.data.name)
-        return {group: sum(map(self.source.count, names)) for group, names in self.source.groups.items()}
+        return {group: sum(map(self._count_file, names)) for group, names in self.source.groups.items()}
+
+    def _count_file(self, name: str) -> int:
+        self._check_stop("counting documents")
+        return self.source.count(name)
+
+    def _check_stop(self, during: str) -> None:
+        """Raises Stopped when asked to leave where nothing has been written yet."""
+        if signals.asked_to_stop():
+            raise Stopped(f"preparing {self.folder} stopped while {during}; the same command begins that anew")
 
     def _split(self) -> tuple[np.ndarray | None, dict[str, int]]:
         """(documents,) bool: the documents that datasets' train_test_split(fraction, seed) puts into its test part (as
@@ -414,6 +423,7 @@ class _Job:
                 left = BPE_SAMPLE_BYTES * weights[group] / sum(weights.values())
             number = self.first.get(group, 0)
             for batch in read_batches(self.source, group, (0, 0), BATCH_BYTES):
+                self._check_stop("training the tokenizer")
                 if self.heldout is not None and number + len(batch.raws) > len(self.heldout):
                     raise self._changed()
                 for raw in batch.raws:

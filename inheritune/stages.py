@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from inheritune import launcher, signals
 from inheritune.config import REPOSITORY, Experiment, Grow, Run, UserError, load_experiment
 from inheritune.dist import Stopped, free_port
+from inheritune.job import Job
 from inheritune.planning import MFU, gpu_hours, models_of
 from inheritune.rundir import RunDir, data_dir, read_json, seed_flag, write_json
 from inheritune.signals import asked_to_stop
@@ -159,8 +160,8 @@ def check(experiment: str, run: str | None = None, stage: int | None = None, see
         print(f"{loaded.name}: the file is sound; runs: {', '.join(loaded.runs)}")
         return
     spec = loaded.run(run)
-    if stage and not spec.grow:
-        raise UserError(f"run '{run}' has no 'grow' section, so it has no stage {stage}; leave out --stage")
+    if stage:
+        Job(loaded, run, seed, stage).depths()
     ready = (data_dir(loaded) / "manifest.json").is_file()
     needed = unfinished_source(loaded, spec, seed)
     if ready and not needed:

@@ -57,8 +57,8 @@ def train(experiment: str, run: str, seed: int = 0, stage: int | None = None, ds
             )
         if job.run.grow and not stage:
             raise UserError(f"run '{job.name}' grows by stages; use 'grow {experiment} --run {job.name}', or give --stage N")
-        if stage and not job.run.grow:
-            raise UserError(f"run '{job.name}' has no 'grow' section, so it has no stage {stage}; leave out --stage")
+        if stage:
+            job.depths()
     for job in jobs:
         train_job(job, ds)
         gc.collect()  # parameters of ZeRO refer to each other in rings: the next run must not find them on its GPU
@@ -141,9 +141,7 @@ def prepare_start(job: Job):
     if inherited:
         options = {"modules": inherited.modules, "depth": inherited.depth, "at": inherited.at or 0}
     if job.stage:
-        depths = job.run.grow.depths(inherited.layers, job.experiment.model.layers)
-        if job.stage > len(depths):
-            raise UserError(f"run '{job.name}' has stages 1 to {len(depths)} ({depths} layers), no stage {job.stage}")
+        depths = job.depths()
         layers = f"0:{depths[job.stage - 1]}"
         if job.stage > 1 and job.run.grow.from_ == "previous":
             before = job.root.stage(job.stage - 1)

@@ -270,6 +270,24 @@ def test_the_environments_numbers_reach_who_reads_them(tmp_path, monkeypatch):
         load_experiment("quickstart")
 
 
+@pytest.mark.parametrize("text", ["CPU", "gpu", "cpu,cuda", " cpu"])
+def test_an_accelerator_that_is_not_known_is_refused(monkeypatch, text):
+    """DS_ACCELERATOR=CPU would train on the GPU that somebody wished to leave alone."""
+    monkeypatch.setenv("DS_ACCELERATOR", text)
+    said = refused("status", "quickstart")
+    assert f"DS_ACCELERATOR={text} is not known here; set it to cpu or cuda, or unset it" in said
+
+
+def test_a_stage_beyond_the_last_is_refused_before_anything_is_asked(tmp_path):
+    """No data is prepared, and no reference trained."""
+    start = {"inherit": {"source": "reference", "layers": "0:1"}}
+    runs = {"reference": {"init": "random"}, "grown": {"init": start, "grow": {"by": 1, "max_layers": 2}}}
+    path = write_experiment(tmp_path, experiment_dict(paper=[], runs=runs))
+    for verb in ("check", "train"):
+        said = refused(verb, path, "--run", "grown", "--stage", "99")
+        assert "run 'grown' has stages 1 to 2 ([1, 2] layers), no stage 99" in said
+
+
 def variables_of(tree: ast.AST) -> set[str]:
     """Names of the variables that a module reads or sets by os.environ or environment."""
     found = set()

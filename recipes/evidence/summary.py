@@ -8,6 +8,7 @@ seeds of several sittings count together. Intervals are Student's t over seeds; 
 read the same batches."""
 
 import math
+import re
 import statistics
 import sys
 from collections.abc import Iterable
@@ -99,7 +100,9 @@ def results_folder(experiment: Experiment, path: str) -> Path:
 
 
 def seed_files(folder: Path) -> list[Path]:
-    return sorted((folder / "seeds").glob("seed*.json"), key=lambda file: int(file.stem.removeprefix("seed")))
+    """The files of seeds, in the order of their numbers; what else lies there (seed1 (copy).json) is not ours."""
+    found = {file: re.fullmatch(r"seed(0|[1-9][0-9]{0,9})\.json", file.name) for file in (folder / "seeds").glob("seed*.json")}
+    return sorted((file for file, match in found.items() if match), key=lambda file: int(found[file][1]))
 
 
 # --- one seed -------------------------------------------------------------------------------------------------------------
