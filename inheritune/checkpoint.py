@@ -383,9 +383,10 @@ def _generators() -> dict:
     return states
 
 
-def export_weights(engine, folder: Path, tokenizer: Path) -> None:
+def export_weights(engine, folder: Path, tokenizer: Path, run: dict | None = None) -> None:
     """Write the fp32 masters as an HF checkpoint with tokenizer and the generation settings of the model that the run started
-    from, one parameter in memory at a time; all ranks must call.
+    from, one parameter in memory at a time; all ranks must call. Weights kept on the way (all but final/) get a marker, which
+    names the `run` (identity.describe_run).
 
     Raises UserError on every rank when the disk is full; nothing is left then."""
     config = engine.module.config
@@ -408,7 +409,7 @@ def export_weights(engine, folder: Path, tokenizer: Path) -> None:
                 if (RunDir(folder.parent).init / "config.json").is_file():  # what the weights started from
                     copy_settings(RunDir(folder.parent).init, temporary)
                 if folder.name != "final":  # whose marker is DONE
-                    write_json(temporary / MARKER, {"files": hash_folder(temporary)})
+                    write_json(temporary / MARKER, {"files": hash_folder(temporary), "run": run})
         except Exception as error:
             problem = _explain(error, folder)
     for _ in parameters:  # gathering needs every rank, also for what rank 0 could not write

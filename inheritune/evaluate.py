@@ -10,8 +10,9 @@ import xxhash
 
 from inheritune import dist, downstream, signals, validate
 from inheritune.batches import Tokens
-from inheritune.config import Data, Experiment, Task, Train, UserError, load_experiment
+from inheritune.config import Data, Experiment, Task, Train, UserError, load_experiment, read_yaml
 from inheritune.engine import resolve_precision
+from inheritune.identity import find_differences
 from inheritune.job import Job
 from inheritune.log import logger, setup
 from inheritune.models import build, count_parameters
@@ -54,7 +55,26 @@ def weights_of(experiment: Experiment, name: str, seed: int) -> tuple[Job, Sourc
     if external:
         return job, open_source(external.source, external.revision), job.dir.results
     weights = finished_weights(experiment, name, seed)
+    check_measured_alike(job, weights.parent)
     return job, open_source(str(weights)), beside(weights).results
+
+
+def check_measured_alike(job: Job, folder: Path) -> None:
+    """Raises UserError if the run in `folder` was trained on other data or windows than `job` has now: its results could not be
+    compared with those of before."""
+    described = RunDir(folder).experiment
+    if not described.is_file():
+        return
+    before, now = read_yaml(described), job.resolved(job.settings)
+    for section, keys in {"data": [], "train": ["final_windows"]}.items():
+        old, new = before.get(section), now[section]
+        old, new = ({key: its[key] for key in keys or its if key in its} for its in (old or {}, new))
+        if changes := find_differences(old, new, section):
+            key, was, is_now = changes[0]
+            raise UserError(
+                f"{folder} was trained with {key} = {was}, the experiment now has {is_now}, so it cannot be measured beside "
+                f"the others; go back to that value, or evaluate --model {folder / 'final'}"
+            )
 
 
 def measure(loaded: Experiment, chosen: dict[str, Task], job: Job | None, source: Source, target: Path | None,
@@ -68,7 +88,7 @@ def measure(loaded: Experiment, chosen: dict[str, Task], job: Job | None, source
     )  # all that can be refused comes before the work
     results = {"model": source.origin, "layers": None, "steps": None}
     if target and (target.is_file() or (job and RunDir(target.parent).is_done())):
-        results = RunDir(target.parent).read_results() if target.name == "results.json" else read_json(target)
+        results = RunDir(target.parent).read_results(True) if target.name == "results.json" else read_json(target)
     identity = dist.on_rank0(checkpoint_hash, source) if chosen else None
     missing = downstream.unscored(chosen, benchmarks, results, identity)
     tokenizer = downstream.open_tokenizer(source.folder) if chosen or foreign else None
@@ -84,8 +104,11 @@ def measure(loaded: Experiment, chosen: dict[str, Task], job: Job | None, source
     if foreign and tokenizer and not same_ids(tokenizer, loaded.data, tokens.folder):
         logger.info("no validation loss: the tokenizer of %s is not that of the experiment's data", source.origin)
     else:
-        losses = checkpoint_losses(network, source, tokens, loaded.data.sequence_length, train)
-        results.update(data_fingerprint=tokens.fingerprint, validation=validate.interval(losses))
+        length = loaded.data.sequence_length
+        starts = validate.final_windows(tokens, length, train.final_windows)
+        losses = checkpoint_losses(network, source, tokens, length, starts, train)
+        results.update(data_fingerprint=tokens.fingerprint, windows=validate.describe_windows(starts, length))
+        results.update(validation=validate.interval(losses))
         results.update(compare(job, losses, results) if job else {})
         logger.info("%s", describe(results))
     dist.on_rank0(write_json, target, results) if target else None
@@ -113,15 +136,15 @@ def load_weights(source: Source) -> torch.nn.Module:
     return model.eval().to(dist.device())
 
 
-def checkpoint_losses(model, source: Source, tokens: Tokens, length: int, train: Train) -> np.ndarray:
-    """Per-window validation losses of `source`, loaded as `model`.  -> (n,) float64
+def checkpoint_losses(model, source: Source, tokens: Tokens, length: int, starts: np.ndarray, train: Train) -> np.ndarray:
+    """Validation losses of `source`, loaded as `model`, at the windows `starts` (n,).  -> (n,) float64
 
     Raises UserError if the data's vocabulary or windows do not fit the model, and if a loss is not finite."""
     check_vocabulary(tokens.vocab_size, source.config.vocab_size, str(source.folder))
     positions = getattr(source.config, "max_position_embeddings", length)
     if length > positions:
         raise UserError(f"data.sequence_length ({length}) is beyond the {positions} positions of {source.folder}")
-    starts, device = validate.final_windows(tokens, length, train.final_windows), dist.device()
+    device = dist.device()
     with torch.autocast(device.type, torch.bfloat16, enabled=train.precision != "fp32"):
         losses = validate.window_losses(model, tokens, length, starts, device)
     if not np.isfinite(losses).all():

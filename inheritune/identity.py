@@ -6,6 +6,7 @@ experiment.yaml says. So a checkpoint's marker names its run (`describe_run`), a
 """
 
 import json
+from pathlib import Path
 
 import yaml
 
@@ -66,11 +67,21 @@ def check_checkpoint(job: Job, train: Train, data_fingerprint: str, step: int) -
         )
 
 
+def is_kept(folder: Path, run: dict) -> bool:
+    """Return whether `folder` holds weights that the run described by `run` kept. Those of an earlier attempt, under other
+    settings, are none of it."""
+    marker = folder / "COMPLETE"
+    before = read_json(marker).get("run") if marker.is_file() else None
+    return bool(before) and not find_changes_of_run(before, run)
+
+
 def check_stages_before(job: Job, train: Train) -> None:
     """Raises UserError if a stage of a grown run would be trained otherwise than the first was."""
     first = job.root.stage(1).experiment
     if not job.stage or job.stage == 1 or not first.is_file():
         return
+    if job.root.stage(1).provenance.is_file():
+        check_origin(job, job.root.stage(1).read_starts()[0].get("start_weights") or {})
     now = yaml.safe_load(yaml.safe_dump(job.resolved(train)))
     changes = find_changes_of_run(read_yaml(first), now, ("stage", *GROWN_FURTHER))
     if changes:
@@ -100,8 +111,8 @@ def check_origin(job: Job, before: dict[str, str]) -> None:
     for name, weights in before.items():
         if now.get(name, weights) != weights:
             raise UserError(
-                f"{job.dir.path} was started from weights of run '{name}' which has been trained anew since; restore those, "
-                f"or move {job.dir.path} away, so that it starts from the new ones"
+                f"{job.root.path} was started from weights of run '{name}', which has been trained anew since; restore those, "
+                f"or move {job.root.path} away, so that it starts from the new ones"
             )
 
 

@@ -9,6 +9,7 @@ import copy
 import inspect
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -144,6 +145,25 @@ def hf_config(model: Model, layers: int | None = None):
         pad_token_id=None,
         architectures=["LlamaForCausalLM"],
     )
+
+
+RATES = re.compile(r"^(?!summary_|classifier_|seq_|qa_).*(drop|jitter)")
+
+
+def clear_dropout(config) -> dict[str, float]:
+    """Set the dropout rates of `config`, and of what it nests, to 0.  -> {key: rate} of those that were not
+
+    The paper trains without dropout, and so does every run: a loss must not depend on how ranks draw numbers. A source brings
+    rates of its own (transformers gives a GPT-2 0.1 where its config says nothing). Those of heads that are not a language
+    model's stay: nothing here uses them."""
+    cleared = {}
+    for key, value in list(vars(config).items()):
+        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            cleared |= {f"{key}.{inner}": rate for inner, rate in clear_dropout(value).items()}
+        elif RATES.search(key) and type(value) in (int, float) and value:
+            cleared[key] = value
+            setattr(config, key, 0.0)
+    return cleared
 
 
 def build(config, attention: str | None = None) -> torch.nn.Module:

@@ -33,7 +33,7 @@ import xxhash
 from tqdm import tqdm
 
 from inheritune import signals
-from inheritune.config import Data, Experiment, UserError
+from inheritune.config import Data, Experiment, UserError, resolve_path
 from inheritune.dist import Stopped
 from inheritune.documents import Batch, Source, Unusable, parse, read_batches
 from inheritune.lock import Lock
@@ -111,9 +111,15 @@ def _is_prepared(folder: Path) -> bool:
 def report_changes(experiment: Experiment, folder: Path) -> None:
     """Warn if the documents are no longer those that the data in `folder` was prepared from, and say how to prepare anew.
 
-    Sizes are compared, and the content of files that are newer than the manifest. Documents that are all gone are taken to be
-    deleted on purpose; a data set of the Hub is pinned by its commit."""
+    Sizes are compared, and the content of files that are newer than the manifest. A data set of the Hub is pinned by its
+    commit. Raises UserError if the names of the experiment now mean another corpus altogether (`check_same_corpus`)."""
     manifest = read_json(folder / "manifest.json")
+    if tokenizer_changed(experiment.data, manifest):
+        log.warning(
+            "%s was prepared with other files of tokenizer %s, and stays as it is; to prepare anew, for runs that begin anew "
+            "too: rm %s && python -m inheritune prepare %s",
+            folder, experiment.data.tokenizer, shlex.quote(str(folder / "manifest.json")), experiment.given,
+        )  # fmt: skip
     before, data = {file["name"]: file for file in manifest["source_files"]}, experiment.data
     if data.source == "hub" or not before:
         return
@@ -126,6 +132,7 @@ def report_changes(experiment: Experiment, folder: Path) -> None:
     added = [name for name in now if name not in before] if read_all else []
     gone = [name for name in before if name not in now]
     if len(gone) == len(before):
+        check_same_corpus(source, before, folder)
         return
     since = (folder / "manifest.json").stat().st_mtime
     changed = [name for name in before if name in now and _has_changed(source.path(name), before[name], since)]
@@ -137,6 +144,41 @@ def report_changes(experiment: Experiment, folder: Path) -> None:
             "rm %s && python -m inheritune prepare %s",
             folder, ", ".join(parts), shlex.quote(str(folder / "manifest.json")), experiment.given,
         )  # fmt: skip
+
+
+def check_corpus(experiment: Experiment, folder: Path) -> None:
+    """`check_same_corpus` of prepared data, where the documents can be seen from here. (A compute node may see none.)"""
+    if experiment.data.source != "files":
+        return
+    try:
+        source = Source(experiment.data, folder)
+    except UserError:
+        return
+    check_same_corpus(source, {file["name"]: file for file in read_json(folder / "manifest.json")["source_files"]}, folder)
+
+
+def tokenizer_changed(data: Data, manifest: dict) -> bool:
+    """Return whether the tokenizer that `data` names by a path gives other ids than the one that data was prepared with."""
+    if not resolve_path(data.tokenizer).exists():
+        return False
+    return load_tokenizer(data).fingerprint != manifest["tokenizer"]["fingerprint"]
+
+
+def check_same_corpus(source: Source, before: dict[str, dict], folder: Path) -> None:
+    """Raises UserError if none of the files that data was prepared from (`before`: name to entry of the manifest) is among
+    those of `source`, and their contents are others too: a relative path, or a variable, then means another corpus here.
+
+    Files that were moved have the same contents. Where there are none, they are taken to be deleted on purpose."""
+    names = list(itertools.chain(*source.groups.values()))
+    if source.data.source != "files" or not before or not names or set(names) & set(before):
+        return
+    known = {entry.get("xxh3") for entry in before.values()} | {None}
+    other = next((name for name in names if source.describe(name)["xxh3"] not in known), None)
+    if other is not None:
+        raise UserError(
+            f"{folder} was prepared from {next(iter(before))} and the like; from here data.files means other documents, such "
+            f"as {other}; give data another name, or write absolute paths in data.files"
+        )
 
 
 def _has_changed(path: Path, before: dict, since: float) -> bool:

@@ -156,12 +156,28 @@ class RunDir:
         if "weights" in facts and self.is_done() and facts["weights"] != self.weights_hash():
             raise UserError(f"{file} was measured on other weights than those of {self.final}: replaced, or older than they")
 
-    def read_results(self) -> dict:
-        """results.json. Raises UserError if it, or the record behind its numbers, is not what the finished run left."""
+    def read_results(self, to_renew: bool = False) -> dict:
+        """results.json. Raises UserError if it, or the record behind its numbers, is not what the finished run left, or (but
+        `to_renew`) if its reference has other weights by now than those it was compared with."""
         results = read_json(self.results)
         self._check_measured(results, self.results)
+        if not to_renew:
+            self._check_compared(results)
         check_files(self.path, results.get("record", {}) if self.is_done() else {})
         return results
+
+    def _check_compared(self, results: dict) -> None:
+        """Raises UserError if the run that `results` are compared with has been trained anew since."""
+        name, stage = results.get("compared_with"), results.get("stage")
+        beside = self.path.parent.parent if stage else self.path.parent
+        if not name or "compared_weights" not in results or not RunDir(beside / name).is_done():
+            return
+        if RunDir(beside / name).chosen().weights_hash() != results["compared_weights"]:
+            ours = f"{results['run']}/stage{stage}" if stage else results["run"]
+            raise UserError(
+                f"{self.results} compares with weights of run '{name}', which has been trained anew since; compare again: "
+                f"python -m inheritune evaluate {results['experiment']} --run {ours}{seed_flag(results['seed'])}"
+            )
 
     def read_starts(self, *keys: str) -> list[dict]:
         """The starts in provenance.json, at least one, each with `keys`. Raises UserError if it is missing or damaged."""

@@ -80,6 +80,7 @@ def _verdict(stages: list[StageResult], best: int, reached: bool, grow: Grow) ->
         "weights": stages[best - 1].weights,
         "parity": reached,
         "margin": grow.margin,
+        "max_layers": grow.max_layers,
         "difference": stages[best - 1].difference,
         "paper_rule_stage": by_paper,
         "train_flops_of_all_stages": sum(stage.train_flops for stage in stages),
@@ -117,6 +118,7 @@ def grow(experiment: str, run: str, seed: int = 0, procs: int = 1, ds: str | Non
         raise UserError(f"run '{run}' grows until it reaches a reference: give it 'compare: RUN'")
     depths = spec.grow.depths(spec.init.inherit.layers, loaded.model.layers)
     root = RunDir.of(loaded, run, seed)
+    _tell_change_since(root, spec.grow)
     done_before, os.environ["INHERITUNE_STOP"] = None, str(root.stop)  # heeded by the reference's training too
     while not root.is_done():
         if root.stop.is_file():
@@ -255,6 +257,17 @@ def sentence(verdict: dict, experiment: Experiment, run: str, reference: str) ->
         return f"{mark}{run} reached {reference}'s validation loss with {size} ({numbers}; margin {verdict['margin']})."
     failed = f"{run} did not reach {reference}'s validation loss; its best stage has {size}"
     return f"{mark}{failed} ({numbers}; margin {verdict['margin']})."
+
+
+def _tell_change_since(root: RunDir, grow: Grow) -> None:
+    """Print what the experiment says otherwise than when the run in `root` was ended, and how to go on."""
+    done = read_json(root.done) if root.is_done() else {}
+    for key in ("margin", "max_layers"):
+        if key in done and done[key] != getattr(grow, key):
+            print(
+                f"note: this run was grown with {key} {done[key]}, the experiment now has {getattr(grow, key)}; to grow on by "
+                f"that, delete {root.done} and give the same command"
+            )
 
 
 def _run(action: Action, experiment: str, seed: int, procs: int, ds: str | None, loaded: Experiment) -> None:

@@ -36,7 +36,8 @@ from inheritune.inherit import check_start, extend, halve, inherit, write_random
 from inheritune.job import Job
 from inheritune.lock import Lock
 from inheritune.log import Metrics, StartClock, logger, progress, record_provenance, setup, start_wandb
-from inheritune.models import count_parameters, flops_per_token, hf_config
+from inheritune.models import clear_dropout, count_parameters, flops_per_token, hf_config
+from inheritune.prepare import check_corpus
 from inheritune.rundir import data_dir, finished_weights, node, read_json, write_json, write_text
 from inheritune.sources import open_source
 from inheritune.tokens import check_vocabulary
@@ -87,6 +88,7 @@ def train_job(job: Job, ds: str | None = None) -> None:
     # before the data is opened: that of another experiment lies in another folder, or is not there
     dist.on_rank0(identity.check_begun, job, job.settings, identity.UNRESOLVED)
     tokens = Tokens.of(job.experiment, "train")
+    dist.on_rank0(check_corpus, job.experiment, tokens.folder)
     check_vocabulary(tokens.vocab_size, job.experiment.model.vocab_size, f"model.vocab_size of {job.experiment.name}")
     check_some_shards(tokens.folder)
     logger.info("%s", preflight)
@@ -224,6 +226,8 @@ class Trainer:
         if self.teacher:
             self.teacher.load(source.config, self.length, self.train.precision, self.device)
         setup(run_dir)
+        if cleared := clear_dropout(source.config):
+            logger.info("dropout of the start is off, as in every run: %s", ", ".join(f"{k} {v}" for k, v in cleared.items()))
         dist.on_rank0(self._record_start, start, resume)
         logger.info("%s on %d rank(s), %s, ZeRO %s", job.title(), dist.world(), self.device, zero_stage(self.settings))
         logger.info("%s", self.arithmetic)
@@ -352,9 +356,11 @@ class Trainer:
             if self._evaluate(step, state["tokens"]) is None:
                 return False
             state["evaluated"] = step
-        if step in self.job.run.keep_at and not dist.on_rank0((kept / "COMPLETE").is_file):
-            self._check_weights(state)
-            checkpoint.export_weights(self.engine, kept, self.tokens.folder / "tokenizer")
+        if step in self.job.run.keep_at:
+            run = identity.describe_run(self.job, self.train, self.tokens.fingerprint)
+            if not dist.on_rank0(identity.is_kept, kept, run):
+                self._check_weights(state)
+                checkpoint.export_weights(self.engine, kept, self.tokens.folder / "tokenizer", run)
         if step % train.checkpoint_every == 0 and self.saved < step < train.steps:
             self._save(state)
             return not self._asked_to_stop()  # a long save may have used up the time for another step
@@ -457,6 +463,7 @@ class Trainer:
     def _check_reference(self) -> None:
         """Raises UserError now, not after the training, if the result could not be compared with the reference."""
         here = {"data_fingerprint": self.tokens.fingerprint, "precision": self.train.precision}
+        here["windows"] = validate.describe_windows(self.val_starts, self.length)
         compare(self.job, np.zeros(len(self.val_starts)), here)
 
     def _check_same_experiment(self) -> None:
@@ -522,6 +529,7 @@ class Trainer:
             "train_flops": self.flops_per_token * self.train.steps * self.train.batch_tokens,
             "precision": self.train.precision,
             "data_fingerprint": self.tokens.fingerprint,
+            "windows": validate.describe_windows(self.val_starts, self.length),
             "validation": validate.interval(losses),
             "memory": memory,
         }
@@ -534,19 +542,22 @@ class Trainer:
 
 
 def compare(job: Job, losses: np.ndarray, results: dict) -> dict:
-    """{compared_with, difference, paper_rule} of per-window `losses` and the job's reference, if that one is finished;
-    else {}. The paper's own rule (last value at or below the reference's last) is recorded beside the paired interval.
+    """{compared_with, compared_weights, difference, paper_rule} of per-window `losses` and the job's reference (of a grown one,
+    the chosen stage), if that one is finished; else {}. The paper's own rule (last value at or below the reference's last) is
+    recorded beside the paired interval.
 
     Raises UserError if the two were measured on other data, windows or precision."""
     name = job.experiment.reference_of(job.run)
     if not name or not job.sibling(name).is_done():
         return {}
-    reference = job.sibling(name)
-    theirs = reference.read_results()
-    for key in ("data_fingerprint", "precision"):
-        if theirs[key] != results[key]:
+    reference = job.sibling(name).chosen()
+    theirs = reference.read_results(to_renew=True)
+    for key in ("data_fingerprint", "precision", "windows"):
+        if theirs.get(key, results[key]) != results[key]:  # results of older versions say nothing of windows
             raise UserError(
-                f"{reference.path} was measured with {key} {theirs[key]}, this run with {results[key]}: no comparison"
+                f"{reference.path} was measured with {key} {theirs[key]}, this run with {results[key]}: no comparison; measure "
+                f"both by the same experiment"
             )
     difference = validate.paired_difference(losses, np.load(reference.losses(theirs["steps"])))
-    return {"compared_with": name, "difference": difference, "paper_rule": difference["mean"] <= 0}
+    weights = reference.weights_hash()
+    return {"compared_with": name, "compared_weights": weights, "difference": difference, "paper_rule": difference["mean"] <= 0}

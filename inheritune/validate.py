@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 import torch
+import xxhash
 
 from inheritune.batches import Tokens
 from inheritune.config import UserError
@@ -38,6 +39,12 @@ def final_windows(tokens: Tokens, length: int, count: int) -> np.ndarray:
         )
     n = min(available, count)
     return (np.arange(n) * available // n) * length
+
+
+def describe_windows(starts: np.ndarray, length: int) -> str:
+    """Return what tells these windows (their first positions, their length in tokens) from others of the same text. Losses are
+    paired only window by window."""
+    return f"{len(starts)} of {length} tokens, {xxhash.xxh3_64_hexdigest(np.asarray(starts, '<i8').tobytes())}"
 
 
 def curve_windows(n_final: int, count: int) -> np.ndarray:

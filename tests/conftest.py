@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # these tests are about the code, not about a GPU that may be there
 os.environ["PYTHONPATH"] = str(REPOSITORY)  # for the programs that the tests start, wherever pytest itself is started from
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a script, from where programs inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 LONGEST = ["slurm_growth", "train", "resize", "slurm_scripts", "stop", "grow", "planning", "baselines", "resume", "export"]

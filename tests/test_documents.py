@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -423,3 +424,67 @@ def test_a_coding_line_of_a_slow_encoding_ends_soon(tmp_path, encoding):
     text = f"# coding: {encoding}\n".encode() + b"abcdefgh" * 200_000
     with pytest.raises(Unusable, match="no text encoding"):
         parse("python", text, "text")
+
+
+# --- the same words for other documents --------------------------------------------------------------------------------------
+
+
+def two_projects(tmp_path: Path) -> list[Path]:
+    """Folders of two projects whose experiments say the same, each with texts and an experiment of its own."""
+    folders = []
+    for name, word in (("first", "alpha beta "), ("second", "uno duos ")):
+        folder = tmp_path / name
+        (folder / "docs").mkdir(parents=True)
+        write_jsonl(folder / "docs" / "a.jsonl", [word * 20 + str(n) for n in range(200)])
+        raw = experiment_dict(runs={"reference": {"init": "random"}}, paper=[])
+        raw["data"] |= {"name": "project", "source": "files", "files": ["docs/*.jsonl"], "tokenizer": "bpe:262"}
+        raw["data"] |= {"validation": {"fraction": 0.2}, "shard_tokens": 2000}
+        write_experiment(folder, raw)
+        folders.append(folder)
+    return folders
+
+
+def test_another_projects_documents_are_not_taken_for_ones_own(tmp_path, monkeypatch):
+    first, second = two_projects(tmp_path)
+    monkeypatch.chdir(first)
+    prepare(load_experiment(str(first / "small.yaml")), workers=1)
+    monkeypatch.chdir(second)
+    chosen = load_experiment(str(second / "small.yaml"))
+    for check in (lambda: prepare(chosen, workers=1), lambda: module.check_corpus(chosen, data_dir(chosen))):
+        with pytest.raises(
+            UserError, match=f"was prepared from {first}/docs/a.jsonl .*means other documents, such as {second}"
+        ):
+            check()
+    shutil.copyfile(first / "docs" / "a.jsonl", second / "docs" / "a.jsonl")  # moved, not exchanged
+    prepare(chosen, workers=1)
+    (second / "docs" / "a.jsonl").unlink()  # deleted on purpose
+    prepare(chosen, workers=1)
+
+
+def test_train_does_not_take_another_projects_documents(tmp_path):
+    first, second = two_projects(tmp_path)
+
+    def run(folder: Path, *words) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "inheritune", *words]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+    done = run(first, "prepare", "small.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "data.files means other documents" in one_sentence(run(second, "train", "small.yaml", "--run", "reference"))
+
+
+def test_a_tokenizer_whose_files_changed_is_reported(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(module.log, "propagate", True)
+    write_jsonl(tmp_path / "a.jsonl", some_texts(200))
+    for folder, words in (("one", "alpha beta gamma " * 300), ("two", "uno duos tres quatro " * 300)):
+        (tmp_path / folder).mkdir()
+        train_bpe("bpe:270", [words], tmp_path / folder)
+    shutil.copytree(tmp_path / "one", tmp_path / "mine")
+    chosen = experiment(files=["a.jsonl"], tokenizer=str(tmp_path / "mine"), shard_tokens=20_000)
+    prepare(chosen, workers=1)
+    prepare(chosen, workers=1)
+    assert "other files of tokenizer" not in caplog.text
+    shutil.rmtree(tmp_path / "mine")
+    shutil.copytree(tmp_path / "two", tmp_path / "mine")
+    prepare(chosen, workers=1)
+    assert f"other files of tokenizer {tmp_path / 'mine'}, and stays as it is; to prepare anew" in caplog.text
