@@ -118,6 +118,8 @@ RENDEZVOUS_S = 600
 """How long ranks wait for each other at the start, as torchrun's do: the slowest node's import of torch from a shared disk."""
 
 
+VERDICT, GO = "verdict", "go"
+"""What the first to know it says at the store: all are here, or the signal by which a rank was asked to leave."""
 TRY = timedelta(seconds=5)
 """How long a rank tries to reach the store before it looks whether it is asked to leave."""
 
@@ -144,7 +146,8 @@ def _meet(launch: Launch) -> None:
         store.set(f"here {rank()}", node())
         if rank() == 0:
             _wait_for_all(store)
-            store.set("all here", "")
+            if store.compare_set(VERDICT, "", GO).decode() != GO:
+                _leave_if_asked(store)
         else:  # a little longer than rank 0, which knows who is missing
             _wait_for_rank0(store, RENDEZVOUS_S + 30)
     except torch.distributed.DistError as error:
@@ -221,11 +224,11 @@ def _reach_store(address: str, port: int, wait: timedelta):
 
     deadline = time.monotonic() + wait.total_seconds()
     while True:
-        _leave_if_asked()
         try:
             store = torch.distributed.TCPStore(address, port, world(), False, TRY, wait_for_workers=False)
             break
         except torch.distributed.DistError:
+            _leave_if_asked()
             if time.monotonic() > deadline:
                 raise
     store.set_timeout(wait)
@@ -282,22 +285,25 @@ def _wait_for_rank0(store, limit_s: float) -> None:
     """Raises torch's DistError if rank 0 does not say in time that all are here, Stopped as `_wait_for_all` does. (The store's
     own wait is one call of C, in which no signal is answered.)"""
     deadline = time.monotonic() + limit_s
-    while not store.check(["all here"]) and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
         _leave_if_asked(store)
+        if store.check([VERDICT]):
+            return
         time.sleep(0.05)
-    store.wait(["all here"], timedelta(seconds=1))
+    store.wait([VERDICT], timedelta(seconds=1))
 
 
 def _leave_if_asked(store=None) -> None:
-    """Raises Stopped if this rank, or another that waits at `store`, is asked to leave: nothing has begun that could be saved,
-    and those that stayed would wait for this one."""
+    """Raises Stopped if this rank, or another that has come to `store`, is asked to leave: nothing has begun that could be
+    saved, and those that stayed would wait for this one. Not so once all are here: then they agree on it at their next look."""
     why = asked_to_stop() if world() > 1 else None  # one alone meets at once
-    if why:
-        if store is not None:
-            store.set("leaves", why)
-            time.sleep(1)  # rank 0 holds the store: the others look there several times a second
-    elif store is not None and store.check(["leaves"]):
-        why = store.get("leaves").decode()
+    if store is not None:
+        if why:
+            store.compare_set(VERDICT, "", why)
+        said = store.get(VERDICT).decode() if store.check([VERDICT]) else GO
+        if rank() == 0 and said != GO:
+            time.sleep(1)  # it holds the store, where the others look several times a second
+        why = said if said != GO else None
     if why:
         raise Stopped(f"stopped while {world()} ranks were meeting ({why}); the same command starts again")
 

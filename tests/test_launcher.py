@@ -325,3 +325,22 @@ def test_a_rank_that_waits_for_others_leaves_when_asked(small, rank):
     assert process.returncode == 0 and "Traceback" not in said, said
     sentence = "inheritune: stopped while 2 ranks were meeting (SIGTERM); the same command starts again"
     assert (sentence in said) is (rank == 0), said  # one rank speaks for all
+
+
+def test_a_rank_that_leaves_takes_those_that_wait_for_it_along(small):
+    port, processes = free_port(), []
+    for rank in (0, 1):
+        variables = {"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "inheritune", "train", small, "--run", "reference"], cwd=REPOSITORY, text=True,
+            env={**os.environ, **variables, "MASTER_PORT": str(port)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        processes.append(process)
+    end = time.time() + 120
+    while not any(c.status == psutil.CONN_ESTABLISHED for c in psutil.Process(processes[1].pid).net_connections()):
+        assert time.time() < end and processes[1].poll() is None
+        time.sleep(0.2)
+    processes[1].send_signal(signal.SIGUSR1)
+    said = [process.communicate(timeout=30)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "inheritune: stopped while 3 ranks were meeting (SIGUSR1)" in said[0] and "Traceback" not in "".join(said)
