@@ -208,8 +208,18 @@ def choose(argv: list[str]) -> int:
     if asks_help:
         print(f"python -m inheritune {verb} {usage(verbs[verb])}\n\n{inspect.getdoc(verbs[verb])}")
         return check_printed()
+    check_here()
     code = run(verb, bind(verb, verbs[verb], argv[1:]), argv)
     return check_printed() if verb in PRINTING and code == 0 else code
+
+
+def check_here() -> None:
+    """Raises UserError if the current folder was deleted: relative paths mean nothing there, and libraries fail in their own
+    words."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current folder is gone; cd to one that exists, and start again") from None
 
 
 def check_printed() -> int:

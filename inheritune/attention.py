@@ -26,7 +26,7 @@ from inheritune.dist import device, limit_error
 from inheritune.inherit import write_random
 from inheritune.models import hf_config
 from inheritune.outputs import check_writable, resolve_output
-from inheritune.rundir import RunDir, beside, check_own, finished_weights, parse_weights_name, root, write_jsonl
+from inheritune.rundir import RunDir, beside, check_own, finished_weights, is_sealed, parse_weights_name, root, write_jsonl
 
 TAUS = (0.80, 0.85, 0.90, 0.95)
 """Shares of the squared singular values; the paper uses 0.90 and ablates the others (its Figure 10)."""
@@ -395,6 +395,28 @@ def named_run(model: str, experiment: Experiment, seed: int = 0) -> tuple[str, s
     return str(weights), revision, folder.path / f"on_{experiment.name}" if owner else folder.path
 
 
+def check_replaced(folder: RunDir, model: str, revision: str | None) -> None:
+    """Raises UserError if `folder` holds files of the names that are written and they are not those of an earlier analysis of
+    the same model: an attention.jsonl as we left it, and the plots beside it."""
+    kept = "and is left as it is; give another --out"
+    if not folder.attention.exists():
+        for name in names.PLOTS:
+            if (folder.path / name).exists():
+                raise UserError(f"{folder.path / name} lies without an attention.jsonl, so it was not drawn by analyze, {kept}")
+        return
+    try:
+        header, sealed = next(iter(folder.read_attention()), {}), is_sealed(folder.attention)
+    except UserError:  # damaged, or never ours
+        header, sealed = {}, False
+    if not sealed or header.get("kind") != "header" or not isinstance(header.get("model"), str):
+        raise UserError(f"{folder.attention} is not as analyze leaves it, {kept}")
+    same = header["model"] == str(model) or Path(header["model"]).resolve() == Path(model).resolve()
+    if not same or header.get("revision") != revision:
+        both = ((header["model"], header.get("revision")), (model, revision))
+        of, asked = (f"{name}@{at}" if at else name for name, at in both)
+        raise UserError(f"{folder.attention} was measured on {of}, not on {asked}, {kept}")
+
+
 def run_analyze(
     model: str,
     data: str,
@@ -409,10 +431,13 @@ def run_analyze(
 
     `model` is an HF checkpoint, a Hub id, the folder of a finished run (a grown one means its chosen stage), or a name
     (`named_run`, of that seed). `data` is an experiment or a folder of prepared data. `out` is by default the run folder that
-    holds the weights, else runs/analysis/<model>. In a rehearsal, whose models are short, `length` is cut to its sequences."""
-    if out:
-        out = str(resolve_output(out))
-        check_writable(Path(out))
+    holds the weights, else runs/analysis/<model>. In a rehearsal, whose models are short, `length` is cut to its sequences.
+
+    Raises UserError, before it measures, if `out` holds files that would be overwritten and are not ours (`check_replaced`)."""
+    given = str(resolve_output(out)) if out else None
+    if given:
+        check_writable(Path(given))
+    out = given
     if (Path(data) / "manifest.json").is_file():
         experiment, tokens = None, Tokens(data, "val")
     else:
@@ -429,9 +454,6 @@ def run_analyze(
         described.append(read_yaml(run.experiment))
     rehearsals = [one["data"]["sequence_length"] for one in described if one["rehearsal"]]
     length = min([length, *rehearsals])
-    rows = analyze(model, tokens, sequences, length, seed, maps, revision=revision, progress=True)
-    rows[0]["rehearsal"] = bool(rehearsals)
-    rows[0] |= {"weights": run.weights_hash()} if is_final and run.is_done() and not out else {}
     if out:
         folder = Path(out)
     elif is_final:
@@ -439,6 +461,11 @@ def run_analyze(
     else:  # a local folder by its last two names (at_00010000 alone would not say whose), a Hub id by both of its own
         name = "--".join((Path(model).resolve() if Path(model).exists() else Path(model)).parts[-2:])
         folder = root() / "runs" / (names.REHEARSAL if rehearsals else "") / names.ANALYSIS / name
+    if given:
+        check_replaced(RunDir(folder), model, revision)
+    rows = analyze(model, tokens, sequences, length, seed, maps, revision=revision, progress=True)
+    rows[0]["rehearsal"] = bool(rehearsals)
+    rows[0] |= {"weights": run.weights_hash()} if is_final and run.is_done() and not out else {}
     write_jsonl(RunDir(folder).attention, rows)
     print(describe(rows))
     return folder

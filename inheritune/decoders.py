@@ -167,11 +167,13 @@ def count_parquet(path: Path, key: str) -> int:
 
 
 def _check_column(path: Path, schema, key: str) -> None:
-    """Raises UserError unless the column `key` holds text."""
+    """Raises UserError unless there is one column `key`, which holds text."""
     import pyarrow as pa
 
     if key not in schema.names:
         raise UserError(f"{path} has no column '{key}' (data.text_key); {nearest(key, schema.names)}")
+    if (times := schema.names.count(key)) > 1:
+        raise UserError(f"{path} has {times} columns of the name '{key}' (data.text_key); rename all but one of them")
     kind = schema.field(key).type
     if pa.types.is_null(kind):
         raise UserError(f"{path}: column '{key}' (data.text_key) is empty, all its values are null; name another column")

@@ -25,7 +25,8 @@ from pathlib import Path
 from inheritune import environment
 from inheritune.config import UserError
 from inheritune.launcher import LOOPBACK, Launch, find_launch, read_launch
-from inheritune.rundir import FULL, disk_error, fullest_place, node, path_of, root
+from inheritune.rundir import FULL, disk_error, fullest_place, node, path_of, root, root_problem
+from inheritune.signals import Stopped, asked_to_stop
 
 
 class NodeError(UserError):
@@ -42,6 +43,8 @@ def limit_error(error: Exception) -> NodeError | None:
     """What to tell if `error` says that memory, open files or the disk are used up or that a file cannot be used, else None."""
     if isinstance(error, OSError) and error.errno == errno.EROFS and error.filename:
         return NodeError(str(disk_error(error, path_of(error, root()))))
+    if isinstance(error, OSError) and error.filename and (problem := root_problem(error)):
+        return NodeError(str(problem))
     if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename:  # wherever met: it is the user's affair
         return NodeError(f"{error.filename} cannot be used ({error.strerror}): see its owner and mode, or restore it")
     words = "" if isinstance(error, UserError) else str(error).partition("\n")[0]
@@ -56,15 +59,6 @@ def limit_error(error: Exception) -> NodeError | None:
         what = f"out of memory ({words or type(error).__name__})"
         return NodeError(f"{what}; ask for more (--mem, ulimit -v) or use less (ds_configs/README.md; prepare --workers 1)")
     return None
-
-
-class Stopped(Exception):
-    """The work was saved before its end because a signal or a STOP file asked for it: exit code 0. `again`: there is more to
-    do, and a job's script may go on with it (not after a STOP file, which is a person's)."""
-
-    def __init__(self, message: str, again: bool = True):
-        super().__init__(message)
-        self.again = again
 
 
 def rank() -> int:
@@ -124,11 +118,18 @@ RENDEZVOUS_S = 600
 """How long ranks wait for each other at the start, as torchrun's do: the slowest node's import of torch from a shared disk."""
 
 
+VERDICT, GO = "verdict", "go"
+"""What the first to know it says at the store: all are here, or the signal by which a rank was asked to leave."""
+TRY = timedelta(seconds=5)
+"""How long a rank tries to reach the store before it looks whether it is asked to leave."""
+
+
 _store = None  # where the ranks met: key and value, and no collective
 
 
 def _meet(launch: Launch) -> None:
-    """Join torch's process group, and prove it by one sum over all ranks. Raises NodeError naming the missing nodes."""
+    """Join torch's process group, and prove it by one sum over all ranks. Raises NodeError naming the missing nodes,
+    Stopped where a rank is asked to leave while they wait."""
     import torch
     from torch.distributed import distributed_c10d
 
@@ -145,9 +146,10 @@ def _meet(launch: Launch) -> None:
         store.set(f"here {rank()}", node())
         if rank() == 0:
             _wait_for_all(store)
-            store.set("all here", "")
+            if store.compare_set(VERDICT, "", GO).decode() != GO:
+                _leave_if_asked(store)
         else:  # a little longer than rank 0, which knows who is missing
-            store.wait(["all here"], timedelta(seconds=RENDEZVOUS_S + 30))
+            _wait_for_rank0(store, RENDEZVOUS_S + 30)
     except torch.distributed.DistError as error:
         raise NodeError(f"cannot meet the other ranks at {address}:{port} ({str(error).splitlines()[0]})") from None
     devices = [store.get(f"device {r}") for r in range(world())]
@@ -194,14 +196,15 @@ def _open_store(address: str, port: int, local: bool = False):
     """The ranks' store, held by rank 0 on the address at which the ranks look for it, and no other. The port follows from job
     and step, so that one that was just requeued may still hold it for a moment: then it is tried again for a while.
 
-    Raises torch's DistError, NodeError if the port stays in use."""
+    Raises torch's DistError, NodeError if the port stays in use, Stopped where this rank is asked to leave meanwhile."""
     import torch
 
     wait = timedelta(seconds=RENDEZVOUS_S)
     if rank():
-        return torch.distributed.TCPStore(address, port, world(), False, wait, wait_for_workers=False)
+        return _reach_store(address, port, wait)
     deadline = time.monotonic() + 60
     while True:
+        _leave_if_asked()
         try:
             server = _bind(address, port, local)
             break
@@ -212,6 +215,24 @@ def _open_store(address: str, port: int, local: bool = False):
     own = server.getsockname()[0]  # rank 0 reaches its own store there, whatever the network makes of its name
     own = LOOPBACK if own in ("::", "0.0.0.0") else own
     return torch.distributed.TCPStore(own, port, world(), True, wait, wait_for_workers=False, master_listen_fd=server.detach())
+
+
+def _reach_store(address: str, port: int, wait: timedelta):
+    """The store that rank 0 holds, asked for anew every few seconds: a signal is not answered within one try, which is a call
+    of C. Raises torch's DistError where it is not reached in time, Stopped where this rank is asked to leave meanwhile."""
+    import torch
+
+    deadline = time.monotonic() + wait.total_seconds()
+    while True:
+        try:
+            store = torch.distributed.TCPStore(address, port, world(), False, TRY, wait_for_workers=False)
+            break
+        except torch.distributed.DistError:
+            _leave_if_asked()
+            if time.monotonic() > deadline:
+                raise
+    store.set_timeout(wait)
+    return store
 
 
 def _bind(address: str, port: int, local: bool) -> socket.socket:
@@ -244,10 +265,12 @@ def _stay_on_this_machine() -> None:
 
 
 def _wait_for_all(store) -> None:
-    """Raises NodeError naming the ranks (with their nodes, where Slurm tells) that do not arrive in time."""
+    """Raises NodeError naming the ranks (with their nodes, where Slurm tells) that do not arrive in time, Stopped where any
+    rank is asked to leave meanwhile."""
     deadline = time.monotonic() + RENDEZVOUS_S
     missing = list(range(world()))
     while missing:
+        _leave_if_asked(store)
         missing = [r for r in missing if not store.check([f"here {r}"])]
         if missing and time.monotonic() > deadline:
             hosts = _slurm_hosts()
@@ -256,6 +279,33 @@ def _wait_for_all(store) -> None:
             names = f" on {', '.join(where)}" if where else ""
             raise NodeError(f"rank(s) {missing}{names} did not arrive at the rendezvous within {RENDEZVOUS_S} s")
         time.sleep(0.05)
+
+
+def _wait_for_rank0(store, limit_s: float) -> None:
+    """Raises torch's DistError if rank 0 does not say in time that all are here, Stopped as `_wait_for_all` does. (The store's
+    own wait is one call of C, in which no signal is answered.)"""
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        _leave_if_asked(store)
+        if store.check([VERDICT]):
+            return
+        time.sleep(0.05)
+    store.wait([VERDICT], timedelta(seconds=1))
+
+
+def _leave_if_asked(store=None) -> None:
+    """Raises Stopped if this rank, or another that has come to `store`, is asked to leave: nothing has begun that could be
+    saved, and those that stayed would wait for this one. Not so once all are here: then they agree on it at their next look."""
+    why = asked_to_stop() if world() > 1 else None  # one alone meets at once
+    if store is not None:
+        if why:
+            store.compare_set(VERDICT, "", why)
+        said = store.get(VERDICT).decode() if store.check([VERDICT]) else GO
+        if rank() == 0 and said != GO:
+            time.sleep(1)  # it holds the store, where the others look several times a second
+        why = said if said != GO else None
+    if why:
+        raise Stopped(f"stopped while {world()} ranks were meeting ({why}); the same command starts again")
 
 
 def _slurm_hosts() -> list[str]:
@@ -512,7 +562,7 @@ def gather(value) -> list:
 
 
 def on_rank0(function, *args, **kwargs):
-    """Call `function` on rank 0 only; its result, or its UserError, reaches every rank."""
+    """Call `function` on rank 0 only; its result, or its UserError or Stopped, reaches every rank."""
     import torch
 
     outcome = [None, None]
@@ -520,14 +570,16 @@ def on_rank0(function, *args, **kwargs):
     if rank() == 0:
         try:
             outcome[0] = function(*args, **kwargs)
-        except UserError as error:
-            outcome[1] = str(error)
+        except (UserError, Stopped) as error:
+            outcome[1] = error if isinstance(error, Stopped) else str(error)
         except Exception as error:
             failure, outcome[1] = error, f"rank 0 failed: {error!r}"
     if world() > 1:
         torch.distributed.broadcast_object_list(outcome, src=0)
     if failure is not None:
         raise failure
+    if isinstance(outcome[1], Stopped):
+        raise outcome[1]
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]

@@ -34,6 +34,8 @@ KINDS = {".txt": "text", ".py": "python", ".parquet": "text"} | dict.fromkeys(
 )
 QUADRATIC = {"punycode", "idna"}
 """Encodings that a coding line may name and whose decoders take a time that grows with the square of a text's length."""
+MOST_NULS = 0.1
+"""Of a document's characters: UTF-16 of English has one in two, a text with a stray NUL or a table of them far fewer."""
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -273,6 +275,8 @@ def parse(kind: str, raw: bytes | None, key: str) -> str:
         text = _text_of_row(text, key)
     if not text:
         raise Unusable("empty text")
+    if text.count("\0") > MOST_NULS * len(text):
+        raise Unusable("NUL characters: UTF-16 without a mark, or no text")
     try:
         text.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, written as \ud83d, or decoded by a coding line

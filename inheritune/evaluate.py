@@ -32,18 +32,37 @@ def evaluate(experiment: str, run: str | None = None, model: str | None = None, 
 
     A run's results.json keeps what training wrote; the validation and the difference to its reference are renewed. The
     experiment's downstream `tasks` ('a,b'; default all; 'none') are added one by one as each is scored; one that is there
-    already for these weights is not scored again. Code that task files name is run only with `allow_task_code`."""
+    already for these weights is not scored again. Code that task files name is run only with `allow_task_code`.
+
+    Raises UserError, before any work, for an `out` that goes with a run or holds anything but results of `model`."""
     loaded = load_experiment(experiment, rehearse)
     if (run is None) == (model is None):
         raise UserError("evaluate needs either --run NAME or --model CHECKPOINT")
     chosen = downstream.choose(loaded.evaluate, tasks)
     refuse_task_code(loaded.evaluate.task_files if chosen else None, allow_task_code)
+    if run and out:
+        raise UserError("evaluate: --out goes with --model only: the results of a run lie in its own folder; leave --out away")
     found = [weights_of(loaded, name, seed) for name in run.split(",")] if run else []
     named = resolve_output(out) if out else None
     if named:
         check_new_file(named)
-    for job, source, target in found or [(None, open_source(model), named)]:
-        measure(loaded, chosen, job, source, target, allow_task_code)
+    source = open_source(model) if model else None
+    if named:
+        check_results(named, source.origin)
+    for job, weights, target in found or [(None, source, named)]:
+        measure(loaded, chosen, job, weights, target, allow_task_code)
+
+
+def check_results(file: Path, model: str) -> None:
+    """Raises UserError if `file` is there and holds anything but results of `model`: they would be lost, or would stand
+    under another model's name."""
+    if not file.exists():
+        return
+    held = read_json(file)
+    if not (isinstance(held, dict) and isinstance(held.get("model"), str) and "experiment" in held):
+        raise UserError(f"{file} holds no results of evaluate --model, and is left as it is; give another --out")
+    if held["model"] != model:
+        raise UserError(f"{file} holds the results of {held['model']}, not of {model}; give another --out")
 
 
 def weights_of(experiment: Experiment, name: str, seed: int) -> tuple[Job, Source, Path]:
@@ -79,7 +98,8 @@ def check_measured_alike(job: Job, folder: Path) -> None:
 
 def measure(loaded: Experiment, chosen: dict[str, Task], job: Job | None, source: Source, target: Path | None,
             allow_code: bool = False) -> None:  # fmt: skip
-    """Validation loss and `chosen` tasks of `source`, into `target`."""
+    """Validation loss and `chosen` tasks of `source`, into `target`. Raises UserError if `target` was measured on other weights
+    of a model of that name."""
     dist.start()
     setup()
     tokens, foreign = Tokens.of(loaded, "val"), job is None or job.run.init.external
@@ -88,8 +108,16 @@ def measure(loaded: Experiment, chosen: dict[str, Task], job: Job | None, source
     )  # all that can be refused comes before the work
     results = {"model": source.origin, "layers": None, "steps": None}
     if target and (target.is_file() or (job and RunDir(target.parent).is_done())):
-        results = RunDir(target.parent).read_results(True) if target.name == "results.json" else read_json(target)
-    identity = dist.on_rank0(checkpoint_hash, source) if chosen else None
+        results = RunDir(target.parent).read_results(to_renew=True) if target.name == "results.json" else read_json(target)
+    named = target is not None and job is None
+    identity = dist.on_rank0(checkpoint_hash, source) if chosen or named else None
+    if named:
+        if results.get("checkpoint", identity) != identity:  # those of before would stand beside those of now
+            were = f"weights {results['checkpoint']} of {source.origin}, which now has {identity}"
+            raise UserError(f"{target} holds the results of the {were}; give another --out")
+        results["checkpoint"] = identity
+    elif "model" in results:
+        results["model"] = source.origin  # of a run whose public model was changed
     missing = downstream.unscored(chosen, benchmarks, results, identity)
     tokenizer = downstream.open_tokenizer(source.folder) if chosen or foreign else None
     if tokenizer is None and foreign and loaded.rehearsal:

@@ -8,6 +8,7 @@ the figures count from 1, as the paper's do. The same rows give the same bytes.
 from contextlib import contextmanager
 from pathlib import Path
 
+from inheritune import names
 from inheritune.config import Experiment, UserError, load_experiment
 from inheritune.escape import plot_label
 from inheritune.paper import (
@@ -235,8 +236,7 @@ def plot_attention(folder: str | Path) -> list[Path]:
     parts = Path(header["model"]).parts
     label = plot_label("/".join(parts[-2:]))
     rehearsal = header.get("rehearsal", False)
-    names = ("max_rank.png", "max_rank_taus.png", "avg_mass.png", "rank_heat_map.png", "attention_maps.png")
-    paths = [run.path / name for name in names]
+    paths = [run.path / name for name in names.PLOTS]
     plot_max_rank([(label, rows)], paths[0], rehearsal=rehearsal)
     plot_tau_ablation(rows, paths[1], label, rehearsal)
     plot_avg_mass([(label, rows)], paths[2], rehearsal=rehearsal)

@@ -5,12 +5,13 @@ MASTER_ADDR and MASTER_PORT. A launch is understood whole or refused: a process 
 do the same. Nothing here asks the network, Slurm or torch.
 """
 
+import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from inheritune.config import UserError
+from inheritune.config import REPOSITORY, UserError
 
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 MEETING = ("MASTER_ADDR", "MASTER_PORT")
@@ -23,6 +24,13 @@ DEEPSPEED = ("LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
 LOOPBACK = "127.0.0.1"
 JOINING = ("train", "evaluate")
 """Verbs whose processes are ranks of one group. The others run as one process."""
+
+
+def script(name: str) -> str:
+    """The words of a shell that start slurm/NAME.sh from the current folder: by its short name within the checkout."""
+    own = REPOSITORY / "slurm" / f"{name}.sh"
+    here = os.path.relpath(own) if os.path.realpath(os.curdir) == os.path.realpath(REPOSITORY) else own
+    return f"bash {shlex.quote(str(here))}"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from inheritune import environment
 from inheritune.config import UserError
 from inheritune.processes import birth, fate, machine, node
 from inheritune.rundir import disk_error
+from inheritune.signals import Stopped, asked_to_stop
 
 NAME = re.compile(r"\.(.+)\.lock\.[0-9a-f]{12}", re.DOTALL)
 MOST_BYTES = 1 << 16  # of a lock file that is read: ours have some hundred
@@ -42,13 +43,18 @@ class Lock:
 
     def acquire(self) -> None:
         """Take the lock, waiting for another holder. Raises UserError naming it when the wait is over, and if the folder cannot
-        be read or written."""
+        be read or written; Stopped when this process is asked to leave while it waits."""
         deadline, told = time.monotonic() + self.wait, False
         while (who := self._try()) is not None:
             if time.monotonic() > deadline:
                 raise UserError(
                     f"{self.path} is being written by {who}, still after {self.wait:.0f} s of waiting; let it finish, or stop "
                     f"it first; nothing was changed"
+                )
+            if why := asked_to_stop():
+                raise Stopped(
+                    f"stopped while waiting for {self.path}, which is being written by {who} ({why}); nothing was changed, and "
+                    f"the same command tries again"
                 )
             if not told:
                 limit = f" up to {self.wait:.0f} s" if math.isfinite(self.wait) else ""
@@ -130,8 +136,8 @@ class Lock:
 
 
 def lock_holders(folder: Path) -> dict[str, dict]:
-    """{name: {host, pid, slurm, job, silent: seconds since its last beat}} of the locks that are held in `folder`. A holder
-    that its file does not name has only `silent`.
+    """{name: {host, pid, slurm, job, copied, silent: seconds since its last beat}} of the locks that are held in `folder`. A
+    holder that its file does not name has only `silent`.
 
     Only looks: Slurm is not asked, so a job that died on another machine passes for alive for `Lock.SILENCE` seconds."""
     found = {}
@@ -164,8 +170,8 @@ def _lock_files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _read_holder(file: Path) -> dict:
-    """What a lock file says of its holder: {machine, pid, born, host, job, slurm}, each only if it has the right form. {} if
-    the file is damaged, cannot be read, or is no file: nobody knows who holds it. Raises FileNotFoundError."""
+    """What a lock file says of its holder: {machine, pid, born, host, job, slurm, copied}, each only if it has the right form.
+    {} if the file is damaged, cannot be read, or is no file: nobody knows who holds it. Raises FileNotFoundError."""
     try:
         facts = file.stat()
         if not stat.S_ISREG(facts.st_mode):
@@ -185,6 +191,7 @@ def _read_holder(file: Path) -> dict:
         holder["slurm"] = slurm
     if said.get("inode", facts.st_ino) != facts.st_ino:
         holder.pop("machine", None)  # a copy: that process, if it lives, holds the lock of another folder
+        holder["copied"] = True
     return holder
 
 
@@ -207,10 +214,13 @@ def _take_away(file: Path) -> None:
 
 
 def describe_holder(holder: dict, file: Path | None = None) -> str:
-    """Who holds a lock, in words, as far as its file tells; `file`: to be named where it does not."""
+    """Who holds a lock, in words, as far as its file tells; `file`: to be named where it does not, or is a copy."""
     if "pid" not in holder or "host" not in holder:
         return f"a process that its lock{f' file {file}' if file else ''} does not name"
-    return f"{holder.get('job') or 'process ' + str(holder['pid'])} on {holder['host']}"
+    who = f"{holder.get('job') or 'process ' + str(holder['pid'])} on {holder['host']}"
+    if file and holder.get("copied"):
+        who += f" (so says {file}; delete that file if it came with a copy of the folder)"
+    return who
 
 
 def _job_ended(job: str, restarts: str) -> bool:

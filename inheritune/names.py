@@ -23,6 +23,8 @@ WITHIN_RUN = (
     "STOPPED", "bad_batch.json",
 )  # fmt: skip
 """Names of a run's own files (rundir.RunDir), which paths to weights end in."""
+PLOTS = ("max_rank.png", "max_rank_taus.png", "avg_mass.png", "rank_heat_map.png", "attention_maps.png")
+"""What `analyze` draws beside attention.jsonl."""
 BESIDE_RUNS = (".md", ".csv", ".tex", ".png")
 """Ends of the names of the tables and plots in a seed's folder."""
 MOST_BYTES = 150

@@ -160,6 +160,8 @@ class RunDir:
         """results.json. Raises UserError if it, or the record behind its numbers, is not what the finished run left, or (but
         `to_renew`) if its reference has other weights by now than those it was compared with."""
         results = read_json(self.results)
+        if not isinstance(results, dict):
+            raise UserError(f"{self.results} holds no results but a JSON {type(results).__name__}; restore it")
         self._check_measured(results, self.results)
         if not to_renew:
             self._check_compared(results)
@@ -320,12 +322,24 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def disk_error(error: OSError, path: Path) -> Exception:
-    """`error` as a UserError if it says that the disk is full or not writable, else itself."""
+    """`error` as a UserError if it says that the disk is full or not writable, or that $INHERITUNE_ROOT cannot be made, else
+    itself."""
+    if problem := root_problem(error):
+        return problem
     if error.errno in FULL:
         return UserError(f"no space left while writing {path} ({free_bytes(path) / 1e6:.0f} MB free); {more_room(path)}")
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return UserError(f"cannot write {path}: {os.strerror(error.errno)}; {_elsewhere(path, 'that you can write')}")
     return error
+
+
+def root_problem(error: OSError) -> UserError | None:
+    """`error` as a UserError if it says that $INHERITUNE_ROOT, which is no folder yet, cannot be made (as below /proc)."""
+    given, failed = os.environ.get("INHERITUNE_ROOT"), path_of(error, Path())
+    unmade = given and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EINVAL) and not root().is_dir()
+    if unmade and (root().is_relative_to(failed) or error.errno == errno.ENOTDIR and failed.is_relative_to(root())):
+        return UserError(f"INHERITUNE_ROOT={given} is no folder and cannot be made ({error.strerror}); set it to another one")
+    return None
 
 
 def path_of(error: Exception, default: Path) -> Path:
@@ -460,6 +474,11 @@ def read_jsonl(path: Path) -> list[dict]:
         rows[0] = unsealed({**rows[0], "rows": rows[1:]}, str(path))
         del rows[0]["rows"]
     return rows
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether the first row of a JSON-lines file, which `read_jsonl` has accepted, bears a seal."""
+    return SEAL in json.loads(_read_text(path).partition("\n")[0])
 
 
 def remove(path: Path) -> None:

@@ -42,6 +42,15 @@ _watch: threading.Thread | None = None
 _saying, _said = threading.Lock(), []
 
 
+class Stopped(Exception):
+    """The work was saved before its end because a signal or a STOP file asked for it: exit code 0. `again`: there is more to
+    do, and a job's script may go on with it (not after a STOP file, which is a person's)."""
+
+    def __init__(self, message: str, again: bool = True):
+        super().__init__(message)
+        self.again = again
+
+
 def listen() -> None:
     """Let the signals of SAVE ask this process to save and leave, from now on. Call first of all: without a handler a signal to
     the job step ends the process, whatever it is doing."""

@@ -483,7 +483,7 @@ def as_bytes(tensor: torch.Tensor):
 
 def _named(stored: dict[str, Stored], table: Architecture, tied: bool, folder: Path) -> dict[str, Stored]:
     """`stored` under full names: what wrappers of a model added taken off, the prefix added where it was left out, the head's
-    own name for it, buffers and a tied head dropped."""
+    own name for it, buffers and a tied head dropped. Raises UserError where two tensors of one name differ."""
     outside = {name for names in table.parts.values() for name in names}
     renamed = {ours: names[0] for ours, names in table.published.items() if names[0] in outside}
     plain, named = strip_wrappers(stored, folder), {}
@@ -492,15 +492,29 @@ def _named(stored: dict[str, Stored], table: Architecture, tied: bool, folder: P
         full = full if full in outside or full.startswith(table.base_prefix) else table.base_prefix + full
         within = re.match(re.escape(table.block).replace(r"\{i\}", r"\d+"), full)
         if not (within and full[within.end() :] in table.buffers):
-            named[full] = place
+            other = named.setdefault(full, place)
+            if not _same(other, place):
+                raise UserError(
+                    f"{folder}: {full} is stored under two names, with and without '{table.base_prefix}', and the two differ; "
+                    f"delete the wrong one"
+                )
     place = named.pop(table.head, None) if tied else None
     if place is not None:
         other = named.setdefault(table.embedding, place)
-        if other != place and not torch.equal(read_tensor(other), read_tensor(place)):
+        if not _same(other, place):
             raise UserError(
                 f"{folder}: {table.head} and {table.embedding} differ; set tie_word_embeddings to false in config.json"
             )
     return named
+
+
+def _same(one: Stored, other: Stored) -> bool:
+    """Whether two stored tensors are one, or hold the same bytes."""
+    if one == other:
+        return True
+    return (one.shape, one.dtype) == (other.shape, other.dtype) and torch.equal(
+        torch.from_numpy(as_bytes(read_tensor(one))), torch.from_numpy(as_bytes(read_tensor(other)))
+    )
 
 
 def _split(stored: dict[str, Stored], pieces: dict[str, tuple[Shape, dict[str, Shape]]]) -> None:

@@ -172,9 +172,9 @@ def check(experiment: str, run: str | None = None, stage: int | None = None, see
     lacks = ["its data is not prepared"] * (not ready) + [f"run '{needed}', which it needs, is not trained"] * bool(needed)
     ways = f"{loaded.name}/{run} cannot start yet: {' and '.join(lacks)}.\n"
     if not ready:
-        fetch = f"bash slurm/fetch.sh {experiment} && " if loaded.data.source == "hub" else ""
+        fetch = f"{launcher.script('fetch')} {experiment} && " if loaded.data.source == "hub" else ""
         ways += f"First, on the login node, the data ({data_dir(loaded)}):\n"
-        ways += f"    {fetch}{_again(loaded)}bash slurm/prepare.sh {experiment}\n"
+        ways += f"    {fetch}{_again(loaded)}{launcher.script('prepare')} {experiment}\n"
     raise UserError((ways + (_two_ways(loaded, experiment, run, needed, stage, seed) if needed else "")).rstrip())
 
 
@@ -224,7 +224,7 @@ def _again(experiment: Experiment) -> str:
 
 def _two_ways(experiment: Experiment, name: str, run: str, needed: str, stage: int | None, seed: int) -> str:
     """What to do while `needed` is not trained: train it and queue this behind it, or start from a public checkpoint."""
-    train = f"{_again(experiment)}bash slurm/train.sh {name}"
+    train = f"{_again(experiment)}{launcher.script('train')} {name}"
     flag = seed_flag(seed)
     again = f"{train} {run}{f' --stage {stage}' if stage else ''}{flag}"
     settings = experiment.train_of(experiment.run(needed))
@@ -241,9 +241,9 @@ def _two_ways(experiment: Experiment, name: str, run: str, needed: str, stage: i
     sources = {other: spec.init.inherit.source for other, spec in experiment.runs.items() if spec.init.inherit}
     public = next((other for other, source in sources.items() if source not in experiment.runs), None)
     if public and experiment.run(run).init.inherit:
-        sentence += f"\nor start from the public checkpoint {sources[public]}:\n    bash slurm/fetch.sh {name}\n"
+        sentence += f"\nor start from the public checkpoint {sources[public]}:\n    {launcher.script('fetch')} {name}\n"
         verb = "grow" if experiment.run(public).grow else "train"
-        sentence += f"    bash slurm/{verb}.sh {name} {public}{flag}"
+        sentence += f"    {launcher.script(verb)} {name} {public}{flag}"
     return sentence
 
 

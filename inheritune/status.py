@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from inheritune import names
+from inheritune import launcher, names
 from inheritune.config import Experiment, Run, UserError, load_experiment
 from inheritune.lock import Lock, describe_holder, lock_holders
 from inheritune.paper import curve_of, published_curves, published_loss
@@ -341,9 +341,9 @@ def next_command(view: View, experiment: str, name: str, run: Run, state: str) -
     prefix = "REHEARSE=1 " if loaded.rehearsal else ""
     if verb == "train" and not view.data_ready:
         by_hand = f"python -m inheritune prepare {experiment}{_flags(loaded, 0)}"
-        return f"{prefix}bash slurm/prepare.sh {experiment}" if view.slurm else by_hand
+        return f"{prefix}{launcher.script('prepare')} {experiment}" if view.slurm else by_hand
     if view.slurm:
-        return f"{again}{prefix}bash slurm/{verb}.sh {experiment} {name}{seed_flag(seed)}"
+        return f"{again}{prefix}{launcher.script(verb)} {experiment} {name}{seed_flag(seed)}"
     return f"{again}python -m inheritune {verb} {experiment} --run {name}{_flags(loaded, seed)}"
 
 

@@ -442,7 +442,14 @@ fail() {
 submit() {
   local options=() command name nodes per_node partition=$SITE_PARTITION queued id log line
   if ! sinfo -h > /dev/null 2>&1; then
-    refuse "this is no login node of a Slurm cluster (sinfo does not answer); without Slurm: python -m inheritune $kind ... --procs N"
+    case $kind in # as the verb takes it: not each has processes of its own
+      prepare) line="prepare EXPERIMENT [--workers N]" ;;
+      analyze) line="analyze --model MODEL --data EXPERIMENT" ;;
+      evaluate) line="evaluate EXPERIMENT --run RUN [--procs N]" ;;
+      grow) line="grow EXPERIMENT --run RUN [--procs N]" ;;
+      *) line="train EXPERIMENT --run RUN [--procs N]" ;;
+    esac
+    refuse "this is no login node of a Slurm cluster (sinfo does not answer); without Slurm: python -m inheritune $line"
   fi
   name=$(basename "$0" .sh)
   for word in ${script_arguments[@]+"${script_arguments[@]}"}; do

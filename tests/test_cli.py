@@ -5,6 +5,7 @@ import ast
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tokenize
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import REPOSITORY, experiment_dict, refused, run_verb, write_experiment, write_tokens
+from conftest import REPOSITORY, experiment_dict, one_sentence, refused, run_verb, write_experiment, write_tokens
 
 from inheritune.config import load_experiment
 from inheritune.rundir import data_dir
@@ -174,6 +175,37 @@ def test_check_says_what_a_run_starts_from_with_the_lines_that_make_it(small):
     assert "run 'reference', which it needs, is not trained" in said and "data is not" not in said
     assert "has no stage 2" in refused("check", small, "--run", "reference", "--stage", 2)
     assert "what it starts from is there" in run_verb("check", small, "--run", "reference").stdout
+
+
+def test_lines_to_paste_work_from_another_folder(tmp_path):
+    """Scripts of the checkout by their whole path; 'bash slurm/...' only where that is right."""
+    command = [sys.executable, "-m", "inheritune"]
+    said = []
+    for words in (["check", "gpt2_xl_owt", "--run", "inheritune"], ["check", "gpt2_medium_owt", "--run", "inheritune"]):
+        done = subprocess.run([*command, *words], capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert done.returncode == 2, done.stderr
+        said += [done.stderr]
+    scripts = re.findall(r"bash (\S+)", "".join(said))
+    assert {Path(script).name for script in scripts} >= {"fetch.sh", "prepare.sh", "train.sh"}
+    assert all(Path(script).is_absolute() and Path(script).is_file() for script in scripts), scripts
+
+
+@pytest.mark.parametrize(
+    "words", [["prepare", "quickstart"], ["status", "quickstart"], ["train", "quickstart", "--run", "random"]]
+)
+def test_a_current_folder_that_is_gone_is_told(tmp_path, words):
+    (tmp_path / "gone").mkdir()
+    line = f'rmdir "$PWD" && exec {shlex.quote(sys.executable)} -m inheritune {shlex.join(words)}'
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=tmp_path / "gone", check=False)
+    assert one_sentence(done) == "inheritune: the current folder is gone; cd to one that exists, and start again"
+
+
+@pytest.mark.parametrize("root", ["/proc/x", "/proc/x/y", "FILE/x"])
+def test_a_root_that_cannot_be_made_is_named(tmp_path, root):
+    (tmp_path / "file").write_text("precious")
+    root = root.replace("FILE", str(tmp_path / "file"))
+    said = refused("prepare", "quickstart", "--rehearse", INHERITUNE_ROOT=root)
+    assert f"INHERITUNE_ROOT={root} is no folder and cannot be made" in said and "set it to another one" in said
 
 
 # --- the package ----------------------------------------------------------------------------------------------------------

@@ -488,3 +488,21 @@ def test_a_tokenizer_whose_files_changed_is_reported(tmp_path, caplog, monkeypat
     shutil.copytree(tmp_path / "two", tmp_path / "mine")
     prepare(chosen, workers=1)
     assert f"other files of tokenizer {tmp_path / 'mine'}, and stays as it is; to prepare anew" in caplog.text
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    """pyarrow gives neither, in words of its own."""
+    pq.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="a.parquet has 2 columns of the name 'text' .*; rename all but one of them"):
+        raws("a.parquet")
+
+
+def test_utf_16_without_a_mark_is_no_text():
+    text = "Plain words, and some more of them."
+    for encoding in ("utf-16-le", "utf-16-be"):
+        with pytest.raises(Unusable, match="NUL characters: UTF-16 without a mark, or no text"):
+            parse("text", text.encode(encoding), "text")
+        with pytest.raises(Unusable, match="NUL characters"):
+            parse("json", json.dumps({"text": text.encode(encoding).decode("latin-1")}).encode(), "text")
+    stray = "a field\0of a table\0here"
+    assert parse("text", stray.encode(), "text") == stray

@@ -293,3 +293,54 @@ def test_two_nodes_of_a_cluster_meet(small, slurm):  # noqa: F811
     said = slurm.run(*line, "train", small, "--run", "reference", cwd=REPOSITORY, timeout=300, DS_ACCELERATOR="cpu")
     assert "preflight: 2 rank(s) on 2 node(s)" in said and "finished" in said, said
     assert "prepare runs as one process, but srun" in slurm.run(*line, "prepare", small, check=False, cwd=REPOSITORY)
+
+
+# --- a rank that waits for others -------------------------------------------------------------------------------------------
+
+
+def accept_once(port: int) -> None:
+    """Wait until someone asks for what listens at `port` of this machine, and send them away."""
+    with socket.create_server(("127.0.0.1", port)) as server:
+        server.settimeout(120)
+        server.accept()[0].close()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_waits_for_others_leaves_when_asked(small, rank):
+    """It once waited out its ten minutes, and Slurm killed it before."""
+    variables = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "inheritune", "train", small, "--run", "reference"], cwd=REPOSITORY, text=True,
+        env={**os.environ, **variables, "MASTER_PORT": str(port := free_port())},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    if rank:
+        accept_once(port)
+    end = time.time() + 120
+    while rank == 0 and not is_open("127.0.0.1", port):
+        assert process.poll() is None and time.time() < end
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=30)[0]
+    assert process.returncode == 0 and "Traceback" not in said, said
+    sentence = "inheritune: stopped while 2 ranks were meeting (SIGTERM); the same command starts again"
+    assert (sentence in said) is (rank == 0), said  # one rank speaks for all
+
+
+def test_a_rank_that_leaves_takes_those_that_wait_for_it_along(small):
+    port, processes = free_port(), []
+    for rank in (0, 1):
+        variables = {"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "inheritune", "train", small, "--run", "reference"], cwd=REPOSITORY, text=True,
+            env={**os.environ, **variables, "MASTER_PORT": str(port)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        processes.append(process)
+    end = time.time() + 120
+    while not any(c.status == psutil.CONN_ESTABLISHED for c in psutil.Process(processes[1].pid).net_connections()):
+        assert time.time() < end and processes[1].poll() is None
+        time.sleep(0.2)
+    processes[1].send_signal(signal.SIGUSR1)
+    said = [process.communicate(timeout=30)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "inheritune: stopped while 3 ranks were meeting (SIGUSR1)" in said[0] and "Traceback" not in "".join(said)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,10 +14,10 @@ import pytest
 from conftest import REPOSITORY
 from test_damage import modes_count
 
-from inheritune.config import UserError
+from inheritune.config import UserError, load_experiment
 from inheritune.lock import Lock, lock_holder, lock_holders
 from inheritune.processes import birth, fate, machine
-from inheritune.rundir import ABANDONED_S, remove_leftovers, replacing, temporary_of
+from inheritune.rundir import ABANDONED_S, data_dir, remove_leftovers, replacing, temporary_of
 
 # --- alive, dead, unknown -------------------------------------------------------------------------------------------------
 
@@ -236,3 +237,40 @@ def test_only_leftovers_of_ours_are_removed(tmp_path):
     ours[2].write_text("x")
     remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FOREIGN)
+
+
+# --- waiting --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_who_waits_for_a_lock_leaves_when_asked(small, number):
+    """`prepare` waits without a limit, and once heard nothing meanwhile."""
+    folder = data_dir(load_experiment(small))
+    shutil.rmtree(folder)
+    with Lock(folder):
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "inheritune", "prepare", small], cwd=REPOSITORY, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        assert f"{folder} is being written by process {os.getpid()}" in process.stdout.readline()
+        process.send_signal(number)
+        said = process.communicate(timeout=20)[0]
+    assert process.returncode == 0 and "Traceback" not in said, said
+    assert f"inheritune: stopped while waiting for {folder}" in said and f"({number.name}); nothing was changed" in said
+    assert not folder.exists() and list(folder.parent.iterdir()) == []
+
+
+def test_a_lock_that_came_with_a_copy_is_named(tmp_path, capsys):
+    (tmp_path / "seed0").mkdir()
+    with Lock(tmp_path / "seed0" / "run"):
+        shutil.copytree(tmp_path / "seed0", tmp_path / "copied")
+        (copy,) = (tmp_path / "copied").iterdir()
+        with pytest.raises(UserError, match="delete that file if it came with a copy of the folder"):
+            Lock(tmp_path / "copied" / "run", wait=0.1).acquire()
+        assert f"(so says {copy}; delete that file if it came with a copy of the folder): waiting" in capsys.readouterr().out
+        copy.unlink()
+        with Lock(tmp_path / "copied" / "run", wait=0):
+            pass
+        with pytest.raises(UserError) as caught:
+            Lock(tmp_path / "seed0" / "run", wait=0).acquire()
+        assert "came with a copy" not in str(caught.value)

@@ -1,17 +1,20 @@
 """Where a verb writes: links, dots, files and folders that cannot be written to are used as meant, or refused in a sentence."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import one_sentence, run_verb
+from conftest import one_sentence, refused, run_verb
 from tiny_models import config_of, random_model
 
+from inheritune.attention import check_replaced
 from inheritune.config import UserError
+from inheritune.evaluate import check_results
 from inheritune.outputs import check_new_file, check_new_folder, check_writable, resolve_output
-from inheritune.rundir import replacing
+from inheritune.rundir import RunDir, read_json, replacing, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +133,80 @@ def test_analyze_refuses_before_it_measures(small, tmp_path, source):
         said = one_sentence(run_verb("analyze", "--model", source, "--data", small, "--out", tmp_path / out, check=False))
         assert sentence in said
     assert (tmp_path / "file").read_text() == "precious"
+
+
+LARGE = config_of("llama")
+LARGE.vocab_size, LARGE.max_position_embeddings = 320, 64
+
+
+@pytest.fixture
+def fitting(tmp_path) -> Path:
+    """A model of the size of the small experiment's vocabulary."""
+    random_model(LARGE, seed=1).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_evaluate_never_writes_over_what_is_not_its_own(small, tmp_path, source):
+    """Results of another model once kept that one's name over the new numbers; other JSON was merged with them."""
+    out = tmp_path / "out.json"
+    check_results(out, str(source))  # nothing is there yet
+    for held in ({"model": "gpt2"}, {"notes": "mine"}, {}, [1], "x"):
+        out.write_text(json.dumps(held))
+        with pytest.raises(UserError, match="holds no results of evaluate --model, and is left as it is; give another --out"):
+            check_results(out, str(source))
+    out.write_text("precious")
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        check_results(out, str(source))
+    held = {"model": "gpt2", "experiment": "small", "validation": {}}
+    out.write_text(json.dumps(held))
+    said = refused("evaluate", small, "--model", source, "--out", out)
+    assert f"holds the results of gpt2, not of {source}; give another --out" in said and json.loads(out.read_text()) == held
+    out.write_text("[1]")
+    assert "holds no results of evaluate" in refused("evaluate", small, "--model", source, "--out", out)
+    assert out.read_text() == "[1]"
+
+
+def test_evaluate_tells_weights_that_were_replaced(small, tmp_path, fitting):
+    out = tmp_path / "out.json"
+    words = ("evaluate", small, "--model", fitting, "--out", out)
+    run_verb(*words)
+    first = read_json(out)
+    assert first["model"] == str(fitting) and first["validation"]["n"] == 16
+    run_verb(*words)
+    assert read_json(out)["validation"] == first["validation"]  # the same weights again
+    random_model(LARGE, seed=2).save_pretrained(fitting)
+    said = refused(*words)
+    assert f"holds the results of the weights {first['checkpoint']} of {fitting}" in said and "give another --out" in said
+    assert read_json(out)["validation"] == first["validation"]
+
+
+def test_evaluate_refuses_out_beside_a_run(small, tmp_path):
+    said = refused("evaluate", small, "--run", "reference", "--out", tmp_path / "out.json")
+    assert "--out goes with --model only: the results of a run lie in its own folder" in said
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_analyze_never_writes_over_what_is_not_its_own(small, tmp_path, fitting):
+    out = tmp_path / "out"
+    words = ("analyze", "--model", fitting, "--data", small, "--out", out, "--sequences", 2, "--length", 8)
+    out.mkdir()
+    (out / "max_rank.png").write_bytes(b"precious")
+    said = refused(*words)
+    assert "max_rank.png lies without an attention.jsonl" in said and "give another --out" in said
+    assert (out / "max_rank.png").read_bytes() == b"precious" and len(list(out.iterdir())) == 1
+    (out / "max_rank.png").unlink()
+    row = {"kind": "header", "model": "gpt2", "revision": None}
+    for held in ('{"my": "rows"}\n', "no rows", "", json.dumps(row) + "\n"):
+        (out / "attention.jsonl").write_text(held)
+        with pytest.raises(UserError, match="attention.jsonl is not as analyze leaves it, and is left as it is"):
+            check_replaced(RunDir(out), str(fitting), None)
+    write_jsonl(out / "attention.jsonl", [row])
+    with pytest.raises(UserError, match=f"was measured on gpt2, not on {fitting}"):
+        check_replaced(RunDir(out), str(fitting), None)
+    with pytest.raises(UserError, match="was measured on gpt2, not on gpt2@main"):
+        check_replaced(RunDir(out), "gpt2", "main")
+    (out / "attention.jsonl").unlink()
+    (out / "notes.md").write_text("precious")
+    run_verb(*words)
+    assert (out / "max_rank.png").is_file() and (out / "notes.md").read_text() == "precious"
+    check_replaced(RunDir(out), str(fitting), None)  # a second time renews it

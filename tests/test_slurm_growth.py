@@ -203,9 +203,9 @@ def test_the_first_job_on_an_empty_site_tells_both_ways_on(slurm, own_root):  # 
     job = printed.splitlines()[-1]
     assert slurm.wait(job)[0]["ExitCode"] == "2:0"
     log = (own_root.parent / "log").read_text()
-    assert "bash slurm/fetch.sh gpt2_medium_owt && bash slurm/prepare.sh gpt2_medium_owt" in log
-    assert "bash slurm/train.sh gpt2_medium_owt reference" in log and "GPU-hours at 40%" in log
-    assert "bash slurm/train.sh gpt2_medium_owt inheritune --stage 1 -- --dependency=afterok:JOB" in log
+    assert f"bash {SLURM}/fetch.sh gpt2_medium_owt && bash {SLURM}/prepare.sh gpt2_medium_owt" in log
+    assert f"bash {SLURM}/train.sh gpt2_medium_owt reference" in log and "GPU-hours at 40%" in log
+    assert f"bash {SLURM}/train.sh gpt2_medium_owt inheritune --stage 1 -- --dependency=afterok:JOB" in log
     assert log.splitlines()[-1].count("FAILED (code 2)") == 1
 
 

@@ -3,10 +3,12 @@
 counting.py stands for the training program where only the script's own doings are looked at.
 """
 
+import inspect
 import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 from slurm_cluster import REPOSITORY, cluster, session_cluster, slurm  # noqa: F401
 
+from inheritune.__main__ import Verbs
 from inheritune.config import load_experiment
 from inheritune.rundir import RunDir
 
@@ -458,3 +461,26 @@ def test_the_same_crash_twice_stops_the_array_and_another_slot_is_told_why(slurm
     slurm.run("scontrol", "requeue", f"{job}_1")  # as a slot that starts in spite of all
     slurm.until(lambda: "this array was stopped: 127.0.0.2 rank 0: the loss is not a number" in slurm.log(f"{job}_1"))
     slurm.wait(job)
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "line"),
+    [
+        ("prepare.sh", ["small"], "prepare EXPERIMENT [--workers N]"),
+        ("analyze.sh", ["model", "small"], "analyze --model MODEL --data EXPERIMENT"),
+        ("evaluate.sh", ["small", "--run", "reference"], "evaluate EXPERIMENT --run RUN [--procs N]"),
+        ("grow.sh", ["small", "grown"], "grow EXPERIMENT --run RUN [--procs N]"),
+        ("train.sh", ["small", "reference"], "train EXPERIMENT --run RUN [--procs N]"),
+    ],
+)
+def test_without_slurm_the_line_that_does_the_same_is_told(tmp_path, script, words, line):
+    (tmp_path / "sinfo").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "sinfo").chmod(0o755)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    environment["PATH"] = f"{tmp_path}{os.pathsep}{environment['PATH']}"
+    command = ["bash", str(REPOSITORY / "slurm" / script), *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and done.stderr.strip().endswith(f"without Slurm: python -m inheritune {line}"), done.stderr
+    flags = {flag for flag in ("--workers", "--procs", "--model", "--data", "--run") if flag in line}
+    function = getattr(Verbs, line.split()[0])
+    assert {flag[2:] for flag in flags} <= set(inspect.signature(function).parameters)

@@ -566,3 +566,19 @@ def test_writer_insists_on_what_was_announced(tmp_path):
         writer.add("model.embed_tokens.weight", torch.zeros(61, 24, dtype=torch.bfloat16))
     with pytest.raises(AssertionError, match="never added"):
         writer.close()
+
+
+def test_a_tensor_under_two_names_must_be_one(tmp_path):
+    """With and without the prefix: which of the two counts would depend on their order in the file."""
+    model = random_model(config_of("public"))
+    model.config.save_pretrained(tmp_path)
+    state = {name: tensor.contiguous() for name, tensor in weights_of(model).items()}
+    state["wte.weight"] = state["transformer.wte.weight"].clone()
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    assert torch.equal(open_source(tmp_path).tensor("transformer.wte.weight"), state["wte.weight"])
+    for other in (state["wte.weight"] + 1, state["wte.weight"].bfloat16(), state["wte.weight"][1:].clone()):
+        safetensors.torch.save_file({**state, "wte.weight": other}, tmp_path / "model.safetensors")
+        with pytest.raises(
+            UserError, match="transformer.wte.weight is stored under two names, with and without 'transformer.'"
+        ):
+            open_source(tmp_path)
