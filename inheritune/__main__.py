@@ -55,7 +55,8 @@ class Verbs:
         """Train one run (or --stage N of a grown run) to its end; goes on from the last checkpoint if there is one.
 
         --run A,B,C trains several, one after the other: the start-up takes longer than a small run.
-        Start it with srun, torchrun or deepspeed on many GPUs, or give --procs N for N processes on this machine."""
+        Start it with srun, torchrun or deepspeed on many GPUs, or give --procs N for N processes on this machine.
+        torchrun needs two dashes, else it takes --run for its own: torchrun --nproc_per_node 8 -m -- inheritune train ..."""
         from inheritune.train import train
 
         train(experiment, run, seed, stage, ds, rehearse)

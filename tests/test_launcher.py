@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -198,6 +199,20 @@ def test_two_pods_of_an_operator_without_local_rank_train_one_run_together(small
 def test_procs_is_honoured_in_a_pod_of_one(small):
     left = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     run_verb("train", small, "--run", "reference", procs=2, **left)
+    (start,) = read_json(RunDir.of(load_experiment(small), "reference").provenance)["starts"]
+    assert start["ranks"] == 2
+
+
+def test_the_line_for_torchrun_that_is_printed_reaches_the_verb(small):
+    """Without the two dashes torchrun refuses --run as short for two options of its own."""
+    line = "torchrun --nproc_per_node 2 -m -- inheritune train quickstart --run reference"
+    assert line in (REPOSITORY / "README.md").read_text()
+    start = line.partition(" train ")[0]
+    assert start.replace(" 2 ", " 8 ") in run_verb("train", "--help").stdout
+    words = [Path(sys.executable).with_name("torchrun"), *start.split()[1:], "train", small, "--run", "reference"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
+    done = subprocess.run(words, capture_output=True, text=True, cwd=REPOSITORY, env=environment, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
     (start,) = read_json(RunDir.of(load_experiment(small), "reference").provenance)["starts"]
     assert start["ranks"] == 2
 
