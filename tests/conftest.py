@@ -1,6 +1,7 @@
 """Shared by the tests: a small experiment, its prepared data made by hand, and a launcher for several ranks."""
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -36,6 +37,15 @@ def own_root(tmp_path, monkeypatch):
     monkeypatch.setenv("INHERITUNE_ROOT", str(tmp_path / "root"))
     monkeypatch.delenv("REHEARSE", raising=False)
     return tmp_path / "root"
+
+
+@pytest.fixture(autouse=True)
+def own_log():
+    """A verb that is called in this process sets the log up for itself; the next test finds it as a new process does."""
+    yield
+    logger = logging.getLogger("inheritune")
+    logger.handlers.clear()
+    logger.propagate = True
 
 
 class Disk:
