@@ -1,6 +1,6 @@
 """A run resumes under another DeepSpeed JSON with the losses of the unbroken run, or not at all.
 
-Two ranks, at each ZeRO stage (outside the drills each key at one, or where it decides the layout). Each run is stopped after
+Two ranks, at each ZeRO stage (outside the drills those that decide the layout, and a third of the others at one stage). Each run is stopped after
 step 4 of 8 (its folder is copied as it was then) and resumed under its JSON with one key changed: for each key that
 dslint.yaml (`resume`) allows to change, and the way back. The steps after that must have the losses of the unbroken run.
 """
@@ -183,10 +183,13 @@ def resumes(run: RunDir) -> bool:
 
 
 def thinned(key: str, number: int) -> set[int]:
-    """The stages at which `key`, the `number`-th, is tried outside the drills: those where it decides the layout, or one."""
-    if any(word in key for word in ("stage3", "offload", "hpz")):
-        return {3}
-    return set(RESUME["layout"].get(key, [])) or {number % 4}
+    """The stages at which `key`, the `number`-th, is tried outside the drills: those where it decides the layout, else one for
+    each third key."""
+    if stages := RESUME["layout"].get(key):
+        return set(stages)
+    if number % 3 and "hpz" not in key:
+        return set()
+    return {3} if any(word in key for word in ("stage3", "offload", "hpz")) else {number % 4}
 
 
 CASES = [
