@@ -30,10 +30,14 @@ class Program:
     """`python -m inheritune WORDS` in a process group of its own, as a shell starts it for a terminal."""
 
     def __init__(self, *words, before=(), ignore=None, **environment):
+        def set_signals():  # whatever started the tests: nohup and scripts ignore some
+            for number in (signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN if number == ignore else signal.SIG_DFL)
+
         self.process = subprocess.Popen(
             [*before, sys.executable, "-m", "inheritune", *map(str, words)], cwd=REPOSITORY, text=True, process_group=0,
             env={**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in environment.items()}},
-            stdout=-1, stderr=-1, preexec_fn=ignore and (lambda: signal.signal(ignore, signal.SIG_IGN)),
+            stdout=-1, stderr=-1, preexec_fn=set_signals,
         )  # fmt: skip
 
     def until(self, is_time) -> "Program":

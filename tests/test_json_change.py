@@ -1,8 +1,9 @@
 """A run resumes under another DeepSpeed JSON with the losses of the unbroken run, or not at all.
 
-Two ranks, at each ZeRO stage (outside the drills those that decide the layout, and a third of the others at one stage). Each run is stopped after
-step 4 of 8 (its folder is copied as it was then) and resumed under its JSON with one key changed: for each key that
-dslint.yaml (`resume`) allows to change, and the way back. The steps after that must have the losses of the unbroken run.
+Two ranks, at each ZeRO stage (outside the drills those that decide the layout, and a third of the others at one stage). Each
+run is stopped after step 4 of 8 (its folder is copied as it was then) and resumed under its JSON with one key changed: for each
+key that dslint.yaml (`resume`) allows to change, and the way back. The steps after that must have the losses of the unbroken
+run.
 """
 
 import copy
