@@ -23,7 +23,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of
 
 LONGEST = ["slurm_growth", "train", "resize", "slurm_scripts", "stop", "grow", "planning", "baselines", "resume", "export"]
 LONGEST += ["faults", "paper_scripts", "architectures", "status", "evaluate", "limits", "json_change", "remedies", "interrupt"]
-LONGEST += ["versions", "identity", "compared", "damage", "launcher"]
+LONGEST += ["evidence", "versions", "identity", "compared", "damage", "launcher"]
 
 
 def pytest_collection_modifyitems(items):

@@ -97,7 +97,7 @@ def test_a_stage_is_trained_as_the_first_was(again):
     run_verb("train", path, "--run", "grown", "--stage", "2")
 
 
-@pytest.mark.parametrize("source", ["third", "seed"])
+@pytest.mark.parametrize("source", ["third", pytest.param("seed", marks=pytest.mark.drill)])
 def test_a_checkpoint_of_another_run_is_refused(again, source):
     path = again()
     run = run_of(path, "other")

@@ -276,7 +276,7 @@ def test_a_layout_resumes_under_its_own_json(lab, key, stage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.drill), 3])
 def test_blocks_are_compiled_from_a_checkpoint_on(tmp_path, stage):
     if not shutil.which("g++"):
         pytest.skip("torch.compile on a CPU needs g++")
