@@ -10,9 +10,9 @@ import xxhash
 
 from inheritune import dist, downstream, signals, validate
 from inheritune.batches import Tokens
-from inheritune.config import Data, Experiment, Task, Train, UserError, load_experiment, read_yaml
+from inheritune.config import Data, Experiment, Task, Train, UserError, load_experiment
 from inheritune.engine import resolve_precision
-from inheritune.identity import find_differences
+from inheritune.identity import find_changes_since
 from inheritune.job import Job
 from inheritune.log import logger, setup
 from inheritune.models import build, count_parameters
@@ -81,15 +81,8 @@ def weights_of(experiment: Experiment, name: str, seed: int) -> tuple[Job, Sourc
 def check_measured_alike(job: Job, folder: Path) -> None:
     """Raises UserError if the run in `folder` was trained on other data or windows than `job` has now: its results could not be
     compared with those of before."""
-    described = RunDir(folder).experiment
-    if not described.is_file():
-        return
-    before, now = read_yaml(described), job.resolved(job.settings)
-    for section, keys in {"data": [], "train": ["final_windows"]}.items():
-        old, new = before.get(section), now[section]
-        old, new = ({key: its[key] for key in keys or its if key in its} for its in (old or {}, new))
-        if changes := find_differences(old, new, section):
-            key, was, is_now = changes[0]
+    for key, was, is_now in find_changes_since(RunDir(folder).experiment, job, job.settings):
+        if key.partition(".")[0] == "data" or key in ("train", "train.final_windows"):
             raise UserError(
                 f"{folder} was trained with {key} = {was}, the experiment now has {is_now}, so it cannot be measured beside "
                 f"the others; go back to that value, or evaluate --model {folder / 'final'}"

@@ -42,16 +42,20 @@ def find_changes_of_run(before: dict, now: dict, free: tuple[str, ...] = ()) -> 
     return [c for c in changes if c[0].removeprefix("train.") not in RESUMABLE_KEYS and c[0] not in free]
 
 
+def find_changes_since(file: Path, job: Job, train: Train, free: tuple[str, ...] = ()) -> list[tuple[str, object, object]]:
+    """Return `find_changes_of_run` from `file`, the experiment.yaml of a run, to `job` (`train` resolved); none without it."""
+    if not file.is_file():
+        return []
+    return find_changes_of_run(read_yaml(file), yaml.safe_load(yaml.safe_dump(job.resolved(train))), free)
+
+
 def check_begun(job: Job, train: Train, free: tuple[str, ...] = ()) -> None:
     """Raises UserError if the run's folder was begun under another experiment than `job` has now, but for the keys `free`."""
-    file = job.dir.experiment
-    if file.is_file():
-        changes = find_changes_of_run(read_yaml(file), yaml.safe_load(yaml.safe_dump(job.resolved(train))), free)
-        if changes:
-            key, old, new = changes[0]
-            raise UserError(
-                f"{job.dir.path} was started with {key} = {old}, now it is {new}; go back to it, or start a run of another name"
-            )
+    if changes := find_changes_since(job.dir.experiment, job, train, free):
+        key, old, new = changes[0]
+        raise UserError(
+            f"{job.dir.path} was started with {key} = {old}, now it is {new}; go back to it, or start a run of another name"
+        )
 
 
 def check_checkpoint(job: Job, train: Train, data_fingerprint: str, step: int) -> None:
@@ -82,8 +86,7 @@ def check_stages_before(job: Job, train: Train) -> None:
         return
     if job.root.stage(1).provenance.is_file():
         check_origin(job, job.root.stage(1).read_starts()[0].get("start_weights") or {})
-    now = yaml.safe_load(yaml.safe_dump(job.resolved(train)))
-    changes = find_changes_of_run(read_yaml(first), now, ("stage", *GROWN_FURTHER))
+    changes = find_changes_since(first, job, train, ("stage", *GROWN_FURTHER))
     if changes:
         key, old, new = changes[0]
         raise UserError(
@@ -139,10 +142,7 @@ def check_start_model(job: Job, config, folder) -> None:
 
 def describe_change_since(run_dir: RunDir, job: Job) -> str:
     """Return a sentence that says in what the experiment has changed since the finished run in `run_dir` was trained, or ""."""
-    if not run_dir.experiment.is_file():
-        return ""
-    now = yaml.safe_load(yaml.safe_dump(job.resolved(job.settings)))
-    changes = find_changes_of_run(read_yaml(run_dir.experiment), now, UNRESOLVED)
+    changes = find_changes_since(run_dir.experiment, job, job.settings, UNRESOLVED)
     if not changes:
         return ""
     key, old, new = changes[0]

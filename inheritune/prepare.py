@@ -113,13 +113,12 @@ def report_changes(experiment: Experiment, folder: Path) -> None:
 
     Sizes are compared, and the content of files that are newer than the manifest. A data set of the Hub is pinned by its
     commit. Raises UserError if the names of the experiment now mean another corpus altogether (`check_same_corpus`)."""
-    manifest = read_json(folder / "manifest.json")
+    manifest, prepared = read_json(folder / "manifest.json"), shlex.quote(str(folder / "manifest.json"))
+    anew = f"to prepare anew, for runs that begin anew too: rm {prepared} && python -m inheritune prepare {experiment.given}"
     if tokenizer_changed(experiment.data, manifest):
         log.warning(
-            "%s was prepared with other files of tokenizer %s, and stays as it is; to prepare anew, for runs that begin anew "
-            "too: rm %s && python -m inheritune prepare %s",
-            folder, experiment.data.tokenizer, shlex.quote(str(folder / "manifest.json")), experiment.given,
-        )  # fmt: skip
+            "%s was prepared with other files of tokenizer %s, and stays as it is; %s", folder, experiment.data.tokenizer, anew
+        )
     before, data = {file["name"]: file for file in manifest["source_files"]}, experiment.data
     if data.source == "hub" or not before:
         return
@@ -139,11 +138,7 @@ def report_changes(experiment: Experiment, folder: Path) -> None:
     found = {"new": added, "gone": gone, "changed": changed}
     parts = [f"{len(names)} {what} ({names[0]}{', ...' if len(names) > 1 else ''})" for what, names in found.items() if names]
     if parts:
-        log.warning(
-            "%s was prepared from other documents: %s. It stays as it is; to prepare anew, for runs that begin anew too: "
-            "rm %s && python -m inheritune prepare %s",
-            folder, ", ".join(parts), shlex.quote(str(folder / "manifest.json")), experiment.given,
-        )  # fmt: skip
+        log.warning("%s was prepared from other documents: %s. It stays as it is; %s", folder, ", ".join(parts), anew)
 
 
 def check_corpus(experiment: Experiment, folder: Path) -> None:

@@ -1,8 +1,10 @@
 """Shared by the tests: a small experiment, its prepared data made by hand, and a launcher for several ranks."""
 
+import copy
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -47,6 +49,23 @@ def own_log():
     logger = logging.getLogger("inheritune")
     logger.handlers.clear()
     logger.propagate = True
+
+
+@pytest.fixture
+def again(world, tmp_path, monkeypatch):
+    """A function from changes {section: {key: value}} to the path of the changed experiment; the folder is a copy. `world`, of
+    the file of tests, is (folder with root/, experiment as a dict)."""
+    folder, raw = world
+    shutil.copytree(folder / "root", tmp_path / "copy")
+    monkeypatch.setenv("INHERITUNE_ROOT", str(tmp_path / "copy"))
+
+    def write(**changes) -> str:
+        changed = copy.deepcopy(raw)
+        for section, values in changes.items():
+            changed[section] |= values
+        return write_experiment(tmp_path / "recipes", changed)
+
+    return write
 
 
 class Disk:

@@ -35,22 +35,6 @@ def world(tmp_path_factory):
     return folder, raw
 
 
-@pytest.fixture
-def again(world, tmp_path, monkeypatch):
-    """A function from changes {section: {key: value}} to the path of the changed experiment; the folder is a copy."""
-    folder, raw = world
-    shutil.copytree(folder / "root", tmp_path / "copy")
-    monkeypatch.setenv("INHERITUNE_ROOT", str(tmp_path / "copy"))
-
-    def write(**changes) -> str:
-        changed = copy.deepcopy(raw)
-        for section, values in changes.items():
-            changed[section] |= values
-        return write_experiment(tmp_path / "recipes", changed)
-
-    return write
-
-
 def run_of(path: str, name: str, seed: int = 0) -> RunDir:
     return RunDir.of(load_experiment(path), name, seed)
 
