@@ -397,9 +397,9 @@ def test_status_on_a_cluster(slurm, tmp_path, own_root, monkeypatch):  # noqa: F
     node = next(record["BatchHost"] for record in slurm.records(job))
     assert "running" in said and f"{job} on {node}" in said and " of 4,000" in said
 
-    slurm.ask_to_stop(job)  # it saves and requeues itself
-    slurm.until(run.stopped.is_file, timeout=60)
-    slurm.run("scancel", job)
+    slurm.ask_to_stop(job)  # it saves and requeues itself: STOPPED may be gone again before it could be looked for
+    slurm.until(lambda: "requeued as restart 1" in slurm.log(job), timeout=60)
+    slurm.run("scancel", job)  # while it waits, or while it runs again: then it saves a second time
     slurm.wait(job)
     assert "stopped" in asked()["reference"] and read_json(run.stopped)["why"] in asked()["reference:"]
 
