@@ -15,7 +15,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before a verb has begun: nothing to save, and no traceback
 
 from inheritune import dist, environment, launcher, signals, streams, values
-from inheritune.config import UserError, nearest
+from inheritune.errors import UserError, nearest
 
 SAVING = ("train", "prepare", "grow", "evaluate")
 """Verbs that save and leave when they are asked to."""
@@ -177,7 +177,8 @@ class Verbs:
         """Send the record of a run that trained offline (its FOLDER's metrics.jsonl) to one W&B run; again, only new rows.
 
         Where there is internet and 'wandb login' was done; WANDB_MODE=offline writes a segment instead."""
-        from inheritune.log import setup, sync
+        from inheritune.log import setup
+        from inheritune.record import sync
 
         setup()
         sync(folder)

@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from inheritune import names
 from inheritune.batches import Tokens
-from inheritune.config import RECIPES, Experiment, UserError, load_experiment, read_yaml
+from inheritune.config import RECIPES, Experiment, load_experiment, read_yaml
 from inheritune.dist import device, limit_error
+from inheritune.errors import UserError
 from inheritune.inherit import write_random
 from inheritune.models import hf_config
 from inheritune.outputs import check_writable, resolve_output

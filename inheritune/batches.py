@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from inheritune.config import Experiment, UserError
+from inheritune.config import Experiment
 from inheritune.dist import NodeError, gather, on_rank0, rank
+from inheritune.errors import UserError
 from inheritune.rundir import check_files, damages, data_dir, marked_files, read_json
 
 

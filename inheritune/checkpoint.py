@@ -13,14 +13,13 @@ from pathlib import Path
 
 import torch
 
-from inheritune.config import UserError
 from inheritune.dist import NodeError, barrier, device, gather, on_rank0, rank, world
 from inheritune.engine import drop_secondary_copies, full_parameters, zero_stage
+from inheritune.errors import UserError
 from inheritune.layout import describe_layout, find_changes
 from inheritune.log import logger
 from inheritune.models import architecture
-from inheritune.planning import checkpoint_bytes
-from inheritune.portable import copy_settings, copy_tokenizer
+from inheritune.portable import copy_settings
 from inheritune.rundir import (
     RunDir,
     disk_error,
@@ -37,7 +36,9 @@ from inheritune.rundir import (
     temporary_of,
     write_json,
 )
+from inheritune.sizes import checkpoint_bytes
 from inheritune.sources import deepspeed_classes, load_skeleton, read_deepspeed, read_tensor
+from inheritune.tokenizer_files import copy_tokenizer
 from inheritune.writer import CheckpointWriter
 
 TAG = "deepspeed"  # DeepSpeed's tag: the sub-folder of its files

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import zstandard
 
-from inheritune.config import UserError, nearest
+from inheritune.errors import UserError, nearest
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """What some editors put before UTF-8: no part of the text."""

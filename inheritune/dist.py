@@ -23,7 +23,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from inheritune import environment
-from inheritune.config import UserError
+from inheritune.errors import UserError
 from inheritune.launcher import LOOPBACK, Launch, find_launch, read_launch
 from inheritune.rundir import FULL, disk_error, fullest_place, node, path_of, root, root_problem
 from inheritune.signals import Stopped, asked_to_stop

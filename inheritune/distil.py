@@ -3,8 +3,9 @@
 import torch
 
 from inheritune import dist, rundir, validate
-from inheritune.config import Distil, UserError
+from inheritune.config import Distil
 from inheritune.engine import fill
+from inheritune.errors import UserError
 from inheritune.models import build
 from inheritune.sources import open_source
 

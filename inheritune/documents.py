@@ -22,10 +22,11 @@ from pathlib import Path
 
 import xxhash
 
-from inheritune.config import REPOSITORY, Data, UserError
+from inheritune.config import REPOSITORY, Data
 from inheritune.decoders import BYTE_ORDER_MARK, count_parquet, decoding, read_json_documents, read_lines, read_parquet
+from inheritune.errors import UserError
+from inheritune.hub import hub_errors
 from inheritune.rundir import hash_file, read_json, write_json
-from inheritune.tokens import hub_errors
 
 log = logging.getLogger(__name__)
 

@@ -16,10 +16,12 @@ from pathlib import Path
 import torch
 
 from inheritune import dist
-from inheritune.config import Evaluate, Task, UserError, nearest, resolve_path
+from inheritune.config import Evaluate, Task, resolve_path
+from inheritune.errors import UserError, nearest
+from inheritune.hub import hub_errors
 from inheritune.log import logger
 from inheritune.taskcode import TASK_FILES, guard_templates, refuse_task_code
-from inheritune.tokens import PROBE, hub_errors
+from inheritune.tokens import PROBE
 
 FEWSHOT_SEED = 1234  # of the lm_eval command
 

@@ -16,7 +16,8 @@ from typing import Literal
 import yaml
 
 from inheritune import environment
-from inheritune.config import Model, Train, UserError, nearest
+from inheritune.config import Model, Train
+from inheritune.errors import UserError, nearest
 from inheritune.values import Kind
 
 MICRO = "train_micro_batch_size_per_gpu"

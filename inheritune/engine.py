@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from inheritune import dslint
-from inheritune.config import GPUS, Train, UserError, nearest, resolve_path
+from inheritune.config import GPUS, Train, resolve_path
 from inheritune.dist import all_sum, rank
+from inheritune.errors import UserError, nearest
 from inheritune.models import architecture, build, fuse_gelu, linear_weights
 from inheritune.reading import read_text, refuse_twice
 

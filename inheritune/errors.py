@@ -14,3 +14,8 @@ def nearest(name: str, valid) -> str:
     if close:
         return f"did you mean '{close[0]}'?"
     return "valid names: " + ", ".join(sorted(valid)) if valid else "nothing is valid here"
+
+
+def first_line(error: Exception) -> str:
+    """Return what a library's error says, without the lines that only its own developers need."""
+    return str(error).strip().partition("\n")[0]

@@ -10,19 +10,21 @@ import xxhash
 
 from inheritune import dist, downstream, signals, validate
 from inheritune.batches import Tokens
-from inheritune.config import Data, Experiment, Task, Train, UserError, load_experiment
+from inheritune.comparison import compare, interval
+from inheritune.config import Data, Experiment, Task, Train, load_experiment
 from inheritune.engine import resolve_precision
+from inheritune.errors import UserError
 from inheritune.identity import find_changes_since
 from inheritune.job import Job
 from inheritune.log import logger, setup
 from inheritune.models import build, count_parameters
 from inheritune.outputs import check_new_file, resolve_output
-from inheritune.portable import TOKENIZER_FILES
 from inheritune.rundir import RunDir, beside, finished_weights, hash_folder, parse_weights_name, read_json, write_json
 from inheritune.sources import Source, open_source
+from inheritune.starts import random_start
 from inheritune.taskcode import refuse_task_code
+from inheritune.tokenizer_files import TOKENIZER_FILES
 from inheritune.tokens import PROBE, check_vocabulary, load_tokenizer
-from inheritune.train import compare, random_start
 
 
 def evaluate(experiment: str, run: str | None = None, model: str | None = None, tasks: str | None = None, seed: int = 0,
@@ -129,7 +131,7 @@ def measure(loaded: Experiment, chosen: dict[str, Task], job: Job | None, source
         starts = validate.final_windows(tokens, length, train.final_windows)
         losses = checkpoint_losses(network, source, tokens, length, starts, train)
         results.update(data_fingerprint=tokens.fingerprint, windows=validate.describe_windows(starts, length))
-        results.update(validation=validate.interval(losses))
+        results.update(validation=interval(losses))
         results.update(compare(job, losses, results) if job else {})
         logger.info("%s", describe(results))
     dist.on_rank0(write_json, target, results) if target else None

@@ -15,14 +15,16 @@ import torch
 import yaml
 
 from inheritune.attention import load_model
-from inheritune.config import Data, UserError, nearest, read_yaml
+from inheritune.config import Data, read_yaml
+from inheritune.errors import UserError, nearest
 from inheritune.escape import markdown
 from inheritune.inherit import MANIFEST
 from inheritune.models import seeded, tensor_shapes
 from inheritune.outputs import check_new_folder, resolve_output
-from inheritune.portable import SPECIAL_IDS, copy_tokenizer
+from inheritune.portable import SPECIAL_IDS
 from inheritune.rundir import RunDir, read_json, replacing, write_json, write_text
 from inheritune.sources import Source, open_source
+from inheritune.tokenizer_files import copy_tokenizer
 from inheritune.tokens import PROBE, Tokenizer, load_tokenizer
 from inheritune.writer import write_checkpoint
 

@@ -14,15 +14,17 @@ from huggingface_hub import constants
 from huggingface_hub.hf_api import RepoFile
 from tabulate import tabulate
 
-from inheritune.config import Experiment, UserError
+from inheritune.config import Experiment
 from inheritune.documents import Source
 from inheritune.downstream import load_tasks
+from inheritune.errors import UserError
 from inheritune.escape import markdown
+from inheritune.hub import hub_errors
 from inheritune.log import logger
 from inheritune.rundir import data_dir, free_bytes, more_room
 from inheritune.sources import COMMON_FILES, WEIGHTS, download_model, weight_patterns
 from inheritune.taskcode import refuse_task_code
-from inheritune.tokens import bpe_size, hub_errors, keep_gpt2, load_tokenizer, on_the_hub
+from inheritune.tokens import bpe_size, keep_gpt2, load_tokenizer, on_the_hub
 
 BYTES_PER_TOKEN = 8
 """An estimate on the safe side: English text has 4 to 5 bytes a token, JSONL a little more. Parquet and packed files count

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from inheritune import names
-from inheritune.config import Experiment, UserError, load_experiment
+from inheritune.config import Experiment, load_experiment
+from inheritune.errors import UserError
 from inheritune.escape import plot_label
 from inheritune.paper import (
     Panel,

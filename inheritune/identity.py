@@ -10,7 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from inheritune.config import RESUMABLE_KEYS, Train, UserError, read_yaml
+from inheritune.config import RESUMABLE_KEYS, Train, read_yaml
+from inheritune.errors import UserError
 from inheritune.inherit import INCIDENTAL, half_config
 from inheritune.job import Job
 from inheritune.models import architecture, hf_config

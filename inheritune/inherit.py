@@ -19,12 +19,14 @@ import torch
 import xxhash
 
 from inheritune import rundir
-from inheritune.config import MODULES, NORMS, PARTS, UserError, nearest, parse_layers, place_layers
+from inheritune.config import MODULES, NORMS, PARTS, parse_layers, place_layers
+from inheritune.errors import UserError, nearest
 from inheritune.log import logger
 from inheritune.models import Shape, architecture, fresh_tensor, takes_token_types, tensor_shapes
 from inheritune.outputs import check_new_folder, resolve_output
-from inheritune.portable import copy_settings, copy_tokenizer, drop_older_keys
+from inheritune.portable import copy_settings, drop_older_keys
 from inheritune.sources import Source, describe_not_finite, open_source
+from inheritune.tokenizer_files import copy_tokenizer
 from inheritune.writer import write_checkpoint
 
 MANIFEST = "inherited.json"

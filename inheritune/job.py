@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from inheritune.config import Experiment, Run, Train, UserError
+from inheritune.config import Experiment, Run, Train
+from inheritune.errors import UserError
 from inheritune.rundir import RunDir
 
 

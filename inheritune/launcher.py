@@ -11,7 +11,8 @@ import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from inheritune.config import REPOSITORY, UserError
+from inheritune.config import REPOSITORY
+from inheritune.errors import UserError
 
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 MEETING = ("MASTER_ADDR", "MASTER_PORT")

@@ -12,8 +12,8 @@ difference between the JSON that wrote a checkpoint and the one that reads it is
 """
 
 from inheritune import dslint
-from inheritune.config import UserError
 from inheritune.engine import zero_stage
+from inheritune.errors import UserError
 
 VERSION = "the version of DeepSpeed"
 STAGE = "zero_optimization.stage"

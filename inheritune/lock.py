@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from inheritune import environment
-from inheritune.config import UserError
+from inheritune.errors import UserError
 from inheritune.processes import birth, fate, machine, node
 from inheritune.rundir import disk_error
 from inheritune.signals import Stopped, asked_to_stop

@@ -21,7 +21,8 @@ import xxhash
 import yaml
 
 from inheritune import portable, rundir
-from inheritune.config import Model, UserError
+from inheritune.config import Model
+from inheritune.errors import UserError
 
 Shape = tuple[int, ...]
 

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from inheritune.config import UserError
+from inheritune.errors import UserError
 
 
 def resolve_output(path: str | Path) -> Path:

@@ -15,18 +15,8 @@ from typing import Annotated, Literal
 import yaml
 
 from inheritune import values
-from inheritune.config import (
-    RECIPES,
-    Experiment,
-    Layers,
-    Steps,
-    Strict,
-    UserError,
-    load_experiment,
-    nearest,
-    rehearsal_count,
-    validate,
-)
+from inheritune.config import RECIPES, Experiment, Layers, Steps, Strict, load_experiment, rehearsal_count, validate
+from inheritune.errors import UserError, nearest
 from inheritune.rundir import RunDir, beside, data_dir, find_weights
 
 PAPER = RECIPES / "paper"

@@ -11,8 +11,10 @@ import json
 import math
 from dataclasses import dataclass
 
-from inheritune.config import GPUS, Experiment, Model, Run, Train, UserError, load_experiment, nearest
+from inheritune.config import GPUS, Experiment, Model, Run, Train, load_experiment
+from inheritune.errors import UserError, nearest
 from inheritune.rundir import RunDir, read_json
+from inheritune.sizes import checkpoint_bytes
 from inheritune.values import ARGUMENTS
 
 FRAMEWORK = 1.5e9  # CUDA context, cuBLAS workspaces and NCCL's buffers of one GPU: typical, not measured here
@@ -255,12 +257,6 @@ def memory(model: Model, layers: int, settings: dict, train: Train, ranks: int, 
         "checkpoint": checkpoint_bytes(trained, b * whole, stage),
         "weights_file": 4 * whole,
     }  # fmt: skip
-
-
-def checkpoint_bytes(trained: int, weights: int, stage: int) -> int:
-    """Bytes of one checkpoint: fp32 masters and two moments of what is trained; below ZeRO 3 the weights beside them, which
-    at ZeRO 0 are the masters."""
-    return 12 * trained + (weights - 4 * trained if stage == 0 else weights if stage < 3 else 0)
 
 
 def disk(planned: dict, train: Train, keep_at: int) -> float:

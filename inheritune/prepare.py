@@ -33,9 +33,10 @@ import xxhash
 from tqdm import tqdm
 
 from inheritune import signals
-from inheritune.config import Data, Experiment, UserError, resolve_path
+from inheritune.config import Data, Experiment, resolve_path
 from inheritune.dist import Stopped
 from inheritune.documents import Batch, Source, Unusable, parse, read_batches
+from inheritune.errors import UserError
 from inheritune.lock import Lock
 from inheritune.rundir import (
     break_links,

@@ -26,7 +26,8 @@ from pathlib import Path
 import xxhash
 
 from inheritune import names
-from inheritune.config import REPOSITORY, Experiment, UserError
+from inheritune.config import REPOSITORY, Experiment
+from inheritune.errors import UserError
 from inheritune.processes import fate, machine, node
 from inheritune.reading import refuse_twice
 

@@ -22,7 +22,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from inheritune import rundir
-from inheritune.config import UserError
+from inheritune.errors import UserError
+from inheritune.hub import gate
 from inheritune.models import (
     Architecture,
     Shape,
@@ -32,8 +33,7 @@ from inheritune.models import (
     model_shapes,
     strip_wrappers,
 )
-from inheritune.portable import FILES
-from inheritune.tokens import gate
+from inheritune.tokenizer_files import FILES
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from inheritune import launcher, signals
-from inheritune.config import REPOSITORY, Experiment, Grow, Run, UserError, load_experiment
+from inheritune.config import REPOSITORY, Experiment, Grow, Run, load_experiment
 from inheritune.dist import Stopped, free_port
+from inheritune.errors import UserError
 from inheritune.job import Job
 from inheritune.planning import MFU, gpu_hours, models_of
 from inheritune.rundir import RunDir, data_dir, read_json, seed_flag, write_json

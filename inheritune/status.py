@@ -18,7 +18,8 @@ from pathlib import Path
 from tabulate import tabulate
 
 from inheritune import launcher, names
-from inheritune.config import Experiment, Run, UserError, load_experiment
+from inheritune.config import Experiment, Run, load_experiment
+from inheritune.errors import UserError
 from inheritune.lock import Lock, describe_holder, lock_holders
 from inheritune.paper import curve_of, published_curves, published_loss
 from inheritune.rundir import MARKERS, RunDir, damages, data_dir, marked_files, read_json, root, seed_flag

@@ -15,7 +15,8 @@ from pathlib import Path
 from tabulate import tabulate
 
 from inheritune import names
-from inheritune.config import Experiment, Run, UserError, load_experiment
+from inheritune.config import Experiment, Run, load_experiment
+from inheritune.errors import UserError
 from inheritune.escape import csv_cell, latex, markdown
 from inheritune.paper import (
     Column,

@@ -14,7 +14,8 @@ from pathlib import Path
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode
 
-from inheritune.config import RECIPES, UserError, resolve_path
+from inheritune.config import RECIPES, resolve_path
+from inheritune.errors import UserError
 from inheritune.reading import STANDARD, compose, line, read_text, walk
 
 TASK_FILES = RECIPES / "lm_eval"

@@ -6,7 +6,6 @@ spelling of a special token inside a document is encoded as ordinary characters,
 """
 
 import base64
-import errno
 import json
 import logging
 import os
@@ -14,16 +13,17 @@ import re
 import tempfile
 from codecs import BOM_UTF8
 from collections.abc import Iterable
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from inheritune.config import Data, UserError, resolve_path
-from inheritune.portable import FILES, TEMPLATES, copy_tokenizer, find_files, write_tokenizer
-from inheritune.rundir import FULL, disk_error, moved_by, path_of, replacing, root
+from inheritune.config import Data, resolve_path
+from inheritune.errors import UserError, first_line
+from inheritune.hub import hub_errors
+from inheritune.rundir import replacing, root
+from inheritune.tokenizer_files import FILES, TEMPLATES, copy_tokenizer, find_files, write_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def encode_each(tokenizer: Tokenizer, texts: list[str]) -> tuple[list[np.ndarray
         except MemoryError:
             raise
         except Exception as error:
-            refused.append((index, f"not encoded by the tokenizer ({_first_line(error)[:100]})"))
+            refused.append((index, f"not encoded by the tokenizer ({first_line(error)[:100]})"))
     return rows, refused
 
 
@@ -248,7 +248,7 @@ class FastTokenizer(Tokenizer):
             end = json.loads(self._files["tokenizer_config.json"]).get("eos_token")
             end = end["content"] if isinstance(end, dict) else end
         except Exception as error:  # the tokenizers library raises nothing more precise
-            raise UserError(f"tokenizer '{name}' in {folder} cannot be read ({_first_line(error)}); restore it") from None
+            raise UserError(f"tokenizer '{name}' in {folder} cannot be read ({first_line(error)}); restore it") from None
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True  # "<|endoftext|>" in a document is ordinary text
@@ -300,7 +300,7 @@ def _open_folder(name: str, folder: Path):
         try:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise UserError(f"tokenizer '{name}' cannot be opened ({_first_line(error)}); restore its folder") from None
+            raise UserError(f"tokenizer '{name}' cannot be opened ({first_line(error)}); restore its folder") from None
 
 
 def train_bpe(name: str, texts: Iterable[str], folder: Path) -> None:
@@ -347,7 +347,7 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self._sp = sentencepiece.SentencePieceProcessor(model_proto=self._model)
         except RuntimeError as error:
-            raise UserError(f"{path} is not a sentencepiece model, or cut off ({_first_line(error)})") from None
+            raise UserError(f"{path} is not a sentencepiece model, or cut off ({first_line(error)})") from None
         if not _is_whole_model(self._model):
             raise UserError(f"{path} is cut off: it ends before the settings that follow its pieces; fetch or copy it again")
         if self._sp.eos_id() < 0:
@@ -443,42 +443,7 @@ def on_the_hub(name: str) -> tuple[str, str] | None:
     return "/".join(parts[:2]), parts[2]
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
 # --- by name --------------------------------------------------------------------------------------------------------------
-
-
-def gate(error: Exception, what: str, page: str) -> UserError | None:
-    """The sentence for a Hub that knows `what` (on https://huggingface.co/`page`) but does not give it to us; else None."""
-    answers = [getattr(e, "response", None) for e in (error, error.__cause__)]
-    if not any(answer is not None and answer.status_code in (401, 403) for answer in answers):
-        return None
-    return UserError(
-        f"the Hub does not give {what} to everyone: log in, accept the licence at https://huggingface.co/{page} , make a token "
-        f"of that account and set HF_TOKEN to it (or the name is wrong: the Hub tells this apart only for members)"
-    )
-
-
-@contextmanager
-def hub_errors(what: str, page: str):
-    """What the Hub's libraries raise while they look for `what`, which lies on https://huggingface.co/`page`, as one
-    sentence that names the way out."""
-    from httpx2 import HTTPError  # what huggingface-hub speaks through
-    from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        yield
-    except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
-        if getattr(error, "errno", None) in (*FULL, errno.EACCES, errno.EROFS):
-            raise disk_error(error, path_of(error, Path(constants.HF_HUB_CACHE))) from error
-        raise gate(error, what, page) or UserError(
-            f"{what} is neither in the cache ({constants.HF_HUB_CACHE}) nor can it be had from the Hub ({_first_line(error)}); "
-            f"run 'python -m inheritune fetch' where there is internet, or set {moved_by(Path(constants.HF_HUB_CACHE))[0]} to "
-            f"a cache that has it"
-        ) from None
 
 
 def load_tokenizer(data: Data, folder: Path | None = None) -> Tokenizer:

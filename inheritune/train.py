@@ -16,7 +16,8 @@ import yaml
 
 from inheritune import checkpoint, dist, dslint, environment, identity, rundir, signals, validate
 from inheritune.batches import Order, Share, Tokens, check_some_shards, read_share
-from inheritune.config import UserError, load_experiment
+from inheritune.comparison import compare, interval
+from inheritune.config import load_experiment
 from inheritune.distil import Teacher
 from inheritune.engine import (
     gradient_norm,
@@ -32,14 +33,17 @@ from inheritune.engine import (
     weights_are_finite,
     zero_stage,
 )
-from inheritune.inherit import check_start, extend, halve, inherit, write_random
+from inheritune.errors import UserError
+from inheritune.inherit import check_start
 from inheritune.job import Job
 from inheritune.lock import Lock
-from inheritune.log import Metrics, StartClock, logger, progress, record_provenance, setup, start_wandb
-from inheritune.models import clear_dropout, count_parameters, flops_per_token, hf_config
+from inheritune.log import logger, progress, setup
+from inheritune.models import clear_dropout, count_parameters, flops_per_token
 from inheritune.prepare import check_corpus
-from inheritune.rundir import data_dir, finished_weights, node, read_json, write_json, write_text
+from inheritune.record import Metrics, StartClock, record_provenance, start_wandb
+from inheritune.rundir import data_dir, node, read_json, write_json, write_text
 from inheritune.sources import open_source
+from inheritune.starts import prepare_start, source_of
 from inheritune.tokens import check_vocabulary
 
 BAD_STEPS = 3
@@ -123,57 +127,6 @@ def check_same_files(job: Job, settings: dict, path: str) -> None:
                 f"the {what} that rank {other} on {nodes[other]} reads is not that of rank 0 on {nodes[0]}; put the file on a "
                 f"disk that all nodes share, and start again"
             )
-
-
-def prepare_start(job: Job):
-    """The checkpoint that the job starts from, made by rank 0 if it is not there yet.  -> its folder"""
-    copied, inherited = job.run.init.copied, job.run.init.inherit
-    if copied is None:
-        return random_start(job, job.experiment.layers_of(job.run))
-    folder = job.dir.init
-    if (folder / "inherited.json").is_file():
-        if job.dir.experiment.is_file() or job.dir.complete_checkpoints():
-            return folder
-        rundir.remove(folder)  # of a start that was refused or killed before the run began: asked for otherwise, perhaps
-    source, revision = source_of(job, copied.source, copied.revision)
-    if job.run.init.half_width:
-        halve(source, folder, revision)
-        return folder
-    layers, options = copied.layers, {"copies": 2}
-    if inherited:
-        options = {"modules": inherited.modules, "depth": inherited.depth, "at": inherited.at or 0}
-    if job.stage:
-        depths = job.depths()
-        layers = f"0:{depths[job.stage - 1]}"
-        if job.stage > 1 and job.run.grow.from_ == "previous":
-            before = job.root.stage(job.stage - 1)
-            if not before.is_done():
-                raise UserError(
-                    f"stage {job.stage} continues stage {job.stage - 1}, which is not finished; train that one first"
-                )
-            extend(before.final, source, depths[job.stage - 2], depths[job.stage - 1], folder)
-            return folder
-    inherit(source, layers, folder, copied.parts, seed=job.seed, revision=revision, **options)
-    return folder
-
-
-def random_start(job: Job, layers: int):
-    """The random model of this experiment and seed with `layers` blocks, written once.  -> its folder"""
-    folder = job.root.seed_checkpoint(layers)
-    with Lock(folder):  # runs of one size share it, and may start at the same time
-        if not (folder / "inherited.json").is_file():
-            write_random(hf_config(job.experiment.model, layers), folder, seed=job.seed)
-    return folder
-
-
-def source_of(job: Job, source: str, revision: str | None) -> tuple[str, str | None]:
-    """(path or id, revision) of a model that a run copies or learns from. Raises UserError if it is a run of the file that is
-    not finished."""
-    if source in job.experiment.runs:
-        return str(finished_weights(job.experiment, source, job.seed)), None
-    if job.experiment.rehearsal:  # a public model has not the rehearsal's size: a random one of that size stands in for it
-        return str(random_start(job, job.experiment.model.layers)), None
-    return source, revision
 
 
 class Trainer:
@@ -432,7 +385,7 @@ class Trainer:
             return None
         if not np.isfinite(losses).all():
             raise self._damaged(f"the validation loss is not finite after step {step}")
-        on_curve = validate.interval(losses[curve] if final else losses)
+        on_curve = interval(losses[curve] if final else losses)
         if self.metrics:
             self.metrics.add({"step": step, "tokens": tokens_seen, "val_loss": on_curve["mean"], "val_windows": on_curve["n"]})
             with rundir.replacing(self.job.dir.losses(step)) as temporary, open(temporary, "wb") as file:
@@ -530,7 +483,7 @@ class Trainer:
             "precision": self.train.precision,
             "data_fingerprint": self.tokens.fingerprint,
             "windows": validate.describe_windows(self.val_starts, self.length),
-            "validation": validate.interval(losses),
+            "validation": interval(losses),
             "memory": memory,
         }
         results.update(compare(job, losses, results))
@@ -539,25 +492,3 @@ class Trainer:
         done = {"final": rundir.hash_folder(run_dir.final)}
         write_json(run_dir.results, {**results, "weights": rundir.seal_of(done["final"])})
         write_json(run_dir.done, done)
-
-
-def compare(job: Job, losses: np.ndarray, results: dict) -> dict:
-    """{compared_with, compared_weights, difference, paper_rule} of per-window `losses` and the job's reference (of a grown one,
-    the chosen stage), if that one is finished; else {}. The paper's own rule (last value at or below the reference's last) is
-    recorded beside the paired interval.
-
-    Raises UserError if the two were measured on other data, windows or precision."""
-    name = job.experiment.reference_of(job.run)
-    if not name or not job.sibling(name).is_done():
-        return {}
-    reference = job.sibling(name).chosen()
-    theirs = reference.read_results(to_renew=True)
-    for key in ("data_fingerprint", "precision", "windows"):
-        if theirs.get(key, results[key]) != results[key]:  # results of older versions say nothing of windows
-            raise UserError(
-                f"{reference.path} was measured with {key} {theirs[key]}, this run with {results[key]}: no comparison; measure "
-                f"both by the same experiment"
-            )
-    difference = validate.paired_difference(losses, np.load(reference.losses(theirs["steps"])))
-    weights = reference.weights_hash()
-    return {"compared_with": name, "compared_weights": weights, "difference": difference, "paper_rule": difference["mean"] <= 0}

@@ -1,8 +1,6 @@
 """Validation on one fixed set of windows, the same for every run of an experiment, with per-window losses.
 
-Because the windows are shared, differences between two models are paired: much of a window's difficulty cancels. The
-interval covers the choice of windows, not the choice of seeds. (The paper evaluates 400 random windows each time; the
-noise of one such evaluation, 0.007 to 0.026 nats, exceeds several of its gaps: FACTS section 8.)
+Because the windows are shared, two models can be compared window by window (comparison.py).
 """
 
 import math
@@ -12,14 +10,12 @@ import torch
 import xxhash
 
 from inheritune.batches import Tokens
-from inheritune.config import UserError
 from inheritune.dist import all_sum, rank, world
+from inheritune.errors import UserError
 from inheritune.log import progress
 
 EVAL_BATCH = 8
 """Windows per forward, fixed: then a window's loss does not move with the number of ranks or the micro batch."""
-
-Z95 = 1.959963984540054
 
 
 def final_windows(tokens: Tokens, length: int, count: int) -> np.ndarray:
@@ -120,22 +116,3 @@ def window_losses(model, tokens: Tokens, length: int, starts: np.ndarray, device
             return None
     model.train(training)
     return all_sum(losses).cpu().numpy()
-
-
-def interval(values: np.ndarray) -> dict:
-    """Mean of per-window values with its 95% interval over windows: {mean, low, high, n}."""
-    mean = float(np.mean(values))
-    half = Z95 * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.inf
-    return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(values)}
-
-
-def paired_difference(ours: np.ndarray, reference: np.ndarray) -> dict:
-    """Mean of (ours - reference) over the shared windows with its 95% interval.
-
-    Raises UserError if the two were measured on different numbers of windows."""
-    if len(ours) != len(reference):
-        raise UserError(
-            f"{len(ours)} validation windows here, {len(reference)} in the reference: the two cannot be paired; "
-            f"evaluate both with the same data and train.final_windows"
-        )
-    return interval(ours - reference)

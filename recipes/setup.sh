@@ -51,7 +51,7 @@ PY
 check_gpu() {
   command -v nvidia-smi > /dev/null || return 0
   [ "${DS_ACCELERATOR:-}" = cpu ] && return 0
-  python -c 'from inheritune.config import UserError
+  python -c 'from inheritune.errors import UserError
 from inheritune.dist import device
 import sys
 try: print("device:", device())

@@ -7,7 +7,8 @@ can be evaluated, the models of others among them.
 
 import sys
 
-from inheritune.config import Experiment, UserError, load_experiment
+from inheritune.config import Experiment, load_experiment
+from inheritune.errors import UserError
 from inheritune.rundir import RunDir
 
 

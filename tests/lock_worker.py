@@ -13,7 +13,7 @@ import time
 import traceback
 from pathlib import Path
 
-from inheritune.config import UserError
+from inheritune.errors import UserError
 from inheritune.lock import Lock, lock_holder
 from inheritune.rundir import replacing
 

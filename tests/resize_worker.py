@@ -11,7 +11,8 @@ import torch
 
 from inheritune import checkpoint, dist, engine
 from inheritune.__main__ import leave
-from inheritune.config import UserError, load_experiment
+from inheritune.config import load_experiment
+from inheritune.errors import UserError
 from inheritune.job import Job
 from inheritune.train import train_job
 

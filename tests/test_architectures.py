@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 from inheritune import models
 from inheritune.attention import TAUS, analyze, approximate_rank, read_windows
 from inheritune.batches import Tokens
-from inheritune.config import MODULES, NORMS, PARTS, REPOSITORY, UserError, load_experiment
+from inheritune.config import MODULES, NORMS, PARTS, REPOSITORY, load_experiment
+from inheritune.errors import UserError
 from inheritune.figures import plot_avg_mass, plot_heat_map
 from inheritune.inherit import inherit, write_random
 from inheritune.models import architecture, build, flops_per_token, linear_weights, tensor_shapes

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from inheritune import attention
 from inheritune.attention import TAUS, analyze, approximate_rank, column_mass, suggest_layers, watch_attention
 from inheritune.batches import Tokens
-from inheritune.config import UserError, load_experiment
+from inheritune.config import load_experiment
+from inheritune.errors import UserError
 from inheritune.rundir import RunDir, read_jsonl
 
 VOCAB, LENGTH, HEADS = 64, 24, 4

@@ -15,7 +15,7 @@ from test_stop import make
 from inheritune import dist, log
 from inheritune.config import load_experiment
 from inheritune.dist import limit_error
-from inheritune.log import git_commit
+from inheritune.record import git_commit
 from inheritune.rundir import data_dir, hash_folder, read_json
 
 

@@ -6,7 +6,7 @@ from conftest import write_tokens
 
 from inheritune import batches
 from inheritune.batches import Order, Share, Tokens, check_some_shards, read_share
-from inheritune.config import UserError
+from inheritune.errors import UserError
 
 
 @pytest.fixture

@@ -21,9 +21,10 @@ from inheritune.rundir import data_dir
 # DESIGN: a file imports only from files before it; documents holds the readers that prepare and fetch share
 ORDER = """
 errors values layers environment reading names escape config launcher signals streams taskcode
-processes rundir lock dist log outputs portable tokens
-decoders documents prepare batches models sources writer downstream fetch inherit attention export validate dslint engine distil
-planning layout checkpoint job identity train evaluate stages paper tables figures status
+processes rundir hub lock dist log outputs tokenizer_files portable tokens
+decoders documents prepare batches models sources writer downstream fetch inherit attention export job identity starts
+comparison
+validate sizes dslint engine distil planning layout checkpoint record train evaluate stages paper tables figures status
 """.split()  # noqa: SIM905 - a list to read
 
 
@@ -87,8 +88,8 @@ JSON_MISTAKES = [
 
 @pytest.mark.parametrize(("extra", "says"), JSON_MISTAKES, ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")
 def test_key_of_the_experiment_in_the_deepspeed_json_is_refused(tmp_path, extra, says):
-    from inheritune.config import UserError
     from inheritune.engine import load_json
+    from inheritune.errors import UserError
 
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}, **extra}))
@@ -98,8 +99,8 @@ def test_key_of_the_experiment_in_the_deepspeed_json_is_refused(tmp_path, extra,
 
 
 def test_damaged_deepspeed_json_is_refused(tmp_path):
-    from inheritune.config import UserError
     from inheritune.engine import load_json
+    from inheritune.errors import UserError
 
     (tmp_path / "twice.json").write_text('{"train_micro_batch_size_per_gpu": 2, "train_micro_batch_size_per_gpu": 4}')
     with pytest.raises(UserError, match="sets 'train_micro_batch_size_per_gpu' twice"):

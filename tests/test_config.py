@@ -3,7 +3,8 @@
 import pytest
 from conftest import experiment_dict, write_experiment
 
-from inheritune.config import RECIPES, UserError, load_experiment, parse_layers
+from inheritune.config import RECIPES, load_experiment, parse_layers
+from inheritune.errors import UserError
 
 
 def load(tmp_path, raw):

@@ -29,7 +29,7 @@ from tiny_models import config_of, random_model
 
 from inheritune import __main__ as program
 from inheritune import dist
-from inheritune.config import UserError
+from inheritune.errors import UserError
 from inheritune.log import logger
 from inheritune.rundir import RunDir, hash_folder, read_json, read_jsonl, remove
 

@@ -21,9 +21,10 @@ from test_prepare import decode, experiment, some_texts, write_jsonl
 
 from inheritune import prepare as module
 from inheritune.batches import Order, Share, Tokens, read_share
-from inheritune.config import UserError, load_experiment
+from inheritune.config import load_experiment
 from inheritune.dist import NodeError
 from inheritune.documents import Source, Unusable, parse, read_batches
+from inheritune.errors import UserError
 from inheritune.prepare import cut_words, prepare
 from inheritune.rundir import data_dir, read_json
 from inheritune.tokens import load_tokenizer, train_bpe

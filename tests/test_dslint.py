@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment, write_tokens
 
 from inheritune import dslint
-from inheritune.config import UserError, load_experiment
+from inheritune.config import load_experiment
+from inheritune.errors import UserError
 from inheritune.rundir import data_dir
 
 CASES = yaml.safe_load((REPOSITORY / "tests" / "dslint_cases.yaml").read_text(encoding="utf-8"))

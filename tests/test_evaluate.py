@@ -21,8 +21,9 @@ from tiny_models import random_model
 from transformers import GPT2LMHeadModel
 
 from inheritune import models
-from inheritune.config import RECIPES, TASKS, Evaluate, Model, UserError, load_experiment, validate
+from inheritune.config import RECIPES, TASKS, Evaluate, Model, load_experiment, validate
 from inheritune.downstream import TASK_FILES, harness, load_tasks, open_tokenizer
+from inheritune.errors import UserError
 from inheritune.rundir import RunDir, data_dir, read_json, write_json
 from inheritune.tokens import SentencePieceTokenizer, train_bpe
 

@@ -21,7 +21,8 @@ from versions import assert_alike, assert_close, open_in_both
 
 from inheritune import export as module
 from inheritune.attention import load_model
-from inheritune.config import Data, UserError, load_experiment
+from inheritune.config import Data, load_experiment
+from inheritune.errors import UserError
 from inheritune.models import seeded
 from inheritune.rundir import RunDir, data_dir, hash_folder, read_json, write_json
 from inheritune.sources import open_source

@@ -14,7 +14,7 @@ from test_train import plain_loop
 from inheritune.batches import Order, Tokens
 from inheritune.config import load_experiment
 from inheritune.dist import who_lags
-from inheritune.log import SPIKE_ROWS, Metrics
+from inheritune.record import SPIKE_ROWS, Metrics
 from inheritune.rundir import RunDir, check_files, hash_folder, read_json, read_jsonl
 
 STAGES = [pytest.param(stage, marks=pytest.mark.slow if stage == 3 else pytest.mark.drill) for stage in range(4)]

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from inheritune import figures
-from inheritune.config import UserError
+from inheritune.errors import UserError
 
 
 def make_rows(n_layers=6, n_heads=3, maps=True, rehearsal=False):

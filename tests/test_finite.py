@@ -10,7 +10,8 @@ from tiny_models import config_of, random_model
 
 from inheritune import inherit as surgery
 from inheritune import sources
-from inheritune.config import UserError, load_experiment
+from inheritune.config import load_experiment
+from inheritune.errors import UserError
 from inheritune.inherit import check_start, extend, halve, inherit, write_random
 from inheritune.models import count_not_finite
 from inheritune.rundir import RunDir, data_dir, read_json, write_json

@@ -10,8 +10,10 @@ import pytest
 from conftest import experiment_dict, run_verb, write_experiment, write_tokens
 
 from inheritune import checkpoint
-from inheritune.config import UserError, load_experiment
-from inheritune.log import logger, sync
+from inheritune.config import load_experiment
+from inheritune.errors import UserError
+from inheritune.log import logger
+from inheritune.record import sync
 from inheritune.rundir import RunDir, data_dir, hash_folder, read_json, write_json
 from inheritune.sources import open_source
 

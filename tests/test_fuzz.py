@@ -17,8 +17,9 @@ from tiny_models import config_of, random_model
 
 from inheritune import dslint
 from inheritune.batches import Tokens
-from inheritune.config import Experiment, UserError, load_experiment, parse_layers, rehearsal, validate
+from inheritune.config import Experiment, load_experiment, parse_layers, rehearsal, validate
 from inheritune.engine import load_json
+from inheritune.errors import UserError
 from inheritune.rundir import read_json, read_jsonl, sealed
 from inheritune.sources import open_source, read_safetensors
 from inheritune.status import verify

@@ -14,7 +14,7 @@ from conftest import REPOSITORY, experiment_dict, last_step, one_sentence, refus
 from inheritune.config import load_experiment
 from inheritune.job import Job
 from inheritune.rundir import RunDir, data_dir, hash_folder, read_json, read_jsonl, write_json
-from inheritune.train import prepare_start
+from inheritune.starts import prepare_start
 
 RUNS = {
     "reference": {"init": "random"},

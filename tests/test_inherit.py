@@ -17,7 +17,8 @@ from tiny_tokenizers import TEMPLATE, save_by_newest, write_chat_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from inheritune import rundir
-from inheritune.config import MODULES, UserError
+from inheritune.config import MODULES
+from inheritune.errors import UserError
 from inheritune.inherit import extend, inherit, write_random
 from inheritune.models import architecture, fresh_tensor, tensor_shapes
 from inheritune.portable import OLDER_KEYS

@@ -16,7 +16,8 @@ from conftest import REPOSITORY, free_port, one_sentence, run_verb
 from slurm_cluster import session_cluster, slurm  # noqa: F401 - fixtures
 
 from inheritune import dist
-from inheritune.config import UserError, load_experiment
+from inheritune.config import load_experiment
+from inheritune.errors import UserError
 from inheritune.launcher import ALONE, count_processes, find_launch, first_host, read_launch, without_launch
 from inheritune.rundir import RunDir, read_json
 

@@ -17,12 +17,13 @@ from conftest import REPOSITORY, experiment_dict, one_sentence, run_verb, write_
 from drill import write_documents
 from test_stop import make
 
-from inheritune.config import Model, UserError, load_experiment
+from inheritune.config import Model, load_experiment
 from inheritune.dist import limit_error
+from inheritune.errors import UserError
 from inheritune.inherit import write_random
 from inheritune.lock import Lock
-from inheritune.log import Metrics, start_wandb
 from inheritune.models import hf_config
+from inheritune.record import Metrics, start_wandb
 from inheritune.rundir import RunDir, data_dir, hash_folder, read_jsonl, remove
 
 

@@ -9,7 +9,8 @@ import torch
 from conftest import REPOSITORY
 
 from inheritune import validate
-from inheritune.config import Model, UserError
+from inheritune.config import Model
+from inheritune.errors import UserError
 from inheritune.models import (
     architecture,
     build,

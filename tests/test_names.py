@@ -8,7 +8,8 @@ from conftest import REPOSITORY, experiment_dict, write_experiment
 from test_tables import finish
 
 from inheritune import figures, names, processes, rundir, tables
-from inheritune.config import UserError, load_experiment
+from inheritune.config import load_experiment
+from inheritune.errors import UserError
 from inheritune.lock import Lock, lock_holder
 from inheritune.rundir import RunDir, replacing
 

@@ -11,7 +11,7 @@ from conftest import one_sentence, refused, run_verb
 from tiny_models import config_of, random_model
 
 from inheritune.attention import check_replaced
-from inheritune.config import UserError
+from inheritune.errors import UserError
 from inheritune.evaluate import check_results
 from inheritune.outputs import check_new_file, check_new_folder, check_writable, resolve_output
 from inheritune.rundir import RunDir, read_json, replacing, write_jsonl

@@ -20,7 +20,8 @@ import zstandard
 
 import inheritune.prepare
 from inheritune.batches import Tokens
-from inheritune.config import REPOSITORY, Experiment, UserError
+from inheritune.config import REPOSITORY, Experiment
+from inheritune.errors import UserError
 from inheritune.prepare import prepare
 from inheritune.rundir import data_dir, hash_file, read_json
 from inheritune.tokens import load_tokenizer, train_bpe
@@ -74,7 +75,8 @@ def contents(folder: Path) -> dict[str, str]:
 def start(chosen: Experiment, workers: int = 2, **environment) -> subprocess.Popen:
     """`prepare` as a process of its own."""
     code = (
-        "import logging, sys; from inheritune.config import Experiment, UserError; from inheritune.prepare import prepare\n"
+        "import logging, sys; from inheritune.config import Experiment\n"
+        "from inheritune.errors import UserError; from inheritune.prepare import prepare\n"
         "logging.basicConfig(level=logging.INFO, format='%(message)s')\n"
         "try: prepare(Experiment.model_validate_json(sys.argv[1]), int(sys.argv[2]))\n"
         "except UserError as error: sys.exit(f'UserError: {error}')"

@@ -24,9 +24,10 @@ from tiny_models import config_of, random_model
 from written import filled, markdown
 
 from inheritune.batches import Tokens
-from inheritune.config import Data, UserError, load_experiment
+from inheritune.config import Data, load_experiment
 from inheritune.documents import KINDS, Source, Unusable, _suffix, parse
 from inheritune.engine import load_json
+from inheritune.errors import UserError
 from inheritune.rundir import RunDir, hash_folder, read_json, seal_of, write_json
 from inheritune.sources import load_skeleton, open_source, read_bin, read_safetensors
 from inheritune.tokens import Gpt2Tokenizer, load_tokenizer, train_bpe

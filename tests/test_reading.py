@@ -10,8 +10,9 @@ import yaml
 from conftest import REPOSITORY, experiment_dict, write_experiment
 
 from inheritune import reading
-from inheritune.config import UserError, load_experiment
+from inheritune.config import load_experiment
 from inheritune.engine import load_json
+from inheritune.errors import UserError
 from inheritune.reading import compose, read_yaml
 from inheritune.rundir import read_json, write_json
 

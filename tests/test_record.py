@@ -10,8 +10,9 @@ from conftest import experiment_dict, run_verb, write_experiment, write_tokens
 from test_foreign import unfinish
 
 from inheritune.config import load_experiment
-from inheritune.log import SPIKE_ROWS, Metrics, logger
+from inheritune.log import logger
 from inheritune.prepare import Shards
+from inheritune.record import SPIKE_ROWS, Metrics
 from inheritune.rundir import RunDir, break_links, data_dir, hash_folder, read_jsonl
 
 

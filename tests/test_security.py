@@ -21,8 +21,9 @@ from tiny_models import config_of, random_model
 
 from inheritune.__main__ import main
 from inheritune.attention import load_model
-from inheritune.config import Task, UserError, load_experiment
+from inheritune.config import Task, load_experiment
 from inheritune.downstream import load_tasks, open_tokenizer
+from inheritune.errors import UserError
 from inheritune.inherit import inherit
 from inheritune.rundir import RunDir
 from inheritune.sources import open_source

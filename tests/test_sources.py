@@ -18,7 +18,7 @@ from tiny_models import config_of, logits, random_model, weights_of
 from transformers import AutoModelForCausalLM
 
 from inheritune import sources
-from inheritune.config import UserError
+from inheritune.errors import UserError
 from inheritune.models import tensor_shapes
 from inheritune.rundir import hash_folder, write_json
 from inheritune.sources import open_source

@@ -2,7 +2,8 @@
 
 import pytest
 
-from inheritune.config import Grow, UserError
+from inheritune.config import Grow
+from inheritune.errors import UserError
 from inheritune.stages import Action, StageResult, next_action, parity
 
 GROW = Grow(by=2, max_layers=16, margin=0.01)

@@ -18,10 +18,11 @@ from slurm_cluster import session_cluster, slurm  # noqa: F401
 from test_damage import modes_count
 
 from inheritune import config, dist
-from inheritune.config import UserError, load_experiment
+from inheritune.config import load_experiment
+from inheritune.errors import UserError
 from inheritune.lock import Lock, lock_holder
-from inheritune.log import record_provenance
 from inheritune.paper import curve_of, published_curves, published_loss
+from inheritune.record import record_provenance
 from inheritune.rundir import RunDir, data_dir, read_json, read_jsonl, write_json
 from inheritune.status import Job, last_rows, read_jobs
 from inheritune.status import status as show

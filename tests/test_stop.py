@@ -11,7 +11,8 @@ import time
 import pytest
 from conftest import REPOSITORY, experiment_dict, free_port, run_verb, write_experiment, write_tokens
 
-from inheritune.config import UserError, load_experiment
+from inheritune.config import load_experiment
+from inheritune.errors import UserError
 from inheritune.lock import Lock
 from inheritune.rundir import RunDir, data_dir, hash_folder, read_json, read_jsonl
 

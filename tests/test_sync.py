@@ -9,7 +9,7 @@ import yaml
 from conftest import run_verb
 from wandb.proto import wandb_internal_pb2
 
-from inheritune.log import _unsynced
+from inheritune.record import _unsynced
 from inheritune.rundir import read_json
 
 ROWS = [{"step": 0, "tokens": 0, "val_loss": 5.5}] + [{"step": s, "tokens": 10 * s, "loss": 5 - s / 10} for s in range(1, 6)]

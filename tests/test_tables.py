@@ -15,7 +15,8 @@ from conftest import experiment_dict, run_verb, write_experiment
 from matplotlib.figure import Figure
 
 from inheritune import escape, export, figures, paper, tables
-from inheritune.config import RECIPES, UserError, load_experiment
+from inheritune.config import RECIPES, load_experiment
+from inheritune.errors import UserError
 from inheritune.paper import item_names, load_experiments, load_item, missing, published, read_csv
 from inheritune.rundir import RunDir, write_json, write_text
 

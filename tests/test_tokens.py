@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from tiny_tokenizers import TEMPLATE, save_by_newest, write_chat_tokenizer
 
-from inheritune.config import REPOSITORY, Data, UserError
+from inheritune.config import REPOSITORY, Data
+from inheritune.errors import UserError
 from inheritune.rundir import read_json, write_json
 from inheritune.tokens import LETTERS, PROBE, bpe_size, check_vocabulary, load_tokenizer, train_bpe
 
@@ -204,7 +205,8 @@ def test_sentencepiece_model_of_the_hub_comes_from_its_cache(sentencepiece_model
     snapshot.mkdir(parents=True)
     (snapshot / "tokenizer.model").write_bytes(sentencepiece_models["llama"].read_bytes())
     code = (
-        "import sys; from inheritune.config import Data, UserError; from inheritune.tokens import load_tokenizer\n"
+        "import sys; from inheritune.config import Data\n"
+        "from inheritune.errors import UserError; from inheritune.tokens import load_tokenizer\n"
         "try: print(load_tokenizer(Data.model_validate_json(sys.argv[1])).fingerprint)\n"
         "except UserError as error: print(error)"
     )

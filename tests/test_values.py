@@ -15,7 +15,8 @@ from tiny_models import random_model
 
 from inheritune import environment, values
 from inheritune.__main__ import Verbs, bind, main
-from inheritune.config import Experiment, Strict, UserError, load_experiment
+from inheritune.config import Experiment, Strict, load_experiment
+from inheritune.errors import UserError
 from inheritune.models import hf_config
 from inheritune.paper import Item  # noqa: F401 - a class of Strict
 from inheritune.rundir import RunDir, data_dir

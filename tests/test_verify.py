@@ -14,8 +14,9 @@ from conftest import REPOSITORY, write_tokens
 from test_damage import modes_count
 
 from inheritune import rundir
-from inheritune.config import UserError
-from inheritune.log import Metrics, logger
+from inheritune.errors import UserError
+from inheritune.log import logger
+from inheritune.record import Metrics
 from inheritune.rundir import RunDir, flush, hash_folder, replacing, write_json
 from inheritune.status import verify
 

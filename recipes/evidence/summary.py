@@ -18,7 +18,8 @@ import numpy as np
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from inheritune.config import RESUMABLE_KEYS, Experiment, Run, UserError, load_experiment, parse_layers
+from inheritune.config import RESUMABLE_KEYS, Experiment, Run, load_experiment, parse_layers
+from inheritune.errors import UserError
 from inheritune.figures import COLORS, MAIN, MARKERS, REFERENCE_GREY, canvas
 from inheritune.paper import Row, model_folder
 from inheritune.rundir import RunDir, beside, data_dir, find_weights, read_json, root, seal_of, write_json

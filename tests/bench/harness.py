@@ -374,7 +374,7 @@ def machine() -> dict:
     if shutil.which("nvidia-smi"):
         asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         gpu = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip().replace("\n", ", ")
-    from inheritune.log import git_commit
+    from inheritune.record import git_commit
 
     return {
         "cpu": named[0] if named else platform.processor(),
