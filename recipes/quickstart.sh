@@ -16,7 +16,7 @@ PROCS=${PROCS:-$(fitting_procs)}
 started=$SECONDS
 inheritune() { python -m inheritune "$@"; }
 say() { printf '\n== %s\n' "$*"; }
-runs=$(python -c "import sys; from inheritune.config import load_experiment; from inheritune.rundir import RunDir
+runs=$(python -c "import sys; from inheritune.config.experiment import load_experiment; from inheritune.files.rundir import RunDir
 print(RunDir.of(load_experiment('quickstart'), '', int(sys.argv[1])).path)" "$SEED")
 
 say "1/6 prepare: the Python standard library's text becomes tokens"

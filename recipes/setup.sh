@@ -52,7 +52,7 @@ check_gpu() {
   command -v nvidia-smi > /dev/null || return 0
   [ "${DS_ACCELERATOR:-}" = cpu ] && return 0
   python -c 'from inheritune.errors import UserError
-from inheritune.dist import device
+from inheritune.runtime.dist import device
 import sys
 try: print("device:", device())
 except UserError as error: sys.exit(str(error))' || exit 2

@@ -7,9 +7,9 @@ can be evaluated, the models of others among them.
 
 import sys
 
-from inheritune.config import Experiment, load_experiment
+from inheritune.config.experiment import Experiment, load_experiment
 from inheritune.errors import UserError
-from inheritune.rundir import RunDir
+from inheritune.files.rundir import RunDir
 
 
 def names(experiment: Experiment, kind: str, seed: int = 0) -> list[str]:

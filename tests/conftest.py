@@ -120,7 +120,7 @@ def sentencepiece_models(tmp_path_factory) -> dict[str, Path]:
     import sentencepiece
 
     folder = tmp_path_factory.mktemp("sentencepiece")
-    (folder / "text").write_text("".join(path.read_text() for path in sorted((REPOSITORY / "inheritune").glob("*.py"))))
+    (folder / "text").write_text("".join(path.read_text() for path in sorted((REPOSITORY / "inheritune").rglob("*.py"))))
     plain = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
     kinds = {"llama": {"model_type": "bpe", **plain}, "open_llama": {"model_type": "bpe"}, "unigram": {"model_type": "unigram"}}
     for name, options in kinds.items():
@@ -184,7 +184,7 @@ def write_experiment(folder: Path, raw: dict, name: str = "small") -> str:
 
 def write_tokens(folder: Path, train_shards=(3000, 2500, 1500), val_tokens=1200, vocab=300, fingerprint="tiny") -> Path:
     """A prepared data folder with random tokens, in the form that `prepare` leaves."""
-    from inheritune.tokens import train_bpe
+    from inheritune.data.tokens import train_bpe
 
     (folder / "tokenizer").mkdir(parents=True)
     train_bpe("bpe:300", [Path(__file__).read_text()], folder / "tokenizer")
@@ -197,8 +197,8 @@ def write_tokens(folder: Path, train_shards=(3000, 2500, 1500), val_tokens=1200,
 @pytest.fixture
 def small(tmp_path, own_root):
     """Path of a small experiment whose data is prepared (random tokens)."""
-    from inheritune.config import load_experiment
-    from inheritune.rundir import data_dir
+    from inheritune.config.experiment import load_experiment
+    from inheritune.files.rundir import data_dir
 
     path = write_experiment(tmp_path / "recipes", experiment_dict())
     write_tokens(data_dir(load_experiment(path)))
@@ -207,8 +207,8 @@ def small(tmp_path, own_root):
 
 def write_lone_run(folder: Path, settings: dict, model: dict | None = None, **train) -> str:
     """An experiment whose only run is `reference`, its data prepared, with the DeepSpeed JSON `settings`; its path."""
-    from inheritune.config import load_experiment
-    from inheritune.rundir import data_dir
+    from inheritune.config.experiment import load_experiment
+    from inheritune.files.rundir import data_dir
 
     (folder / "ds.json").write_text(json.dumps(settings))
     raw = experiment_dict(paper=[], runs={"reference": {"init": "random"}})
@@ -221,7 +221,7 @@ def write_lone_run(folder: Path, settings: dict, model: dict | None = None, **tr
 
 def last_step(run) -> int:
     """The last step in the record of a run folder; 0 if there is none."""
-    from inheritune.rundir import read_jsonl
+    from inheritune.files.rundir import read_jsonl
 
     return max((row["step"] for row in read_jsonl(run.metrics)), default=0)
 

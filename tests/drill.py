@@ -31,9 +31,9 @@ from conftest import REPOSITORY, experiment_dict, free_port, last_step, write_ex
 from drill_worker import POINTS
 from tabulate import tabulate
 
-from inheritune.config import load_experiment
-from inheritune.rundir import RunDir, data_dir, hash_folder, read_json, read_jsonl
-from inheritune.status import verify
+from inheritune.cluster.status import verify
+from inheritune.config.experiment import load_experiment
+from inheritune.files.rundir import RunDir, data_dir, hash_folder, read_json, read_jsonl
 
 EVERY = 3  # steps between checkpoints
 RECORD = ("step", "tokens", "loss", "lr", "grad_norm", "val_loss")

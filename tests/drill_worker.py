@@ -13,8 +13,8 @@ import signal
 import sys
 from pathlib import Path
 
-from inheritune import __main__ as program
-from inheritune import dist
+from inheritune import cli as program
+from inheritune.runtime import dist
 
 
 def no_gradient() -> bool:

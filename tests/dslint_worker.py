@@ -38,8 +38,8 @@ def outcome(settings: dict) -> dict:
 
 
 if __name__ == "__main__":
-    from inheritune import dist
-    from inheritune.__main__ import leave
+    from inheritune.cli import leave
+    from inheritune.runtime import dist
 
     dist.start()
     with open(sys.argv[1], encoding="utf-8") as file:

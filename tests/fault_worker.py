@@ -15,8 +15,10 @@ import signal
 import sys
 import time
 
-from inheritune import __main__ as program
-from inheritune import dist, train, validate
+from inheritune import cli as program
+from inheritune.runtime import dist
+from inheritune.training import loop as train
+from inheritune.training import validate
 
 HANGS = ("sleep", "stopped", "held")
 START_S, HANG_S, LOOKS = 1500.0, 10.0, 500  # the watch is strict only from that step on

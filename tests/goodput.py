@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conftest import REPOSITORY, last_step, write_lone_run
 from written import markdown
 
-from inheritune.config import load_experiment
-from inheritune.planning import plan_experiment
-from inheritune.rundir import RunDir, read_json, read_jsonl
+from inheritune.config.experiment import load_experiment
+from inheritune.files.rundir import RunDir, read_json, read_jsonl
+from inheritune.planning.plan import plan_experiment
 
 PERIOD = 2 * 3600
 DISK = 1e9  # bytes a second of a shared disk that many nodes use

@@ -10,8 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 from harness import describe, machine
 from written import markdown
 
-from inheritune.config import load_experiment
-from inheritune.rundir import RunDir, read_json, read_jsonl
+from inheritune.config.experiment import load_experiment
+from inheritune.files.rundir import RunDir, read_json, read_jsonl
 
 HEADS = ["run", "ZeRO", "ranks", "ms/step", "tokens/s", "MFU", "peak GB", "last loss", "validation loss"]
 

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import transformers.models.gpt2.modeling_gpt2  # noqa: F401 - what an import maps is not what is limited
 
-import inheritune.inherit
-import inheritune.prepare  # noqa: F401
-from inheritune import __main__ as program
+from inheritune import cli as program
 
 mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (mapped + (int(sys.argv[1]) << 20), resource.RLIM_INFINITY))

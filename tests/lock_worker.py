@@ -14,8 +14,8 @@ import traceback
 from pathlib import Path
 
 from inheritune.errors import UserError
-from inheritune.lock import Lock, lock_holder
-from inheritune.rundir import replacing
+from inheritune.files.lock import Lock, lock_holder
+from inheritune.files.rundir import replacing
 
 USERS = (12345, 12346)
 

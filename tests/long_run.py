@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conftest import REPOSITORY, write_lone_run
 from written import markdown
 
-from inheritune.config import load_experiment
-from inheritune.rundir import RunDir, read_jsonl
+from inheritune.config.experiment import load_experiment
+from inheritune.files.rundir import RunDir, read_jsonl
 
 STRETCHES = 20
 

@@ -16,10 +16,11 @@ import deepspeed
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from inheritune import engine as engines
-from inheritune import models, validate
-from inheritune.__main__ import leave
-from inheritune.config import Model, Train
+from inheritune.cli import leave
+from inheritune.config.experiment import Model, Train
+from inheritune.engines import engine as engines
+from inheritune.models import architectures as models
+from inheritune.training import validate
 
 
 def peak_bytes(work) -> int:

@@ -8,9 +8,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from planned_tables import span
 from written import filled, markdown
 
-from inheritune import planning
-from inheritune.config import RECIPES
-from inheritune.paper import Item, load_experiments, load_item, missing
+from inheritune.config.experiment import RECIPES
+from inheritune.paper.items import Item, load_experiments, load_item, missing
+from inheritune.planning import plan as planning
 
 FILE = RECIPES / "README.md"
 

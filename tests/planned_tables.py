@@ -9,9 +9,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from written import filled, markdown
 
-from inheritune import planning
-from inheritune.config import RECIPES, REPOSITORY, load_experiment
-from inheritune.engine import load_json
+from inheritune.config.experiment import RECIPES, REPOSITORY, load_experiment
+from inheritune.engines.engine import load_json
+from inheritune.planning import plan as planning
 
 SIZES = [("gpt2_small_owt", 12), ("gpt2_medium_owt", 24), ("gpt2_large_owt", 36), ("gpt2_xl_owt", 24), ("gpt2_xl_owt", 48)]
 SIZES += [("openllama_3b_1b", 13), ("openllama_7b", 6), ("llama2_7b", 7)]

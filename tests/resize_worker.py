@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from inheritune import checkpoint, dist, engine
-from inheritune.__main__ import leave
-from inheritune.config import load_experiment
+from inheritune.cli import leave
+from inheritune.config.experiment import load_experiment
+from inheritune.engines import checkpoint, engine
 from inheritune.errors import UserError
-from inheritune.job import Job
-from inheritune.train import train_job
+from inheritune.runs.job import Job
+from inheritune.runtime import dist
+from inheritune.training.loop import train_job
 
 original, groups = checkpoint.restore_resized, engine.parameter_groups
 

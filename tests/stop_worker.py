@@ -7,8 +7,11 @@ import os
 import signal
 import sys
 
-from inheritune import __main__ as program
-from inheritune import checkpoint, dist, train, validate
+from inheritune import cli as program
+from inheritune.engines import checkpoint
+from inheritune.runtime import dist
+from inheritune.training import loop as train
+from inheritune.training import validate
 
 experiment, run, when = sys.argv[1:]
 name, _, moment = when.partition("@")

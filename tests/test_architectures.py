@@ -17,23 +17,23 @@ from tiny_families import FAMILIES, MIXED, family_config
 from tiny_models import random_model
 from transformers import AutoModelForCausalLM
 
-from inheritune import models
-from inheritune.attention import TAUS, analyze, approximate_rank, read_windows
-from inheritune.batches import Tokens
-from inheritune.config import MODULES, NORMS, PARTS, REPOSITORY, load_experiment
+from inheritune.analysis.attention import TAUS, analyze, approximate_rank, read_windows
+from inheritune.config.experiment import MODULES, NORMS, PARTS, REPOSITORY, load_experiment
+from inheritune.data.batches import Tokens
 from inheritune.errors import UserError
-from inheritune.figures import plot_avg_mass, plot_heat_map
-from inheritune.inherit import inherit, write_random
-from inheritune.models import architecture, build, flops_per_token, linear_weights, tensor_shapes
-from inheritune.rundir import RunDir, data_dir
-from inheritune.sources import open_source
+from inheritune.files.rundir import RunDir, data_dir
+from inheritune.models import architectures as models
+from inheritune.models.architectures import architecture, build, flops_per_token, linear_weights, tensor_shapes
+from inheritune.models.sources import open_source
+from inheritune.models.surgery import inherit, write_random
+from inheritune.paper.figures import plot_avg_mass, plot_heat_map
 
 NAMED = "gpt2 gpt_neox gpt_bigcode opt bloom falcon phi phi3 llama mistral mixtral qwen2 qwen3 gemma gemma2 gemma3_text olmo"
 NAMED += " olmo2 stablelm starcoder2 cohere granite"
 
 
 def test_the_table_has_the_families_and_each_is_tested():
-    table = yaml.safe_load((REPOSITORY / "inheritune" / "architectures.yaml").read_text())
+    table = yaml.safe_load((REPOSITORY / "inheritune" / "models" / "architectures.yaml").read_text())
     assert set(table) == {model_type for model_type, _ in FAMILIES.values()} == set(NAMED.split())
 
 

@@ -9,12 +9,12 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from inheritune import attention
-from inheritune.attention import TAUS, analyze, approximate_rank, column_mass, suggest_layers, watch_attention
-from inheritune.batches import Tokens
-from inheritune.config import load_experiment
+from inheritune.analysis import attention
+from inheritune.analysis.attention import TAUS, analyze, approximate_rank, column_mass, suggest_layers, watch_attention
+from inheritune.config.experiment import load_experiment
+from inheritune.data.batches import Tokens
 from inheritune.errors import UserError
-from inheritune.rundir import RunDir, read_jsonl
+from inheritune.files.rundir import RunDir, read_jsonl
 
 VOCAB, LENGTH, HEADS = 64, 24, 4
 

@@ -12,11 +12,11 @@ import pytest
 from conftest import REPOSITORY, experiment_dict, one_sentence, run_verb, write_experiment
 from test_stop import make
 
-from inheritune import dist, log
-from inheritune.config import load_experiment
-from inheritune.dist import limit_error
-from inheritune.record import git_commit
-from inheritune.rundir import data_dir, hash_folder, read_json
+from inheritune.config.experiment import load_experiment
+from inheritune.files.rundir import data_dir, hash_folder, read_json
+from inheritune.runtime import dist, log
+from inheritune.runtime.dist import limit_error
+from inheritune.training.record import git_commit
 
 
 def changed_machine(change: str, *words, own: str = "--mount") -> subprocess.CompletedProcess:

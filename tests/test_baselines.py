@@ -15,14 +15,22 @@ from test_train import launch, losses_of
 from tiny_models import config_of, logits, random_model, weights_of
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from inheritune.batches import Order, Tokens
-from inheritune.config import Model, load_experiment
-from inheritune.engine import learning_rate
+from inheritune.config.experiment import Model, load_experiment
+from inheritune.data.batches import Order, Tokens
+from inheritune.engines.engine import learning_rate
 from inheritune.errors import UserError
-from inheritune.inherit import half_config, halve, inherit, write_random
-from inheritune.models import architecture, build, count_parameters, flops_per_token, hf_config, linear_weights, seeded
-from inheritune.rundir import RunDir, data_dir, hash_folder, read_json, read_jsonl, write_json
-from inheritune.sources import open_source
+from inheritune.files.rundir import RunDir, data_dir, hash_folder, read_json, read_jsonl, write_json
+from inheritune.models.architectures import (
+    architecture,
+    build,
+    count_parameters,
+    flops_per_token,
+    hf_config,
+    linear_weights,
+    seeded,
+)
+from inheritune.models.sources import open_source
+from inheritune.models.surgery import half_config, halve, inherit, write_random
 
 KINDS = ("paper", "public", "llama", "llama_tied")
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from conftest import write_tokens
 
-from inheritune import batches
-from inheritune.batches import Order, Share, Tokens, check_some_shards, read_share
+from inheritune.data import batches
+from inheritune.data.batches import Order, Share, Tokens, check_some_shards, read_share
 from inheritune.errors import UserError
 
 

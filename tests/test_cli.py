@@ -15,17 +15,13 @@ import pytest
 import yaml
 from conftest import REPOSITORY, experiment_dict, one_sentence, refused, run_verb, write_experiment, write_tokens
 
-from inheritune.config import load_experiment
-from inheritune.rundir import data_dir
+from inheritune.config.experiment import load_experiment
+from inheritune.files.rundir import data_dir
 
-# DESIGN: a file imports only from files before it; documents holds the readers that prepare and fetch share
-ORDER = """
-errors values layers environment reading names escape config launcher signals streams taskcode
-processes rundir hub lock dist log outputs tokenizer_files portable tokens
-decoders documents prepare batches models sources writer downstream fetch inherit attention export job identity starts
-comparison
-validate sizes dslint engine distil planning layout checkpoint record train evaluate stages paper tables figures status
+ROOMS = """
+errors config files runtime data models runs engines training analysis evaluation planning paper cluster cli
 """.split()  # noqa: SIM905 - a list to read
+"""A file imports from its own room and from those before it, nowhere else."""
 
 
 @pytest.mark.parametrize(
@@ -71,7 +67,7 @@ def test_help_names_every_verb():
 
 def run_verb_imports() -> str:
     """Modules that --help loads."""
-    code = "import sys; from inheritune.__main__ import main; main(['--help']); print('LOADED', *sys.modules)"
+    code = "import sys; from inheritune.cli import main; main(['--help']); print('LOADED', *sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     return done.stdout.split("LOADED")[1].split()
 
@@ -88,7 +84,7 @@ JSON_MISTAKES = [
 
 @pytest.mark.parametrize(("extra", "says"), JSON_MISTAKES, ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")
 def test_key_of_the_experiment_in_the_deepspeed_json_is_refused(tmp_path, extra, says):
-    from inheritune.engine import load_json
+    from inheritune.engines.engine import load_json
     from inheritune.errors import UserError
 
     path = tmp_path / "ds.json"
@@ -99,7 +95,7 @@ def test_key_of_the_experiment_in_the_deepspeed_json_is_refused(tmp_path, extra,
 
 
 def test_damaged_deepspeed_json_is_refused(tmp_path):
-    from inheritune.engine import load_json
+    from inheritune.engines.engine import load_json
     from inheritune.errors import UserError
 
     (tmp_path / "twice.json").write_text('{"train_micro_batch_size_per_gpu": 2, "train_micro_batch_size_per_gpu": 4}')
@@ -112,7 +108,7 @@ def test_damaged_deepspeed_json_is_refused(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "ds_configs").glob("*.json")), ids=lambda p: p.stem)
 def test_every_shipped_json_loads(path):
-    from inheritune.engine import deepspeed_config, load_json
+    from inheritune.engines.engine import deepspeed_config, load_json
 
     train = load_experiment("quickstart").train
     config = deepspeed_config(load_json(path), train, 2, 3)
@@ -213,15 +209,15 @@ def test_a_root_that_cannot_be_made_is_named(tmp_path, root):
 
 
 def imports(path) -> set[str]:
-    tree = ast.parse(path.read_text())
-    names = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
-    names |= {
-        f"inheritune.{a.name}"
-        for n in ast.walk(tree)
-        if isinstance(n, ast.ImportFrom) and n.module == "inheritune"
-        for a in n.names
-    }
-    return {n.split(".")[1] for n in names if n.startswith("inheritune.")}
+    """Rooms from which a file imports, also inside its functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module and not node.level, f"{path} imports by a relative name"
+            found |= {f"inheritune.{alias.name}" for alias in node.names} if node.module == "inheritune" else {node.module}
+    return {name.split(".")[1] for name in found if name.startswith("inheritune.")}
 
 
 def code_lines(path) -> int:
@@ -244,27 +240,39 @@ def code_lines(path) -> int:
     return len(lines)
 
 
-def test_imports_follow_the_order_of_the_design():
-    modules = {p.stem for p in (REPOSITORY / "inheritune").glob("*.py")} - {"__init__", "__main__"}
-    assert modules == set(ORDER)
-    for position, module in enumerate(ORDER):
-        later = imports(REPOSITORY / "inheritune" / f"{module}.py") - set(ORDER[:position])
-        assert not later, f"{module} imports {later}"
+def test_a_room_imports_only_from_rooms_before_it():
+    package = REPOSITORY / "inheritune"
+    found = {path.name.removesuffix(".py") for path in package.iterdir() if not path.name.startswith("__")}
+    assert found == set(ROOMS)
+    for position, room in enumerate(ROOMS):
+        files = sorted((package / room).glob("*.py")) if (package / room).is_dir() else [package / f"{room}.py"]
+        for path in files:
+            later = imports(path) - set(ROOMS[: position + 1])
+            assert not later, f"{path} imports from {later}"
+        if (package / room).is_dir():
+            assert ast.get_docstring(ast.parse((package / room / "__init__.py").read_text())), f"{room} says what belongs there"
+
+
+def imports_at_the_top(path) -> list[str]:
+    return [node.module for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
 
 
 def test_main_imports_lazily():
-    tree = ast.parse((REPOSITORY / "inheritune" / "__main__.py").read_text())
-    top = [n.module for n in tree.body if isinstance(n, ast.ImportFrom)]
-    assert top == ["inheritune", "inheritune.errors"]  # dist: the handlers of signals come before everything slow
+    top = imports_at_the_top(REPOSITORY / "inheritune" / "cli.py")
+    assert top == [
+        "inheritune.config",
+        "inheritune.errors",
+        "inheritune.runtime",
+    ]  # and nothing slow
     heavy = subprocess.run(
-        [sys.executable, "-c", "import sys, inheritune.__main__; print(*{'torch', 'numpy', 'deepspeed'} & set(sys.modules))"],
+        [sys.executable, "-c", "import sys, inheritune.cli; print(*{'torch', 'numpy', 'deepspeed'} & set(sys.modules))"],
         capture_output=True, text=True, cwd=REPOSITORY, check=True,
     )  # fmt: skip
     assert heavy.stdout.strip() == ""
 
 
 def test_no_file_is_too_long_to_read():
-    sizes = {p.stem: code_lines(p) for p in (REPOSITORY / "inheritune").glob("*.py")}
+    sizes = {p: code_lines(p) for p in (REPOSITORY / "inheritune").rglob("*.py")}
     print(f"{sum(sizes.values())} lines of code in inheritune/")
     assert max(sizes.values()) <= 500, sizes
 

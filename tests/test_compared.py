@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import experiment_dict, refused, run_verb, write_experiment, write_tokens
 
-from inheritune.config import load_experiment
-from inheritune.rundir import RunDir, data_dir, read_json, write_json
+from inheritune.config.experiment import load_experiment
+from inheritune.files.rundir import RunDir, data_dir, read_json, write_json
 
 START = {"inherit": {"source": "reference", "layers": "0:1"}}
 RUNS = {

@@ -3,7 +3,7 @@
 import pytest
 from conftest import experiment_dict, write_experiment
 
-from inheritune.config import RECIPES, load_experiment, parse_layers
+from inheritune.config.experiment import RECIPES, load_experiment, parse_layers
 from inheritune.errors import UserError
 
 

@@ -27,11 +27,11 @@ from conftest import experiment_dict, write_experiment
 from tabulate import tabulate
 from tiny_models import config_of, random_model
 
-from inheritune import __main__ as program
-from inheritune import dist
+from inheritune import cli as program
 from inheritune.errors import UserError
-from inheritune.log import logger
-from inheritune.rundir import RunDir, hash_folder, read_json, read_jsonl, remove
+from inheritune.files.rundir import RunDir, hash_folder, read_json, read_jsonl, remove
+from inheritune.runtime import dist
+from inheritune.runtime.log import logger
 
 TABLE = Path(__file__).with_name("damage.md")
 WRITE = os.environ.get("DAMAGE") == "write"
@@ -94,7 +94,7 @@ def verb(tree: Path, words: list[str]) -> tuple[int, str]:
     quiet = {"INHERITUNE_ROOT": str(tree), "INHERITUNE_LOCK_WAIT": "0"}
     try:
         with mock.patch.dict(os.environ, quiet), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            with modes_count(), mock.patch("inheritune.dist.stop"):  # DeepSpeed knows only the first group of a process
+            with modes_count(), mock.patch("inheritune.runtime.dist.stop"):  # DeepSpeed knows only the first group of a process
                 return program.main([word.replace("TREE", str(tree)) for word in words]), said.getvalue()
     finally:
         logger.handlers.clear()

@@ -7,7 +7,8 @@ import threading
 import pytest
 from conftest import REPOSITORY, run_verb
 
-from inheritune import dist, stages
+from inheritune.cluster import grow as stages
+from inheritune.runtime import dist
 
 
 @pytest.fixture

@@ -19,15 +19,15 @@ import zstandard
 from conftest import REPOSITORY, experiment_dict, one_sentence, refused, run_verb, write_experiment
 from test_prepare import decode, experiment, some_texts, write_jsonl
 
-from inheritune import prepare as module
-from inheritune.batches import Order, Share, Tokens, read_share
-from inheritune.config import load_experiment
-from inheritune.dist import NodeError
-from inheritune.documents import Source, Unusable, parse, read_batches
+from inheritune.config.experiment import load_experiment
+from inheritune.data import prepare as module
+from inheritune.data.batches import Order, Share, Tokens, read_share
+from inheritune.data.documents import Source, Unusable, parse, read_batches
+from inheritune.data.prepare import cut_words, prepare
+from inheritune.data.tokens import load_tokenizer, train_bpe
 from inheritune.errors import UserError
-from inheritune.prepare import cut_words, prepare
-from inheritune.rundir import data_dir, read_json
-from inheritune.tokens import load_tokenizer, train_bpe
+from inheritune.files.rundir import data_dir, read_json
+from inheritune.runtime.dist import NodeError
 
 
 @pytest.fixture(autouse=True)
@@ -305,7 +305,7 @@ def test_a_token_beyond_the_vocabulary_is_named(small):
 
 
 def test_a_cut_vocabulary_of_gpt2_is_one_sentence(tmp_path, gpt2_bpe, monkeypatch):
-    from inheritune.tokens import Gpt2Tokenizer
+    from inheritune.data.tokens import Gpt2Tokenizer
 
     Gpt2Tokenizer().save(tmp_path / "whole")
     for name in ("gpt2.tiktoken", "encoder.json"):

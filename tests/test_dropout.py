@@ -3,9 +3,9 @@
 import pytest
 from conftest import experiment_dict, run_verb, write_experiment, write_tokens
 
-from inheritune.config import load_experiment
-from inheritune.models import clear_dropout
-from inheritune.rundir import RunDir, data_dir, read_json, read_jsonl
+from inheritune.config.experiment import load_experiment
+from inheritune.files.rundir import RunDir, data_dir, read_json, read_jsonl
+from inheritune.models.architectures import clear_dropout
 
 
 def test_rates_of_dropout_are_cleared_wherever_they_stand():

@@ -16,10 +16,10 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment, write_tokens
 
-from inheritune import dslint
-from inheritune.config import load_experiment
+from inheritune.config.experiment import load_experiment
+from inheritune.engines import dslint
 from inheritune.errors import UserError
-from inheritune.rundir import data_dir
+from inheritune.files.rundir import data_dir
 
 CASES = yaml.safe_load((REPOSITORY / "tests" / "dslint_cases.yaml").read_text(encoding="utf-8"))
 SHIPPED = sorted((REPOSITORY / "ds_configs").glob("*.json"))
@@ -52,7 +52,7 @@ def file_of(case: dict) -> str:
 
 def said_of(case: dict, folder: Path, capsys) -> tuple[str, str]:
     """What check says of the case: (severity, sentences without the file's name)."""
-    from inheritune.stages import check
+    from inheritune.cluster.grow import check
 
     raw = merged(experiment_dict(), case.get("experiment", {}))
     raw["train"] |= case.get("train", {})
@@ -229,7 +229,7 @@ def test_deepspeed_raises_for_each_broken_file(case, tmp_path):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_json_passes_check(path):
-    from inheritune.engine import load_json
+    from inheritune.engines.engine import load_json
 
     experiment = load_experiment("gpt2_xl_owt")
     settings = load_json(path)
@@ -245,7 +245,7 @@ def test_every_shipped_json_trains_two_steps(tmp_path, own_root):
     import numpy as np
     from test_train import launch, losses_of
 
-    from inheritune.rundir import RunDir
+    from inheritune.files.rundir import RunDir
 
     raw = experiment_dict(paper=[], runs={})
     raw["train"] |= {"steps": 2, "eval_every": 2, "checkpoint_every": 2}

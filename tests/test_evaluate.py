@@ -20,12 +20,12 @@ from lm_eval_command import lm_eval_command, lm_eval_results
 from tiny_models import random_model
 from transformers import GPT2LMHeadModel
 
-from inheritune import models
-from inheritune.config import RECIPES, TASKS, Evaluate, Model, load_experiment, validate
-from inheritune.downstream import TASK_FILES, harness, load_tasks, open_tokenizer
+from inheritune.config.experiment import RECIPES, TASKS, Evaluate, Model, load_experiment, validate
+from inheritune.data.tokens import SentencePieceTokenizer, train_bpe
 from inheritune.errors import UserError
-from inheritune.rundir import RunDir, data_dir, read_json, write_json
-from inheritune.tokens import SentencePieceTokenizer, train_bpe
+from inheritune.evaluation.downstream import TASK_FILES, harness, load_tasks, open_tokenizer
+from inheritune.files.rundir import RunDir, data_dir, read_json, write_json
+from inheritune.models import architectures as models
 
 TEXT = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 OWN = {

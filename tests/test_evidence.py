@@ -11,9 +11,9 @@ import pytest
 from conftest import REPOSITORY
 from scipy import stats
 
-from inheritune.config import load_experiment
+from inheritune.config.experiment import load_experiment
 from inheritune.errors import UserError
-from inheritune.rundir import data_dir, read_json, write_json
+from inheritune.files.rundir import data_dir, read_json, write_json
 
 EVIDENCE = REPOSITORY / "recipes" / "evidence"
 SCALES = ("cpu", "gpu")

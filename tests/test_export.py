@@ -19,15 +19,15 @@ from tiny_families import family_config
 from tiny_models import config_of, random_model, weights_of
 from versions import assert_alike, assert_close, open_in_both
 
-from inheritune import export as module
-from inheritune.attention import load_model
-from inheritune.config import Data, load_experiment
+from inheritune.analysis.attention import load_model
+from inheritune.config.experiment import Data, load_experiment
+from inheritune.data.tokens import load_tokenizer, train_bpe
 from inheritune.errors import UserError
-from inheritune.models import seeded
-from inheritune.rundir import RunDir, data_dir, hash_folder, read_json, write_json
-from inheritune.sources import open_source
-from inheritune.tokens import load_tokenizer, train_bpe
-from inheritune.writer import write_checkpoint
+from inheritune.evaluation import export as module
+from inheritune.files.rundir import RunDir, data_dir, hash_folder, read_json, write_json
+from inheritune.models.architectures import seeded
+from inheritune.models.sources import open_source
+from inheritune.models.writer import write_checkpoint
 
 
 def store(folder: Path, model: torch.nn.Module) -> None:

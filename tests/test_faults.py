@@ -11,11 +11,11 @@ from conftest import run_verb
 from test_stop import make, record, start
 from test_train import plain_loop
 
-from inheritune.batches import Order, Tokens
-from inheritune.config import load_experiment
-from inheritune.dist import who_lags
-from inheritune.record import SPIKE_ROWS, Metrics
-from inheritune.rundir import RunDir, check_files, hash_folder, read_json, read_jsonl
+from inheritune.config.experiment import load_experiment
+from inheritune.data.batches import Order, Tokens
+from inheritune.files.rundir import RunDir, check_files, hash_folder, read_json, read_jsonl
+from inheritune.runtime.dist import who_lags
+from inheritune.training.record import SPIKE_ROWS, Metrics
 
 STAGES = [pytest.param(stage, marks=pytest.mark.slow if stage == 3 else pytest.mark.drill) for stage in range(4)]
 
@@ -103,7 +103,7 @@ def test_weights_that_are_not_finite_are_neither_validated_nor_saved(tmp_path, w
 
 
 def test_a_loss_spike_is_reported_once_and_nothing_else_is(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("inheritune.log.logger.propagate", True)
+    monkeypatch.setattr("inheritune.runtime.log.logger.propagate", True)
     noise = random.Random(0)
     rows = [{"step": s, "tokens": s, "loss": 3 + 7 * math.exp(-s / 300) + noise.gauss(0, 0.05)} for s in range(1, 3001)]
     rows[1999]["loss"] += 1.0  # 20 of the noise's standard deviations

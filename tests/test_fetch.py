@@ -17,8 +17,8 @@ from conftest import REPOSITORY, experiment_dict, refused, run_verb, write_exper
 from hub_server import COMMIT, Hub
 from tiny_models import config_of, random_model
 
-from inheritune.fetch import BYTES_PER_TOKEN, enough
-from inheritune.tokens import END_OF_TEXT, _gpt2_ranks, _last_merge, _rank_lines, _spell
+from inheritune.cluster.fetch import BYTES_PER_TOKEN, enough
+from inheritune.data.tokens import END_OF_TEXT, _gpt2_ranks, _last_merge, _rank_lines, _spell
 
 WORDS = [f"word{number}" for number in range(30)]
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from inheritune import figures
 from inheritune.errors import UserError
+from inheritune.paper import figures
 
 
 def make_rows(n_layers=6, n_heads=3, maps=True, rehearsal=False):
@@ -85,9 +85,9 @@ def test_same_rows_same_bytes(name, tmp_path):
 def test_all_figures_of_a_model_without_torch(tmp_path):
     (tmp_path / "attention.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(rehearsal=True)))
     code = (
-        "import sys; from inheritune.figures import plot_attention; paths = plot_attention(sys.argv[1])\n"
+        "import sys; from inheritune.paper.figures import plot_attention; paths = plot_attention(sys.argv[1])\n"
         "assert all(path.is_file() for path in paths) and len(paths) == 5\n"
-        "assert not {'torch', 'transformers', 'inheritune.attention', 'matplotlib.pyplot'} & set(sys.modules)"
+        "assert not {'torch', 'transformers', 'inheritune.analysis.attention', 'matplotlib.pyplot'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
     assert len(list(tmp_path.glob("*.png"))) == 5

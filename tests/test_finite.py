@@ -8,14 +8,13 @@ import torch
 from conftest import experiment_dict, refused, write_experiment, write_tokens
 from tiny_models import config_of, random_model
 
-from inheritune import inherit as surgery
-from inheritune import sources
-from inheritune.config import load_experiment
+from inheritune.config.experiment import load_experiment
 from inheritune.errors import UserError
-from inheritune.inherit import check_start, extend, halve, inherit, write_random
-from inheritune.models import count_not_finite
-from inheritune.rundir import RunDir, data_dir, read_json, write_json
-from inheritune.sources import open_source
+from inheritune.files.rundir import RunDir, data_dir, read_json, write_json
+from inheritune.models import sources, surgery
+from inheritune.models.architectures import count_not_finite
+from inheritune.models.sources import open_source
+from inheritune.models.surgery import check_start, extend, halve, inherit, write_random
 
 BAD = "transformer.h.1.mlp.c_fc.weight"
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from conftest import experiment_dict, run_verb, write_experiment, write_tokens
 
-from inheritune import checkpoint
-from inheritune.config import load_experiment
+from inheritune.config.experiment import load_experiment
+from inheritune.engines import checkpoint
 from inheritune.errors import UserError
-from inheritune.log import logger
-from inheritune.record import sync
-from inheritune.rundir import RunDir, data_dir, hash_folder, read_json, write_json
-from inheritune.sources import open_source
+from inheritune.files.rundir import RunDir, data_dir, hash_folder, read_json, write_json
+from inheritune.models.sources import open_source
+from inheritune.runtime.log import logger
+from inheritune.training.record import sync
 
 FOLDERS = (
     "step_4",

@@ -15,14 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import config_of, random_model
 
-from inheritune import dslint
-from inheritune.batches import Tokens
-from inheritune.config import Experiment, load_experiment, parse_layers, rehearsal, validate
-from inheritune.engine import load_json
+from inheritune.cluster.status import verify
+from inheritune.config.experiment import Experiment, load_experiment, parse_layers, rehearsal, validate
+from inheritune.data.batches import Tokens
+from inheritune.engines import dslint
+from inheritune.engines.engine import load_json
 from inheritune.errors import UserError
-from inheritune.rundir import read_json, read_jsonl, sealed
-from inheritune.sources import open_source, read_safetensors
-from inheritune.status import verify
+from inheritune.files.rundir import read_json, read_jsonl, sealed
+from inheritune.models.sources import open_source, read_safetensors
 
 fuzzed = settings(
     max_examples=int(os.environ.get("FUZZ", "300")), deadline=None, database=None,

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from conftest import experiment_dict, run_verb, write_experiment, write_tokens
 
-from inheritune.config import load_experiment
-from inheritune.rundir import RunDir, data_dir, hash_folder, read_json, read_jsonl
+from inheritune.config.experiment import load_experiment
+from inheritune.files.rundir import RunDir, data_dir, hash_folder, read_json, read_jsonl
 
 
 @pytest.mark.slow

@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import REPOSITORY, experiment_dict, last_step, one_sentence, refused, run_verb, write_experiment, write_tokens
 
-from inheritune.config import load_experiment
-from inheritune.job import Job
-from inheritune.rundir import RunDir, data_dir, hash_folder, read_json, read_jsonl, write_json
-from inheritune.starts import prepare_start
+from inheritune.config.experiment import load_experiment
+from inheritune.files.rundir import RunDir, data_dir, hash_folder, read_json, read_jsonl, write_json
+from inheritune.runs.job import Job
+from inheritune.runs.starts import prepare_start
 
 RUNS = {
     "reference": {"init": "random"},

@@ -16,13 +16,13 @@ from tiny_models import config_of, logits, random_model, weights_of
 from tiny_tokenizers import TEMPLATE, save_by_newest, write_chat_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from inheritune import rundir
-from inheritune.config import MODULES
+from inheritune.config.experiment import MODULES
 from inheritune.errors import UserError
-from inheritune.inherit import extend, inherit, write_random
-from inheritune.models import architecture, fresh_tensor, tensor_shapes
-from inheritune.portable import OLDER_KEYS
-from inheritune.sources import open_source
+from inheritune.files import rundir
+from inheritune.models.architectures import architecture, fresh_tensor, tensor_shapes
+from inheritune.models.config_files import OLDER_KEYS
+from inheritune.models.sources import open_source
+from inheritune.models.surgery import extend, inherit, write_random
 
 KINDS = ("paper", "public", "llama", "llama_tied")
 
@@ -324,7 +324,7 @@ def test_disk_without_room(llama, tmp_path, monkeypatch):
 
 
 def test_disk_that_fills_up_meanwhile(llama, tmp_path, monkeypatch):
-    from inheritune.writer import CheckpointWriter
+    from inheritune.models.writer import CheckpointWriter
 
     whole, calls = CheckpointWriter.add, []
 
@@ -350,7 +350,7 @@ def test_peak_memory_does_not_grow_with_the_layers(tmp_path):
         setattr(config, key, value)
     write_random(config, tmp_path / "source")
     program = (
-        "import resource, sys; from inheritune.inherit import inherit; inherit(*sys.argv[1:4]); "
+        "import resource, sys; from inheritune.models.surgery import inherit; inherit(*sys.argv[1:4]); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "source")]

@@ -15,11 +15,11 @@ from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment
 from test_fetch import environment, files, make_hub, write_hub_experiment  # noqa: F401 - files is a fixture
 from test_stop import make
 
-from inheritune.config import Model, load_experiment
-from inheritune.inherit import write_random
-from inheritune.models import hf_config
-from inheritune.rundir import RunDir, data_dir, hash_folder, read_json
-from inheritune.signals import ONE_PRESS_S
+from inheritune.config.experiment import Model, load_experiment
+from inheritune.files.rundir import RunDir, data_dir, hash_folder, read_json
+from inheritune.models.architectures import hf_config
+from inheritune.models.surgery import write_random
+from inheritune.runtime.signals import ONE_PRESS_S
 
 DIED = -signal.SIGINT  # which a shell shows as 130
 SAVING = "inheritune: Ctrl-C: saving, then stopping; a second Ctrl-C stops at once and loses what is not saved\n"
@@ -125,7 +125,7 @@ def test_a_second_one_ends_ranks_that_hang(run):
 
 IN_A_LIBRARY = """
 import hashlib
-from inheritune import signals
+from inheritune.runtime import signals
 signals.listen()
 print("begun", flush=True)
 hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
@@ -184,7 +184,7 @@ def corpus(tmp_path, monkeypatch):
     raw = experiment_dict()
     raw["data"] |= {"source": "files", "files": [str(tmp_path / "*.txt")], "shard_tokens": 100_000}
     raw["data"] |= {"validation": {"first_shard": True}}
-    text = "\n".join(path.read_text() for path in sorted((REPOSITORY / "inheritune").glob("*.py")))
+    text = "\n".join(path.read_text() for path in sorted((REPOSITORY / "inheritune").rglob("*.py")))
     for number in range(12):
         (tmp_path / f"{number:02}.txt").write_text(text[number:])
     path = write_experiment(tmp_path, raw)

@@ -16,9 +16,9 @@ import torch
 from conftest import REPOSITORY, experiment_dict, refused, run_verb, write_experiment, write_tokens
 from launching import launch_locally
 
-from inheritune import dslint
-from inheritune.config import RESUMABLE_KEYS, load_experiment
-from inheritune.rundir import RunDir, data_dir, hash_folder, read_json, read_jsonl, write_json
+from inheritune.config.experiment import RESUMABLE_KEYS, load_experiment
+from inheritune.engines import dslint
+from inheritune.files.rundir import RunDir, data_dir, hash_folder, read_json, read_jsonl, write_json
 
 RESUME = dslint.VERDICTS["resume"]
 AT, STEPS = 4, 8

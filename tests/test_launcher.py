@@ -15,11 +15,11 @@ import pytest
 from conftest import REPOSITORY, free_port, one_sentence, run_verb
 from slurm_cluster import session_cluster, slurm  # noqa: F401 - fixtures
 
-from inheritune import dist
-from inheritune.config import load_experiment
+from inheritune.config.experiment import load_experiment
 from inheritune.errors import UserError
-from inheritune.launcher import ALONE, count_processes, find_launch, first_host, read_launch, without_launch
-from inheritune.rundir import RunDir, read_json
+from inheritune.files.rundir import RunDir, read_json
+from inheritune.runtime import dist
+from inheritune.runtime.launcher import ALONE, count_processes, find_launch, first_host, read_launch, without_launch
 
 TORCH = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "head", "MASTER_PORT": "29500"}
 SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "node[03-04]",
@@ -268,7 +268,7 @@ def test_a_local_launch_listens_on_the_loopback_interface_only(small):
 
 STORE = """
 import sys
-from inheritune import dist
+from inheritune.runtime import dist
 store = dist._open_store(*sys.argv[1:2], int(sys.argv[2]))
 if dist.rank() == 0:
     print("open", flush=True)

@@ -17,14 +17,14 @@ from conftest import REPOSITORY, experiment_dict, one_sentence, run_verb, write_
 from drill import write_documents
 from test_stop import make
 
-from inheritune.config import Model, load_experiment
-from inheritune.dist import limit_error
+from inheritune.config.experiment import Model, load_experiment
 from inheritune.errors import UserError
-from inheritune.inherit import write_random
-from inheritune.lock import Lock
-from inheritune.models import hf_config
-from inheritune.record import Metrics, start_wandb
-from inheritune.rundir import RunDir, data_dir, hash_folder, read_jsonl, remove
+from inheritune.files.lock import Lock
+from inheritune.files.rundir import RunDir, data_dir, hash_folder, read_jsonl, remove
+from inheritune.models.architectures import hf_config
+from inheritune.models.surgery import write_random
+from inheritune.runtime.dist import limit_error
+from inheritune.training.record import Metrics, start_wandb
 
 
 def limited(megabytes: int, *words) -> str:
@@ -205,7 +205,9 @@ def lose_wandb(folder: str) -> None:
 
 
 def test_a_run_goes_on_when_wandbs_own_process_dies(tmp_path):
-    code = "import sys, logging, test_limits; logging.basicConfig(stream=sys.stdout); from inheritune.log import logger; "
+    code = (
+        "import sys, logging, test_limits; logging.basicConfig(stream=sys.stdout); from inheritune.runtime.log import logger; "
+    )
     code += "logger.propagate = True; test_limits.lose_wandb(sys.argv[1])"
     environment = {**os.environ, "WANDB_DIR": str(tmp_path), "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
     command = [sys.executable, "-c", code, str(tmp_path)]

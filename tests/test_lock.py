@@ -14,11 +14,11 @@ import pytest
 from conftest import REPOSITORY
 from test_damage import modes_count
 
-from inheritune.config import load_experiment
+from inheritune.config.experiment import load_experiment
 from inheritune.errors import UserError
-from inheritune.lock import Lock, lock_holder, lock_holders
-from inheritune.processes import birth, fate, machine
-from inheritune.rundir import ABANDONED_S, data_dir, remove_leftovers, replacing, temporary_of
+from inheritune.files.lock import Lock, lock_holder, lock_holders
+from inheritune.files.processes import birth, fate, machine
+from inheritune.files.rundir import ABANDONED_S, data_dir, remove_leftovers, replacing, temporary_of
 
 # --- alive, dead, unknown -------------------------------------------------------------------------------------------------
 
@@ -172,9 +172,8 @@ def test_a_lock_that_cannot_be_taken_away_is_named(open_folder):
     file = lock_file(open_folder / "run")
     file.write_text("{}")
     age(file, Lock.SILENCE + 30)
-    code = (
-        "import os, sys; from pathlib import Path; from inheritune.errors import UserError; from inheritune.lock import Lock\n"
-    )
+    code = "import os, sys; from pathlib import Path\n"
+    code += "from inheritune.errors import UserError; from inheritune.files.lock import Lock\n"
     code += "os.setgid(12346); os.setuid(12346)\n"
     code += "try: Lock(Path(sys.argv[1]), wait=0).acquire()\nexcept UserError as error: print(error)"
     command = [sys.executable, "-c", code, str(open_folder / "run")]

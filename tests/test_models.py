@@ -8,10 +8,9 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from inheritune import validate
-from inheritune.config import Model
+from inheritune.config.experiment import Model
 from inheritune.errors import UserError
-from inheritune.models import (
+from inheritune.models.architectures import (
     architecture,
     build,
     count_parameters,
@@ -21,6 +20,7 @@ from inheritune.models import (
     hf_config,
     linear_weights,
 )
+from inheritune.training import validate
 
 
 def model_of(size, **changes):

@@ -7,11 +7,13 @@ import pytest
 from conftest import REPOSITORY, experiment_dict, write_experiment
 from test_tables import finish
 
-from inheritune import figures, names, processes, rundir, tables
-from inheritune.config import load_experiment
+from inheritune.config import names
+from inheritune.config.experiment import load_experiment
 from inheritune.errors import UserError
-from inheritune.lock import Lock, lock_holder
-from inheritune.rundir import RunDir, replacing
+from inheritune.files import processes, rundir
+from inheritune.files.lock import Lock, lock_holder
+from inheritune.files.rundir import RunDir, replacing
+from inheritune.paper import figures, tables
 
 
 def refused_run(tmp_path, *runs: str) -> str:
@@ -95,7 +97,7 @@ def test_names_that_only_look_like_ours_are_free(tmp_path):
 
 def test_every_folder_that_the_code_makes_in_runs_is_in_the_list():
     """Python joins names.X to "runs", never a word of its own; the scripts' words are in the list."""
-    for path in sorted((REPOSITORY / "inheritune").glob("*.py")):
+    for path in sorted((REPOSITORY / "inheritune").rglob("*.py")):
         source = path.read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(source)):
             joined = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)

@@ -10,11 +10,11 @@ import pytest
 from conftest import one_sentence, refused, run_verb
 from tiny_models import config_of, random_model
 
-from inheritune.attention import check_replaced
+from inheritune.analysis.attention import check_replaced
 from inheritune.errors import UserError
-from inheritune.evaluate import check_results
-from inheritune.outputs import check_new_file, check_new_folder, check_writable, resolve_output
-from inheritune.rundir import RunDir, read_json, replacing, write_jsonl
+from inheritune.evaluation.evaluate import check_results
+from inheritune.files.outputs import check_new_file, check_new_folder, check_writable, resolve_output
+from inheritune.files.rundir import RunDir, read_json, replacing, write_jsonl
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ import torch
 from conftest import REPOSITORY, run_verb
 from test_tables import SCRIPTS
 
-from inheritune.config import load_experiment
-from inheritune.paper import load_experiments, load_item, model_folder
-from inheritune.rundir import RunDir, read_json, read_jsonl
-from inheritune.sources import open_source
-from inheritune.tables import paper_folder
+from inheritune.config.experiment import load_experiment
+from inheritune.files.rundir import RunDir, read_json, read_jsonl
+from inheritune.models.sources import open_source
+from inheritune.paper.items import load_experiments, load_item, model_folder
+from inheritune.paper.tables import paper_folder
 
 # distilled, nothing to train; the drill runs them all
 SHORT = ("fig17_distillation", "table6_model_configs")

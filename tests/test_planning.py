@@ -11,9 +11,11 @@ import pytest
 import torch
 from conftest import REPOSITORY, free_port, run_verb
 
-from inheritune import models, planning, validate
-from inheritune.config import RECIPES, Model, Train, load_experiment
-from inheritune.engine import load_json
+from inheritune.config.experiment import RECIPES, Model, Train, load_experiment
+from inheritune.engines.engine import load_json
+from inheritune.models import architectures as models
+from inheritune.planning import plan as planning
+from inheritune.training import validate
 
 GPT2 = {"size": "gpt2_tiny", "layers": 3, "width": 96, "heads": 4, "positions": 96, "vocab_size": 1500}
 LLAMA = {**GPT2, "size": "llama_tiny", "kv_heads": 2, "mlp_width": 260}
@@ -224,7 +226,7 @@ def test_plan_prints_every_stage_and_the_sum():
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--gpu", "H1000"], "plan: --gpu 'H1000' is not in inheritune/gpus.yaml; did you mean 'H100'?"),
+        (["--gpu", "H1000"], "plan: --gpu 'H1000' is not in inheritune/config/gpus.yaml; did you mean 'H100'?"),
         (["--mfu", "40"], "--mfu is the share of the GPU's peak rate that is used, between 0 and 1 (got 40)"),
         (["--mfu", "fast"], "--mfu takes a number (got 'fast')"),
         (["--gpus", "0"], "--gpus must be at least 1 (got 0)"),

@@ -8,10 +8,16 @@ import torch
 from tiny_families import FAMILIES, POSITIONS, family_config, positions_config
 from tiny_tokenizers import write_chat_tokenizer
 
+from inheritune.data.tokenizer_files import (
+    copy_tokenizer,
+    special_tokens_map,
+    tokenizer_config,
+    trained_config,
+    write_tokenizer,
+)
 from inheritune.errors import UserError
-from inheritune.models import load_config, write_config
-from inheritune.portable import add_older_keys, copy_settings, drop_older_keys, settings_in_config
-from inheritune.tokenizer_files import copy_tokenizer, special_tokens_map, tokenizer_config, trained_config, write_tokenizer
+from inheritune.models.architectures import load_config, write_config
+from inheritune.models.config_files import add_older_keys, copy_settings, drop_older_keys, settings_in_config
 
 BOTH = ["input_ids", "attention_mask"]
 BPE = {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}

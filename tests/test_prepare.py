@@ -18,13 +18,13 @@ import pytest
 import sentencepiece
 import zstandard
 
-import inheritune.prepare
-from inheritune.batches import Tokens
-from inheritune.config import REPOSITORY, Experiment
+import inheritune.data.prepare
+from inheritune.config.experiment import REPOSITORY, Experiment
+from inheritune.data.batches import Tokens
+from inheritune.data.prepare import prepare
+from inheritune.data.tokens import load_tokenizer, train_bpe
 from inheritune.errors import UserError
-from inheritune.prepare import prepare
-from inheritune.rundir import data_dir, hash_file, read_json
-from inheritune.tokens import load_tokenizer, train_bpe
+from inheritune.files.rundir import data_dir, hash_file, read_json
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 
@@ -75,8 +75,8 @@ def contents(folder: Path) -> dict[str, str]:
 def start(chosen: Experiment, workers: int = 2, **environment) -> subprocess.Popen:
     """`prepare` as a process of its own."""
     code = (
-        "import logging, sys; from inheritune.config import Experiment\n"
-        "from inheritune.errors import UserError; from inheritune.prepare import prepare\n"
+        "import logging, sys; from inheritune.config.experiment import Experiment\n"
+        "from inheritune.errors import UserError; from inheritune.data.prepare import prepare\n"
         "logging.basicConfig(level=logging.INFO, format='%(message)s')\n"
         "try: prepare(Experiment.model_validate_json(sys.argv[1]), int(sys.argv[2]))\n"
         "except UserError as error: sys.exit(f'UserError: {error}')"
@@ -148,11 +148,11 @@ def test_validation_documents_are_those_of_the_datasets_library(tmp_path):
     assert val == sorted(val, key=in_order.get) and train == sorted(train, key=in_order.get)
     # OpenWebText as nanoGPT splits it: 4,007 of 8,013,769 documents
     job = SimpleNamespace(counts={"": 8_013_769}, data=experiment(files=["-"], validation={"fraction": 0.0005}).data)
-    assert inheritune.prepare._Job._split(job)[0].sum() == 4_007
+    assert inheritune.data.prepare._Job._split(job)[0].sum() == 4_007
 
 
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(inheritune.prepare, "BATCH_BYTES", 10_000)
+    monkeypatch.setattr(inheritune.data.prepare, "BATCH_BYTES", 10_000)
     write_jsonl(tmp_path / "a.jsonl", some_texts(2000))
     chosen = experiment(files=[str(tmp_path / "a.jsonl")], max_tokens=200_000)
     results = []
@@ -206,7 +206,7 @@ def is_alive(pid: int) -> bool:
 def test_documents_that_changed_start_it_anew(tmp_path, monkeypatch, caplog):
     path = write_jsonl(tmp_path / "a.jsonl", some_texts(400))
     chosen = experiment(files=[str(path)], shard_tokens=5_000)
-    monkeypatch.setattr(inheritune.prepare._Job, "_finish", lambda self: self.save())  # stop short of the manifest
+    monkeypatch.setattr(inheritune.data.prepare._Job, "_finish", lambda self: self.save())  # stop short of the manifest
     folder = prepare(chosen, 1)
     monkeypatch.undo()
     monkeypatch.setenv("INHERITUNE_ROOT", str(folder.parent.parent))
@@ -259,7 +259,7 @@ def test_token_shares_follow_the_weights(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "code.jsonl", ["<code>" + text for text in texts])
     write_jsonl(tmp_path / "books.jsonl", ["<book>" + text for text in texts])
     weights = {"web": 6, "code": 1, "books": 3}
-    monkeypatch.setattr(inheritune.prepare, "MIXED_BATCH_BYTES", 2000)
+    monkeypatch.setattr(inheritune.data.prepare, "MIXED_BATCH_BYTES", 2000)
     results = []
     for workers in (1, 2):
         monkeypatch.setenv("INHERITUNE_ROOT", str(tmp_path / f"root{workers}"))
@@ -286,7 +286,7 @@ def decode_all(folder: Path, tokenizer) -> list[str]:
 
 def test_reading_ends_with_the_first_group_that_has_no_more(tmp_path, caplog, monkeypatch):
     caplog.set_level("INFO")
-    monkeypatch.setattr(inheritune.prepare, "MIXED_BATCH_BYTES", 2000)
+    monkeypatch.setattr(inheritune.data.prepare, "MIXED_BATCH_BYTES", 2000)
     texts = some_texts(600)
     write_jsonl(tmp_path / "small.jsonl", texts[:60])
     write_jsonl(tmp_path / "large.jsonl", texts)

@@ -23,14 +23,14 @@ from test_prepare import experiment, some_texts
 from tiny_models import config_of, random_model
 from written import filled, markdown
 
-from inheritune.batches import Tokens
-from inheritune.config import Data, load_experiment
-from inheritune.documents import KINDS, Source, Unusable, _suffix, parse
-from inheritune.engine import load_json
+from inheritune.config.experiment import Data, load_experiment
+from inheritune.data.batches import Tokens
+from inheritune.data.documents import KINDS, Source, Unusable, _suffix, parse
+from inheritune.data.tokens import Gpt2Tokenizer, load_tokenizer, train_bpe
+from inheritune.engines.engine import load_json
 from inheritune.errors import UserError
-from inheritune.rundir import RunDir, hash_folder, read_json, seal_of, write_json
-from inheritune.sources import load_skeleton, open_source, read_bin, read_safetensors
-from inheritune.tokens import Gpt2Tokenizer, load_tokenizer, train_bpe
+from inheritune.files.rundir import RunDir, hash_folder, read_json, seal_of, write_json
+from inheritune.models.sources import load_skeleton, open_source, read_bin, read_safetensors
 
 TABLE = Path(__file__).with_name("damage.md")
 MAKER = "tests/test_readers.py"

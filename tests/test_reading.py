@@ -9,12 +9,12 @@ import pytest
 import yaml
 from conftest import REPOSITORY, experiment_dict, write_experiment
 
-from inheritune import reading
-from inheritune.config import load_experiment
-from inheritune.engine import load_json
+from inheritune.config import reading
+from inheritune.config.experiment import load_experiment
+from inheritune.config.reading import compose, read_yaml
+from inheritune.engines.engine import load_json
 from inheritune.errors import UserError
-from inheritune.reading import compose, read_yaml
-from inheritune.rundir import read_json, write_json
+from inheritune.files.rundir import read_json, write_json
 
 SOUND = yaml.safe_dump(experiment_dict(), sort_keys=False)
 

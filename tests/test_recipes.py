@@ -10,11 +10,11 @@ import pytest
 import torch
 import yaml
 
-from inheritune.config import RECIPES, REPOSITORY, load_experiment, parse_layers
-from inheritune.engine import load_json
-from inheritune.inherit import cut_config, half_config
-from inheritune.models import build, count_parameters, hf_config
-from inheritune.tokens import GPT2_SIZE, check_vocabulary
+from inheritune.config.experiment import RECIPES, REPOSITORY, load_experiment, parse_layers
+from inheritune.data.tokens import GPT2_SIZE, check_vocabulary
+from inheritune.engines.engine import load_json
+from inheritune.models.architectures import build, count_parameters, hf_config
+from inheritune.models.surgery import cut_config, half_config
 
 # experiment: (row of table_model_configs.csv, batch in tokens, steps, first learning rate)
 TRAINED = {
@@ -298,7 +298,7 @@ def test_rehearsal_keeps_the_growth_and_the_kept_steps(name):
 
 
 def test_licences_of_all_that_shipped_experiments_start_from_are_known():
-    licences = yaml.safe_load((REPOSITORY / "inheritune" / "licences.yaml").read_text(encoding="utf-8"))
+    licences = yaml.safe_load((REPOSITORY / "inheritune" / "evaluation" / "licences.yaml").read_text(encoding="utf-8"))
     names = [path.relative_to(RECIPES).with_suffix("") for path in (*RECIPES.glob("*.yaml"), *RECIPES.glob("attention/*.yaml"))]
     experiments = [load_experiment(str(name)) for name in names]
     models = {source for e in experiments for run in e.runs.values() for source, _ in run.sources() if source not in e.runs}

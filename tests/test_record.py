@@ -9,11 +9,11 @@ import pytest
 from conftest import experiment_dict, run_verb, write_experiment, write_tokens
 from test_foreign import unfinish
 
-from inheritune.config import load_experiment
-from inheritune.log import logger
-from inheritune.prepare import Shards
-from inheritune.record import SPIKE_ROWS, Metrics
-from inheritune.rundir import RunDir, break_links, data_dir, hash_folder, read_jsonl
+from inheritune.config.experiment import load_experiment
+from inheritune.data.prepare import Shards
+from inheritune.files.rundir import RunDir, break_links, data_dir, hash_folder, read_jsonl
+from inheritune.runtime.log import logger
+from inheritune.training.record import SPIKE_ROWS, Metrics
 
 
 def row(step: int, loss: float = 3.0) -> dict:

@@ -22,11 +22,11 @@ from test_fetch import environment, files, make_hub, write_hub_experiment  # noq
 from test_foreign import unfinish
 from test_prepare import children, some_texts, write_jsonl
 
-from inheritune.config import load_experiment
-from inheritune.downstream import TASK_FILES
+from inheritune.config.experiment import load_experiment
+from inheritune.data.tokens import train_bpe
 from inheritune.errors import UserError
-from inheritune.rundir import RunDir, data_dir, disk_error, finished_weights, moved_by, read_json, replacing
-from inheritune.tokens import train_bpe
+from inheritune.evaluation.downstream import TASK_FILES
+from inheritune.files.rundir import RunDir, data_dir, disk_error, finished_weights, moved_by, read_json, replacing
 
 
 @contextmanager

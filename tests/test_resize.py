@@ -14,9 +14,9 @@ import pytest
 from conftest import experiment_dict, run_verb, write_experiment, write_tokens
 from launching import launch_jobs
 
-from inheritune.config import load_experiment
-from inheritune.rundir import RunDir, data_dir, read_jsonl
-from inheritune.sources import open_source
+from inheritune.config.experiment import load_experiment
+from inheritune.files.rundir import RunDir, data_dir, read_jsonl
+from inheritune.models.sources import open_source
 
 AT, STEPS = 4, 14
 SHAPES = list(itertools.product((1, 2, 3), (1, 2, 3)))  # (ranks, ZeRO stage)

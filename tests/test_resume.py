@@ -11,8 +11,8 @@ import time
 import pytest
 from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment, write_tokens
 
-from inheritune.config import load_experiment
-from inheritune.rundir import RunDir, data_dir, hash_folder, read_jsonl
+from inheritune.config.experiment import load_experiment
+from inheritune.files.rundir import RunDir, data_dir, hash_folder, read_jsonl
 
 STEPS = 14
 RECORD = ("step", "tokens", "loss", "lr", "grad_norm", "val_loss")

@@ -19,16 +19,16 @@ import yaml
 from conftest import REPOSITORY, experiment_dict, one_sentence, write_experiment
 from tiny_models import config_of, random_model
 
-from inheritune.__main__ import main
-from inheritune.attention import load_model
-from inheritune.config import Task, load_experiment
-from inheritune.downstream import load_tasks, open_tokenizer
+from inheritune.analysis.attention import load_model
+from inheritune.cli import main
+from inheritune.config.experiment import Task, load_experiment
+from inheritune.data.tokens import load_tokenizer, train_bpe
 from inheritune.errors import UserError
-from inheritune.inherit import inherit
-from inheritune.rundir import RunDir
-from inheritune.sources import open_source
-from inheritune.taskcode import TASK_FILES, code_in, code_of_template
-from inheritune.tokens import load_tokenizer, train_bpe
+from inheritune.evaluation.downstream import load_tasks, open_tokenizer
+from inheritune.evaluation.taskcode import TASK_FILES, code_in, code_of_template
+from inheritune.files.rundir import RunDir
+from inheritune.models.sources import open_source
+from inheritune.models.surgery import inherit
 
 # --- code of others ---------------------------------------------------------------------------------------------------------
 
@@ -310,7 +310,7 @@ def test_nothing_is_for_everyone_to_write(left):
 def test_a_group_may_share_what_its_umask_says(tmp_path, umask, file, folder):
     source = tmp_path / "source"
     random_model(config_of("public")).save_pretrained(source)
-    code = "import sys; from inheritune.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from inheritune.cli import main; sys.exit(main(sys.argv[1:]))"
     words = ["inherit", "--source", source, "--layers", "0:2", "--out", tmp_path / "out"]
     subprocess.run([sys.executable, "-c", code, *words], cwd=REPOSITORY, umask=umask, check=True, stdout=subprocess.DEVNULL)
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == folder

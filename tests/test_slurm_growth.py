@@ -15,8 +15,8 @@ import pytest
 from conftest import REPOSITORY, experiment_dict, last_step, run_verb, write_experiment, write_tokens
 from slurm_cluster import Slurm, cluster, session_cluster, slurm  # noqa: F401
 
-from inheritune.config import load_experiment
-from inheritune.rundir import RunDir, data_dir, hash_folder, read_json, read_jsonl
+from inheritune.config.experiment import load_experiment
+from inheritune.files.rundir import RunDir, data_dir, hash_folder, read_json, read_jsonl
 
 SLURM = REPOSITORY / "slurm"
 TWO_NODES = {"GPUS": 2, "SITE_GPUS_PER_NODE": 1, "SITE_CPUS_PER_GPU": 1, "SITE_MEM_PER_GPU": "1G"}

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from slurm_cluster import REPOSITORY, cluster, session_cluster, slurm  # noqa: F401
 
-from inheritune.__main__ import Verbs
-from inheritune.config import load_experiment
-from inheritune.rundir import RunDir
+from inheritune.cli import Verbs
+from inheritune.config.experiment import load_experiment
+from inheritune.files.rundir import RunDir
 
 SCRIPTS = sorted(p for p in (REPOSITORY / "slurm").glob("*.sh") if p.name not in ("job.sh", "site.sh", "fetch.sh"))
 COUNTING = REPOSITORY / "tests" / "slurm" / "counting.sh"

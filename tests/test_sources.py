@@ -17,12 +17,12 @@ import transformers
 from tiny_models import config_of, logits, random_model, weights_of
 from transformers import AutoModelForCausalLM
 
-from inheritune import sources
 from inheritune.errors import UserError
-from inheritune.models import tensor_shapes
-from inheritune.rundir import hash_folder, write_json
-from inheritune.sources import open_source
-from inheritune.writer import CheckpointWriter, write_checkpoint
+from inheritune.files.rundir import hash_folder, write_json
+from inheritune.models import sources
+from inheritune.models.architectures import tensor_shapes
+from inheritune.models.sources import open_source
+from inheritune.models.writer import CheckpointWriter, write_checkpoint
 
 KINDS = ("paper", "public", "llama", "llama_tied")
 

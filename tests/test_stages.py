@@ -2,9 +2,9 @@
 
 import pytest
 
-from inheritune.config import Grow
+from inheritune.cluster.grow import Action, StageResult, next_action, parity
+from inheritune.config.experiment import Grow
 from inheritune.errors import UserError
-from inheritune.stages import Action, StageResult, next_action, parity
 
 GROW = Grow(by=2, max_layers=16, margin=0.01)
 

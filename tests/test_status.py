@@ -17,15 +17,16 @@ from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment, wr
 from slurm_cluster import session_cluster, slurm  # noqa: F401
 from test_damage import modes_count
 
-from inheritune import config, dist
-from inheritune.config import load_experiment
+from inheritune.cluster.status import Job, last_rows, read_jobs
+from inheritune.cluster.status import status as show
+from inheritune.config import experiment as config
+from inheritune.config.experiment import load_experiment
 from inheritune.errors import UserError
-from inheritune.lock import Lock, lock_holder
-from inheritune.paper import curve_of, published_curves, published_loss
-from inheritune.record import record_provenance
-from inheritune.rundir import RunDir, data_dir, read_json, read_jsonl, write_json
-from inheritune.status import Job, last_rows, read_jobs
-from inheritune.status import status as show
+from inheritune.files.lock import Lock, lock_holder
+from inheritune.files.rundir import RunDir, data_dir, read_json, read_jsonl, write_json
+from inheritune.paper.items import curve_of, published_curves, published_loss
+from inheritune.runtime import dist
+from inheritune.training.record import record_provenance
 
 
 @pytest.fixture(autouse=True)
@@ -327,9 +328,7 @@ def test_a_file_replaced_on_nfs_is_opened_again(tmp_path, monkeypatch):
 
 
 def test_status_is_quick_and_needs_no_torch(small):
-    code = (
-        "import sys; from inheritune.__main__ import main; main(sys.argv[1:]); print(*({'torch', 'numpy'} & set(sys.modules)))"
-    )
+    code = "import sys; from inheritune.cli import main; main(sys.argv[1:]); print(*({'torch', 'numpy'} & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", code, "status", small], capture_output=True, text=True, cwd=REPOSITORY, check=True
     )

@@ -11,10 +11,10 @@ import time
 import pytest
 from conftest import REPOSITORY, experiment_dict, free_port, run_verb, write_experiment, write_tokens
 
-from inheritune.config import load_experiment
+from inheritune.config.experiment import load_experiment
 from inheritune.errors import UserError
-from inheritune.lock import Lock
-from inheritune.rundir import RunDir, data_dir, hash_folder, read_json, read_jsonl
+from inheritune.files.lock import Lock
+from inheritune.files.rundir import RunDir, data_dir, hash_folder, read_json, read_jsonl
 
 RECORD = ("step", "tokens", "loss", "lr", "grad_norm", "val_loss")
 
@@ -102,7 +102,7 @@ def test_stop_file_keeps_a_run_from_starting_and_asks_for_no_requeue(tmp_path):
 
 
 def test_a_growth_tells_the_trainings_on_its_way_of_its_stop_file(small, monkeypatch):
-    from inheritune import stages
+    from inheritune.cluster import grow as stages
 
     seen = []
     monkeypatch.setattr(stages, "launch", lambda verb, procs, as_step: seen.append((verb, os.environ["INHERITUNE_STOP"])) or 0)
@@ -175,7 +175,7 @@ def test_lock_of_a_living_process_is_respected_and_names_it(tmp_path):
 
 
 def test_lock_of_a_killed_process_of_this_machine_is_free_at_once(tmp_path):
-    code = f"from inheritune.lock import Lock; from pathlib import Path; import os, signal; \
+    code = f"from inheritune.files.lock import Lock; from pathlib import Path; import os, signal; \
 Lock(Path({str(tmp_path / 'run')!r})).acquire(); os.kill(os.getpid(), signal.SIGKILL)"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False)
     assert len(list(tmp_path.iterdir())) == 1
@@ -218,7 +218,7 @@ def test_many_contenders_are_let_in_one_by_one(tmp_path):
     code = """
 import sys, time
 from pathlib import Path
-from inheritune.lock import Lock
+from inheritune.files.lock import Lock
 counter = Path(sys.argv[1])
 for _ in range(4):
     with Lock(counter, wait=60):
@@ -240,7 +240,7 @@ def test_a_missing_rank_is_named_with_its_node(tmp_path):
     control = tmp_path / "scontrol"
     control.write_text("#!/bin/sh\nprintf 'node3\\nnode4\\n'\n")
     control.chmod(0o755)
-    code = "from inheritune import dist; dist.RENDEZVOUS_S = 1; dist.start()"
+    code = "from inheritune.runtime import dist; dist.RENDEZVOUS_S = 1; dist.start()"
     environment = {
         "RANK": "0",
         "WORLD_SIZE": "4",

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, experiment_dict, one_sentence, run_verb, write_experiment, write_tokens
 
-from inheritune.config import load_experiment
-from inheritune.rundir import RunDir, data_dir
+from inheritune.config.experiment import load_experiment
+from inheritune.files.rundir import RunDir, data_dir
 
 
 def started(*words, **options) -> subprocess.CompletedProcess:
@@ -93,7 +93,7 @@ def test_training_with_closed_streams_writes_into_its_own_files_only(small):
 
 C_LIBRARY = """
 import os, subprocess
-from inheritune import streams
+from inheritune.runtime import streams
 streams.guard()
 with open("first", "w"):
     os.write(1, b"of a library")
@@ -123,7 +123,7 @@ def test_a_terminal_that_does_not_wait_gets_every_line():
     """Some programs leave the terminal that they share in the mode in which a write may fail for now."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    code = "from inheritune import streams; streams.guard(); print('x' * 1_000_000)"
+    code = "from inheritune.runtime import streams; streams.guard(); print('x' * 1_000_000)"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=writer)
     os.close(writer)
     with open(reader) as said:

@@ -14,11 +14,14 @@ import pytest
 from conftest import experiment_dict, run_verb, write_experiment
 from matplotlib.figure import Figure
 
-from inheritune import escape, export, figures, paper, tables
-from inheritune.config import RECIPES, load_experiment
+from inheritune.config.experiment import RECIPES, load_experiment
 from inheritune.errors import UserError
-from inheritune.paper import item_names, load_experiments, load_item, missing, published, read_csv
-from inheritune.rundir import RunDir, write_json, write_text
+from inheritune.evaluation import export
+from inheritune.files import escape
+from inheritune.files.rundir import RunDir, write_json, write_text
+from inheritune.paper import figures, tables
+from inheritune.paper import items as paper
+from inheritune.paper.items import item_names, load_experiments, load_item, missing, published, read_csv
 
 TABLES = [name for name in item_names() if load_item(name).columns]
 FIGURES = [name for name in item_names() if load_item(name).panels]

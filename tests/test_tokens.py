@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from tiny_tokenizers import TEMPLATE, save_by_newest, write_chat_tokenizer
 
-from inheritune.config import REPOSITORY, Data
+from inheritune.config.experiment import REPOSITORY, Data
+from inheritune.data.tokens import LETTERS, PROBE, bpe_size, check_vocabulary, load_tokenizer, train_bpe
 from inheritune.errors import UserError
-from inheritune.rundir import read_json, write_json
-from inheritune.tokens import LETTERS, PROBE, bpe_size, check_vocabulary, load_tokenizer, train_bpe
+from inheritune.files.rundir import read_json, write_json
 
 TEXTS = [PROBE, "", " ", "hello  world", "<|endoftext|> in a text </s><s>", "x" * 3000 + "\n" * 50]
-TEXTS.append((REPOSITORY / "inheritune" / "config.py").read_text())
+TEXTS.append((REPOSITORY / "inheritune" / "config" / "experiment.py").read_text())
 
 
 def data(tokenizer: str) -> Data:
@@ -70,10 +70,10 @@ def test_gpt2_from_either_form_of_its_files_is_one_tokenizer(gpt2_bpe, tmp_path,
 def test_trained_bpe_is_the_same_each_time_and_reopens_anywhere(tmp_path):
     from transformers import AutoTokenizer
 
-    texts = [path.read_text() for path in sorted((REPOSITORY / "inheritune").glob("*.py"))]
+    texts = [path.read_text() for path in sorted((REPOSITORY / "inheritune").rglob("*.py"))]
     train_bpe("bpe:512", iter(texts), tmp_path / "one")
     code = (
-        "import sys; from pathlib import Path; from inheritune.tokens import train_bpe; "
+        "import sys; from pathlib import Path; from inheritune.data.tokens import train_bpe; "
         "train_bpe('bpe:512', [p.read_text() for p in sorted(Path(sys.argv[1]).glob('*.py'))], Path(sys.argv[2]))"
     )
     command = [sys.executable, "-c", code, REPOSITORY / "inheritune", tmp_path / "two"]
@@ -116,7 +116,7 @@ def test_sentencepiece_ids_are_its_own_and_a_saved_folder_has_the_same(sentencep
 
 
 def test_sentencepiece_conversion_with_other_ids_is_not_kept(sentencepiece_models, tmp_path, monkeypatch, caplog):
-    from inheritune.tokens import SentencePieceTokenizer
+    from inheritune.data.tokens import SentencePieceTokenizer
 
     path = sentencepiece_models["llama"]
     monkeypatch.setattr(SentencePieceTokenizer, "_converted", lambda self: None)  # a kind of model without counterpart
@@ -205,8 +205,8 @@ def test_sentencepiece_model_of_the_hub_comes_from_its_cache(sentencepiece_model
     snapshot.mkdir(parents=True)
     (snapshot / "tokenizer.model").write_bytes(sentencepiece_models["llama"].read_bytes())
     code = (
-        "import sys; from inheritune.config import Data\n"
-        "from inheritune.errors import UserError; from inheritune.tokens import load_tokenizer\n"
+        "import sys; from inheritune.config.experiment import Data\n"
+        "from inheritune.errors import UserError; from inheritune.data.tokens import load_tokenizer\n"
         "try: print(load_tokenizer(Data.model_validate_json(sys.argv[1])).fingerprint)\n"
         "except UserError as error: print(error)"
     )

@@ -17,12 +17,12 @@ import pytest
 import torch
 from conftest import REPOSITORY, experiment_dict, free_port, write_experiment, write_tokens
 
-from inheritune.batches import Order, Tokens
-from inheritune.config import load_experiment
-from inheritune.engine import compile_blocks, learning_rate
-from inheritune.models import build, hf_config, linear_weights
-from inheritune.rundir import RunDir, data_dir, read_json, read_jsonl
-from inheritune.sources import open_source
+from inheritune.config.experiment import load_experiment
+from inheritune.data.batches import Order, Tokens
+from inheritune.engines.engine import compile_blocks, learning_rate
+from inheritune.files.rundir import RunDir, data_dir, read_json, read_jsonl
+from inheritune.models.architectures import build, hf_config, linear_weights
+from inheritune.models.sources import open_source
 
 STEPS = 50
 TRAIN = {
@@ -250,7 +250,7 @@ def test_activation_checkpointing_and_compile_leave_the_losses_alone(tmp_path, o
 
 def test_every_block_of_a_deep_model_is_compiled():
     """Each of the paper's GPT-2 scales its attention by its depth, which torch takes for another code (limit: 8 of them)."""
-    from inheritune.config import Model
+    from inheritune.config.experiment import Model
 
     graphs = []
     model = build(hf_config(Model(size="gpt2_tiny", layers=12, width=32, heads=2, positions=16, vocab_size=64)))
@@ -267,9 +267,10 @@ def test_every_block_of_a_deep_model_is_compiled():
 FREQUENCIES = """
 import contextlib, torch
 from transformers.integrations import deepspeed
-from inheritune import dist, engine
-from inheritune.config import Model, Train
-from inheritune.models import hf_config
+from inheritune.runtime import dist
+from inheritune.engines import engine
+from inheritune.config.experiment import Model, Train
+from inheritune.models.architectures import hf_config
 dist.start()
 config = hf_config(Model(size="llama_tiny", layers=1, width=64, heads=2, mlp_width=48, vocab_size=320))
 train = Train(steps=2, batch_tokens=64, lr=1e-3, warmup_steps=0, precision="bf16")
@@ -289,7 +290,7 @@ def test_pure_bf16_rounds_no_frequency_of_the_positions():
 
 
 def test_groups_that_deepspeed_makes_have_the_patience_of_ours():
-    code = "import torch; from inheritune import dist; dist.start(); group = torch.distributed.new_group()\n"
+    code = "import torch; from inheritune.runtime import dist; dist.start(); group = torch.distributed.new_group()\n"
     code += "print(group._get_backend(torch.device('cpu')).options._timeout)"
     environment = {**os.environ, "DEEPSPEED_TIMEOUT": "7"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -298,7 +299,7 @@ def test_groups_that_deepspeed_makes_have_the_patience_of_ours():
 
 def test_ranks_on_one_gpu_are_told_so():
     """Before NCCL is asked, whose words are "invalid usage"."""
-    code = "from inheritune import dist; dist._device_name = lambda: 'GPU-1'; dist.start()"
+    code = "from inheritune.runtime import dist; dist._device_name = lambda: 'GPU-1'; dist.start()"
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
         subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True,
@@ -313,7 +314,7 @@ def test_ranks_on_one_gpu_are_told_so():
 @pytest.mark.slow
 def test_a_start_does_not_load_torchs_compiler(small):
     """Which takes longer than everything else that a start of this size does (DeepSpeed's Muon asks for it)."""
-    code = "import sys; from inheritune import train; train.train(sys.argv[1], 'reference'); "
+    code = "import sys; from inheritune.training import loop; loop.train(sys.argv[1], 'reference'); "
     code += "print('loaded:', 'torch._inductor.compile_fx' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, small], capture_output=True, text=True, check=True)
     assert "loaded: False" in done.stdout

@@ -13,14 +13,14 @@ import yaml
 from conftest import REPOSITORY, experiment_dict, refused, run_verb, write_experiment, write_tokens
 from tiny_models import random_model
 
-from inheritune import environment, values
-from inheritune.__main__ import Verbs, bind, main
-from inheritune.config import Experiment, Strict, load_experiment
+from inheritune.cli import Verbs, bind, main
+from inheritune.config import environment, values
+from inheritune.config.experiment import Experiment, Strict, load_experiment
+from inheritune.config.values import ARGUMENTS, Kind
 from inheritune.errors import UserError
-from inheritune.models import hf_config
-from inheritune.paper import Item  # noqa: F401 - a class of Strict
-from inheritune.rundir import RunDir, data_dir
-from inheritune.values import ARGUMENTS, Kind
+from inheritune.files.rundir import RunDir, data_dir
+from inheritune.models.architectures import hf_config
+from inheritune.paper.items import Item  # noqa: F401 - a class of Strict
 
 # --- the experiment -----------------------------------------------------------------------------------------------------------
 
@@ -80,7 +80,7 @@ def test_every_number_of_an_experiment_has_a_kind_and_is_tried_here():
     for model in below(Strict):
         for key, kinds in fields_of(model).items():
             assert all(isinstance(kind, Kind) for kind in kinds), (model, key)
-            assert key in tried or model.__module__ != "inheritune.config", (model, key)
+            assert key in tried or model.__module__ != "inheritune.config.experiment", (model, key)
 
 
 def kind_at(path: tuple) -> Kind:
@@ -227,7 +227,7 @@ def test_mistakes_of_the_command_line_are_one_sentence(words, says, capsys):
 
 
 def test_plan_checks_what_python_gives_it(tmp_path):
-    from inheritune.planning import plan
+    from inheritune.planning.plan import plan
 
     path = write_experiment(tmp_path, experiment_dict())
     for wrong in ({"mfu": float("inf")}, {"mfu": float("nan")}, {"mfu": 0}, {"gpus": 0}, {"gpu_memory": 0}):
@@ -257,8 +257,8 @@ def test_what_is_no_number_of_its_kind_is_refused_in_the_environment(name, monke
 
 
 def test_the_environments_numbers_reach_who_reads_them(tmp_path, monkeypatch):
-    from inheritune.dist import patience_s
-    from inheritune.lock import Lock
+    from inheritune.files.lock import Lock
+    from inheritune.runtime.dist import patience_s
 
     monkeypatch.setenv("INHERITUNE_LOCK_WAIT", "2.5")
     monkeypatch.setenv("DEEPSPEED_TIMEOUT", "7")
@@ -304,7 +304,7 @@ def variables_of(tree: ast.AST) -> set[str]:
 
 
 def test_the_table_holds_all_variables_and_no_others():
-    sources = [path.read_text(encoding="utf-8") for path in (REPOSITORY / "inheritune").glob("*.py")]
+    sources = [path.read_text(encoding="utf-8") for path in (REPOSITORY / "inheritune").rglob("*.py")]
     read = set().union(*(variables_of(ast.parse(source)) for source in sources))
     assert len(read) > 15 and read <= set(environment.VARIABLES), read - set(environment.VARIABLES)
     others = [source for source in sources if "VARIABLES: dict" not in source]
@@ -344,8 +344,8 @@ def test_damaged_weights_have_no_validation_loss(tmp_path, small):
 
 
 def test_a_score_that_is_not_finite_is_refused_by_its_name():
-    from inheritune.config import Task
-    from inheritune.downstream import check_finite, finite
+    from inheritune.config.experiment import Task
+    from inheritune.evaluation.downstream import check_finite, finite
 
     task = Task(task="lambada", metrics=["perplexity", "acc"])
     row = {"perplexity": {"score": float("inf"), "stderr": None}, "acc": {"score": 0.0, "stderr": None}}

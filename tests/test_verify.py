@@ -13,12 +13,12 @@ import pytest
 from conftest import REPOSITORY, write_tokens
 from test_damage import modes_count
 
-from inheritune import rundir
+from inheritune.cluster.status import verify
 from inheritune.errors import UserError
-from inheritune.log import logger
-from inheritune.record import Metrics
-from inheritune.rundir import RunDir, flush, hash_folder, replacing, write_json
-from inheritune.status import verify
+from inheritune.files import rundir
+from inheritune.files.rundir import RunDir, flush, hash_folder, replacing, write_json
+from inheritune.runtime.log import logger
+from inheritune.training.record import Metrics
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_nothing_to_verify_is_told(tree):
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_attempt(tmp_path):
-    code = "import os, sys, pathlib, inheritune.rundir as r\n"
+    code = "import os, sys, pathlib, inheritune.files.rundir as r\n"
     code += "with r.replacing(pathlib.Path(sys.argv[1])) as t: t.mkdir(), os._exit(9)"
     for _ in range(2):
         subprocess.run([sys.executable, "-c", code, tmp_path / "out"], cwd=REPOSITORY, check=False)

@@ -16,12 +16,12 @@ from tiny_tokenizers import save_by_newest, write_chat_tokenizer, write_qwen_tok
 from transformers import CONFIG_MAPPING
 from versions import assert_alike, assert_close, open_in_both
 
-from inheritune.config import load_experiment
-from inheritune.evaluate import load_weights
-from inheritune.inherit import inherit
-from inheritune.rundir import RunDir, data_dir, read_json, write_json
-from inheritune.sources import open_source
-from inheritune.tokens import PROBE, load_tokenizer, train_bpe
+from inheritune.config.experiment import load_experiment
+from inheritune.data.tokens import PROBE, load_tokenizer, train_bpe
+from inheritune.evaluation.evaluate import load_weights
+from inheritune.files.rundir import RunDir, data_dir, read_json, write_json
+from inheritune.models.sources import open_source
+from inheritune.models.surgery import inherit
 
 pytestmark = pytest.mark.slow
 
@@ -110,7 +110,7 @@ def sources(tmp_path_factory, sentencepiece_models) -> Path:
 
 
 def _data(tokenizer: str):
-    from inheritune.config import Data
+    from inheritune.config.experiment import Data
 
     raw = experiment_dict()["data"] | {"tokenizer": tokenizer}
     return Data.model_validate(raw)

@@ -3,8 +3,8 @@
 import torch
 from transformers import GPT2Config, LlamaConfig
 
-from inheritune import models
-from inheritune.config import Model
+from inheritune.config.experiment import Model
+from inheritune.models import architectures as models
 
 
 def config_of(kind: str, layers: int = 4):

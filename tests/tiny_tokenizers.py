@@ -4,8 +4,8 @@ from pathlib import Path
 
 from conftest import REPOSITORY
 
-from inheritune.rundir import read_json, write_json
-from inheritune.tokens import train_bpe
+from inheritune.data.tokens import train_bpe
+from inheritune.files.rundir import read_json, write_json
 
 TEMPLATE = "{% for m in messages %}<|user|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
 
@@ -13,7 +13,7 @@ TEMPLATE = "{% for m in messages %}<|user|>{{ m['content'] }}{{ eos_token }}{% e
 def write_chat_tokenizer(folder: Path, **stated) -> dict:
     """A tokenizer as transformers 4 leaves one that was trained for chats: named tokens, a template and a padding token.
     Returns its configuration."""
-    train_bpe("bpe:300", [(REPOSITORY / "inheritune" / "config.py").read_text()], folder)
+    train_bpe("bpe:300", [(REPOSITORY / "inheritune" / "config" / "experiment.py").read_text()], folder)
     backend = read_json(folder / "tokenizer.json")
     added = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
     names = ["<|begin|>", "<|pad|>", "<|end|>", "<|user|>", "<|image|>"]
@@ -45,7 +45,7 @@ def write_qwen_tokenizer(folder: Path) -> None:
     """A tokenizer of the Qwen 2 class, whose pre-tokenizer is its own."""
     from transformers import Qwen2Tokenizer
 
-    words = [path.read_text() for path in sorted((REPOSITORY / "inheritune").glob("*.py"))[:3]]
+    words = [path.read_text() for path in sorted((REPOSITORY / "inheritune").rglob("*.py"))[:3]]
     Qwen2Tokenizer().train_new_from_iterator(words, 300).save_pretrained(folder)
     config = read_json(folder / "tokenizer_config.json")
     kept = {key: config[key] for key in ("eos_token", "pad_token", "unk_token", "model_max_length")}

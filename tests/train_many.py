@@ -2,11 +2,11 @@
 
 import sys
 
-from inheritune import dist
-from inheritune.__main__ import leave
-from inheritune.config import load_experiment
-from inheritune.job import Job
-from inheritune.train import train_job
+from inheritune.cli import leave
+from inheritune.config.experiment import load_experiment
+from inheritune.runs.job import Job
+from inheritune.runtime import dist
+from inheritune.training.loop import train_job
 
 for word in sys.argv[1:]:
     path, _, run = word.rpartition(":")

@@ -15,8 +15,8 @@ import deepspeed
 import torch
 from tiny_models import config_of
 
-from inheritune import models
-from inheritune.__main__ import leave
+from inheritune.cli import leave
+from inheritune.models import architectures as models
 
 
 def true_weights(engine, stage: int) -> dict[str, torch.Tensor]:

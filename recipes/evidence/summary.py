@@ -18,13 +18,13 @@ import numpy as np
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from inheritune.config import RESUMABLE_KEYS, Experiment, Run, load_experiment, parse_layers
+from inheritune.cluster.grow import read_stages, unfinished_source
+from inheritune.config.experiment import RESUMABLE_KEYS, Experiment, Run, load_experiment, parse_layers
 from inheritune.errors import UserError
-from inheritune.figures import COLORS, MAIN, MARKERS, REFERENCE_GREY, canvas
-from inheritune.paper import Row, model_folder
-from inheritune.rundir import RunDir, beside, data_dir, find_weights, read_json, root, seal_of, write_json
-from inheritune.stages import read_stages, unfinished_source
-from inheritune.tables import steps_to, training_cost, validation_curve, write_table
+from inheritune.files.rundir import RunDir, beside, data_dir, find_weights, read_json, root, seal_of, write_json
+from inheritune.paper.figures import COLORS, MAIN, MARKERS, REFERENCE_GREY, canvas
+from inheritune.paper.items import Row, model_folder
+from inheritune.paper.tables import steps_to, training_cost, validation_curve, write_table
 
 CORE = ("reference", "random", "random_longer", "inheritune", "last_half")
 WINDOWS = ("inheritune", "window_2", "window_4", "last_half")

@@ -16,9 +16,9 @@ BATCH = 20  # of attention.analyze
 
 
 def setup(work: dict, folder: Path) -> None:
-    from inheritune.config import Model
-    from inheritune.inherit import write_random
-    from inheritune.models import hf_config
+    from inheritune.config.experiment import Model
+    from inheritune.models.architectures import hf_config
+    from inheritune.models.surgery import write_random
 
     config = hf_config(Model(**work["model"]))
     write_random(config, folder / work["key"], seed=0)
@@ -27,8 +27,8 @@ def setup(work: dict, folder: Path) -> None:
 
 def loaded(work: dict, folder: Path, attention: str = "eager"):
     """(model, windows (N, T))"""
-    from inheritune import attention as measures
-    from inheritune.batches import Tokens
+    from inheritune.analysis import attention as measures
+    from inheritune.data.batches import Tokens
 
     tokens = Tokens(folder / "tokens", "val")
     windows = measures.read_windows(tokens, work["sequences"], work["length"], seed=0)
@@ -37,8 +37,8 @@ def loaded(work: dict, folder: Path, attention: str = "eager"):
 
 def ours(work: dict, folder: Path) -> dict:
     """attention.analyze, to the rows of attention.jsonl; only loading the model is taken out of its time."""
-    from inheritune import attention as measures
-    from inheritune.batches import Tokens
+    from inheritune.analysis import attention as measures
+    from inheritune.data.batches import Tokens
 
     model, _ = loaded(work, folder)
     measures.load_model = lambda *_: model

@@ -41,8 +41,8 @@ def timed(step, work: dict) -> dict:
 
 def step_s(work: dict) -> float:
     """Seconds of the GPU training step that a rank reads `work["sequences"]` for."""
-    from inheritune.config import GPUS, Model
-    from inheritune.planning import flops_per_token
+    from inheritune.config.experiment import GPUS, Model
+    from inheritune.planning.plan import flops_per_token
 
     flops = flops_per_token(Model(size="gpt2_small"), 12, work["length"]) * work["sequences"] * work["length"]
     return flops / (0.4 * GPUS["H100"]["tflops"] * 1e12)
@@ -52,7 +52,7 @@ def ours(work: dict, folder) -> dict:
     """What the training loop calls: the order of the step and this rank's share, as torch tensors."""
     import torch
 
-    from inheritune.batches import Order, Share, Tokens, read_share
+    from inheritune.data.batches import Order, Share, Tokens, read_share
 
     order = Order(Tokens(folder / "tokens", "train"), "random_windows", work["length"], work["sequences"], seed=0)
     share = Share.of(work["sequences"], 0, 1, work["sequences"])

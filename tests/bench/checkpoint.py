@@ -13,9 +13,9 @@ from harness import Case, Goal, clock, main, over, run, values
 
 
 def setup(work: dict, folder: Path) -> None:
-    from inheritune.config import Model
-    from inheritune.inherit import write_random
-    from inheritune.models import hf_config
+    from inheritune.config.experiment import Model
+    from inheritune.models.architectures import hf_config
+    from inheritune.models.surgery import write_random
 
     write_random(hf_config(Model(**work["model"])), folder / work["key"], seed=0)
 
@@ -24,10 +24,10 @@ def engine_of(work: dict, folder: Path):
     """(engine after one step on a few tokens, its DeepSpeed settings): masters and moments are there."""
     import torch
 
-    from inheritune import dist
-    from inheritune.config import Train
-    from inheritune.engine import start_engine
-    from inheritune.sources import open_source
+    from inheritune.config.experiment import Train
+    from inheritune.engines.engine import start_engine
+    from inheritune.models.sources import open_source
+    from inheritune.runtime import dist
 
     dist.start()
     source = open_source(str(folder / work["key"]))
@@ -42,7 +42,7 @@ def engine_of(work: dict, folder: Path):
 
 def empty(folder: Path) -> Path:
     """A place to save in, on which all ranks agree; nothing waits to be written."""
-    from inheritune import dist
+    from inheritune.runtime import dist
 
     def clear():
         shutil.rmtree(folder / "saved", ignore_errors=True)
@@ -54,8 +54,9 @@ def empty(folder: Path) -> Path:
 
 
 def ours(work: dict, folder: Path) -> dict:
-    from inheritune import checkpoint, dist
-    from inheritune.rundir import RunDir
+    from inheritune.engines import checkpoint
+    from inheritune.files.rundir import RunDir
+    from inheritune.runtime import dist
 
     engine, settings = engine_of(work, folder)
     run_dir = RunDir(empty(folder))
@@ -68,8 +69,8 @@ def ours(work: dict, folder: Path) -> dict:
 
 
 def deepspeed(work: dict, folder: Path, flush: bool = False) -> dict:
-    from inheritune import dist
-    from inheritune.rundir import flush as to_disk
+    from inheritune.files.rundir import flush as to_disk
+    from inheritune.runtime import dist
 
     engine, _ = engine_of(work, folder)
     place = empty(folder)

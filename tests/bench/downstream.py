@@ -20,11 +20,11 @@ TASKS = {
 
 
 def setup(work: dict, folder: Path) -> None:
-    from inheritune.config import RECIPES, load_experiment
-    from inheritune.inherit import write_random
-    from inheritune.models import hf_config
-    from inheritune.rundir import data_dir
-    from inheritune.tokens import train_bpe
+    from inheritune.config.experiment import RECIPES, load_experiment
+    from inheritune.data.tokens import train_bpe
+    from inheritune.files.rundir import data_dir
+    from inheritune.models.architectures import hf_config
+    from inheritune.models.surgery import write_random
 
     place = folder / "downstream"
     shutil.rmtree(place, ignore_errors=True)

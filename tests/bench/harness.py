@@ -127,7 +127,7 @@ def verb(*words, **environment) -> None:
     if not profiling:
         run(sys.executable, "-m", "inheritune", *words, **environment)
         return
-    from inheritune.__main__ import main
+    from inheritune.cli import main
 
     os.environ |= {key: str(value) for key, value in environment.items()}
     with clock():  # nothing where the caller has one
@@ -136,7 +136,7 @@ def verb(*words, **environment) -> None:
 
 def write_tokens(folder: Path, train: int, val: int, vocabulary: int, shard: int = 100_000_000) -> None:
     """A prepared data folder of tokens that a model can learn something from (a random walk over the vocabulary)."""
-    from inheritune.rundir import write_json
+    from inheritune.files.rundir import write_json
 
     (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
     counts = {"train": train, "val": val}
@@ -291,7 +291,7 @@ def _start(file: str, case: Case, name: str, folder: Path, size: str, *more: str
     )
     command = [sys.executable, file, f"--turn={name}", "--case", case.name, "--size", size, "--folder", str(folder), *more]
     if case.ranks > 1:
-        from inheritune.dist import free_port
+        from inheritune.runtime.dist import free_port
 
         shared = {"WORLD_SIZE": str(case.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         shared["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // case.ranks))
@@ -374,7 +374,7 @@ def machine() -> dict:
     if shutil.which("nvidia-smi"):
         asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         gpu = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip().replace("\n", ", ")
-    from inheritune.record import git_commit
+    from inheritune.training.record import git_commit
 
     return {
         "cpu": named[0] if named else platform.processor(),

@@ -18,9 +18,9 @@ def setup(work: dict, folder: Path) -> None:
     """A checkpoint of random numbers, the same in all blocks (bytes are bytes to all contestants)."""
     import torch
 
-    from inheritune.config import Model
-    from inheritune.models import hf_config, tensor_shapes
-    from inheritune.writer import write_checkpoint
+    from inheritune.config.experiment import Model
+    from inheritune.models.architectures import hf_config, tensor_shapes
+    from inheritune.models.writer import write_checkpoint
 
     source = folder / "source"
     if source.is_dir():
@@ -127,7 +127,7 @@ def copy(work: dict, folder: Path, safe: bool = False) -> dict:
     with clock() as measured:
         run("cp", "--reflink=never", half, out / "half")
         if safe:
-            from inheritune.rundir import flush, hash_file
+            from inheritune.files.rundir import flush, hash_file
 
             hash_file(out / "half")
             flush(out / "half")
@@ -139,8 +139,8 @@ def copy_safe(work: dict, folder: Path) -> dict:
 
 
 def case(name: str, model: dict, layers: int, shard_bytes: int) -> Case:
-    from inheritune.config import Model
-    from inheritune.planning import tensors
+    from inheritune.config.experiment import Model
+    from inheritune.planning.plan import tensors
 
     work = {"model": model, "layers": layers, "shard_bytes": shard_bytes}
     work["bytes"] = 2 * sum(tensor.numel for tensor in tensors(Model(**model), layers))

@@ -24,9 +24,9 @@ def setup(work: dict, folder: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from inheritune.config import Data, load_experiment
-    from inheritune.documents import Source, Unusable, parse, read_batches
-    from inheritune.tokens import load_tokenizer
+    from inheritune.config.experiment import Data, load_experiment
+    from inheritune.data.documents import Source, Unusable, parse, read_batches
+    from inheritune.data.tokens import load_tokenizer
 
     place = folder / work["key"]
     shutil.rmtree(place, ignore_errors=True)
@@ -77,16 +77,16 @@ def train_sentencepiece(path: Path, vocabulary: int) -> None:
 
 
 def tokenizer_of(work: dict, folder: Path):
-    """The tokenizer as inheritune.tokens opens it: tiktoken or sentencepiece."""
-    from inheritune.tokens import Gpt2Tokenizer, SentencePieceTokenizer
+    """The tokenizer as inheritune.data.tokens opens it: tiktoken or sentencepiece."""
+    from inheritune.data.tokens import Gpt2Tokenizer, SentencePieceTokenizer
 
     place = folder / work["key"] / "tokenizer"
     return SentencePieceTokenizer("bench", folder=place) if work["kind"] == "sentencepiece" else Gpt2Tokenizer(place)
 
 
 def ours(work: dict, folder: Path) -> dict:
-    from inheritune.config import load_experiment
-    from inheritune.rundir import data_dir
+    from inheritune.config.experiment import load_experiment
+    from inheritune.files.rundir import data_dir
 
     path = str(folder / work["key"] / f"{work['key']}.yaml")
     shutil.rmtree(data_dir(load_experiment(path)), ignore_errors=True)

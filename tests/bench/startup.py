@@ -28,8 +28,8 @@ def setup(work: dict, folder: Path) -> None:
     """A run that was asked to stop at its second step, and saved."""
     from harness import run, sys
 
-    from inheritune.config import load_experiment
-    from inheritune.rundir import data_dir
+    from inheritune.config.experiment import load_experiment
+    from inheritune.files.rundir import data_dir
 
     place = folder / "resume"
     shutil.rmtree(place, ignore_errors=True)
@@ -52,7 +52,9 @@ def setup(work: dict, folder: Path) -> None:
 
 STOP = """
 import sys
-from inheritune import dist, signals, train
+from inheritune.runtime import dist
+from inheritune.runtime import signals
+from inheritune.training import loop as train
 log_step = train.Trainer._log_step
 def stop_at_two(self, state, *rest):
     log_step(self, state, *rest)
@@ -80,8 +82,8 @@ def resumed(work: dict, folder: Path) -> dict:
     """`train` until it logs its first step; the parts are read at the functions that it calls."""
     from harness import _profiler, nullcontext
 
-    from inheritune import checkpoint
-    from inheritune import train as training
+    from inheritune.engines import checkpoint
+    from inheritune.training import loop as training
 
     stamps, originals = {"imports_s": since_start()}, (training.start_engine, checkpoint.restore, checkpoint.find)
 
@@ -122,8 +124,8 @@ def read(work: dict, folder: Path) -> dict:
     import deepspeed  # noqa: F401 (whose classes are in it: not to be imported within the clock)
     import torch
 
-    from inheritune.config import load_experiment
-    from inheritune.rundir import RunDir, hash_file
+    from inheritune.config.experiment import load_experiment
+    from inheritune.files.rundir import RunDir, hash_file
 
     run_dir = RunDir.of(load_experiment(str(folder / "resume" / "resume.yaml")), "reference")
     files = [file for file in run_dir.checkpoint(run_dir.complete_checkpoints()[-1]).rglob("*") if file.is_file()]

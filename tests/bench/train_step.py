@@ -24,11 +24,11 @@ OPTIMIZER = {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
 def setup(work: dict, folder: Path) -> None:
     """The experiment with its DeepSpeed JSON and data, and for the others the same start and windows."""
-    from inheritune.batches import Order, Tokens
-    from inheritune.config import load_experiment
-    from inheritune.inherit import write_random
-    from inheritune.models import hf_config
-    from inheritune.rundir import data_dir
+    from inheritune.config.experiment import load_experiment
+    from inheritune.data.batches import Order, Tokens
+    from inheritune.files.rundir import data_dir
+    from inheritune.models.architectures import hf_config
+    from inheritune.models.surgery import write_random
 
     place = folder / work["key"]
     shutil.rmtree(place, ignore_errors=True)
@@ -77,10 +77,10 @@ class Stamps:
 
 
 def rates(work: dict, seconds: float) -> dict:
-    """Tokens and model TFLOPs per second; on a GPU that inheritune/gpus.yaml knows, the share of its rate (MFU); memory."""
+    """Tokens and model TFLOPs per second; on a GPU of inheritune/config/gpus.yaml, the share of its rate (MFU); memory."""
     import torch
 
-    from inheritune.engine import peak_flops, peak_memory
+    from inheritune.engines.engine import peak_flops, peak_memory
 
     tokens = work["sequences"] * work["length"]
     found = {"tokens_per_s": tokens / seconds, "tflops": step_flops(work) / seconds / 1e12 / work["ranks"]}
@@ -92,8 +92,8 @@ def rates(work: dict, seconds: float) -> dict:
 
 
 def step_flops(work: dict) -> float:
-    from inheritune.config import Model
-    from inheritune.planning import flops_per_token
+    from inheritune.config.experiment import Model
+    from inheritune.planning.plan import flops_per_token
 
     model = Model(**work["model"])
     return flops_per_token(model, model.layers, work["length"]) * work["sequences"] * work["length"]
@@ -106,10 +106,10 @@ def ours(work: dict, folder: Path, run: str = "ours") -> dict:
     """`train` itself; a clock is read where it logs a step."""
     from harness import _profiler, nullcontext
 
-    from inheritune import dist
-    from inheritune import train as training
-    from inheritune.config import load_experiment
-    from inheritune.rundir import RunDir
+    from inheritune.config.experiment import load_experiment
+    from inheritune.files.rundir import RunDir
+    from inheritune.runtime import dist
+    from inheritune.training import loop as training
 
     stamps, log_step, path = Stamps(), training.Trainer._log_step, str(folder / work["key"] / f"{work['key']}.yaml")
 
@@ -188,7 +188,7 @@ def load_gpt(folder: Path):
     """The model of `build_gpt` with the weights of a Hugging Face GPT-2 (whose linear layers are stored transposed)."""
     import torch
 
-    from inheritune.sources import open_source
+    from inheritune.models.sources import open_source
 
     source = open_source(str(folder))
     model = build_gpt(source.config)
@@ -304,7 +304,7 @@ def trainer(work: dict, folder: Path, deepspeed: dict | None = None) -> dict:
 
 
 def trainer_deepspeed(work: dict, folder: Path) -> dict:
-    from inheritune import dist
+    from inheritune.runtime import dist
 
     dist.start()  # joins a group of one, and keeps DeepSpeed from compiling its CPU collective
     batches = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
@@ -321,7 +321,7 @@ def limit(work: dict, folder: Path) -> dict:
     """Seconds of the step's FLOPs at the rate of the MLP's matrix product, in the precision of the products."""
     import torch
 
-    from inheritune.config import Model
+    from inheritune.config.experiment import Model
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0)) if cuda else torch.device("cpu")
@@ -356,7 +356,7 @@ def losses_apart(name: str):
 
 
 def cpu_case(name: str, key: str, model: dict, length: int, sequences: int, steps: int, ranks: int = 1) -> Case:
-    from inheritune.engine import load_json
+    from inheritune.engines.engine import load_json
 
     zero = {"stage": 0} if ranks == 1 else load_json("ds_configs/cpu.json")["zero_optimization"]
     work = {

@@ -1,0 +1,1 @@
+"""Before a run queues: memory of each GPU and host, disk, time. Reckoned without a GPU."""

@@ -1,0 +1,1 @@
+"""Training: the loop, validation, distillation, and the record of a run (metrics.jsonl, W&B, provenance.json)."""
