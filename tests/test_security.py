@@ -27,7 +27,7 @@ from inheritune.errors import UserError
 from inheritune.evaluation.downstream import load_tasks, open_tokenizer
 from inheritune.evaluation.taskcode import TASK_FILES, code_in, code_of_template
 from inheritune.files.rundir import RunDir
-from inheritune.models.sources import open_source
+from inheritune.models.sources import deepspeed_classes, load_skeleton, open_source
 from inheritune.models.surgery import inherit
 
 # --- code of others ---------------------------------------------------------------------------------------------------------
@@ -78,6 +78,38 @@ def test_nothing_of_others_is_unpickled(tmp_path, monkeypatch, make):
 
 
 EVIL = "open('trapped', 'w')\nclass Evil:\n    from_pretrained = classmethod(lambda cls, *a, **k: open('trapped', 'w'))\n"
+
+
+class Getattr:
+    """Pickled as a call of getattr, as Python 3.11.0 to 3.11.3 write a member of an enum."""
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return getattr, self.arguments
+
+
+def test_a_member_of_deepspeeds_enum_is_read_as_every_python_writes_it(tmp_path):
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    for number, written in enumerate((ZeroStageEnum.gradients, Getattr(ZeroStageEnum, "gradients"))):
+        torch.save({"stage": written}, tmp_path / f"{number}.pt")
+        assert load_skeleton(tmp_path / f"{number}.pt")["stage"] == ZeroStageEnum.gradients
+        with torch.serialization.safe_globals(deepspeed_classes()):
+            assert torch.load(tmp_path / f"{number}.pt", weights_only=True)["stage"] is ZeroStageEnum.gradients
+
+
+@pytest.mark.parametrize("name", ["__class__", "__init_subclass__", "mro", "nothing", "_generate_next_value_"])
+def test_nothing_but_a_member_of_an_enum_is_got(tmp_path, name):
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    for number, asked in enumerate((Getattr(ZeroStageEnum, name), Getattr(torch.nn.Parameter, name), Getattr("text", name))):
+        torch.save({"stage": asked}, tmp_path / f"{number}.pt")
+        with pytest.raises(UserError, match="asks to run|cannot be read as a torch file"):
+            load_skeleton(tmp_path / f"{number}.pt")
+        with torch.serialization.safe_globals(deepspeed_classes()), pytest.raises(Exception, match="getattr"):
+            torch.load(tmp_path / f"{number}.pt", weights_only=True)
 
 
 @pytest.mark.parametrize("model_type", ["mine", "gpt2"])

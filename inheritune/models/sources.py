@@ -8,12 +8,14 @@ unpickled freely.
 
 import json
 import math
+import pickle
 import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from enum import Enum, IntEnum
 from importlib import import_module
 from pathlib import Path
 
@@ -127,19 +129,32 @@ class _Plain:
         self.arguments = arguments
 
 
+ZeroStage = IntEnum("ZeroStage", {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3})
+
+
+def _read_member(kind: type, name: str) -> Enum:
+    """Stands in for `getattr` in a pickle: Python 3.11.0 to 3.11.3 write a member of an enum as getattr(its class, its name).
+
+    Raises UnpicklingError for anything else, which would be a way to run code of the file's choice."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
+        raise pickle.UnpicklingError(f"GLOBAL builtins.getattr of {kind!r}")
+    return kind[name]
+
+
 # DeepSpeed's optimizer shards name a few classes of its own. The unpickler gets stand-ins, so that no code of the file's
 # choice runs.
 _STANDINS = [
     (type("LossScaler", (_Plain,), {}), "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (type("DynamicLossScaler", (_Plain,), {}), "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-    (type("ZeroStageEnum", (int,), {}), "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (ZeroStage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (type("fragment_address", (_Plain,), {}), "deepspeed.utils.tensor_fragment.fragment_address"),
 ]
+_MEMBERS = (_read_member, "builtins.getattr")
 
 
 def deepspeed_classes() -> list:
     """Return DeepSpeed's own classes that its checkpoints name, for `torch.serialization.safe_globals`."""
-    return [getattr(import_module(name.rpartition(".")[0]), name.rpartition(".")[2]) for _, name in _STANDINS]
+    return [getattr(import_module(name.rpartition(".")[0]), name.rpartition(".")[2]) for _, name in _STANDINS] + [_MEMBERS]
 
 
 def load_skeleton(path: Path, check: bool = False):
@@ -148,7 +163,7 @@ def load_skeleton(path: Path, check: bool = False):
 
     Raises UserError if the file is damaged, in the format of torch < 1.6, or asks for a class outside the allowed ones."""
     try:
-        with torch.serialization.safe_globals(_STANDINS):
+        with torch.serialization.safe_globals([*_STANDINS, _MEMBERS]):
             loaded = torch.load(path, map_location="meta", weights_only=True)
         with zipfile.ZipFile(path) if check and zipfile.is_zipfile(path) else nullcontext() as archive:
             # our own checkpoints have hashes in their marker, and zeros for checksums
