@@ -6,7 +6,9 @@ import signal
 def start() -> None:
     """Run the command line."""
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before a verb has begun: nothing to save, and no traceback
+        signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # Ctrl-C before a verb has begun: nothing to save, and no traceback
     from inheritune.cli import run_command
 
     run_command()

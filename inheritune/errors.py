@@ -8,8 +8,8 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-    """The work was saved before its end because a signal or a STOP file asked for it: exit code 0. `again`: there is more to
-    do, and a job's script may go on with it (not after a STOP file, which is a person's)."""
+    """The work was saved before its end because a signal or a STOP file asked for it: exit code 0. `again`:
+    there is more to do, and a job's script may go on with it (not after a STOP file, which is a person's)."""
 
     def __init__(self, message: str, again: bool = True):
         super().__init__(message)

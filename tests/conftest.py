@@ -1,4 +1,5 @@
-"""Shared by the tests: a small experiment, its prepared data made by hand, and a launcher for several ranks."""
+"""Shared by the tests: a small experiment, its prepared data made by hand, and a launcher for several
+ranks."""
 
 import copy
 import json
@@ -18,18 +19,44 @@ from random_shards import write_shards
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # these tests are about the code, not about a GPU that may be there
-os.environ["PYTHONPATH"] = str(REPOSITORY)  # for the programs that the tests start, wherever pytest itself is started from
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a script, from where programs inherit it
+os.environ["PYTHONPATH"] = str(
+    REPOSITORY
+)  # for the programs that the tests start, wherever pytest itself is started from
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # as in the background of a script, from where programs inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-LONGEST = ["slurm_growth", "train", "resize", "slurm_scripts", "stop", "grow", "planning", "baselines", "resume", "export"]
-LONGEST += ["faults", "paper_scripts", "architectures", "status", "evaluate", "limits", "json_change", "remedies", "interrupt"]
+LONGEST = [
+    "slurm_growth",
+    "train",
+    "resize",
+    "slurm_scripts",
+    "stop",
+    "grow",
+    "planning",
+    "baselines",
+    "resume",
+    "export",
+]
+LONGEST += [
+    "faults",
+    "paper_scripts",
+    "architectures",
+    "status",
+    "evaluate",
+    "limits",
+    "json_change",
+    "remedies",
+    "interrupt",
+]
 LONGEST += ["evidence", "versions", "identity", "compared", "damage", "launcher"]
 
 
 def pytest_collection_modifyitems(items):
-    """Files with minutes of work begin first, so that the processes which share the tests end at about the same time."""
+    """Files with minutes of work begin first, so that the processes which share the tests end at about the
+    same time."""
     order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
@@ -44,7 +71,8 @@ def own_root(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def own_log():
-    """A verb that is called in this process sets the log up for itself; the next test finds it as a new process does."""
+    """A verb that is called in this process sets the log up for itself; the next test finds it as a new
+    process does."""
     yield
     logger = logging.getLogger("inheritune")
     logger.handlers.clear()
@@ -53,8 +81,8 @@ def own_log():
 
 @pytest.fixture
 def again(world, tmp_path, monkeypatch):
-    """A function from changes {section: {key: value}} to the path of the changed experiment; the folder is a copy. `world`, of
-    the file of tests, is (folder with root/, experiment as a dict)."""
+    """A function from changes {section: {key: value}} to the path of the changed experiment; the folder is a
+    copy. `world`, of the file of tests, is (folder with root/, experiment as a dict)."""
     folder, raw = world
     shutil.copytree(folder / "root", tmp_path / "copy")
     monkeypatch.setenv("INHERITUNE_ROOT", str(tmp_path / "copy"))
@@ -116,16 +144,28 @@ def gpt2_bpe(monkeypatch) -> Path:
 
 @pytest.fixture(scope="session")
 def sentencepiece_models(tmp_path_factory) -> dict[str, Path]:
-    """Tiny models trained here: Llama's kind (BPE, bytes as fallback), with sentencepiece's own normalization, unigram."""
+    """Tiny models trained here: Llama's kind (BPE, bytes as fallback), with sentencepiece's own
+    normalization, unigram."""
     import sentencepiece
 
     folder = tmp_path_factory.mktemp("sentencepiece")
-    (folder / "text").write_text("".join(path.read_text() for path in sorted((REPOSITORY / "inheritune").rglob("*.py"))))
+    (folder / "text").write_text(
+        "".join(path.read_text() for path in sorted((REPOSITORY / "inheritune").rglob("*.py")))
+    )
     plain = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-    kinds = {"llama": {"model_type": "bpe", **plain}, "open_llama": {"model_type": "bpe"}, "unigram": {"model_type": "unigram"}}
+    kinds = {
+        "llama": {"model_type": "bpe", **plain},
+        "open_llama": {"model_type": "bpe"},
+        "unigram": {"model_type": "unigram"},
+    }
     for name, options in kinds.items():
         sentencepiece.SentencePieceTrainer.train(
-            input=folder / "text", model_prefix=folder / name, vocab_size=600, byte_fallback=True, minloglevel=2, **options
+            input=folder / "text",
+            model_prefix=folder / name,
+            vocab_size=600,
+            byte_fallback=True,
+            minloglevel=2,
+            **options,
         )
     return {name: folder / f"{name}.model" for name in kinds}
 
@@ -139,7 +179,8 @@ def older(request) -> Path:
 
 
 def experiment_dict(**changes) -> dict:
-    """A valid experiment in small: 4-layer GPT-2, 20 sequences of 32 tokens a step. `changes` replace whole sections."""
+    """A valid experiment in small: 4-layer GPT-2, 20 sequences of 32 tokens a step. `changes` replace whole
+    sections."""
     raw = {
         "paper": [{"run": "reference", "label": "reference"}, {"run": "grown", "label": "Inheritune"}],
         "data": {
@@ -150,7 +191,14 @@ def experiment_dict(**changes) -> dict:
             "sequence_length": 32,
             "sampling": "random_windows",
         },
-        "model": {"size": "gpt2_tiny", "layers": 4, "width": 32, "heads": 2, "positions": 32, "vocab_size": 320},
+        "model": {
+            "size": "gpt2_tiny",
+            "layers": 4,
+            "width": 32,
+            "heads": 2,
+            "positions": 32,
+            "vocab_size": 320,
+        },
         "train": {
             "steps": 6,
             "batch_tokens": 640,
@@ -164,10 +212,13 @@ def experiment_dict(**changes) -> dict:
             "final_windows": 16,
             "log_every": 1,
             "checkpoint_every": 2,
-        },  # fmt: skip
+        },
         "runs": {
             "reference": {"init": "random"},
-            "grown": {"init": {"inherit": {"source": "reference", "layers": "0:2"}}, "grow": {"by": 1, "max_layers": 3}},
+            "grown": {
+                "init": {"inherit": {"source": "reference", "layers": "0:2"}},
+                "grow": {"by": 1, "max_layers": 3},
+            },
         },
     }
     raw.update(changes)
@@ -182,14 +233,21 @@ def write_experiment(folder: Path, raw: dict, name: str = "small") -> str:
     return str(path)
 
 
-def write_tokens(folder: Path, train_shards=(3000, 2500, 1500), val_tokens=1200, vocab=300, fingerprint="tiny") -> Path:
+def write_tokens(
+    folder: Path, train_shards=(3000, 2500, 1500), val_tokens=1200, vocab=300, fingerprint="tiny"
+) -> Path:
     """A prepared data folder with random tokens, in the form that `prepare` leaves."""
     from inheritune.data.tokens import train_bpe
 
     (folder / "tokenizer").mkdir(parents=True)
     train_bpe("bpe:300", [Path(__file__).read_text()], folder / "tokenizer")
     splits = write_shards(folder, {"train": train_shards, "val": [val_tokens]}, vocab)
-    manifest = {"fingerprint": fingerprint, "dtype": "<u2", "splits": splits, "tokenizer": {"vocab_size": vocab}}
+    manifest = {
+        "fingerprint": fingerprint,
+        "dtype": "<u2",
+        "splits": splits,
+        "tokenizer": {"vocab_size": vocab},
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
@@ -206,7 +264,8 @@ def small(tmp_path, own_root):
 
 
 def write_lone_run(folder: Path, settings: dict, model: dict | None = None, **train) -> str:
-    """An experiment whose only run is `reference`, its data prepared, with the DeepSpeed JSON `settings`; its path."""
+    """An experiment whose only run is `reference`, its data prepared, with the DeepSpeed JSON `settings`; its
+    path."""
     from inheritune.config.experiment import load_experiment
     from inheritune.files.rundir import data_dir
 

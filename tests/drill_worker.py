@@ -2,8 +2,9 @@
 
 python tests/drill_worker.py TRACE POINT N SIGNAL RANK|all VERB ARGUMENTS...
 
-At the N-th passage of POINT the process writes a line to TRACE, which shows that it was alive there, and sends itself
-(`all`: its process group, all ranks) the signal. A process whose rank is not meant does nothing of the kind."""
+At the N-th passage of POINT the process writes a line to TRACE, which shows that it was alive there, and
+sends itself (`all`: its process group, all ranks) the signal. A process whose rank is not meant does nothing
+of the kind."""
 
 import functools
 import importlib
@@ -55,7 +56,10 @@ POINTS = {
 
 def strike(trace: str, point: str, sign: str, who: str) -> None:
     with open(trace, "a", encoding="utf-8") as file:
-        file.write(json.dumps({"point": point, "signal": sign, "who": who, "pid": os.getpid(), "rank": dist.rank()}) + "\n")
+        file.write(
+            json.dumps({"point": point, "signal": sign, "who": who, "pid": os.getpid(), "rank": dist.rank()})
+            + "\n"
+        )
         file.flush()
         os.fsync(file.fileno())
     number = getattr(signal, sign)

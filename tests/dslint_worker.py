@@ -1,7 +1,7 @@
 """What DeepSpeed itself does with each JSON of a list: python tests/dslint_worker.py CASES.json OUTCOMES.json
 
-A plain DeepSpeed program: two steps of two micro batches' worth of a tiny GPT-2 with torch's AdamW on one CPU rank, the file as
-it is. An outcome is {"raises": what, "at": "initialize" or "step"} or {"losses": [...]}."""
+A plain DeepSpeed program: two steps of two micro batches' worth of a tiny GPT-2 with torch's AdamW on one CPU
+rank, the file as it is. An outcome is {"raises": what, "at": "initialize" or "step"} or {"losses": [...]}."""
 
 import json
 import os

@@ -6,7 +6,8 @@ python tests/fault_worker.py EXPERIMENT RUN KIND@STEP:RANK, where KIND is
     weight   one weight of this rank becomes nan before that step, and stays so until it is loaded again
     unsaved  one weight becomes nan between that step and its checkpoint
     slow     whatever this rank brings to disk, at any step, takes half a second per file more
-    sleep, stopped, held   in that step this rank sleeps for ever, is stopped from outside, keeps the interpreter to itself
+    sleep, stopped, held   in that step this rank sleeps for ever, is stopped from outside, keeps the
+    interpreter to itself
 """
 
 import ctypes
@@ -66,7 +67,9 @@ def at_step(order, number: int, share) -> None:
     global due
     if watch and number == int(step) - 1:
         watch.limit_s = HANG_S
-    due = (number >= int(step) - 1 if kind == "losses" else number == int(step) - 1) and dist.rank() == int(who)
+    due = (number >= int(step) - 1 if kind == "losses" else number == int(step) - 1) and dist.rank() == int(
+        who
+    )
     if due and kind == "weight":
         spoil_a_weight()
     elif due and kind in HANGS:
@@ -96,7 +99,11 @@ wrap(train, "start_engine", after=keep_engine)
 wrap(train, "read_share", before=at_step)
 wrap(validate, "token_losses", after=spoil_the_loss)
 if kind == "unsaved":
-    wrap(train, "weights_are_finite", before=lambda engine: spoil_a_weight() if engine.global_steps == int(step) else None)
+    wrap(
+        train,
+        "weights_are_finite",
+        before=lambda engine: spoil_a_weight() if engine.global_steps == int(step) else None,
+    )
 elif kind == "slow":
     wrap(os, "fsync", before=lambda file: time.sleep(0.5) if dist.rank() == int(who) else None)
 elif kind in HANGS:

@@ -1,4 +1,5 @@
-"""The summary of tests/gpu.sh in Markdown: python tests/gpu_summary.py EXPERIMENT; the slices' folder is $GPU_OUT."""
+"""The summary of tests/gpu.sh in Markdown: python tests/gpu_summary.py EXPERIMENT; the slices' folder is
+$GPU_OUT."""
 
 import json
 import os
@@ -22,18 +23,26 @@ def facts_of(run: RunDir) -> list:
     steady, start = rows[3:], read_json(run.provenance)["starts"][-1]
     mfu = median(row["mfu"] for row in steady) if steady[0]["mfu"] else None
     return [
-        run.path.name, start["deepspeed"]["zero_optimization"]["stage"], start["ranks"],
-        f"{1000 * median(row['step_s'] for row in steady):.1f}", f"{median(row['tokens_per_s'] for row in steady):,.0f}",
-        "" if mfu is None else f"{mfu:.1%}", max(row["peak_memory_gb"] for row in steady), f"{rows[-1]['loss']:.5f}",
+        run.path.name,
+        start["deepspeed"]["zero_optimization"]["stage"],
+        start["ranks"],
+        f"{1000 * median(row['step_s'] for row in steady):.1f}",
+        f"{median(row['tokens_per_s'] for row in steady):,.0f}",
+        "" if mfu is None else f"{mfu:.1%}",
+        max(row["peak_memory_gb"] for row in steady),
+        f"{rows[-1]['loss']:.5f}",
         f"{read_json(run.results)['validation']['mean']:.4f}",
-    ]  # fmt: skip
+    ]
 
 
 def apart(one: RunDir, other: RunDir) -> str:
     """Largest difference of two runs' losses, step by step."""
     losses = [[row["loss"] for row in read_jsonl(run.metrics) if "loss" in row] for run in (one, other)]
     largest = max(abs(a - b) for a, b in zip(*losses, strict=True))
-    return f"- {one.path.name} and {other.path.name}: losses of all {len(losses[0])} steps apart by at most {largest:.1e}"
+    return (
+        f"- {one.path.name} and {other.path.name}: losses of all {len(losses[0])} steps apart by at most "
+        f"{largest:.1e}"
+    )
 
 
 def main(path: str) -> None:
@@ -44,11 +53,15 @@ def main(path: str) -> None:
     print("# tests/gpu.sh" + (": CPU dry form, a try of the script and no result" if dry else ""))
     versions = ", ".join(f"{name} {number}" for name, number in its["versions"].items() if number)
     print(
-        f"\n{its['gpu'] or 'no GPU'}; {os.environ['GPUS']} rank(s); {its['cpu']}, {its['cores']} cores; commit {its['commit']}"
+        f"\n{its['gpu'] or 'no GPU'}; {os.environ['GPUS']} rank(s); {its['cpu']}, {its['cores']} cores; "
+        f"commit {its['commit']}"
     )
     print(f"\nPython {its['python']}, {versions}")
     slices = sorted(out.glob("*.done"), key=lambda file: file.stat().st_mtime)
-    print("\nSlices done: " + (", ".join(f"{file.stem} ({file.read_text().strip()})" for file in slices) or "none"))
+    print(
+        "\nSlices done: "
+        + (", ".join(f"{file.stem} ({file.read_text().strip()})" for file in slices) or "none")
+    )
     print("\n" + markdown(HEADS, [facts_of(run) for run in done.values()]) + "\n")
     for one, other in (("zero3", "zero1"), ("resumed", "zero3"), ("resized", "zero1")):
         if one in done and other in done:

@@ -1,7 +1,8 @@
-"""A Hub in small for tests: the few requests that huggingface_hub makes of one, answered from folders on this machine.
+"""A Hub in small for tests: the few requests that huggingface_hub makes of one, answered from folders on this
+machine.
 
-`Hub(folder)` serves folder/models/OWNER/NAME and folder/datasets/OWNER/NAME; point HF_ENDPOINT at its `url`. What was
-downloaded whole stands in `taken`.
+`Hub(folder)` serves folder/models/OWNER/NAME and folder/datasets/OWNER/NAME; point HF_ENDPOINT at its `url`.
+What was downloaded whole stands in `taken`.
 """
 
 import hashlib
@@ -17,8 +18,15 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 class Hub:
     def __init__(self, folder: Path, gated=(), stall_at: str = ""):
-        """`gated`: repositories that list their files but give them to nobody; `stall_at`: a file that is never sent whole."""
-        self.folder, self.gated, self.stall_at, self.taken, self.stalling = folder, gated, stall_at, [], threading.Event()
+        """`gated`: repositories that list their files but give them to nobody; `stall_at`: a file that is
+        never sent whole."""
+        self.folder, self.gated, self.stall_at, self.taken, self.stalling = (
+            folder,
+            gated,
+            stall_at,
+            [],
+            threading.Event(),
+        )
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -45,7 +53,8 @@ class Hub:
         path = unquote(request.path.partition("?")[0])
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0)).decode()
         if listing := re.fullmatch(
-            rf"/api/(models|datasets)/([^/]+/[^/]+)(?:/(tree|paths-info|revision)/(?:{COMMIT}|main)(/.*)?)?", path
+            rf"/api/(models|datasets)/([^/]+/[^/]+)(?:/(tree|paths-info|revision)/(?:{COMMIT}|main)(/.*)?)?",
+            path,
         ):
             kind, repo, what, folder = listing.groups()
             files = [p for p in sorted((self.folder / kind / repo).rglob("*")) if p.is_file()]
@@ -54,7 +63,14 @@ class Hub:
                 rows = [row for row in rows if row["path"] in parse_qs(body)["paths"]]
             if what in ("revision", None):  # what `datasets` asks first
                 siblings = [{"rfilename": row["path"]} for row in rows]
-                rows = {"id": repo, "sha": COMMIT, "private": False, "tags": [], "downloads": 0, "siblings": siblings}
+                rows = {
+                    "id": repo,
+                    "sha": COMMIT,
+                    "private": False,
+                    "tags": [],
+                    "downloads": 0,
+                    "siblings": siblings,
+                }
             if folder:
                 rows = [row for row in rows if row["path"].startswith(folder[1:] + "/")]
             self.send(request, 200, json.dumps(rows).encode(), {"Content-Type": "application/json"})
@@ -62,7 +78,12 @@ class Hub:
             kind, repo, name = file.groups()
             place = self.folder / (kind or "models") / repo / name
             if repo in self.gated:
-                self.send(request, 401, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."})
+                self.send(
+                    request,
+                    401,
+                    b"",
+                    {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."},
+                )
             elif not place.is_file():
                 self.send(request, 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
             else:
@@ -71,7 +92,12 @@ class Hub:
             self.send(request, 404, b"", {"X-Error-Code": "RepoNotFound"})
 
     def describe(self, path: Path, repo: Path) -> dict:
-        return {"type": "file", "path": path.relative_to(repo).as_posix(), "size": path.stat().st_size, "oid": etag(path)}
+        return {
+            "type": "file",
+            "path": path.relative_to(repo).as_posix(),
+            "size": path.stat().st_size,
+            "oid": etag(path),
+        }
 
     def send_file(self, request, place: Path, name: str) -> None:
         content = place.read_bytes()

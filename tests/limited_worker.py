@@ -1,7 +1,7 @@
 """A verb with little memory left: python tests/limited_worker.py MEGABYTES VERB ARGUMENTS...
 
-The limit (RLIMIT_AS, as `ulimit -v` sets it) is what the process has mapped once its libraries are loaded, and MEGABYTES
-more."""
+The limit (RLIMIT_AS, as `ulimit -v` sets it) is what the process has mapped once its libraries are loaded,
+and MEGABYTES more."""
 
 import resource
 import sys

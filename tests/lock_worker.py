@@ -1,8 +1,9 @@
-"""Worker of test_lock: users who cannot see each other's processes meet at one lock, or at one file that both write.
+"""Worker of test_lock: users who cannot see each other's processes meet at one lock, or at one file that both
+write.
 
-python lock_worker.py FOLDER PROC, as the first process of a process namespace of its own. PROC: "hidden" mounts a /proc that
-shows a user only their own processes, "outer" leaves the /proc of the namespace outside, "none" covers it. Prints one JSON
-object."""
+python lock_worker.py FOLDER PROC, as the first process of a process namespace of its own. PROC: "hidden"
+mounts a /proc that shows a user only their own processes, "outer" leaves the /proc of the namespace outside,
+"none" covers it. Prints one JSON object."""
 
 import json
 import os
@@ -82,7 +83,8 @@ def wait_for(file: Path) -> None:
 
 
 def meet(folder: Path) -> dict:
-    """What the second user meets while the first holds a lock: at once, after its silence, and after its end."""
+    """What the second user meets while the first holds a lock: at once, after its silence, and after its
+    end."""
     run, answer, found = folder / "run", folder / "answer", {}
 
     def asked() -> str:
@@ -111,8 +113,8 @@ def meet(folder: Path) -> dict:
 
 
 def write_both(folder: Path) -> dict:
-    """What is left of a temporary folder of the first user when the second writes the same file: of a living process, then of
-    one that was killed."""
+    """What is left of a temporary folder of the first user when the second writes the same file: of a living
+    process, then of one that was killed."""
     out = folder / "out"
 
     def left() -> list[str]:

@@ -2,9 +2,9 @@
 
     python tests/long_run.py [--steps 5000] [--ranks 2] [--out tests/long_run]
 
-Trains through the verb and looks at its processes from outside, once a second. What is reported leaves out the first fifth of
-the steps, in which caches fill. Memory counts as flat where the 95% interval of its slope, over the means of twenty stretches,
-holds zero or ends below 1 MB in a thousand steps."""
+Trains through the verb and looks at its processes from outside, once a second. What is reported leaves out
+the first fifth of the steps, in which caches fill. Memory counts as flat where the 95% interval of its slope,
+over the means of twenty stretches, holds zero or ends below 1 MB in a thousand steps."""
 
 import argparse
 import json
@@ -30,7 +30,8 @@ STRETCHES = 20
 
 
 def watch(path: str, ranks: int, run: RunDir) -> list[dict]:
-    """Train, looking at the ranks once a second.  -> [{step, rss_mb, files, threads}], each the sum over the ranks"""
+    """Train, looking at the ranks once a second.  -> [{step, rss_mb, files, threads}], each the sum over the
+    ranks"""
     words = [sys.executable, "-m", "inheritune", "train", path, "--run", "reference", "--procs", str(ranks)]
     process, looks = subprocess.Popen(words, cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}), []
     while process.poll() is None:
@@ -43,7 +44,9 @@ def watch(path: str, ranks: int, run: RunDir) -> list[dict]:
         except psutil.Error:  # it has just ended
             continue
         if row and len(facts) == ranks:
-            looks.append(dict(zip(("rss_mb", "files", "threads"), map(sum, zip(*facts, strict=True)), strict=True)))
+            looks.append(
+                dict(zip(("rss_mb", "files", "threads"), map(sum, zip(*facts, strict=True)), strict=True))
+            )
             looks[-1]["step"] = row["step"]
     if process.returncode:
         raise SystemExit(process.returncode)
@@ -51,8 +54,8 @@ def watch(path: str, ranks: int, run: RunDir) -> list[dict]:
 
 
 def slope(steps: np.ndarray, values: np.ndarray) -> tuple[float, float, float]:
-    """(slope in a thousand steps, ends of its 95% interval) over the means of STRETCHES of equal length: neighbours in time are
-    alike, and single looks would make the interval too narrow."""
+    """(slope in a thousand steps, ends of its 95% interval) over the means of STRETCHES of equal length:
+    neighbours in time are alike, and single looks would make the interval too narrow."""
     from scipy import stats
 
     cuts = [part for part in np.array_split(np.arange(len(steps)), STRETCHES) if len(part)]
@@ -82,7 +85,15 @@ def report(looks: list[dict], run: RunDir, ranks: int, out: Path) -> str:
         axis.set(xlabel="step", title=name, ylim=(0, 1.15 * np.percentile(values, 99)))
         late = steps >= first
         per_thousand, low, high = slope(steps[late], values[late])
-        facts.append({"what": name, "median": float(np.median(values[late])), "slope": per_thousand, "low": low, "high": high})
+        facts.append(
+            {
+                "what": name,
+                "median": float(np.median(values[late])),
+                "slope": per_thousand,
+                "low": low,
+                "high": high,
+            }
+        )
     figure.savefig(out / "long_run.png", dpi=100)
     sizes = {"metrics.jsonl": run.metrics.stat().st_size, "train.log": run.log.stat().st_size}
     result = {
@@ -96,9 +107,14 @@ def report(looks: list[dict], run: RunDir, ranks: int, out: Path) -> str:
         "checkpoints": run.complete_checkpoints(),
     }
     (out / "long_run.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    table = [[f["what"], f"{f['median']:.1f}", f"{f['slope']:+.2f} ({f['low']:+.2f} to {f['high']:+.2f})"] for f in facts]
+    table = [
+        [f["what"], f"{f['median']:.1f}", f"{f['slope']:+.2f} ({f['low']:+.2f} to {f['high']:+.2f})"]
+        for f in facts
+    ]
     table += [[f"bytes of {name}, per step", f"{size / last:.1f}", ""] for name, size in sizes.items()]
-    return markdown([f"{last} steps, {ranks} rank(s)", "median", "change in 1,000 steps (95% interval)"], table)
+    return markdown(
+        [f"{last} steps, {ranks} rank(s)", "median", "change in 1,000 steps (95% interval)"], table
+    )
 
 
 def main() -> None:
@@ -112,8 +128,15 @@ def main() -> None:
     Path(options.out).mkdir(parents=True, exist_ok=True)
     settings = {"train_micro_batch_size_per_gpu": 10, "zero_optimization": {"stage": 1}}
     # a validation, a checkpoint and their rows again and again, as in a run of weeks
-    path = write_lone_run(folder, settings, steps=options.steps, eval_every=options.steps // 50,
-                          checkpoint_every=options.steps // 25, keep_last=2, log_every=10)  # fmt: skip
+    path = write_lone_run(
+        folder,
+        settings,
+        steps=options.steps,
+        eval_every=options.steps // 50,
+        checkpoint_every=options.steps // 25,
+        keep_last=2,
+        log_every=10,
+    )
     run = RunDir.of(load_experiment(path), "reference")
     print(report(watch(path, options.ranks, run), run, options.ranks, Path(options.out)))
 

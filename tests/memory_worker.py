@@ -1,8 +1,9 @@
 """What DeepSpeed really holds: `torchrun --nproc-per-node R tests/memory_worker.py OUT CASES`.
 
-CASES is a JSON file, a list of {name, model, layers, precision, settings, sequences, length, accumulation}. Each trains three
-steps on the CPU with the project's own engine; OUT/<name>_ranks<R>_<rank>.json gets the bytes held just before a step, the size
-of its checkpoint, and the peak of all allocations over the last two steps, temporary ones included."""
+CASES is a JSON file, a list of {name, model, layers, precision, settings, sequences, length, accumulation}.
+Each trains three steps on the CPU with the project's own engine; OUT/<name>_ranks<R>_<rank>.json gets the
+bytes held just before a step, the size of its checkpoint, and the peak of all allocations over the last two
+steps, temporary ones included."""
 
 import gc
 import json
@@ -24,9 +25,12 @@ from inheritune.training import validate
 
 
 def peak_bytes(work) -> int:
-    """Largest sum of the bytes that are made and alive at once while `work` runs, from the allocator's own events."""
+    """Largest sum of the bytes that are made and alive at once while `work` runs, from the allocator's own
+    events."""
     gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         work()
     change = peak = 0
     for event in profile.profiler.kineto_results.events():
@@ -55,12 +59,16 @@ def run(case: dict, out: Path) -> None:
     held, kept = {}, []
 
     def work():
-        engine = engines.start_engine(config, Fresh(config), case["settings"], train, case["sequences"], case["accumulation"])
+        engine = engines.start_engine(
+            config, Fresh(config), case["settings"], train, case["sequences"], case["accumulation"]
+        )
         kept.append(engine)
         for _ in range(3):
             for micro in range(case["accumulation"]):
                 window = torch.randint(0, model.vocab_size, shape)
-                losses = validate.token_losses(engine(input_ids=window[:, :-1], use_cache=False).logits, window[:, 1:])
+                losses = validate.token_losses(
+                    engine(input_ids=window[:, :-1], use_cache=False).logits, window[:, 1:]
+                )
                 engine.backward(losses.mean())
                 if micro == case["accumulation"] - 1:
                     held.update(engines.held_bytes(engine))

@@ -1,7 +1,8 @@
-"""Open checkpoints as a user of transformers does, by whichever version is imported:  python open_worker.py JOBS.json OUT
+"""Open checkpoints as a user of transformers does, by whichever version is imported:  python open_worker.py
+JOBS.json OUT
 
-A job is {"folder", "texts"} or {"folder", "ids"}. Results go to OUT.json, one for each job, and their logits to OUT.npz; a job
-that fails has its traceback for a result. Imports nothing of this repository."""
+A job is {"folder", "texts"} or {"folder", "ids"}. Results go to OUT.json, one for each job, and their logits
+to OUT.npz; a job that fails has its traceback for a result. Imports nothing of this repository."""
 
 import json
 import sys
@@ -17,7 +18,8 @@ SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "bos_token_id", "eos_t
 
 
 def read_texts(folder: str, texts: list[str]) -> tuple[dict, dict]:
-    """What the folder's tokenizer makes of `texts`, and its whole output for the first of them, as a model takes it."""
+    """What the folder's tokenizer makes of `texts`, and its whole output for the first of them, as a model
+    takes it."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = [tokenizer(text)["input_ids"] for text in texts]
     inputs = dict(tokenizer(texts[0], return_tensors="pt"))
@@ -38,7 +40,8 @@ def read_texts(folder: str, texts: list[str]) -> tuple[dict, dict]:
 
 
 def open_checkpoint(job: dict) -> tuple[dict, np.ndarray]:
-    """Facts of one job, and the logits of its ids, or of its first text as the tokenizer gives it.  -> (B, T, V)"""
+    """Facts of one job, and the logits of its ids, or of its first text as the tokenizer gives it.  -> (B, T,
+    V)"""
     facts = {}
     if "texts" in job:
         facts, inputs = read_texts(job["folder"], job["texts"])
@@ -49,8 +52,16 @@ def open_checkpoint(job: dict) -> tuple[dict, np.ndarray]:
     with torch.no_grad():
         logits = model(**inputs).logits
     if "texts" in job:
-        written = model.generate(**inputs, do_sample=False, temperature=None, top_p=None, top_k=None,
-                                 max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, pad_token_id=0)  # fmt: skip
+        written = model.generate(
+            **inputs,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            pad_token_id=0,
+        )
         facts["generated"] = written[0].tolist()
         usual = transformers.GenerationConfig()
         stated = {key: getattr(model.generation_config, key) for key in SAMPLING}

@@ -1,5 +1,5 @@
-"""Writes the index of the paper's tables and figures into recipes/README.md, from recipes/paper/items.yaml and the arithmetic
-of `plan`: python tests/paper_index.py. A test says when it is stale."""
+"""Writes the index of the paper's tables and figures into recipes/README.md, from recipes/paper/items.yaml
+and the arithmetic of `plan`: python tests/paper_index.py. A test says when it is stale."""
 
 import sys
 from pathlib import Path
@@ -22,8 +22,8 @@ def items_of(script: Path) -> list[Item]:
 
 
 def models_of(items: list[Item]) -> dict[tuple, dict]:
-    """{(experiment, run, stage): plan} of every model that the items need, those that they start from too; of a grown run the
-    rounds up to the last that is shown."""
+    """{(experiment, run, stage): plan} of every model that the items need, those that they start from too; of
+    a grown run the rounds up to the last that is shown."""
     found = {}
     for item in items:
         experiments = load_experiments(item, rehearse=False)
@@ -46,7 +46,8 @@ def row(script: Path) -> list:
     hours, tokens = (sum(facts[key] for facts in models.values()) for key in ("gpu_hours", "tokens"))
     work = [len(models), span([hours]), span([tokens / 1e9])] if models else ["", "", ""]
     said = [
-        "; ".join(dict.fromkeys(filter(None, texts))) for texts in zip(*((i.reports, i.differs) for i in items), strict=True)
+        "; ".join(dict.fromkeys(filter(None, texts)))
+        for texts in zip(*((i.reports, i.differs) for i in items), strict=True)
     ]
     return ["; ".join(names), f"[{script.name}]({script.name})", ", ".join(runs), *work, *said]
 
@@ -54,7 +55,16 @@ def row(script: Path) -> list:
 def document() -> str:
     """recipes/README.md with a current index."""
     scripts = sorted(RECIPES.glob("table*.sh")) + sorted(RECIPES.glob("fig*.sh"))
-    heads = ["paper", "script", "runs of", "models", "GPU-hours", "B tokens", "the paper reports", "what differs"]
+    heads = [
+        "paper",
+        "script",
+        "runs of",
+        "models",
+        "GPU-hours",
+        "B tokens",
+        "the paper reports",
+        "what differs",
+    ]
     made = markdown(heads, [row(script) for script in scripts])
     return filled(FILE.read_text(encoding="utf-8"), "tests/paper_index.py", made)
 

@@ -1,4 +1,5 @@
-"""Writes the tables that `plan` gives into the documents: python tests/planned_tables.py. A test says when they are stale.
+"""Writes the tables that `plan` gives into the documents: python tests/planned_tables.py. A test says when
+they are stale.
 
 They are for the H100 (80 GB) at 40% of its bf16 rate, with the DeepSpeed JSON that each experiment names."""
 
@@ -13,7 +14,13 @@ from inheritune.config.experiment import RECIPES, REPOSITORY, load_experiment
 from inheritune.engines.engine import load_json
 from inheritune.planning import plan as planning
 
-SIZES = [("gpt2_small_owt", 12), ("gpt2_medium_owt", 24), ("gpt2_large_owt", 36), ("gpt2_xl_owt", 24), ("gpt2_xl_owt", 48)]
+SIZES = [
+    ("gpt2_small_owt", 12),
+    ("gpt2_medium_owt", 24),
+    ("gpt2_large_owt", 36),
+    ("gpt2_xl_owt", 24),
+    ("gpt2_xl_owt", 48),
+]
 SIZES += [("openllama_3b_1b", 13), ("openllama_7b", 6), ("llama2_7b", 7)]
 
 
@@ -24,7 +31,8 @@ def span(values: list[float]) -> str:
 
 
 def experiments() -> dict[str, list[dict]]:
-    """{experiment: plans on 8 GPUs}, the quickstart left out, the one whose reference or only run is cheapest first."""
+    """{experiment: plans on 8 GPUs}, the quickstart left out, the one whose reference or only run is cheapest
+    first."""
     names = [path.stem for path in RECIPES.glob("*.yaml") if path.stem != "quickstart"]
     plans = {name: planning.plan_experiment(load_experiment(name)) for name in names}
     return dict(sorted(plans.items(), key=lambda item: (item[1][0]["gpu_hours"], item[0])))
@@ -36,11 +44,14 @@ def recipes_table() -> str:
         grown = [facts["gpu_hours"] for facts in plans if facts["stage"] and facts["run"] == "inheritune"]
         rows.append(
             [
-                name, f"{plans[0]['run']} {span([plans[0]['gpu_hours']])}", span(grown) if grown else "",
-                f"{sum(facts['gpu_hours'] for facts in plans):,.0f}", span([facts["peak"] / 1e9 for facts in plans]),
+                name,
+                f"{plans[0]['run']} {span([plans[0]['gpu_hours']])}",
+                span(grown) if grown else "",
+                f"{sum(facts['gpu_hours'] for facts in plans):,.0f}",
+                span([facts["peak"] / 1e9 for facts in plans]),
                 f"{sum(facts['disk'] for facts in plans) / 1e9:,.0f}",
             ]
-        )  # fmt: skip
+        )
     heads = ["experiment", "first run", "a stage of growth", "every run", "GB per GPU of 8", "GB of disk"]
     return markdown(heads, rows)
 
@@ -55,14 +66,18 @@ def slurm_table() -> str:
             if found:
                 asked[script.stem.rpartition("_")] = int(found[1])
         stem = next(iter(asked))[0]
-        kinds = [kind for kind in ("reference", "stage1", "growth", "baselines") if (stem, "_", kind) in asked]
+        kinds = [
+            kind for kind in ("reference", "stage1", "growth", "baselines") if (stem, "_", kind) in asked
+        ]
         scripts = f"`{stem}_{kinds[0]}.sh`" if len(kinds) == 1 else f"`{stem}_{{{','.join(kinds)}}}.sh`"
         first = plans[0]
         stages = [facts for facts in plans if facts["stage"] and facts["run"] == "inheritune"]
         hours = f"{first['run']} ({first['layers']} layers) {span([first['gpu_hours']])}"
         if stages:
             depths = ", ".join(str(facts["layers"]) for facts in stages)
-            hours += f"; stages of {depths} layers " + ", ".join(span([facts["gpu_hours"]]) for facts in stages)
+            hours += f"; stages of {depths} layers " + ", ".join(
+                span([facts["gpu_hours"]]) for facts in stages
+            )
         rows.append([scripts, max(asked.values()), hours, f"`{name}`"])
     return markdown(["script", "GPUs", "GPU-hours of each job", "runs of"], rows)
 
@@ -78,8 +93,12 @@ def memory_table() -> str:
             for file in files:
                 settings, length = load_json(f"ds_configs/{file}"), experiment.data.sequence_length
                 peaks = [
-                    planning.memory(experiment.model, layers, its, experiment.train, gpus, length)["peak"] / 1e9
-                    for its in (settings, planning.changed(settings, {"inheritune.activation_checkpointing": True}))
+                    planning.memory(experiment.model, layers, its, experiment.train, gpus, length)["peak"]
+                    / 1e9
+                    for its in (
+                        settings,
+                        planning.changed(settings, {"inheritune.activation_checkpointing": True}),
+                    )
                 ]
                 row.append(f"{peaks[0]:.0f} ({peaks[1]:.0f})")
             rows.append(row)
@@ -89,7 +108,11 @@ def memory_table() -> str:
 def documents() -> dict[Path, str]:
     """{file: its text with current tables}."""
     texts = {}
-    for folder, made in (("ds_configs", memory_table()), ("recipes", recipes_table()), ("slurm", slurm_table())):
+    for folder, made in (
+        ("ds_configs", memory_table()),
+        ("recipes", recipes_table()),
+        ("slurm", slurm_table()),
+    ):
         file = REPOSITORY / folder / "README.md"
         texts[file] = filled(file.read_text(encoding="utf-8"), "tests/planned_tables.py", made)
     return texts

@@ -1,6 +1,7 @@
-"""Several runs in one launch (start-up costs more than they do): python tests/resize_worker.py JOBS.json, a list of
-{root, experiment, run, ds, fault, refused}. `fault` breaks one thing of a resize on purpose, to show that the test sees it;
-with `refused` the run is to end in a UserError, whose sentence rank 0 writes to this file."""
+"""Several runs in one launch (start-up costs more than they do): python tests/resize_worker.py JOBS.json, a
+list of {root, experiment, run, ds, fault, refused}. `fault` breaks one thing of a resize on purpose, to show
+that the test sees it; with `refused` the run is to end in a UserError, whose sentence rank 0 writes to this
+file."""
 
 import json
 import os

@@ -1,7 +1,7 @@
 """A throw-away real Slurm cluster for the tests (tests/slurm/slurmlab.sh), and what they ask of it.
 
-`with cluster(LAB_GPUS=0) as slurm:` starts one in about 0.1 s; the fixture `slurm` is one of two nodes with four declared
-GPUs each, shared by a session. Both skip, with the reason, where Slurm is not installed.
+`with cluster(LAB_GPUS=0) as slurm:` starts one in about 0.1 s; the fixture `slurm` is one of two nodes with
+four declared GPUs each, shared by a session. Both skip, with the reason, where Slurm is not installed.
 """
 
 import os
@@ -22,17 +22,29 @@ UNFINISHED = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "R
 
 
 class Slurm:
-    """A running cluster. `run` and what builds on it use the environment of the moment ($INHERITUNE_ROOT of the test)."""
+    """A running cluster. `run` and what builds on it use the environment of the moment ($INHERITUNE_ROOT of
+    the test)."""
 
     def __init__(self, conf: str):
         self.conf = conf
 
     def run(self, *command, check=True, cwd="/", timeout=120, **environment) -> str:
         """Standard output and error of a command, run from `cwd` (by default far from the repository)."""
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SRUN_", "SITE_"))}
+        env = {
+            k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SRUN_", "SITE_"))
+        }
         env.update({"SLURM_CONF": self.conf}, **{k: str(v) for k, v in environment.items()})
-        done = subprocess.run([str(c) for c in command], env=env, cwd=cwd, check=False, timeout=timeout, text=True,
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        done = subprocess.run(
+            [str(c) for c in command],
+            env=env,
+            cwd=cwd,
+            check=False,
+            timeout=timeout,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         assert not check or done.returncode == 0, f"{shlex.join(str(c) for c in command)}\n{done.stdout}"
         return done.stdout.strip()
 
@@ -44,15 +56,22 @@ class Slurm:
     def records(self, job: str) -> list[dict]:
         """What Slurm knows of a job; an array has one record per task (and one for those still pending)."""
         shown = self.run("scontrol", "show", "job", "-o", job)
-        return [dict(w.split("=", 1) for w in line.split() if "=" in w) for line in shown.splitlines() if "JobId=" in line]
+        return [
+            dict(w.split("=", 1) for w in line.split() if "=" in w)
+            for line in shown.splitlines()
+            if "JobId=" in line
+        ]
 
     def ask_to_stop(self, job: str) -> None:
-        """The signal that Slurm sends to a job's script before the time limit; '12_3' is task 3 of an array."""
-        # of an array's task scancel reports, after 5 s, that it is in transition, though the signal came through at once
+        """The signal that Slurm sends to a job's script before the time limit; '12_3' is task 3 of an
+        array."""
+        # of an array's task scancel reports, after 5 s, that it is in transition, though the signal came
+        # through at once
         self.run("scancel", "--batch", "--signal=USR1", job, check=False)
 
     def wait(self, *jobs: str, timeout=60) -> list[dict]:
-        """Wait until the jobs are at their end; their records. A job that waits to start again is not at its end."""
+        """Wait until the jobs are at their end; their records. A job that waits to start again is not at its
+        end."""
 
         def ended():
             records = [record for job in jobs for record in self.records(job)]
@@ -88,7 +107,9 @@ class Slurm:
 def cluster(**knobs):
     """A cluster shaped by the LAB_... variables of slurmlab.sh, stopped at the end with its jobs."""
     if not shutil.which("slurmctld", path=os.environ["PATH"] + ":/usr/sbin"):
-        pytest.skip("Slurm is missing: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge")
+        pytest.skip(
+            "Slurm is missing: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
+        )
     folder = tempfile.mkdtemp(prefix="slurm-", dir="/tmp")  # not tmp_path: sockets need a short path
     env = {**os.environ, **{name: str(value) for name, value in knobs.items()}}
     try:

@@ -1,6 +1,8 @@
-"""One rank of `train` that sends itself a real signal, or loses its disk's room, at a named moment; started by test_stop.py.
+"""One rank of `train` that sends itself a real signal, or loses its disk's room, at a named moment; started
+by test_stop.py.
 
-python tests/stop_worker.py EXPERIMENT RUN SIGNAL@MOMENT:RANK      MOMENT: step=K, saving=0, validation=N (N-th forward)
+python tests/stop_worker.py EXPERIMENT RUN SIGNAL@MOMENT:RANK      MOMENT: step=K, saving=0, validation=N
+(N-th forward)
 """
 
 import os

@@ -1,4 +1,5 @@
-"""Every family of the architecture table: what is sliced, what is fresh, what is measured, and that it trains.
+"""Every family of the architecture table: what is sliced, what is fresh, what is measured, and that it
+trains.
 
 The models are small random ones of transformers' own classes, saved by transformers in shards.
 """
@@ -23,12 +24,21 @@ from inheritune.data.batches import Tokens
 from inheritune.errors import UserError
 from inheritune.files.rundir import RunDir, data_dir
 from inheritune.models import architectures as models
-from inheritune.models.architectures import architecture, build, flops_per_token, linear_weights, tensor_shapes
+from inheritune.models.architectures import (
+    architecture,
+    build,
+    flops_per_token,
+    linear_weights,
+    tensor_shapes,
+)
 from inheritune.models.sources import open_source
 from inheritune.models.surgery import inherit, write_random
 from inheritune.paper.figures import plot_avg_mass, plot_heat_map
 
-NAMED = "gpt2 gpt_neox gpt_bigcode opt bloom falcon phi phi3 llama mistral mixtral qwen2 qwen3 gemma gemma2 gemma3_text olmo"
+NAMED = (
+    "gpt2 gpt_neox gpt_bigcode opt bloom falcon phi phi3 llama mistral mixtral qwen2 qwen3 gemma gemma2 "
+    "gemma3_text olmo"
+)
 NAMED += " olmo2 stablelm starcoder2 cohere granite"
 
 
@@ -79,11 +89,15 @@ def keys(folder) -> set[str]:
 def test_slice_equals_the_model_cut_by_hand(source, tmp_path, layers, kept):
     family, model, folder = source
     manifest = inherit(folder, kept if "," in layers else layers, tmp_path / "out")
-    ours, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager", output_loading_info=True)
+    ours, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager", output_loading_info=True
+    )
     assert not any(report.values()), report
     expected = truncated(model, kept)
     assert torch.equal(logits(ours.eval()), logits(expected))
-    assert not torch.equal(logits(ours), logits(truncated(model, kept[::-1])))  # the order of the blocks matters
+    assert not torch.equal(
+        logits(ours), logits(truncated(model, kept[::-1]))
+    )  # the order of the blocks matters
     expected.save_pretrained(tmp_path / "theirs")
     assert keys(tmp_path / "out") == set(manifest["tensors"]) == keys(tmp_path / "theirs")
     assert all("copied" in row for row in manifest["tensors"].values())
@@ -124,11 +138,14 @@ PLACES = [
 def test_every_tensor_has_its_part_and_module(family, name, place):
     config = family_config(family)
     assert name in tensor_shapes(config)
-    assert architecture(config.model_type).part_of(name) == (("blocks", place) if place in MODULES + NORMS else (place, None))
+    assert architecture(config.model_type).part_of(name) == (
+        ("blocks", place) if place in MODULES + NORMS else (place, None)
+    )
 
 
 def test_what_is_not_named_is_fresh_as_transformers_draws_it(source, tmp_path):
-    """Constants are the same, the spread of the others is; and with all parts but one, just that one is fresh."""
+    """Constants are the same, the spread of the others is; and with all parts but one, just that one is
+    fresh."""
     family, model, folder = source
     write_random(model.config, tmp_path / "random")
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "random").state_dict()
@@ -143,7 +160,9 @@ def test_what_is_not_named_is_fresh_as_transformers_draws_it(source, tmp_path):
         else:
             assert 0.4 < float(ours[name].std() / value.std()) < 2.5, name
     table = architecture(model.config.model_type)
-    rows = inherit(folder, "1:3", tmp_path / "out", parts=[part for part in PARTS if part != "final_norm"])["tensors"]
+    rows = inherit(folder, "1:3", tmp_path / "out", parts=[part for part in PARTS if part != "final_norm"])[
+        "tensors"
+    ]
     fresh = {name for name, row in rows.items() if "fresh" in row}
     assert fresh == {name for name in rows if table.part_of(name)[0] == "final_norm"}
     assert bool(fresh) == (family not in ("olmo", "opt_350m"))  # whose final norms have no weights
@@ -153,7 +172,9 @@ def test_only_matrices_that_multiply_activations_are_decayed(source):
     _, model, _ = source
     decayed = set(linear_weights(build(model.config)))
     names = {name for name, p in model.named_parameters() if p.dim() > 1}
-    assert decayed == {n for n in names if not any(word in n for word in ("embed", "wte", "wpe", "q_norm", "k_norm"))}
+    assert decayed == {
+        n for n in names if not any(word in n for word in ("embed", "wte", "wpe", "q_norm", "k_norm"))
+    }
 
 
 def test_flops_count_the_experts_that_a_token_passes_through():
@@ -164,7 +185,8 @@ def test_flops_count_the_experts_that_a_token_passes_through():
 
 
 def test_experts_in_one_tensor_are_read_and_written_one_by_one(tmp_path):
-    """A checkpoint with the model's own names (training writes those) is the same source as a published one."""
+    """A checkpoint with the model's own names (training writes those) is the same source as a published
+    one."""
     model = random_model(family_config("mixtral"))
     model.save_pretrained(tmp_path / "published")
     (tmp_path / "own").mkdir()
@@ -178,7 +200,7 @@ def test_experts_in_one_tensor_are_read_and_written_one_by_one(tmp_path):
         assert torch.equal(source.tensor(experts + "2.w3.weight"), model.state_dict()[name][2, 44:])
 
 
-# --- measured and trained -------------------------------------------------------------------------------------------------
+# --- measured and trained -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -195,8 +217,15 @@ def test_analyze_measures_the_maps_that_transformers_returns(source, data, tmp_p
         maps = model(read_windows(tokens, 3, 12, seed=0), output_attentions=True, use_cache=False).attentions
     assert len(layers) == len(maps) == 5
     for row, A_BHTT in zip(layers, maps, strict=True):
-        assert [row["rank"][f"{tau:g}"] for tau in TAUS] == approximate_rank(A_BHTT).double().mean(dim=1).tolist()
-    if family in ("llama", "falcon_7b", "olmo", "gpt2"):  # of Figures 11, 15, 21 and 22: LLaMA-3, OpenLLaMA, Cerebras-GPT too
+        assert [row["rank"][f"{tau:g}"] for tau in TAUS] == approximate_rank(A_BHTT).double().mean(
+            dim=1
+        ).tolist()
+    if family in (
+        "llama",
+        "falcon_7b",
+        "olmo",
+        "gpt2",
+    ):  # of Figures 11, 15, 21 and 22: LLaMA-3, OpenLLaMA, Cerebras-GPT too
         plot_heat_map(rows, tmp_path / "ranks.png", family)
         plot_avg_mass([(family, rows)], tmp_path / "mass.png")
         assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in ("ranks.png", "mass.png"))
@@ -204,7 +233,8 @@ def test_analyze_measures_the_maps_that_transformers_returns(source, data, tmp_p
 
 @pytest.mark.slow
 def test_every_family_trains_from_a_slice(tmp_path, own_root):
-    """Two steps from three of five layers at ZeRO 3 on two ranks; the first loss is that of the slice itself."""
+    """Two steps from three of five layers at ZeRO 3 on two ranks; the first loss is that of the slice
+    itself."""
     ds = tmp_path / "zero3.json"
     stage = {"stage": 3, "stage3_param_persistence_threshold": 0}
     ds.write_text(json.dumps({"train_micro_batch_size_per_gpu": 10, "zero_optimization": stage}))
@@ -230,14 +260,18 @@ def test_every_family_trains_from_a_slice(tmp_path, own_root):
         assert moved, name
 
 
-# --- refused --------------------------------------------------------------------------------------------------------------
+# --- refused ------------------------------------------------------------------------------------------------
 
 
 def test_adapter_is_refused_with_exit_code_2(tmp_path):
     """An adapter's folder has a config of its own and tensors that are no model."""
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/name", "peft_type": "LORA"}))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "owner/name", "peft_type": "LORA"})
+    )
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    done = run_verb("inherit", "--source", tmp_path, "--layers", "0:2", "--out", tmp_path / "out", check=False)
+    done = run_verb(
+        "inherit", "--source", tmp_path, "--layers", "0:2", "--out", tmp_path / "out", check=False
+    )
     assert done.returncode == 2 and "is an adapter without the model" in done.stdout + done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -260,7 +294,8 @@ def test_analyze_refuses_what_inherit_refuses(case, tmp_path, data):
 
 
 def test_example_of_the_readme_describes_its_family(monkeypatch):
-    """A family that is not in the table: a model of it is refused, and with the lines of the README every tensor is placed."""
+    """A family that is not in the table: a model of it is refused, and with the lines of the README every
+    tensor is placed."""
     from transformers import CodeGenConfig
 
     example = yaml.safe_load((REPOSITORY / "README.md").read_text().split("```yaml\n")[1].split("```")[0])
@@ -269,4 +304,6 @@ def test_example_of_the_readme_describes_its_family(monkeypatch):
     monkeypatch.setattr(models, "_TABLE", {**models._TABLE, **example})
     config = CodeGenConfig(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=32, rotary_dim=4)
     places = {architecture("codegen").part_of(name) for name in tensor_shapes(config)}
-    assert places == {("blocks", m) for m in MODULES} | {(p, None) for p in ("token_embedding", "final_norm", "head")}
+    assert places == {("blocks", m) for m in MODULES} | {
+        (p, None) for p in ("token_embedding", "final_norm", "head")
+    }

@@ -1,4 +1,5 @@
-"""Attention measures against hand-made answers, float64 numpy decompositions and transformers' own attention maps."""
+"""Attention measures against hand-made answers, float64 numpy decompositions and transformers' own attention
+maps."""
 
 import gc
 import json
@@ -10,7 +11,14 @@ import yaml
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from inheritune.analysis import attention
-from inheritune.analysis.attention import TAUS, analyze, approximate_rank, column_mass, suggest_layers, watch_attention
+from inheritune.analysis.attention import (
+    TAUS,
+    analyze,
+    approximate_rank,
+    column_mass,
+    suggest_layers,
+    watch_attention,
+)
 from inheritune.config.experiment import load_experiment
 from inheritune.data.batches import Tokens
 from inheritune.errors import UserError
@@ -19,7 +27,7 @@ from inheritune.files.rundir import RunDir, read_jsonl
 VOCAB, LENGTH, HEADS = 64, 24, 4
 
 
-# --- the measures ---------------------------------------------------------------------------------------------------------
+# --- the measures -------------------------------------------------------------------------------------------
 
 
 def causal_uniform(T):
@@ -65,7 +73,11 @@ def numpy_rank(A, tau):
 
 
 def numpy_mass(A, eta):
-    shares, total, count = sorted((np.asarray(A, np.float64) ** 2).sum(axis=0))[::-1], (np.asarray(A, np.float64) ** 2).sum(), 0
+    shares, total, count = (
+        sorted((np.asarray(A, np.float64) ** 2).sum(axis=0))[::-1],
+        (np.asarray(A, np.float64) ** 2).sum(),
+        0,
+    )
     reached = 0.0
     while reached < (eta - 1e-9) * total:
         reached, count = reached + shares[count], count + 1
@@ -76,12 +88,17 @@ def adversarial_maps(T=50):
     """Causal maps with equal, tiny, repeated and steep singular values."""
     generator = torch.Generator().manual_seed(0)
     mask = torch.full((T, T), -torch.inf).triu(1)
-    maps = [torch.softmax(torch.randn(T, T, generator=generator) * scale + mask, -1) for scale in (0, 0.1, 1, 3, 10, 100)]
+    maps = [
+        torch.softmax(torch.randn(T, T, generator=generator) * scale + mask, -1)
+        for scale in (0, 0.1, 1, 3, 10, 100)
+    ]
     blocks = torch.block_diag(*[torch.ones(5, 5) / 5] * (T // 5))  # 10 equal singular values, the others 0
     sink = first_column(T) * (1 - 1e-7) + torch.eye(T) * 1e-7
     logits = torch.randn(T, T, generator=generator) + mask
     logits[:, 0] += torch.linspace(-4, 12, T)  # a sink that opens row by row
-    return torch.stack([*maps, blocks, sink, torch.softmax(logits, -1), previous_token(T), torch.eye(T)])[None]
+    return torch.stack([*maps, blocks, sink, torch.softmax(logits, -1), previous_token(T), torch.eye(T)])[
+        None
+    ]
 
 
 def assert_equal_to_numpy(A_NHTT):
@@ -98,7 +115,8 @@ def test_adversarial_maps_agree_with_numpy():
 
 @pytest.mark.parametrize("eps", [1e-1, 1e-2, 1e-3, 1e-5])
 def test_second_singular_value_is_bounded(eps):
-    """Section H: rows with at least 1 - eps on one column -> distance to rank 1, and second singular value, <= eps sqrt(2T)."""
+    """Section H: rows with at least 1 - eps on one column -> distance to rank 1, and second singular value,
+    <= eps sqrt(2T)."""
     generator = torch.Generator().manual_seed(1)
     for T in (2, 10, 60):
         for column in (0, T // 2):
@@ -112,12 +130,13 @@ def test_second_singular_value_is_bounded(eps):
                 assert approximate_rank(A[None, None]).tolist() == [[[1]]] * len(TAUS)
 
 
-# --- models ---------------------------------------------------------------------------------------------------------------
+# --- models -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A prepared folder by hand: 6000 validation tokens that repeat a pattern, so that attention has something to learn."""
+    """A prepared folder by hand: 6000 validation tokens that repeat a pattern, so that attention has
+    something to learn."""
     folder = tmp_path_factory.mktemp("data")
     values = np.random.default_rng(0).integers(0, VOCAB, 40)
     stream = np.concatenate([np.roll(values, shift)[:12] for shift in range(500)]).astype(np.uint16)
@@ -149,7 +168,14 @@ NO_SPECIAL = {"bos_token_id": None, "eos_token_id": None}
 
 def make_gpt2(**changes):
     torch.manual_seed(0)
-    shape = {"vocab_size": VOCAB, "n_positions": 32, "n_embd": 32, "n_layer": 3, "n_head": HEADS, "resid_pdrop": 0.0}
+    shape = {
+        "vocab_size": VOCAB,
+        "n_positions": 32,
+        "n_embd": 32,
+        "n_layer": 3,
+        "n_head": HEADS,
+        "resid_pdrop": 0.0,
+    }
     scaled = {"scale_attn_by_inverse_layer_idx": True, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     return GPT2LMHeadModel(GPT2Config(**{**shape, **scaled, **NO_SPECIAL, **changes}))
 
@@ -157,9 +183,15 @@ def make_gpt2(**changes):
 def make_llama():
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, num_attention_heads=HEADS, num_key_value_heads=2,
-        intermediate_size=48, max_position_embeddings=32, **NO_SPECIAL,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=HEADS,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=32,
+        **NO_SPECIAL,
+    )
     return LlamaForCausalLM(config)
 
 
@@ -188,7 +220,9 @@ def test_hooks_see_the_maps_that_transformers_returns(checkpoint, data):
     for (_, got), wanted in zip(seen, expected, strict=True):
         assert got.shape == (5, HEADS, LENGTH, LENGTH)
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
-    assert not any(module._forward_hooks for module in model.modules() if "Attention" in type(module).__name__)
+    assert not any(
+        module._forward_hooks for module in model.modules() if "Attention" in type(module).__name__
+    )
 
 
 def test_rows_follow_from_transformers_maps(checkpoint, data):
@@ -230,7 +264,11 @@ def test_one_layer_in_memory(checkpoint, data):
 
     def count(layer, A):
         gc.collect()
-        maps = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and x.shape == (5, HEADS, LENGTH, LENGTH)]
+        maps = [
+            x
+            for x in gc.get_objects()
+            if issubclass(type(x), torch.Tensor) and x.shape == (5, HEADS, LENGTH, LENGTH)
+        ]
         alive.append(len({x.untyped_storage().data_ptr() for x in maps}))
 
     with watch_attention(model, LENGTH, count), torch.no_grad():
@@ -252,21 +290,30 @@ def test_inverse_layer_scaling_is_honoured(data, tmp_path):
         q, k, _ = layer.attn.c_attn(layer.ln_1(hidden.to(loaded.device))).split(32, dim=2)
         q, k = (x.view(1, LENGTH, HEADS, 8).transpose(1, 2) for x in (q, k))
         logits = q @ k.mT / 8**0.5 / (3 if scaled else 1)
-        logits = logits.masked_fill(torch.ones(LENGTH, LENGTH, dtype=torch.bool, device=logits.device).triu(1), -torch.inf)
+        logits = logits.masked_fill(
+            torch.ones(LENGTH, LENGTH, dtype=torch.bool, device=logits.device).triu(1), -torch.inf
+        )
         seen = []
-        causal = torch.full((LENGTH, LENGTH), torch.finfo(torch.float32).min, device=logits.device).triu(1)[None, None]
+        causal = torch.full((LENGTH, LENGTH), torch.finfo(torch.float32).min, device=logits.device).triu(1)[
+            None, None
+        ]
         with watch_attention(loaded, LENGTH, lambda _, A, seen=seen: seen.append(A)), torch.no_grad():
             layer(hidden.to(loaded.device), attention_mask=causal)
         torch.testing.assert_close(seen[0], logits.softmax(-1).detach(), rtol=1e-4, atol=1e-6)
         ranks[scaled] = maps
-    assert torch.equal(ranks[True][0], ranks[False][0]) and not torch.allclose(ranks[True][2], ranks[False][2], atol=1e-3)
+    assert torch.equal(ranks[True][0], ranks[False][0]) and not torch.allclose(
+        ranks[True][2], ranks[False][2], atol=1e-3
+    )
 
 
 def test_sinks_are_lazy_and_uniform_attention_is_not(data, tmp_path):
-    """Every head of layer 1 (from 0) looks at the first token, layer 2 has the same keys everywhere: ranks 1 and 3."""
+    """Every head of layer 1 (from 0) looks at the first token, layer 2 has the same keys everywhere: ranks 1
+    and 3."""
     model = make_gpt2(scale_attn_by_inverse_layer_idx=False)
     with torch.no_grad():
-        model.transformer.wpe.weight[0, 0] = 100.0  # marks the first token; survives the layer norm as about sqrt(width)
+        model.transformer.wpe.weight[0, 0] = (
+            100.0  # marks the first token; survives the layer norm as about sqrt(width)
+        )
         for block in model.transformer.h[1:]:
             block.attn.c_attn.weight[:, :64] = 0
         sink = model.transformer.h[1].attn.c_attn
@@ -281,7 +328,8 @@ def test_sinks_are_lazy_and_uniform_attention_is_not(data, tmp_path):
 
 
 def test_lazy_is_exact():
-    """MaxRank of 1.02 is near 1, and counted as such, but not lazy; and of two heads the larger mean decides."""
+    """MaxRank of 1.02 is near 1, and counted as such, but not lazy; and of two heads the larger mean
+    decides."""
     ranks = np.ones((len(TAUS), 50, 2), int)
     masses = np.ones((1, 50, 2), int)
     assert attention.layer_row(0, ranks, masses)["lazy"]
@@ -291,11 +339,13 @@ def test_lazy_is_exact():
     assert row["max_rank"]["0.9"] == 1.02 and row["max_rank_std"]["0.9"] == pytest.approx(0.14, abs=1e-6)
 
 
-# --- suggestion -----------------------------------------------------------------------------------------------------------
+# --- suggestion ---------------------------------------------------------------------------------------------
 
 
 def layers_of(*max_ranks):
-    return [{"kind": "layer", "layer": i, "max_rank": {"0.9": float(rank)}} for i, rank in enumerate(max_ranks)]
+    return [
+        {"kind": "layer", "layer": i, "max_rank": {"0.9": float(rank)}} for i, rank in enumerate(max_ranks)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -317,7 +367,8 @@ def test_suggested_layers(ranks, n):
 
 
 def test_paper_curves_suggest_about_half():
-    """MaxRank read off the paper's Figure 1 (Medium, layers 3 to 24; the first two, not drawn there, as 6)."""
+    """MaxRank read off the paper's Figure 1 (Medium, layers 3 to 24; the first two, not drawn there, as
+    6)."""
     medium = [6, 6, 1.77, 6.19, 5.8, 33.58, 1.03, 8.5, 8.5, 6.39, 3.14, 1.18, 1.67, 2.75, 1.97, 1.08, 1.67]
     medium += [1.05, 1.11, 1.18, 1.08, 1.72, 1.05, 1.08]
     assert suggest_layers(layers_of(*medium))[0] == 11
@@ -326,12 +377,16 @@ def test_paper_curves_suggest_about_half():
 def test_groups():
     rows = attention.group_rows(layers_of(9, 5, 3, 1, 1.5, 1))
     assert [(row["first"], row["end"], row["lazy"]) for row in rows] == [
-        (0, 3, False), (3, 6, True), (0, 2, False), (2, 4, False), (4, 6, True)
-    ]  # fmt: skip
+        (0, 3, False),
+        (3, 6, True),
+        (0, 2, False),
+        (2, 4, False),
+        (4, 6, True),
+    ]
     assert rows[1]["avg_rank"] == pytest.approx(3.5 / 3, abs=1e-6)
 
 
-# --- refusals and the verb ------------------------------------------------------------------------------------------------
+# --- refusals and the verb ----------------------------------------------------------------------------------
 
 
 def test_refusals(checkpoint, data, tmp_path):
@@ -397,15 +452,25 @@ def test_the_verb(data, tmp_path, monkeypatch, capsys):
     make_gpt2().save_pretrained(run / "at_00000010")
 
     folder = attention.run_analyze(str(run / "final"), str(data), sequences=4, length=LENGTH)
-    assert folder == run and sorted(p.name for p in run.iterdir()) == ["at_00000010", "attention.jsonl", "final"]
+    assert folder == run and sorted(p.name for p in run.iterdir()) == [
+        "at_00000010",
+        "attention.jsonl",
+        "final",
+    ]
     rows = read_jsonl(run / "attention.jsonl")
     assert rows[0]["sequences"] == 4 and rows[0]["data"] == "f" * 32 and rows[0]["rehearsal"] is False
     table = capsys.readouterr().out
-    assert "MaxRank" in table and "AvgRank of half 2 of 2 (layers 2 to 3)" in table and rows[-1]["reason"] in table
+    assert (
+        "MaxRank" in table
+        and "AvgRank of half 2 of 2 (layers 2 to 3)" in table
+        and rows[-1]["reason"] in table
+    )
 
     kept = attention.run_analyze(str(run / "at_00000010"), str(data), sequences=4, length=LENGTH)
     assert kept == tmp_path / "runs" / "analysis" / "reference--at_00000010"
-    assert attention.run_analyze(str(run / "final"), str(data), str(tmp_path / "o"), 4, LENGTH) == tmp_path / "o"
+    assert (
+        attention.run_analyze(str(run / "final"), str(data), str(tmp_path / "o"), 4, LENGTH) == tmp_path / "o"
+    )
     with pytest.raises(UserError, match="no experiment"):
         attention.run_analyze(str(run / "final"), "no_such_experiment")
 

@@ -1,5 +1,5 @@
-"""Machines that lack what others have: git, a working nvidia-smi, /dev/shm, /proc, a folder for temporary files, a name that
-can be looked up. Each is done without, or is one sentence."""
+"""Machines that lack what others have: git, a working nvidia-smi, /dev/shm, /proc, a folder for temporary
+files, a name that can be looked up. Each is done without, or is one sentence."""
 
 import os
 import re
@@ -20,8 +20,20 @@ from inheritune.training.record import git_commit
 
 
 def changed_machine(change: str, *words, own: str = "--mount") -> subprocess.CompletedProcess:
-    """`python -m inheritune WORDS` where the shell commands `change` have changed what this process and its children see."""
-    command = ["unshare", own, "sh", "-c", f'{change} && exec "$@"', "-", sys.executable, "-m", "inheritune", *map(str, words)]
+    """`python -m inheritune WORDS` where the shell commands `change` have changed what this process and its
+    children see."""
+    command = [
+        "unshare",
+        own,
+        "sh",
+        "-c",
+        f'{change} && exec "$@"',
+        "-",
+        sys.executable,
+        "-m",
+        "inheritune",
+        *map(str, words),
+    ]
     if os.geteuid() or subprocess.run(["unshare", own, "true"], capture_output=True, check=False).returncode:
         pytest.skip("another view of the machine (unshare) needs root")
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
@@ -37,7 +49,7 @@ def write_tool(folder, name: str, text: str, monkeypatch) -> None:
 HANGS = "#!/bin/sh\nexec /bin/sleep 600\n"
 
 
-# --- git --------------------------------------------------------------------------------------------------------------------
+# --- git ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -73,7 +85,7 @@ def test_a_checkout_of_another_owner_has_no_commit(tmp_path, monkeypatch):
     assert git_commit() is None
 
 
-# --- nvidia-smi and scontrol ------------------------------------------------------------------------------------------------
+# --- nvidia-smi and scontrol --------------------------------------------------------------------------------
 
 
 def test_a_driver_that_hangs_is_told(tmp_path, monkeypatch):
@@ -92,9 +104,12 @@ def test_nodes_are_not_named_where_scontrol_fails(tmp_path, monkeypatch):
         assert dist._slurm_hosts() == []
 
 
-# --- file systems -----------------------------------------------------------------------------------------------------------
+# --- file systems -------------------------------------------------------------------------------------------
 
-NO_SHM = {"read-only": "mount -t tmpfs -o ro tmpfs /dev/shm", "missing": "mount -t tmpfs tmpfs /dev && mknod /dev/null c 1 3"}
+NO_SHM = {
+    "read-only": "mount -t tmpfs -o ro tmpfs /dev/shm",
+    "missing": "mount -t tmpfs tmpfs /dev && mknod /dev/null c 1 3",
+}
 
 
 @pytest.mark.slow
@@ -133,7 +148,10 @@ def test_without_a_folder_for_temporary_files_training_is_one_sentence(tmp_path,
     path, root, _ = make(tmp_path, stage=1)
     monkeypatch.setenv("INHERITUNE_ROOT", str(root))
     monkeypatch.setenv("TMPDIR", "/nonexistent")
-    read_only = [f"mount --bind {place} {place} && mount -o remount,bind,ro {place}" for place in ("/tmp", "/var/tmp", "$PWD")]
+    read_only = [
+        f"mount --bind {place} {place} && mount -o remount,bind,ro {place}"
+        for place in ("/tmp", "/var/tmp", "$PWD")
+    ]
     done = changed_machine(" && ".join(read_only), "train", path, "--run", "reference")
     assert "set TMPDIR to one that can" in one_sentence(done)
 
@@ -141,12 +159,17 @@ def test_without_a_folder_for_temporary_files_training_is_one_sentence(tmp_path,
 def test_a_lost_folder_for_temporary_files_is_a_limit_of_the_machine():
     """What tempfile raises, wherever a library first asks it."""
     error = FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
-    assert "set TMPDIR" in str(limit_error(error)) and limit_error(FileNotFoundError(2, "No such file", "x")) is None
+    assert (
+        "set TMPDIR" in str(limit_error(error))
+        and limit_error(FileNotFoundError(2, "No such file", "x")) is None
+    )
 
 
 @pytest.mark.slow
 def test_ranks_meet_on_a_machine_whose_name_cannot_be_looked_up(tmp_path, monkeypatch):
     path, root, run = make(tmp_path, stage=1, steps=3)
     monkeypatch.setenv("INHERITUNE_ROOT", str(root))
-    done = changed_machine("hostname no-such-machine", "train", path, "--run", "reference", "--procs", 2, own="--uts")
+    done = changed_machine(
+        "hostname no-such-machine", "train", path, "--run", "reference", "--procs", 2, own="--uts"
+    )
     assert run.is_done() and "hostname" not in done.stderr, done.stderr

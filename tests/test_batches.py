@@ -1,4 +1,5 @@
-"""The order of data: a pure function of (fingerprint, seed, step, position), any batch on any number of ranks."""
+"""The order of data: a pure function of (fingerprint, seed, step, position), any batch on any number of
+ranks."""
 
 import numpy as np
 import pytest
@@ -60,7 +61,15 @@ def test_random_windows_cover_the_whole_text(tokens):
     assert starts.min() < 50 and starts.max() > tokens.n_tokens - 32 - 50
 
 
-PAPER_BATCHES = [384, 128, 480, 60, 48, 64, 20]  # Medium, Large and XL, Small, FineWeb, figures 23 and 24, low data, tests
+PAPER_BATCHES = [
+    384,
+    128,
+    480,
+    60,
+    48,
+    64,
+    20,
+]  # Medium, Large and XL, Small, FineWeb, figures 23 and 24, low data, tests
 
 
 @pytest.mark.parametrize("batch", PAPER_BATCHES)
@@ -114,7 +123,9 @@ def test_a_shard_whose_content_changed_is_found_by_the_hashes_of_some_start(tmp_
     for draw in range(3):  # one training shard each, of three; the clock draws it
         monkeypatch.setattr(batches.time, "time_ns", lambda draw=draw: draw)
         check_some_shards(folder)
-    (folder / "train_00001.bin").write_bytes((folder / "train_00002.bin").read_bytes() * 2)  # of another size: always found
+    (folder / "train_00001.bin").write_bytes(
+        (folder / "train_00002.bin").read_bytes() * 2
+    )  # of another size: always found
     with pytest.raises(UserError, match="train_00001.bin has 6000 bytes"):
         Tokens(folder, "train")
     write_tokens(tmp_path / "again")
@@ -128,7 +139,11 @@ def test_a_shard_whose_content_changed_is_found_by_the_hashes_of_some_start(tmp_
             check_some_shards(tmp_path / "again")
         except UserError as error:
             said.append(str(error))
-    assert len(said) == 1 and "train_00001.bin does not have the content" in said[0] and "run 'prepare' again" in said[0]
+    assert (
+        len(said) == 1
+        and "train_00001.bin does not have the content" in said[0]
+        and "run 'prepare' again" in said[0]
+    )
     (tmp_path / "again" / "val_00000.bin").write_bytes(bytes(2400))  # validation is hashed at every start
     with pytest.raises(UserError, match="val_00000.bin does not have the content"):
         check_some_shards(tmp_path / "again")

@@ -1,5 +1,5 @@
-"""The command line as a user meets it: mistakes are one sentence with exit code 2 and leave nothing behind; the shape of
-the package (imports in order, sizes)."""
+"""The command line as a user meets it: mistakes are one sentence with exit code 2 and leave nothing behind;
+the shape of the package (imports in order, sizes)."""
 
 import ast
 import io
@@ -13,7 +13,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import REPOSITORY, experiment_dict, one_sentence, refused, run_verb, write_experiment, write_tokens
+from conftest import (
+    REPOSITORY,
+    experiment_dict,
+    one_sentence,
+    refused,
+    run_verb,
+    write_experiment,
+    write_tokens,
+)
 
 from inheritune.config.experiment import load_experiment
 from inheritune.files.rundir import data_dir
@@ -32,12 +40,24 @@ errors config files runtime data models runs engines training analysis evaluatio
         (["train", "quickstart"], "train needs RUN"),
         (["train", "quickstrat", "--run", "reference"], "did you mean 'quickstart'?"),
         (["train", "quickstart", "--run", "refrence"], "has no run 'refrence'; did you mean 'reference'?"),
-        (["train", "quickstart", "--run", "reference,refrence"], "has no run 'refrence'; did you mean 'reference'?"),
-        (["train", "quickstart", "--run", "reference", "--seed", "one"], "--seed takes a whole number (got 'one')"),
-        (["train", "quickstart", "--run", "reference", "--seed", "1", "--seed", "2"], "--seed is given twice"),
+        (
+            ["train", "quickstart", "--run", "reference,refrence"],
+            "has no run 'refrence'; did you mean 'reference'?",
+        ),
+        (
+            ["train", "quickstart", "--run", "reference", "--seed", "one"],
+            "--seed takes a whole number (got 'one')",
+        ),
+        (
+            ["train", "quickstart", "--run", "reference", "--seed", "1", "--seed", "2"],
+            "--seed is given twice",
+        ),
         (["train", "quickstart", "--run", "reference", "--ds"], "--ds needs a value"),
         (["train", "quickstart", "--run", "reference", "extra"], "takes no further argument 'extra'"),
-        (["train", "quickstart", "--run", "inheritune"], "grows by stages; use 'grow quickstart --run inheritune'"),
+        (
+            ["train", "quickstart", "--run", "inheritune"],
+            "grows by stages; use 'grow quickstart --run inheritune'",
+        ),
         (["train", "quickstart", "--run", "reference", "--stage", "1"], "has no 'grow' section"),
         (["grow", "quickstart", "--run", "reference"], "has no 'grow' section; use train"),
         (["train", "quickstart", "--run", "reference", "--ds", "ds_configs/zero4.json"], "did you mean"),
@@ -68,7 +88,9 @@ def test_help_names_every_verb():
 def run_verb_imports() -> str:
     """Modules that --help loads."""
     code = "import sys; from inheritune.cli import main; main(['--help']); print('LOADED', *sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True
+    )
     return done.stdout.split("LOADED")[1].split()
 
 
@@ -82,13 +104,17 @@ JSON_MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("extra", "says"), JSON_MISTAKES, ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")
+@pytest.mark.parametrize(
+    ("extra", "says"), JSON_MISTAKES, ids=lambda v: next(iter(v)) if isinstance(v, dict) else ""
+)
 def test_key_of_the_experiment_in_the_deepspeed_json_is_refused(tmp_path, extra, says):
     from inheritune.engines.engine import load_json
     from inheritune.errors import UserError
 
     path = tmp_path / "ds.json"
-    path.write_text(json.dumps({"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}, **extra}))
+    path.write_text(
+        json.dumps({"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}, **extra})
+    )
     with pytest.raises(UserError) as caught:
         load_json(path)
     assert says in str(caught.value)
@@ -98,7 +124,9 @@ def test_damaged_deepspeed_json_is_refused(tmp_path):
     from inheritune.engines.engine import load_json
     from inheritune.errors import UserError
 
-    (tmp_path / "twice.json").write_text('{"train_micro_batch_size_per_gpu": 2, "train_micro_batch_size_per_gpu": 4}')
+    (tmp_path / "twice.json").write_text(
+        '{"train_micro_batch_size_per_gpu": 2, "train_micro_batch_size_per_gpu": 4}'
+    )
     with pytest.raises(UserError, match="sets 'train_micro_batch_size_per_gpu' twice"):
         load_json(tmp_path / "twice.json")
     (tmp_path / "cut.json").write_text('{"train_micro_batch_size_per_gpu": [')
@@ -120,7 +148,11 @@ def test_every_shipped_json_loads(path):
     [
         ({"model": {"vocab_size": 200}}, "300"),
         (
-            {"data": {"sequence_length": 4096}, "model": {"positions": 4096}, "train": {"batch_tokens": 8192}},
+            {
+                "data": {"sequence_length": 4096},
+                "model": {"positions": 4096},
+                "train": {"batch_tokens": 8192},
+            },
             "fewer than one window",
         ),
         ({"data": {"sampling": "one_pass"}, "train": {"steps": 1000}}, "at most 10 steps"),
@@ -157,7 +189,9 @@ def test_mistake_on_several_ranks_is_told_once(tmp_path):
     raw["train"]["batch_tokens"] = 32  # one sequence for two ranks
     path = write_experiment(tmp_path, raw)
     write_tokens(data_dir(load_experiment(path)))
-    assert "2 ranks for a batch of 1 sequences" in refused("train", path, "--run", "reference", "--procs", "2")
+    assert "2 ranks for a batch of 1 sequences" in refused(
+        "train", path, "--run", "reference", "--procs", "2"
+    )
 
 
 def test_check_says_what_a_run_starts_from_with_the_lines_that_make_it(small):
@@ -166,7 +200,10 @@ def test_check_says_what_a_run_starts_from_with_the_lines_that_make_it(small):
     said = done.stderr
     assert "its data is not prepared and run 'reference', which it needs, is not trained" in said
     assert "bash slurm/fetch.sh gpt2_xl_owt && bash slurm/prepare.sh gpt2_xl_owt" in said
-    assert "(13.1B tokens, about 95 GPU-hours" in said and "bash slurm/train.sh gpt2_xl_owt inheritune_public" in said
+    assert (
+        "(13.1B tokens, about 95 GPU-hours" in said
+        and "bash slurm/train.sh gpt2_xl_owt inheritune_public" in said
+    )
     assert "inheritune --stage 1 -- --dependency=afterok:JOB" in said
     said = refused("check", small, "--run", "grown")
     assert "run 'reference', which it needs, is not trained" in said and "data is not" not in said
@@ -178,7 +215,10 @@ def test_lines_to_paste_work_from_another_folder(tmp_path):
     """Scripts of the checkout by their whole path; 'bash slurm/...' only where that is right."""
     command = [sys.executable, "-m", "inheritune"]
     said = []
-    for words in (["check", "gpt2_xl_owt", "--run", "inheritune"], ["check", "gpt2_medium_owt", "--run", "inheritune"]):
+    for words in (
+        ["check", "gpt2_xl_owt", "--run", "inheritune"],
+        ["check", "gpt2_medium_owt", "--run", "inheritune"],
+    ):
         done = subprocess.run([*command, *words], capture_output=True, text=True, cwd=tmp_path, check=False)
         assert done.returncode == 2, done.stderr
         said += [done.stderr]
@@ -193,8 +233,12 @@ def test_lines_to_paste_work_from_another_folder(tmp_path):
 def test_a_current_folder_that_is_gone_is_told(tmp_path, words):
     (tmp_path / "gone").mkdir()
     line = f'rmdir "$PWD" && exec {shlex.quote(sys.executable)} -m inheritune {shlex.join(words)}'
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=tmp_path / "gone", check=False)
-    assert one_sentence(done) == "inheritune: the current folder is gone; cd to one that exists, and start again"
+    done = subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, cwd=tmp_path / "gone", check=False
+    )
+    assert (
+        one_sentence(done) == "inheritune: the current folder is gone; cd to one that exists, and start again"
+    )
 
 
 @pytest.mark.parametrize("root", ["/proc/x", "/proc/x/y", "FILE/x"])
@@ -202,10 +246,12 @@ def test_a_root_that_cannot_be_made_is_named(tmp_path, root):
     (tmp_path / "file").write_text("precious")
     root = root.replace("FILE", str(tmp_path / "file"))
     said = refused("prepare", "quickstart", "--rehearse", INHERITUNE_ROOT=root)
-    assert f"INHERITUNE_ROOT={root} is no folder and cannot be made" in said and "set it to another one" in said
+    assert (
+        f"INHERITUNE_ROOT={root} is no folder and cannot be made" in said and "set it to another one" in said
+    )
 
 
-# --- the package ----------------------------------------------------------------------------------------------------------
+# --- the package --------------------------------------------------------------------------------------------
 
 
 def imports(path) -> set[str]:
@@ -216,7 +262,11 @@ def imports(path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.module and not node.level, f"{path} imports by a relative name"
-            found |= {f"inheritune.{alias.name}" for alias in node.names} if node.module == "inheritune" else {node.module}
+            found |= (
+                {f"inheritune.{alias.name}" for alias in node.names}
+                if node.module == "inheritune"
+                else {node.module}
+            )
     return {name.split(".")[1] for name in found if name.startswith("inheritune.")}
 
 
@@ -235,7 +285,11 @@ def code_lines(path) -> int:
         ):
             lines.update(range(token.start[0], token.end[0] + 1))
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
             lines -= set(range(node.lineno, node.end_lineno + 1))
     return len(lines)
 
@@ -245,12 +299,16 @@ def test_a_room_imports_only_from_rooms_before_it():
     found = {path.name.removesuffix(".py") for path in package.iterdir() if not path.name.startswith("__")}
     assert found == set(ROOMS)
     for position, room in enumerate(ROOMS):
-        files = sorted((package / room).glob("*.py")) if (package / room).is_dir() else [package / f"{room}.py"]
+        files = (
+            sorted((package / room).glob("*.py")) if (package / room).is_dir() else [package / f"{room}.py"]
+        )
         for path in files:
             later = imports(path) - set(ROOMS[: position + 1])
             assert not later, f"{path} imports from {later}"
         if (package / room).is_dir():
-            assert ast.get_docstring(ast.parse((package / room / "__init__.py").read_text())), f"{room} says what belongs there"
+            assert ast.get_docstring(ast.parse((package / room / "__init__.py").read_text())), (
+                f"{room} says what belongs there"
+            )
 
 
 def imports_at_the_top(path) -> list[str]:
@@ -265,9 +323,16 @@ def test_main_imports_lazily():
         "inheritune.runtime",
     ]  # and nothing slow
     heavy = subprocess.run(
-        [sys.executable, "-c", "import sys, inheritune.cli; print(*{'torch', 'numpy', 'deepspeed'} & set(sys.modules))"],
-        capture_output=True, text=True, cwd=REPOSITORY, check=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            "import sys, inheritune.cli; print(*{'torch', 'numpy', 'deepspeed'} & set(sys.modules))",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        check=True,
+    )
     assert heavy.stdout.strip() == ""
 
 
@@ -277,7 +342,7 @@ def test_no_file_is_too_long_to_read():
     assert max(sizes.values()) <= 500, sizes
 
 
-# --- documents ------------------------------------------------------------------------------------------------------------
+# --- documents ----------------------------------------------------------------------------------------------
 
 
 def test_links_files_and_commands_of_the_readme_exist():
@@ -293,12 +358,18 @@ def test_links_files_and_commands_of_the_readme_exist():
 def test_shell_is_clean():
     scripts = [str(p) for p in REPOSITORY.rglob("*.sh") if ".venv" not in p.parts]
     assert len(scripts) >= 4
-    for script in scripts:  # one by one: together, each would be checked with all that it sources (a second each)
+    for (
+        script
+    ) in scripts:  # one by one: together, each would be checked with all that it sources (a second each)
         command = ["shellcheck", "--exclude=SC1091", script]
         done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
         assert done.returncode == 0, done.stdout
     # site.sh is sourced by login shells too, which must not end at the first error
-    assert all("set -euo pipefail" in Path(script).read_text() for script in scripts if not script.endswith("slurm/site.sh"))
+    assert all(
+        "set -euo pipefail" in Path(script).read_text()
+        for script in scripts
+        if not script.endswith("slurm/site.sh")
+    )
 
 
 def test_yaml_of_the_recipes_is_what_the_tests_think():

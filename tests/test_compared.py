@@ -1,4 +1,5 @@
-"""What results are compared with: the same windows of the same text, and a reference that is still the one it was."""
+"""What results are compared with: the same windows of the same text, and a reference that is still the one it
+was."""
 
 import copy
 import shutil
@@ -51,10 +52,15 @@ def test_a_table_does_not_show_a_difference_to_a_reference_that_is_gone(again):
     assert "other" in run_verb("table", path).stdout
     replace_reference(path)
     said = refused("table", path)
-    assert "other/results.json compares with weights of run 'reference', which has been trained anew since" in said
+    assert (
+        "other/results.json compares with weights of run 'reference', which has been trained anew since"
+        in said
+    )
     assert "python -m inheritune evaluate small --run other" in said
     run_verb("evaluate", path, "--run", "other", "--tasks", "none")
-    assert run_of(path, "other").read_results()["compared_weights"] == run_of(path, "reference").weights_hash()
+    assert (
+        run_of(path, "other").read_results()["compared_weights"] == run_of(path, "reference").weights_hash()
+    )
     run_verb("table", path)
 
 
@@ -64,10 +70,14 @@ def test_growth_does_not_go_on_against_another_reference(again):
     for gone in (grown.done, grown.stage(2).path):
         shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
     replace_reference(path)
-    assert "grown/stage1/results.json compares with weights of run 'reference'" in refused("grow", path, "--run", "grown")
+    assert "grown/stage1/results.json compares with weights of run 'reference'" in refused(
+        "grow", path, "--run", "grown"
+    )
     run_verb("evaluate", path, "--run", "grown/stage1", "--tasks", "none")
     said = refused("train", path, "--run", "grown", "--stage", "2")  # stage 1 still comes from the old one
-    assert f"{grown.path} was started from weights of run 'reference', which has been trained anew since" in said
+    assert (
+        f"{grown.path} was started from weights of run 'reference', which has been trained anew since" in said
+    )
 
 
 @pytest.mark.parametrize("change", [{"data": {"sequence_length": 16}}, {"train": {"final_windows": 8}}])
@@ -82,7 +92,9 @@ def test_a_finished_run_is_measured_on_its_own_windows(again, change):
 
 
 def test_a_run_on_other_windows_is_not_compared(again):
-    path = again(data={"sequence_length": 16}, runs={"new": {"init": "random", "layers": 2, "compare": "reference"}})
+    path = again(
+        data={"sequence_length": 16}, runs={"new": {"init": "random", "layers": 2, "compare": "reference"}}
+    )
     said = refused("train", path, "--run", "new")
     assert "was measured with windows" in said and "of 32 tokens" in said and "of 16 tokens" in said
     assert not run_of(path, "new").experiment.exists()
@@ -93,7 +105,10 @@ def test_older_results_name_no_windows_and_no_weights(again):
     path = again()
     for name in ("reference", "other"):
         facts = read_json(run_of(path, name).results)
-        write_json(run_of(path, name).results, {k: v for k, v in facts.items() if k not in ("windows", "compared_weights")})
+        write_json(
+            run_of(path, name).results,
+            {k: v for k, v in facts.items() if k not in ("windows", "compared_weights")},
+        )
     run_verb("evaluate", path, "--run", "other", "--tasks", "none")
     run_verb("table", path)
 

@@ -55,7 +55,9 @@ def test_unknown_size_names_the_nearest(tmp_path):
 def test_batch_that_is_no_whole_number_of_sequences_is_refused(tmp_path):
     raw = experiment_dict()
     raw["train"]["batch_tokens"] = 650
-    assert "batch_tokens (650) is not a multiple of sequence_length (32); the nearest is 640" in problem(tmp_path, **raw)
+    assert "batch_tokens (650) is not a multiple of sequence_length (32); the nearest is 640" in problem(
+        tmp_path, **raw
+    )
 
 
 def test_sequence_beyond_the_positions_is_refused(tmp_path):
@@ -107,11 +109,19 @@ def test_rehearsal_keeps_what_can_go_wrong_at_size(tmp_path):
     raw = experiment_dict(model={"size": "gpt2_xl"})
     raw["runs"] = {
         "reference": {"init": "random", "keep_at": [3, 6]},
-        "grown": {"init": {"inherit": {"source": "reference", "layers": "0:12"}}, "grow": {"by": 2, "max_layers": 24}},
+        "grown": {
+            "init": {"inherit": {"source": "reference", "layers": "0:12"}},
+            "grow": {"by": 2, "max_layers": 24},
+        },
         "list": {"init": {"inherit": {"source": "reference", "layers": [0, 24, 47]}}},
         "short": {
             "init": "random",
-            "train": {"steps": 1, "warmup_steps": 0, "precision": "bf16", "deepspeed": "ds_configs/zero2.json"},
+            "train": {
+                "steps": 1,
+                "warmup_steps": 0,
+                "precision": "bf16",
+                "deepspeed": "ds_configs/zero2.json",
+            },
         },
     }
     raw["data"]["sequence_length"] = 32
@@ -123,4 +133,7 @@ def test_rehearsal_keeps_what_can_go_wrong_at_size(tmp_path):
     assert parse_layers(grown.init.inherit.layers, 16) == list(range(4)) and grown.grow.max_layers == 8
     assert max(small.runs["list"].init.inherit.layers) < small.model.layers
     short = small.train_of(small.runs["short"])
-    assert short.steps >= short.warmup_steps and (short.precision, short.deepspeed) == ("fp32", "ds_configs/cpu.json")
+    assert short.steps >= short.warmup_steps and (short.precision, short.deepspeed) == (
+        "fp32",
+        "ds_configs/cpu.json",
+    )

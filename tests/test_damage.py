@@ -1,6 +1,6 @@
-"""Damage: every kind of file that a run reads, harmed in every way, under the verb that reads it. The verb ends with the same
-bits, refuses in a sentence that names the file, or goes on from the checkpoint before with a warning; no traceback, no other
-number. What comes out stands in damage.md; each cell is compared with it.
+"""Damage: every kind of file that a run reads, harmed in every way, under the verb that reads it. The verb
+ends with the same bits, refuses in a sentence that names the file, or goes on from the checkpoint before with
+a warning; no traceback, no other number. What comes out stands in damage.md; each cell is compared with it.
 
 DAMAGE=write pytest tests/test_damage.py     writes damage.md anew"""
 
@@ -38,14 +38,17 @@ WRITE = os.environ.get("DAMAGE") == "write"
 READERS = "## Files that were cut off"
 """Where the part of damage.md begins that tests/test_readers.py makes."""
 
-# --- the damages ----------------------------------------------------------------------------------------------------------
+# --- the damages --------------------------------------------------------------------------------------------
 
 
 def flip(path: Path, _=None) -> None:
-    """One bit: of text, that which makes the digit nearest the middle another one; else one among the numbers."""
+    """One bit: of text, that which makes the digit nearest the middle another one; else one among the
+    numbers."""
     content = bytearray(path.read_bytes())
     middle = len(content) // 2
-    digits = [i for i, byte in enumerate(content) if chr(byte).isdecimal()] if path.suffix not in BINARY else []
+    digits = (
+        [i for i, byte in enumerate(content) if chr(byte).isdecimal()] if path.suffix not in BINARY else []
+    )
     content[min(digits, key=lambda i: abs(i - middle)) if digits else len(content) * 2 // 3] ^= 1
     path.write_bytes(content)
 
@@ -71,9 +74,13 @@ DAMAGES: dict[str, Callable[[Path, Path], object]] = {
 
 @contextlib.contextmanager
 def modes_count():
-    """Let file modes bind root too: this thread lays its right to pass over them (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH) down
-    for a while. The calls are Linux's capget and capset, version 3."""
-    libc, header, data = ctypes.CDLL(None, use_errno=True), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    """Let file modes bind root too: this thread lays its right to pass over them (CAP_DAC_OVERRIDE,
+    CAP_DAC_READ_SEARCH) down for a while. The calls are Linux's capget and capset, version 3."""
+    libc, header, data = (
+        ctypes.CDLL(None, use_errno=True),
+        (ctypes.c_uint32 * 2)(0x20080522, 0),
+        (ctypes.c_uint32 * 6)(),
+    )
     libc.capget(header, data)
     before = data[0]
     data[0] &= ~0b110
@@ -85,16 +92,24 @@ def modes_count():
         libc.capset(header, data)
 
 
-# --- verbs in this process --------------------------------------------------------------------------------------------------
+# --- verbs in this process ----------------------------------------------------------------------------------
 
 
 def verb(tree: Path, words: list[str]) -> tuple[int, str]:
-    """`python -m inheritune WORDS` in this process, with `tree` as its root.  -> (exit code, what it printed)"""
+    """`python -m inheritune WORDS` in this process, with `tree` as its root.  -> (exit code, what it
+    printed)"""
     said, handlers = io.StringIO(), {s: signal.getsignal(s) for s in (signal.SIGUSR1, signal.SIGTERM)}
     quiet = {"INHERITUNE_ROOT": str(tree), "INHERITUNE_LOCK_WAIT": "0"}
     try:
-        with mock.patch.dict(os.environ, quiet), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            with modes_count(), mock.patch("inheritune.runtime.dist.stop"):  # DeepSpeed knows only the first group of a process
+        with (
+            mock.patch.dict(os.environ, quiet),
+            contextlib.redirect_stdout(said),
+            contextlib.redirect_stderr(said),
+        ):
+            with (
+                modes_count(),
+                mock.patch("inheritune.runtime.dist.stop"),
+            ):  # DeepSpeed knows only the first group of a process
                 return program.main([word.replace("TREE", str(tree)) for word in words]), said.getvalue()
     finally:
         logger.handlers.clear()
@@ -111,7 +126,11 @@ def trained(tree: Path, run: str) -> dict:
     folder = RunDir(tree / RUNS / run)
     results = read_json(folder.results)
     return {
-        "weights": {n: t for f in folder.final.glob("*.safetensors") for n, t in safetensors.torch.load_file(f).items()},
+        "weights": {
+            n: t
+            for f in folder.final.glob("*.safetensors")
+            for n, t in safetensors.torch.load_file(f).items()
+        },
         "files": hash_folder(folder.final),
         "record": [tuple(row.get(key) for key in RECORD) for row in read_jsonl(folder.metrics)],
         "results": {key: results.get(key) for key in ("validation", "steps", "difference")},
@@ -140,44 +159,49 @@ def train(run: str) -> list[str]:
     return ["train", "TREE/small.yaml", "--run", run, "--ds", "TREE/ds.json"]
 
 
-SCENES = (
-    {
-        "train": Scene(train("reference"), (f"{RUNS}/reference",), lambda tree: trained(tree, "reference")),
-        "resume": Scene(
-            train("reference"),
-            tuple(f"{RUNS}/reference/{name}" for name in ("DONE", "final", "results.json")),
-            lambda tree: trained(tree, "reference"),
-        ),
-        "train from a run": Scene(train("copied"), (f"{RUNS}/copied",), lambda tree: trained(tree, "copied")),
-        "grow": Scene(
-            ["grow", "TREE/small.yaml", "--run", "grown"],
-            (f"{RUNS}/grown/DONE",),
-            lambda tree: read_json(tree / RUNS / "grown/DONE"),
-        ),
-        "table": Scene(["table", "TREE/small.yaml"], (), None),
-        "figure": Scene(["figure", "TREE/small.yaml"], (), pictures),
-        "evaluate": Scene(
-            ["evaluate", "TREE/small.yaml", "--run", "reference"],
-            (),
-            lambda tree: [read_json(tree / RUNS / "reference/results.json")[key] for key in ("validation", "steps", "memory")],
-        ),
-        "analyze": Scene(
-            [*"analyze --data TREE/small.yaml --sequences 4 --length 16 --model".split(), f"TREE/{RUNS}/reference"],  # noqa: SIM905
-            (f"{RUNS}/reference/attention.jsonl",),
-            lambda tree: read_jsonl(tree / RUNS / "reference/attention.jsonl")[1:],  # the first names the tree
-        ),
-    }
-    | {
-        f"inherit from {kind}": Scene(
-            ["inherit", "--source", f"TREE/{kind}", "--layers", "1:3", "--out", "TREE/cut"], (), inherited
-        )
-        for kind in ("safetensors", "bin", "deepspeed")
-    }
-)
+SCENES = {
+    "train": Scene(train("reference"), (f"{RUNS}/reference",), lambda tree: trained(tree, "reference")),
+    "resume": Scene(
+        train("reference"),
+        tuple(f"{RUNS}/reference/{name}" for name in ("DONE", "final", "results.json")),
+        lambda tree: trained(tree, "reference"),
+    ),
+    "train from a run": Scene(train("copied"), (f"{RUNS}/copied",), lambda tree: trained(tree, "copied")),
+    "grow": Scene(
+        ["grow", "TREE/small.yaml", "--run", "grown"],
+        (f"{RUNS}/grown/DONE",),
+        lambda tree: read_json(tree / RUNS / "grown/DONE"),
+    ),
+    "table": Scene(["table", "TREE/small.yaml"], (), None),
+    "figure": Scene(["figure", "TREE/small.yaml"], (), pictures),
+    "evaluate": Scene(
+        ["evaluate", "TREE/small.yaml", "--run", "reference"],
+        (),
+        lambda tree: [
+            read_json(tree / RUNS / "reference/results.json")[key]
+            for key in ("validation", "steps", "memory")
+        ],
+    ),
+    "analyze": Scene(
+        [
+            *["analyze", "--data", "TREE/small.yaml", "--sequences", "4", "--length", "16", "--model"],
+            f"TREE/{RUNS}/reference",
+        ],
+        (f"{RUNS}/reference/attention.jsonl",),
+        lambda tree: read_jsonl(tree / RUNS / "reference/attention.jsonl")[1:],  # the first names the tree
+    ),
+} | {
+    f"inherit from {kind}": Scene(
+        ["inherit", "--source", f"TREE/{kind}", "--layers", "1:3", "--out", "TREE/cut"], (), inherited
+    )
+    for kind in ("safetensors", "bin", "deepspeed")
+}
 
 CHECKPOINT = f"{RUNS}/reference/checkpoints/step_00000004"
 START = f"{RUNS}/random_init_4_layers"
-FILES: list[tuple[str, str, str]] = [  # what it is, the verb that reads it, where it lies (a glob of one file)
+FILES: list[
+    tuple[str, str, str]
+] = [  # what it is, the verb that reads it, where it lies (a glob of one file)
     ("token shard", "train", "data/small-*/train_00001.bin"),
     ("manifest.json", "train", "data/small-*/manifest.json"),
     ("tokenizer.json", "train", "data/small-*/tokenizer/tokenizer.json"),
@@ -221,17 +245,22 @@ FILES: list[tuple[str, str, str]] = [  # what it is, the verb that reads it, whe
     ("optimizer states", "inherit from deepspeed", "deepspeed/deepspeed/*optim_states.pt"),
 ]
 
-# --- the trees --------------------------------------------------------------------------------------------------------------
+# --- the trees ----------------------------------------------------------------------------------------------
 
 
 def plant(folder: Path, seed: int) -> Path:
-    """A tree with all of FILES: data, finished runs, one of them grown, and checkpoints of others; other ones for each seed."""
+    """A tree with all of FILES: data, finished runs, one of them grown, and checkpoints of others; other ones
+    for each seed."""
     tree = folder / f"tree{seed}"
     tree.mkdir()
     rows = np.random.default_rng(seed).integers(0, 26, (200, 30)) + ord("a")
     text = folder / f"text{seed}.jsonl"  # outside: a data folder's name covers the path of its documents
-    text.write_text("".join(json.dumps({"text": " ".join(bytes(w).decode() for w in row.reshape(-1, 5).astype("u1"))}) + "\n"
-                            for row in rows))  # fmt: skip
+    text.write_text(
+        "".join(
+            json.dumps({"text": " ".join(bytes(w).decode() for w in row.reshape(-1, 5).astype("u1"))}) + "\n"
+            for row in rows
+        )
+    )
     runs = {
         "reference": {"init": "random"},
         "copied": {"init": {"inherit": {"source": "reference", "layers": "0:2"}}},
@@ -256,7 +285,9 @@ def plant(folder: Path, seed: int) -> Path:
     model = random_model(config_of("llama"), seed)
     model.save_pretrained(tree / "safetensors", max_shard_size="20KB")
     shutil.copytree(tree / CHECKPOINT, tree / "deepspeed", ignore=shutil.ignore_patterns("COMPLETE"))
-    for path in tree.glob("deepspeed/deepspeed/*.pt"):  # as DeepSpeed writes them elsewhere: with checksums in the file
+    for path in tree.glob(
+        "deepspeed/deepspeed/*.pt"
+    ):  # as DeepSpeed writes them elsewhere: with checksums in the file
         torch.save(torch.load(path, weights_only=False), path)
     (tree / "bin").mkdir()
     model.config.save_pretrained(tree / "bin")
@@ -289,8 +320,11 @@ def world(tmp_path_factory) -> World:
     return World(whole, other, found)
 
 
-def play(tree: Path, copy: Path, scene: Scene, harm: Callable[[Path], object] = lambda _: None) -> tuple[int, str, object]:
-    """Act `scene` out on a copy of `tree` that `harm` was done to.  -> (exit code, what it printed, its result if it ended)"""
+def play(
+    tree: Path, copy: Path, scene: Scene, harm: Callable[[Path], object] = lambda _: None
+) -> tuple[int, str, object]:
+    """Act `scene` out on a copy of `tree` that `harm` was done to.  -> (exit code, what it printed, its
+    result if it ended)"""
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(tree, copy)
     for pattern in scene.without:
@@ -307,7 +341,7 @@ def the(tree: Path, pattern: str) -> Path:
     return path
 
 
-# --- the outcome of each --------------------------------------------------------------------------------------------------
+# --- the outcome of each ------------------------------------------------------------------------------------
 
 NOTES = """
 
@@ -319,7 +353,7 @@ not seen: nothing at hand tells what should be there. Of checkpoints that others
 hash, and a whole other one of the same shape is as good (`inherited.json` keeps the hash of all that was read). Of the training
 shards, which are many gigabytes, a start compares the sizes, and the hash of one shard per rank, another at each start;
 `prepare` and `verify` compare all hashes.
-"""
+"""  # noqa: E501 - the text is written as it stands
 
 OUTCOMES: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
 
@@ -335,9 +369,14 @@ def same(result, expected) -> bool:
 
 def close(result, expected) -> bool:
     """Whether trained weights are the same but for rounding."""
-    return isinstance(result, dict) and "weights" in result and all(
-        torch.allclose(tensor, expected["weights"][name], rtol=0, atol=1e-5) for name, tensor in result["weights"].items()
-    )  # fmt: skip
+    return (
+        isinstance(result, dict)
+        and "weights" in result
+        and all(
+            torch.allclose(tensor, expected["weights"][name], rtol=0, atol=1e-5)
+            for name, tensor in result["weights"].items()
+        )
+    )
 
 
 def outcome(world: World, copy: Path, scene: str, pattern: str, damage: str) -> tuple[str, str]:
@@ -348,12 +387,19 @@ def outcome(world: World, copy: Path, scene: str, pattern: str, damage: str) -> 
     if damage == "another's" and not different:
         return "the same file", ""
     other = different[0] if different else others[0]
-    code, said, result = play(world.whole, copy, SCENES[scene], lambda tree: DAMAGES[damage](tree / harmed, other))
+    code, said, result = play(
+        world.whole, copy, SCENES[scene], lambda tree: DAMAGES[damage](tree / harmed, other)
+    )
     expected, path = world.expected[scene], copy / harmed
     if code == 2:
         lines = [line for line in said.splitlines() if line.startswith("inheritune: ")]
         folders = [str(folder) for folder in path.parents if folder.is_relative_to(copy) and folder != copy]
-        named = [str(path), *folders, f"run '{path.parent.name}'", f"{copy / RUNS}/reference was started with"]
+        named = [
+            str(path),
+            *folders,
+            f"run '{path.parent.name}'",
+            f"{copy / RUNS}/reference was started with",
+        ]
         named.append(f"{copy}/data/small-")  # another's experiment has other data
         assert len(lines) == 1 and any(name in lines[0] for name in named), said
         return "refused", said
@@ -368,7 +414,9 @@ def outcome(world: World, copy: Path, scene: str, pattern: str, damage: str) -> 
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize(("what", "scene", "pattern"), FILES, ids=[f"{scene}-{what}" for what, scene, _ in FILES])
+@pytest.mark.parametrize(
+    ("what", "scene", "pattern"), FILES, ids=[f"{scene}-{what}" for what, scene, _ in FILES]
+)
 def test_damage(world, tmp_path, what, scene, pattern, damage):
     found, said = outcome(world, tmp_path / "tree", scene, pattern, damage)
     OUTCOMES[what, scene][damage] = found
@@ -388,23 +436,28 @@ def committed() -> dict[tuple[str, str], dict[str, str]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def leave():
-    """One thread, since all here is tiny; at the end write the table, where that was asked for, and leave the process group."""
+    """One thread, since all here is tiny; at the end write the table, where that was asked for, and leave the
+    process group."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
     dist.stop()
     if WRITE:
-        rows = [[what, scene, *(OUTCOMES[what, scene].get(d, "?") for d in DAMAGES)] for what, scene, _ in FILES]
+        rows = [
+            [what, scene, *(OUTCOMES[what, scene].get(d, "?") for d in DAMAGES)] for what, scene, _ in FILES
+        ]
         _, heading, readers = TABLE.read_text().partition(READERS)
         table = tabulate(rows, headers=["file", "read by", *DAMAGES], tablefmt="github")
         TABLE.write_text(table + NOTES + f"\n{heading}{readers}")
 
 
-# --- beside the table -----------------------------------------------------------------------------------------------------
+# --- beside the table ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pattern", [f"{CHECKPOINT}/COMPLETE", f"{RUNS}/reference/DONE", f"{RUNS}/grown/DONE"])
+@pytest.mark.parametrize(
+    "pattern", [f"{CHECKPOINT}/COMPLETE", f"{RUNS}/reference/DONE", f"{RUNS}/grown/DONE"]
+)
 def test_no_bit_of_a_marker_can_change_unseen(world, tmp_path, pattern):
     path = the(world.whole, pattern)
     whole, content, refused = read_json(path), path.read_bytes(), 0
@@ -428,7 +481,10 @@ def test_without_a_whole_checkpoint_a_run_refuses_rather_than_starts_over(world,
 
     code, said, _ = play(world.whole, tmp_path / "tree", SCENES["resume"], harm)
     assert code == 2 and said.count("is passed over") == 2 and "step_00000002" in said.splitlines()[-1], said
-    assert "delete" in said and len(list((tmp_path / "tree").glob(f"{RUNS}/reference/checkpoints/*/COMPLETE"))) == 2
+    assert (
+        "delete" in said
+        and len(list((tmp_path / "tree").glob(f"{RUNS}/reference/checkpoints/*/COMPLETE"))) == 2
+    )
 
 
 def test_tokens_that_fail_are_prepared_again(world, tmp_path):
@@ -437,10 +493,14 @@ def test_tokens_that_fail_are_prepared_again(world, tmp_path):
     before = hash_folder(shard.parent)
     flip(shard)
     code, said = verb(tmp_path / "tree", ["prepare", "TREE/small.yaml", "--workers", "1"])
-    assert code == 0 and f"{shard} does not have the content" in said and hash_folder(shard.parent) == before, said
+    assert (
+        code == 0 and f"{shard} does not have the content" in said and hash_folder(shard.parent) == before
+    ), said
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", '{"starts": []}', '{"starts": [3]}', '{"starts": [{}]}', '{"starts'])
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", '{"starts": []}', '{"starts": [3]}', '{"starts": [{}]}', '{"starts']
+)
 def test_starts_that_are_not_recorded_are_refused_by_all_that_read_them(world, tmp_path, content):
     """provenance.json with no seal, as a person or another program leaves it."""
     shutil.copytree(world.whole, tmp_path / "tree")
@@ -460,7 +520,9 @@ def test_starts_that_are_not_recorded_are_refused_by_all_that_read_them(world, t
     assert str(path) in said, said
 
 
-@pytest.mark.parametrize("words", [["table", "TREE/small.yaml"], ["status", "TREE/small.yaml"]], ids=["table", "status"])
+@pytest.mark.parametrize(
+    "words", [["table", "TREE/small.yaml"], ["status", "TREE/small.yaml"]], ids=["table", "status"]
+)
 @pytest.mark.parametrize("folder", [f"{RUNS}/reference", RUNS, "runs"])
 def test_a_run_folder_of_another_user_is_told(world, tmp_path, words, folder):
     shutil.copytree(world.whole, tmp_path / "tree")
@@ -471,13 +533,13 @@ def test_a_run_folder_of_another_user_is_told(world, tmp_path, words, folder):
     assert "Permission denied" in said and str(tmp_path / "tree" / RUNS / "reference") in said, said
 
 
-# --- what a refusal says to do works --------------------------------------------------------------------------------------
+# --- what a refusal says to do works ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """`words` are refused on a tree that `harm` was done to, in a sentence that `says` this; after `does` they work (or, if it
-    gives other words, these)."""
+    """`words` are refused on a tree that `harm` was done to, in a sentence that `says` this; after `does`
+    they work (or, if it gives other words, these)."""
 
     words: list[str]
     harm: Callable[[Path], object]
@@ -552,7 +614,9 @@ REMEDIES = {
     ),
     "a file edited on purpose": Remedy(
         ["table", "TREE/small.yaml"],
-        lambda tree: edit_json(tree / RUNS / "reference/results.json", lambda value: value.update(note="by hand")),
+        lambda tree: edit_json(
+            tree / RUNS / "reference/results.json", lambda value: value.update(note="by hand")
+        ),
         r"results.json is not as it was written; .* delete its 'seal'",
         unseal(f"{RUNS}/reference/results.json"),
     ),
@@ -634,7 +698,7 @@ REMEDIES = {
         r"(\S+) does not say why the run stopped: it is damaged; delete it",
         lambda _, found: remove(Path(found[1])),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REMEDIES)
@@ -642,7 +706,11 @@ def test_a_remedy_works(world, tmp_path, name):
     tree, case = tmp_path / "tree", REMEDIES[name]
     shutil.copytree(world.whole, tree)
     case.harm(tree)
-    words = [word.replace("TREE/cut", "TREE/closed/cut") for word in case.words] if (tree / "closed").exists() else case.words
+    words = (
+        [word.replace("TREE/cut", "TREE/closed/cut") for word in case.words]
+        if (tree / "closed").exists()
+        else case.words
+    )
     code, said = verb(tree, words)
     assert code == (0 if words[0] == "status" else 2) and "Traceback" not in said, said
     found = re.search(case.says, said.splitlines()[-1] if words[0] != "status" else said)

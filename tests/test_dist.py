@@ -24,7 +24,10 @@ def gpu_machine(tmp_path, monkeypatch):
 
 def test_gpu_that_torch_cannot_use_is_named_with_versions_and_the_way_out(gpu_machine):
     sentence = dist.unused_gpu("2.13.0+cpu", None)
-    assert "driver 550.54, CUDA up to 12.4" in sentence and "torch 2.13.0+cpu (built for the CPU only)" in sentence
+    assert (
+        "driver 550.54, CUDA up to 12.4" in sentence
+        and "torch 2.13.0+cpu (built for the CPU only)" in sentence
+    )
     assert "wheel index cu124" in sentence and "DS_ACCELERATOR=cpu" in sentence
 
 

@@ -1,4 +1,5 @@
-"""Documents that strangers bring: packed, cut off, linked, marked, huge, or changed since they were prepared."""
+"""Documents that strangers bring: packed, cut off, linked, marked, huge, or changed since they were
+prepared."""
 
 import gzip
 import json
@@ -48,7 +49,7 @@ def raws(*files, **data) -> list[bytes]:
     return [raw for batch in read_batches(source, "", (0, 0), 1 << 20) for raw in batch.raws]
 
 
-# --- packed files -----------------------------------------------------------------------------------------------------------
+# --- packed files -------------------------------------------------------------------------------------------
 
 
 def test_a_zst_of_several_frames_is_read_whole(tmp_path):
@@ -64,7 +65,9 @@ def test_a_zst_of_several_frames_is_read_whole(tmp_path):
 
 def test_a_zst_with_a_long_window_is_read(tmp_path):
     settings = zstandard.ZstdCompressionParameters(window_log=28, compression_level=3)
-    compressor = zstandard.ZstdCompressor(compression_params=settings).compressobj()  # states the window, not the size
+    compressor = zstandard.ZstdCompressor(
+        compression_params=settings
+    ).compressobj()  # states the window, not the size
     line = json.dumps({"text": "a document"}).encode() + b"\n"
     (tmp_path / "a.jsonl.zst").write_bytes(compressor.compress(line * 3) + compressor.flush())
     assert len(raws("a.jsonl.zst")) == 3
@@ -77,7 +80,7 @@ def test_an_empty_packed_file_is_refused(tmp_path, name):
         raws(name)
 
 
-# --- names ------------------------------------------------------------------------------------------------------------------
+# --- names --------------------------------------------------------------------------------------------------
 
 
 def test_each_real_file_is_read_once(tmp_path):
@@ -117,7 +120,7 @@ def test_brackets_in_the_working_folder_and_in_a_name(tmp_path, monkeypatch):
         raws("[corpus] v1/*.txt")
 
 
-# --- what a document may hold -------------------------------------------------------------------------------------------------
+# --- what a document may hold -------------------------------------------------------------------------------
 
 CODING = {
     "rot13": b"# coding: rot13\nx = 1\n",
@@ -150,8 +153,11 @@ def test_a_byte_order_mark_costs_no_document_and_stays_in_none(tmp_path):
     (tmp_path / "b.txt").write_bytes(mark + b"third")
     (tmp_path / "c.json").write_bytes(mark + b'[{"text": "fourth"}]')
     assert [raw.strip() for raw in raws("a.jsonl", "b.txt", "c.json")] == [
-        b'{"text": "first"}', b'{"text": "second"}', b"third", b'{"text": "fourth"}',
-    ]  # fmt: skip
+        b'{"text": "first"}',
+        b'{"text": "second"}',
+        b"third",
+        b'{"text": "fourth"}',
+    ]
 
 
 def test_a_document_that_cannot_be_encoded_is_counted(tmp_path, gpt2_bpe):
@@ -189,23 +195,30 @@ def test_words_are_cut_only_where_they_are_too_long():
     assert max(len(run) for piece in pieces for run in re.findall(r"\S+|\s+", piece)) == n
 
 
-# --- .json and parquet ------------------------------------------------------------------------------------------------------
+# --- .json and parquet --------------------------------------------------------------------------------------
 
 
 def test_a_json_file_of_any_form_is_documents(tmp_path):
     rows = [{"text": f"text {n}", "n": n} for n in range(3)]
     forms = {
-        "array": json.dumps(rows), "indented": json.dumps(rows, indent=2), "texts": json.dumps([row["text"] for row in rows]),
-        "lines": "\n".join(map(json.dumps, rows)), "one": json.dumps(rows[0]), "one_indented": json.dumps(rows[0], indent=2),
-        "empty": "", "none": "[]",
-    }  # fmt: skip
+        "array": json.dumps(rows),
+        "indented": json.dumps(rows, indent=2),
+        "texts": json.dumps([row["text"] for row in rows]),
+        "lines": "\n".join(map(json.dumps, rows)),
+        "one": json.dumps(rows[0]),
+        "one_indented": json.dumps(rows[0], indent=2),
+        "empty": "",
+        "none": "[]",
+    }
     for name, content in forms.items():
         (tmp_path / f"{name}.json").write_text(content)
         with gzip.open(tmp_path / f"{name}.json.gz", "wt") as file:
             file.write(content)
         expected = {"one": 1, "one_indented": 1, "empty": 0, "none": 0}.get(name, 3)
         for found in (raws(f"{name}.json"), raws(f"{name}.json.gz")):
-            assert [json.loads(raw)["text"] for raw in found] == [row["text"] for row in rows][:expected], name
+            assert [json.loads(raw)["text"] for raw in found] == [row["text"] for row in rows][:expected], (
+                name
+            )
     for name, content in {"number": "3", "cut": json.dumps(rows)[:-4], "words": "hello there"}.items():
         (tmp_path / f"{name}.json").write_text(content)
         with pytest.raises(UserError, match=rf"{name}\.json (holds a JSON int|is cut off or no JSON)"):
@@ -220,7 +233,8 @@ def test_columns_of_text_of_every_kind(tmp_path):
     kinds = [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())]
     for number, kind in enumerate(kinds):
         column = pa.array(
-            [t.encode() if t and kind == pa.binary() else t for t in texts], pa.binary() if kind == pa.binary() else pa.string()
+            [t.encode() if t and kind == pa.binary() else t for t in texts],
+            pa.binary() if kind == pa.binary() else pa.string(),
         )
         pq.write_table(pa.table({"text": column.cast(kind)}), tmp_path / f"{number}.parquet")
         assert raws(f"{number}.parquet") == [b"one", None, b"three"], kind
@@ -229,7 +243,7 @@ def test_columns_of_text_of_every_kind(tmp_path):
         raws("null.parquet")
 
 
-# --- too few, changed, damaged ------------------------------------------------------------------------------------------------
+# --- too few, changed, damaged ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe:300", "gpt2"])
@@ -260,14 +274,23 @@ def test_documents_that_changed_are_reported_with_a_command_that_works(tmp_path)
     os.utime(folder / "05.txt")  # touched, not changed
     assert "prepared from other documents" not in run_verb("prepare", path).stdout
     time.sleep(0.01)
-    (folder / "00.txt").write_text((folder / "00.txt").read_text().replace("number", "NUMBER"))  # of the same size
+    (folder / "00.txt").write_text(
+        (folder / "00.txt").read_text().replace("number", "NUMBER")
+    )  # of the same size
     (folder / "01.txt").write_text("shorter")
     (folder / "02.txt").unlink()
     (folder / "99.txt").write_text("a new one")
     done = run_verb("prepare", path)
-    assert f"1 new ({folder / '99.txt'}), 1 gone ({folder / '02.txt'}), 2 changed ({folder / '00.txt'}, ...)" in done.stdout
+    assert (
+        f"1 new ({folder / '99.txt'}), 1 gone ({folder / '02.txt'}), 2 changed ({folder / '00.txt'}, ...)"
+        in done.stdout
+    )
     assert (prepared / "train_00000.bin").read_bytes() == before
-    command = done.stdout.partition("begin anew too: ")[2].splitlines()[0].replace("python", shlex.quote(sys.executable), 1)
+    command = (
+        done.stdout.partition("begin anew too: ")[2]
+        .splitlines()[0]
+        .replace("python", shlex.quote(sys.executable), 1)
+    )
     subprocess.run(command, shell=True, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
     assert (prepared / "train_00000.bin").read_bytes() != before
     assert "prepared from other documents" not in run_verb("prepare", path).stdout
@@ -296,7 +319,9 @@ def test_a_token_beyond_the_vocabulary_is_named(small):
     content[2000:2002] = (60000).to_bytes(2, "little")
     shard.write_bytes(content)
     tokens = Tokens(folder, "train")
-    with pytest.raises(NodeError, match=r"train_00001\.bin holds token 60000 at position 1000, the vocabulary has 300"):
+    with pytest.raises(
+        NodeError, match=r"train_00001\.bin holds token 60000 at position 1000, the vocabulary has 300"
+    ):
         tokens.read(3990, 20)
     order = Order(tokens, "epochs:9", 32, 200, 0)
     with pytest.raises(NodeError, match="run 'prepare' again"):
@@ -334,7 +359,9 @@ def test_a_sentencepiece_model_cut_between_two_pieces_is_refused(tmp_path):
 
 
 def test_prepare_refuses_in_one_sentence_and_leaves_nothing(tmp_path):
-    packed = zstandard.ZstdCompressor().compress("".join(json.dumps({"text": t}) + "\n" for t in some_texts(500)).encode())
+    packed = zstandard.ZstdCompressor().compress(
+        "".join(json.dumps({"text": t}) + "\n" for t in some_texts(500)).encode()
+    )
     (tmp_path / "a.jsonl.zst").write_bytes(packed[: len(packed) // 2])
     raw = experiment_dict(paper=[], runs={"reference": {"init": "random"}})
     raw["data"] |= {"source": "files", "files": [str(tmp_path / "a.jsonl.zst")]}
@@ -349,10 +376,12 @@ def test_a_tokenizer_is_trained_on_the_same_text_as_before(tmp_path):
     texts = some_texts(200)
     train_bpe("bpe:400", texts, tmp_path / "whole")
     train_bpe("bpe:400", (piece for text in texts for piece in cut_words(text)), tmp_path / "cut")
-    assert (tmp_path / "whole" / "tokenizer.json").read_bytes() == (tmp_path / "cut" / "tokenizer.json").read_bytes()
+    assert (tmp_path / "whole" / "tokenizer.json").read_bytes() == (
+        tmp_path / "cut" / "tokenizer.json"
+    ).read_bytes()
 
 
-# --- documents that change while they are read ------------------------------------------------------------------------------
+# --- documents that change while they are read --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("change", ["appended", "rewritten", "cut"])
@@ -367,13 +396,16 @@ def test_documents_that_change_while_they_are_read_are_not_mixed(tmp_path, monke
         if change == "appended":
             (tmp_path / "a.jsonl").write_bytes(whole + whole)
         else:
-            (tmp_path / "a.jsonl").write_bytes(whole[: len(whole) // 2] if change == "cut" else whole[::-1].lstrip())
+            (tmp_path / "a.jsonl").write_bytes(
+                whole[: len(whole) // 2] if change == "cut" else whole[::-1].lstrip()
+            )
         return encode(*given)
 
     monkeypatch.setattr(module, "BATCH_BYTES", 4096)
     monkeypatch.setattr(module, "_encode", meddle)
     with pytest.raises(
-        UserError, match="documents changed while they were read; once nothing writes to them, the same command"
+        UserError,
+        match="documents changed while they were read; once nothing writes to them, the same command",
     ):
         prepare(chosen, workers=1)
     assert not (data_dir(chosen) / "manifest.json").exists()
@@ -381,7 +413,10 @@ def test_documents_that_change_while_they_are_read_are_not_mixed(tmp_path, monke
     (tmp_path / "a.jsonl").write_bytes(whole)
     os.utime(tmp_path / "a.jsonl", ns=(1, 1))
     splits = read_json(prepare(chosen, workers=1) / "manifest.json")["splits"]
-    assert sum(split["documents"] for split in splits.values()) in (399, 400)  # the one that first_shard cuts is in no part
+    assert sum(split["documents"] for split in splits.values()) in (
+        399,
+        400,
+    )  # the one that first_shard cuts is in no part
 
 
 def test_a_file_that_was_rewritten_between_two_starts_begins_anew(tmp_path, monkeypatch):
@@ -427,18 +462,24 @@ def test_a_coding_line_of_a_slow_encoding_ends_soon(tmp_path, encoding):
         parse("python", text, "text")
 
 
-# --- the same words for other documents --------------------------------------------------------------------------------------
+# --- the same words for other documents ---------------------------------------------------------------------
 
 
 def two_projects(tmp_path: Path) -> list[Path]:
-    """Folders of two projects whose experiments say the same, each with texts and an experiment of its own."""
+    """Folders of two projects whose experiments say the same, each with texts and an experiment of its
+    own."""
     folders = []
     for name, word in (("first", "alpha beta "), ("second", "uno duos ")):
         folder = tmp_path / name
         (folder / "docs").mkdir(parents=True)
         write_jsonl(folder / "docs" / "a.jsonl", [word * 20 + str(n) for n in range(200)])
         raw = experiment_dict(runs={"reference": {"init": "random"}}, paper=[])
-        raw["data"] |= {"name": "project", "source": "files", "files": ["docs/*.jsonl"], "tokenizer": "bpe:262"}
+        raw["data"] |= {
+            "name": "project",
+            "source": "files",
+            "files": ["docs/*.jsonl"],
+            "tokenizer": "bpe:262",
+        }
         raw["data"] |= {"validation": {"fraction": 0.2}, "shard_tokens": 2000}
         write_experiment(folder, raw)
         folders.append(folder)
@@ -453,7 +494,8 @@ def test_another_projects_documents_are_not_taken_for_ones_own(tmp_path, monkeyp
     chosen = load_experiment(str(second / "small.yaml"))
     for check in (lambda: prepare(chosen, workers=1), lambda: module.check_corpus(chosen, data_dir(chosen))):
         with pytest.raises(
-            UserError, match=f"was prepared from {first}/docs/a.jsonl .*means other documents, such as {second}"
+            UserError,
+            match=f"was prepared from {first}/docs/a.jsonl .*means other documents, such as {second}",
         ):
             check()
     shutil.copyfile(first / "docs" / "a.jsonl", second / "docs" / "a.jsonl")  # moved, not exchanged
@@ -471,7 +513,9 @@ def test_train_does_not_take_another_projects_documents(tmp_path):
 
     done = run(first, "prepare", "small.yaml")
     assert done.returncode == 0, done.stderr
-    assert "data.files means other documents" in one_sentence(run(second, "train", "small.yaml", "--run", "reference"))
+    assert "data.files means other documents" in one_sentence(
+        run(second, "train", "small.yaml", "--run", "reference")
+    )
 
 
 def test_a_tokenizer_whose_files_changed_is_reported(tmp_path, caplog, monkeypatch):
@@ -494,7 +538,9 @@ def test_a_tokenizer_whose_files_changed_is_reported(tmp_path, caplog, monkeypat
 def test_two_columns_of_one_name_are_refused(tmp_path):
     """pyarrow gives neither, in words of its own."""
     pq.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match="a.parquet has 2 columns of the name 'text' .*; rename all but one of them"):
+    with pytest.raises(
+        UserError, match="a.parquet has 2 columns of the name 'text' .*; rename all but one of them"
+    ):
         raws("a.parquet")
 
 

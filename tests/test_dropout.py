@@ -31,14 +31,23 @@ def test_a_start_with_dropout_trains_without_it(tmp_path):
     for rate in rates:
         setattr(model.config, rate, 0.0)
     model.save_pretrained(tmp_path / "without")
-    runs = {name: {"init": {"inherit": {"source": str(tmp_path / name), "layers": "0:2"}}} for name in ("with", "without")}
+    runs = {
+        name: {"init": {"inherit": {"source": str(tmp_path / name), "layers": "0:2"}}}
+        for name in ("with", "without")
+    }
     path = write_experiment(tmp_path, experiment_dict(runs=runs, paper=[]))
     loaded = load_experiment(path)
     write_tokens(data_dir(loaded))
     said = run_verb("train", path, "--run", "with,without").stdout
-    assert "dropout of the start is off, as in every run: resid_pdrop 0.1, embd_pdrop 0.1, attn_pdrop 0.1" in said
+    assert (
+        "dropout of the start is off, as in every run: resid_pdrop 0.1, embd_pdrop 0.1, attn_pdrop 0.1"
+        in said
+    )
     assert said.count("dropout") == 1
-    losses = {name: [row["loss"] for row in read_jsonl(RunDir.of(loaded, name).metrics) if "loss" in row] for name in runs}
+    losses = {
+        name: [row["loss"] for row in read_jsonl(RunDir.of(loaded, name).metrics) if "loss" in row]
+        for name in runs
+    }
     assert losses["with"] == losses["without"] and len(losses["with"]) > 2
     config = read_json(RunDir.of(loaded, "with").final / "config.json")
     assert all(config[rate] == 0 for rate in rates)

@@ -1,5 +1,6 @@
-"""dslint and `check`: every mistake of dslint_cases.yaml is caught with the key and the way out, what DeepSpeed itself does
-with it is as noted, and no key of the installed DeepSpeed is without a verdict; the shipped JSON files are sound and train.
+"""dslint and `check`: every mistake of dslint_cases.yaml is caught with the key and the way out, what
+DeepSpeed itself does with it is as noted, and no key of the installed DeepSpeed is without a verdict; the
+shipped JSON files are sound and train.
 
 `python tests/test_dslint.py` writes ds_configs/MISTAKES.md, the list for readers."""
 
@@ -72,7 +73,9 @@ def said_of(case: dict, folder: Path, capsys) -> tuple[str, str]:
         except UserError as error:
             said, severity = str(error), "refuse"
         else:
-            said = "\n".join(line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: "))
+            said = "\n".join(
+                line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")
+            )
             severity = "warn" if said else "nothing"
     return severity, re.sub(rf"(warning: )?{re.escape(str(folder))}/\w+\.(json|yaml):? ?", "", said)
 
@@ -88,7 +91,20 @@ def test_mistake_is_caught_with_the_key_and_the_way_out(case, tmp_path, capsys):
 
 def test_cases_are_distinct_by_cause():
     assert len(CASES) >= 40 and len(set(NAMES)) == len(CASES)
-    keys = {"name", "stage", "set", "text", "experiment", "train", "gpus", "env", "severity", "says", "deepspeed", "words"}
+    keys = {
+        "name",
+        "stage",
+        "set",
+        "text",
+        "experiment",
+        "train",
+        "gpus",
+        "env",
+        "severity",
+        "says",
+        "deepspeed",
+        "words",
+    }
     assert not [case["name"] for case in CASES if set(case) - keys]
     causes = [(str(case["says"]), case.get("stage"), case.get("gpus")) for case in CASES]
     assert len(set(causes)) == len(causes)
@@ -102,10 +118,13 @@ def test_nothing_is_said_of_a_sound_file(stage, tmp_path, capsys):
 def test_several_mistakes_are_told_at_once(tmp_path, capsys):
     wrong = {"gradient_clipping": 1.0, "train_micro_batch_size_per_gpu": 0, "inheritune": {"x": 1}}
     said = said_of({"stage": 1, "set": wrong}, tmp_path, capsys)[1]
-    assert all(words in said for words in ("'gradient_clipping'", "train_micro_batch_size_per_gpu", "'x' in 'inheritune'"))
+    assert all(
+        words in said
+        for words in ("'gradient_clipping'", "train_micro_batch_size_per_gpu", "'x' in 'inheritune'")
+    )
 
 
-# --- the list of keys -----------------------------------------------------------------------------------------------------
+# --- the list of keys ---------------------------------------------------------------------------------------
 
 
 def verdict_of(key: str) -> bool:
@@ -113,14 +132,17 @@ def verdict_of(key: str) -> bool:
     spoken = {*dslint.VERDICTS["experiment"], *dslint.VERDICTS["fine"], *dslint.VERDICTS["stages"]}
     blocks = {"comms_logger", "flops_profiler", "timers"} | {rule["key"] for rule in dslint.VERDICTS["rules"]}
     above = {".".join(key.split(".")[:n]) for n in range(1, key.count(".") + 1)}
-    return key in spoken | blocks or bool(above & (blocks | set(dslint.VERDICTS["experiment"]) | {LEAF_MODULES}))
+    return key in spoken | blocks or bool(
+        above & (blocks | set(dslint.VERDICTS["experiment"]) | {LEAF_MODULES})
+    )
 
 
 LEAF_MODULES = "zero_optimization.leaf_module"
 
 
 def known(path: tuple = ()) -> set[str]:
-    """Paths of all keys that the installed DeepSpeed reads, in their canonical spelling, deprecated and removed ones aside."""
+    """Paths of all keys that the installed DeepSpeed reads, in their canonical spelling, deprecated and
+    removed ones aside."""
     from deepspeed.runtime import config
 
     found = set()
@@ -132,7 +154,8 @@ def known(path: tuple = ()) -> set[str]:
 
 
 def test_every_key_of_the_installed_deepspeed_has_a_verdict():
-    """A new DeepSpeed with a new key fails here: decide what the key means for a run, and say it in dslint.yaml."""
+    """A new DeepSpeed with a new key fails here: decide what the key means for a run, and say it in
+    dslint.yaml."""
     keys = known()
     assert {
         "zero_optimization.offload_param.max_in_cpu",
@@ -145,21 +168,36 @@ def test_every_key_of_the_installed_deepspeed_has_a_verdict():
 
 
 def test_no_verdict_is_about_a_key_that_is_gone():
-    keys = known() | {"sequence_parallel_size", "train.precision"}  # read elsewhere, by a group of ranks; the experiment's
+    keys = known() | {
+        "sequence_parallel_size",
+        "train.precision",
+    }  # read elsewhere, by a group of ranks; the experiment's
     spoken = {*dslint.VERDICTS["experiment"], *dslint.VERDICTS["fine"], *dslint.VERDICTS["stages"]}
     spoken |= {
-        key for rule in dslint.VERDICTS["rules"] for key in (rule["key"], *rule.get("with", {}), *rule.get("unless", {}))
+        key
+        for rule in dslint.VERDICTS["rules"]
+        for key in (rule["key"], *rule.get("with", {}), *rule.get("unless", {}))
     }
     assert not sorted(spoken - keys)
 
 
 def test_keys_named_by_deepspeeds_constants_are_seen():
-    """The reader was watched; that it reads what DeepSpeed's constants name shows that the watching misses nothing."""
+    """The reader was watched; that it reads what DeepSpeed's constants name shows that the watching misses
+    nothing."""
     from deepspeed.runtime import constants
 
     words = {value for name, value in vars(constants).items() if name.isupper() and isinstance(value, str)}
     words = {word for word in words if re.fullmatch(r"[a-z][a-z0-9_]+", word)}
-    no_keys = {"train", "eval", "predict", "encode", "mean", "sum", "auto", "fp32"}  # values, and names of routes
+    no_keys = {
+        "train",
+        "eval",
+        "predict",
+        "encode",
+        "mean",
+        "sum",
+        "auto",
+        "fp32",
+    }  # values, and names of routes
     no_keys |= {
         "max_grad_norm",
         "legacy_fusion",
@@ -177,7 +215,9 @@ def test_a_key_that_deepspeed_gains_is_noticed(monkeypatch):
     from deepspeed.runtime import config
 
     reads = config.get_steps_per_print
-    monkeypatch.setattr(config, "get_steps_per_print", lambda block: block.get("brand_new_key") or reads(block))
+    monkeypatch.setattr(
+        config, "get_steps_per_print", lambda block: block.get("brand_new_key") or reads(block)
+    )
     dslint.valid_keys.cache_clear()
     try:
         assert "brand_new_key" in dslint.valid_keys(()) and not verdict_of("brand_new_key")
@@ -185,13 +225,18 @@ def test_a_key_that_deepspeed_gains_is_noticed(monkeypatch):
         dslint.valid_keys.cache_clear()
 
 
-# --- DeepSpeed itself -----------------------------------------------------------------------------------------------------
+# --- DeepSpeed itself ---------------------------------------------------------------------------------------
 
 
 def outcomes(cases: dict[str, dict], folder: Path) -> dict[str, dict]:
     """What a plain DeepSpeed program does with each of these JSON files (dslint_worker.py)."""
     (folder / "cases.json").write_text(json.dumps(cases))
-    worker = [sys.executable, "tests/dslint_worker.py", str(folder / "cases.json"), str(folder / "outcomes.json")]
+    worker = [
+        sys.executable,
+        "tests/dslint_worker.py",
+        str(folder / "cases.json"),
+        str(folder / "outcomes.json"),
+    ]
     done = subprocess.run(worker, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return json.loads((folder / "outcomes.json").read_text())
@@ -203,7 +248,9 @@ def test_deepspeed_does_with_each_mistake_what_is_noted(tmp_path):
     bases = {f"stage {stage}": sound(stage) for stage in range(4)}
     found = outcomes({**bases, **{name: settings_of(case) for name, case in tried.items()}}, tmp_path)
     reference = found["stage 1"]["losses"]
-    assert all(abs(a - b) < 1e-5 for base in bases for a, b in zip(found[base]["losses"], reference, strict=True))
+    assert all(
+        abs(a - b) < 1e-5 for base in bases for a, b in zip(found[base]["losses"], reference, strict=True)
+    )
     wrong = []
     for name, case in tried.items():
         losses = found[name].get("losses")
@@ -224,7 +271,7 @@ def test_deepspeed_raises_for_each_broken_file(case, tmp_path):
         DeepSpeedConfig(str(tmp_path / "ds.json"))
 
 
-# --- the shipped files ----------------------------------------------------------------------------------------------------
+# --- the shipped files --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -235,7 +282,10 @@ def test_shipped_json_passes_check(path):
     settings = load_json(path)
     assert dslint.lint(settings, experiment.model, experiment.train, 16) == []
     text = path.read_text(encoding="utf-8")
-    assert "Costs:" in text and len(re.search(r"First to turn: ([^.]*(?:\.[a-z][^.]*)*)\.", text)[1].split(", ")) >= 3
+    assert (
+        "Costs:" in text
+        and len(re.search(r"First to turn: ([^.]*(?:\.[a-z][^.]*)*)\.", text)[1].split(", ")) >= 3
+    )
     assert (REPOSITORY / "ds_configs" / "README.md").read_text().count(path.name) >= 1
 
 
@@ -253,25 +303,40 @@ def test_every_shipped_json_trains_two_steps(tmp_path, own_root):
         ds = str(path)
         if path.stem == "zero3_multinode":  # 8 GPUs a node: here nodes of two ranks
             ds = str(tmp_path / path.name)
-            Path(ds).write_text(path.read_text().replace('"zero_hpz_partition_size": 8', '"zero_hpz_partition_size": 2'))
+            Path(ds).write_text(
+                path.read_text().replace('"zero_hpz_partition_size": 8', '"zero_hpz_partition_size": 2')
+            )
         raw["runs"][path.stem] = {"init": "random", "train": {"deepspeed": ds}}
     experiment = write_experiment(tmp_path, raw)
     write_tokens(data_dir(load_experiment(experiment)))
-    launch(["tests/train_many.py", *(f"{experiment}:{path.stem}" for path in SHIPPED)], 4, INHERITUNE_ROOT=own_root)
+    launch(
+        ["tests/train_many.py", *(f"{experiment}:{path.stem}" for path in SHIPPED)],
+        4,
+        INHERITUNE_ROOT=own_root,
+    )
     losses = {path.stem: losses_of(RunDir.of(load_experiment(experiment), path.stem)) for path in SHIPPED}
     for name, mine in losses.items():
         assert len(mine) == 2 and np.abs(mine - losses["zero0"]).max() < 1e-5, name
 
 
-# --- the verbs ------------------------------------------------------------------------------------------------------------
+# --- the verbs ----------------------------------------------------------------------------------------------
 
 
 def test_check_shows_the_batch_for_each_number_of_gpus(small):
     done = run_verb("check", small, "--ds", "ds_configs/zero2.json", "--gpus", "1,3")
-    assert "20 sequences x 32 tokens = 640 tokens a step: 1 rank(s) x 4 micro batch x 5 accumulation" in done.stdout
-    assert "3 rank(s) x 4 micro batch x 2 accumulation" in done.stdout and "warning: ds_configs/zero2.json:" in done.stdout
+    assert (
+        "20 sequences x 32 tokens = 640 tokens a step: 1 rank(s) x 4 micro batch x 5 accumulation"
+        in done.stdout
+    )
+    assert (
+        "3 rank(s) x 4 micro batch x 2 accumulation" in done.stdout
+        and "warning: ds_configs/zero2.json:" in done.stdout
+    )
     wrong = run_verb("check", small, "--gpus", "two", check=False)
-    assert wrong.returncode == 2 and "--gpus takes a number of GPUs or several, as in 1,2,4 (got 'two')" in wrong.stderr
+    assert (
+        wrong.returncode == 2
+        and "--gpus takes a number of GPUs or several, as in 1,2,4 (got 'two')" in wrong.stderr
+    )
 
 
 def test_train_refuses_and_warns_as_check_does(small, tmp_path):
@@ -279,12 +344,16 @@ def test_train_refuses_and_warns_as_check_does(small, tmp_path):
     bad.write_text(json.dumps(merged(sound(1), {"zero_optimisation": {}})))
     doubtful.write_text(json.dumps(merged(sound(1), {"disable_allgather": True})))
     done = run_verb("train", small, "--run", "reference", "--ds", bad, check=False)
-    assert done.returncode == 2 and "unknown key 'zero_optimisation'" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "unknown key 'zero_optimisation'" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     done = run_verb("train", small, "--run", "reference", "--ds", doubtful, procs=2)
     assert done.stdout.count("'disable_allgather' is read by nothing") == 1
 
 
-# --- the list for readers -------------------------------------------------------------------------------------------------
+# --- the list for readers -----------------------------------------------------------------------------------
 
 HEAD = """# Mistakes in a DeepSpeed JSON
 
@@ -296,7 +365,7 @@ Made by `python tests/test_dslint.py` from `tests/dslint_cases.yaml`; a test tri
 
 | mistake | check | what it says | DeepSpeed alone |
 | --- | --- | --- | --- |
-"""
+"""  # noqa: E501 - the text is written as it stands
 
 
 def mistakes(folder: Path, capsys) -> str:
@@ -304,13 +373,17 @@ def mistakes(folder: Path, capsys) -> str:
     for case in CASES:
         severity, said = said_of(case, folder, capsys)
         said = re.sub(r"experiment '?small'?", "the experiment", said).replace("|", "\\|")
-        does = case["deepspeed"].replace("untried", "not tried") + (f": {case['words']}" if "words" in case else "")
+        does = case["deepspeed"].replace("untried", "not tried") + (
+            f": {case['words']}" if "words" in case else ""
+        )
         rows.append(f"| {case['name']} | {severity}s | {said} | {does} |")
     return HEAD + "\n".join(rows) + "\n"
 
 
 def test_list_of_mistakes_is_current(tmp_path, capsys):
-    assert (REPOSITORY / "ds_configs" / "MISTAKES.md").read_text(encoding="utf-8") == mistakes(tmp_path, capsys)
+    assert (REPOSITORY / "ds_configs" / "MISTAKES.md").read_text(encoding="utf-8") == mistakes(
+        tmp_path, capsys
+    )
 
 
 class _Captured:

@@ -1,5 +1,6 @@
-"""Downstream tasks: scores equal to the lm_eval command's, on one rank and two, saved and resumed task by task, from the cache
-alone where there is no internet. The tasks are of the paper's kinds, on the sixteen documents of recipes/lm_eval/rehearsal."""
+"""Downstream tasks: scores equal to the lm_eval command's, on one rank and two, saved and resumed task by
+task, from the cache alone where there is no internet. The tasks are of the paper's kinds, on the sixteen
+documents of recipes/lm_eval/rehearsal."""
 
 import json
 import os
@@ -52,8 +53,8 @@ def checkpoint(tmp_path) -> Path:
 
 
 def write_own(tmp_path: Path, checkpoint: Path, tasks: dict = OWN, **files: dict) -> str:
-    """An experiment with `tasks`, whose data has the checkpoint's tokenizer; `files` are task files beside some that include
-    the rehearsal's."""
+    """An experiment with `tasks`, whose data has the checkpoint's tokenizer; `files` are task files beside
+    some that include the rehearsal's."""
     (tmp_path / "own").mkdir(exist_ok=True)
     theirs = {path.stem: {"include": str(path)} for path in (TASK_FILES / "rehearsal").glob("*.yaml")}
     for name, content in {**theirs, **files}.items():
@@ -76,7 +77,12 @@ def results_of(path: str) -> dict:
 def scores(results: dict) -> dict:
     """{(task, metric): {score, stderr}} of a results.json."""
     rows = results["tasks"].items()
-    return {(name, metric): value for name, row in rows for metric, value in row.items() if isinstance(value, dict)}
+    return {
+        (name, metric): value
+        for name, row in rows
+        for metric, value in row.items()
+        if isinstance(value, dict)
+    }
 
 
 def test_scores_are_those_of_the_lm_eval_command_on_one_rank_and_two(tmp_path, checkpoint):
@@ -84,9 +90,14 @@ def test_scores_are_those_of_the_lm_eval_command_on_one_rank_and_two(tmp_path, c
     said = run_verb("evaluate", path, "--run", "theirs", **ALONE)
     ours = results_of(path)
     assert ours["validation"]["n"] == 16 and ours["layers"] == 3 and not ours["rehearsal"]
-    names, more = [task["task"] for task in OWN.values()], ("--num_fewshot", 1, "--device", "cpu", "--batch_size", 3)
+    names, more = (
+        [task["task"] for task in OWN.values()],
+        ("--num_fewshot", 1, "--device", "cpu", "--batch_size", 3),
+    )
     command = lm_eval_command(checkpoint, names, tmp_path / "own", tmp_path / "theirs", *more)
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
+    )
     assert done.returncode == 0, done.stderr
     theirs = lm_eval_results(tmp_path / "theirs")
     for name, task in OWN.items():
@@ -94,22 +105,31 @@ def test_scores_are_those_of_the_lm_eval_command_on_one_rank_and_two(tmp_path, c
         for metric in task["metrics"]:
             score, stderr = values[f"{metric},none"], values[f"{metric}_stderr,none"]
             assert ours["tasks"][name][metric]["score"] == pytest.approx(score, rel=1e-6)
-            assert ours["tasks"][name][metric]["stderr"] == (None if stderr == "N/A" else pytest.approx(stderr, rel=1e-6))
+            assert ours["tasks"][name][metric]["stderr"] == (
+                None if stderr == "N/A" else pytest.approx(stderr, rel=1e-6)
+            )
         row = ours["tasks"][name]
         assert row["n"] == theirs["n-samples"][task["task"]]["effective"] == 16
-        assert row["version"] == str(theirs["versions"][task["task"]]) and row["lm_eval"] == theirs["lm_eval_version"]
-    assert len({round(value["score"], 6) for value in scores(ours).values()}) >= 4  # numbers that could differ
+        assert (
+            row["version"] == str(theirs["versions"][task["task"]])
+            and row["lm_eval"] == theirs["lm_eval_version"]
+        )
+    assert (
+        len({round(value["score"], 6) for value in scores(ours).values()}) >= 4
+    )  # numbers that could differ
     assert len(said.stdout.splitlines()) < 10 and not said.stderr.strip()  # no bars, no warnings
 
     run_verb("evaluate", path, "--model", checkpoint, "--out", tmp_path / "two.json", procs=2, **ALONE)
     two = json.loads((tmp_path / "two.json").read_text())
-    assert two["tasks"]["choice"]["checkpoint"] == ours["tasks"]["choice"]["checkpoint"] and set(scores(two)) == set(
-        scores(ours)
-    )
+    assert two["tasks"]["choice"]["checkpoint"] == ours["tasks"]["choice"]["checkpoint"] and set(
+        scores(two)
+    ) == set(scores(ours))
     for (name, metric), value in scores(two).items():
         one = scores(ours)[name, metric]
         assert value["score"] == pytest.approx(one["score"], rel=1e-5)
-        if metric != "perplexity":  # whose error is drawn (bootstrap), from the documents in the order of the ranks
+        if (
+            metric != "perplexity"
+        ):  # whose error is drawn (bootstrap), from the documents in the order of the ranks
             assert value["stderr"] == (one["stderr"] and pytest.approx(one["stderr"], rel=1e-5))
 
 
@@ -140,7 +160,9 @@ def test_stages_and_kept_weights_have_names_and_results_of_their_own(tmp_path, c
     first, chosen, kept = (read_json(folder / "results.json") for folder in folders)
     assert first == chosen and scores(first) and first["validation"]["n"] == 16
     assert kept["validation"] != first["validation"] and identity_of(kept) != identity_of(first)
-    assert "run 'grown/stage3' of small (seed 0) is not finished" in refused("evaluate", path, "--run", "grown/stage3")
+    assert "run 'grown/stage3' of small (seed 0) is not finished" in refused(
+        "evaluate", path, "--run", "grown/stage3"
+    )
     assert "has no run 'grwn'; did you mean 'grown'" in refused("evaluate", path, "--run", "grwn/stage1")
 
 
@@ -153,8 +175,11 @@ def test_an_interrupted_evaluation_goes_on_with_the_tasks_that_are_left(tmp_path
     file = RunDir.of(load_experiment(path), "theirs").results
     process = subprocess.Popen(
         [sys.executable, "-m", "inheritune", "evaluate", path, "--run", "theirs"],
-        cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env={**os.environ, **{k: str(v) for k, v in ALONE.items()}},
-    )  # fmt: skip
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **{k: str(v) for k, v in ALONE.items()}},
+    )
     deadline = time.monotonic() + 300
     while not (file.is_file() and read_json(file).get("tasks")) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -180,15 +205,30 @@ def test_an_interrupted_evaluation_goes_on_with_the_tasks_that_are_left(tmp_path
 
 
 def test_what_cannot_be_scored_is_one_sentence(tmp_path, checkpoint):
-    absent = {"task": "absent", "dataset_path": "someone/absent", "output_type": "multiple_choice", "test_split": "test"}
+    absent = {
+        "task": "absent",
+        "dataset_path": "someone/absent",
+        "output_type": "multiple_choice",
+        "test_split": "test",
+    }
     drawn = {"include": "choice.yaml", "task": "drawn", "fewshot_config": {"sampler": "default"}}
-    tasks = {**OWN, "absent": {"task": "absent", "metrics": ["acc"]}, "drawn": {**OWN["choice"], "task": "drawn"}}
+    tasks = {
+        **OWN,
+        "absent": {"task": "absent", "metrics": ["acc"]},
+        "drawn": {**OWN["choice"], "task": "drawn"},
+    }
     path = write_own(tmp_path, checkpoint, tasks, absent=absent, drawn=drawn)
     evaluate = ["evaluate", path, "--run", "theirs"]
     assert "no task 'chioce'; did you mean 'choice'?" in refused(*evaluate, "--tasks", "chioce")
     said = refused(*evaluate, "--tasks", "absent", HF_HOME=tmp_path / "empty", **ALONE)
-    assert "data of task absent" in said and "neither in the cache" in said and "run 'python -m inheritune fetch'" in said
-    assert "2 ranks would give another score than one" in refused(*evaluate, "--tasks", "drawn", "--procs", 2, **ALONE)
+    assert (
+        "data of task absent" in said
+        and "neither in the cache" in said
+        and "run 'python -m inheritune fetch'" in said
+    )
+    assert "2 ranks would give another score than one" in refused(
+        *evaluate, "--tasks", "drawn", "--procs", 2, **ALONE
+    )
     assert not RunDir.of(load_experiment(path), "theirs").results.exists()  # refused before the work
 
     run_verb(*evaluate, "--tasks", "choice", **ALONE)
@@ -205,13 +245,20 @@ def test_what_cannot_be_scored_is_one_sentence(tmp_path, checkpoint):
     run_verb(*evaluate, "--tasks", "none", **ALONE)
 
 
-def test_fetch_takes_the_data_of_the_tasks_and_evaluate_needs_no_internet_afterwards(request, tmp_path, checkpoint):
+def test_fetch_takes_the_data_of_the_tasks_and_evaluate_needs_no_internet_afterwards(
+    request, tmp_path, checkpoint
+):
     folder = tmp_path / "hub" / "datasets" / "someone" / "questions"
     folder.mkdir(parents=True)
     shutil.copy(TASK_FILES / "rehearsal" / "test.jsonl", folder)
     hub = Hub(tmp_path / "hub")
     request.addfinalizer(hub.close)
-    content = {"include": "choice.yaml", "task": "fetched", "dataset_path": "someone/questions", "custom_dataset": None}
+    content = {
+        "include": "choice.yaml",
+        "task": "fetched",
+        "dataset_path": "someone/questions",
+        "custom_dataset": None,
+    }
     tasks = {"fetched": {"task": "fetched", "metrics": ["acc"]}, "choice": {**OWN["choice"], "shots": 0}}
     path = write_own(tmp_path, checkpoint, tasks, fetched=content | {"fewshot_split": None})
     home = {"HF_HOME": tmp_path / "home", "HF_HUB_DISABLE_XET": 1, "HF_ENDPOINT": hub.url}
@@ -236,13 +283,19 @@ def test_metrics_and_shots_that_a_task_has_not_are_refused(tmp_path):
         validate(Evaluate, {"tasks": ["arc_esy"]}, "here")
     with pytest.raises(UserError, match="give a list of names"):
         validate(Evaluate, {"tasks": "piqa"}, "here")
-    assert validate(Evaluate, {"tasks": {"mmlu": {"shots": 0}}}, "here").tasks["mmlu"].task == "mmlu_plain_mean"
+    assert (
+        validate(Evaluate, {"tasks": {"mmlu": {"shots": 0}}}, "here").tasks["mmlu"].task == "mmlu_plain_mean"
+    )
 
 
 def test_a_tokenizer_that_differs_from_its_sentencepiece_model_is_refused(tmp_path):
     (tmp_path / "text").write_text(TEXT)
     sentencepiece.SentencePieceTrainer.train(
-        input=tmp_path / "text", model_prefix=tmp_path / "tokenizer", vocab_size=400, model_type="bpe", minloglevel=2
+        input=tmp_path / "text",
+        model_prefix=tmp_path / "tokenizer",
+        vocab_size=400,
+        model_type="bpe",
+        minloglevel=2,
     )
     good = tmp_path / "good"
     SentencePieceTokenizer(str(tmp_path / "tokenizer.model")).save(good)
@@ -250,8 +303,12 @@ def test_a_tokenizer_that_differs_from_its_sentencepiece_model_is_refused(tmp_pa
     bad = tmp_path / "bad"
     shutil.copytree(good, bad)
     parts = json.loads((bad / "tokenizer.json").read_text())
-    parts["normalizer"]["normalizers"] = [n for n in parts["normalizer"]["normalizers"] if n["type"] != "Prepend"]
-    (bad / "tokenizer.json").write_text(json.dumps(parts))  # the fault of a wrong conversion: no space before the first word
+    parts["normalizer"]["normalizers"] = [
+        n for n in parts["normalizer"]["normalizers"] if n["type"] != "Prepend"
+    ]
+    (bad / "tokenizer.json").write_text(
+        json.dumps(parts)
+    )  # the fault of a wrong conversion: no space before the first word
     with pytest.raises(UserError, match="does not give the ids of its sentencepiece model"):
         open_tokenizer(bad)
 
@@ -261,7 +318,9 @@ def test_another_vocabulary_has_scores_but_no_validation_loss(tmp_path, checkpoi
     train_bpe("bpe:300", ["naïve café, it's a string of quotes x  +   1"] * 9 + [TEXT[:2000]], checkpoint)
     said = run_verb("evaluate", path, "--run", "theirs", "--tasks", "choice", **ALONE).stdout
     assert (
-        "no validation loss" in said and "validation" not in results_of(path) and "acc" in results_of(path)["tasks"]["choice"]
+        "no validation loss" in said
+        and "validation" not in results_of(path)
+        and "acc" in results_of(path)["tasks"]["choice"]
     )
 
 
@@ -279,12 +338,16 @@ def test_every_named_task_is_one_of_lm_eval_and_a_group_is_scored(tmp_path, chec
     assert manager.task_index["logiqa"].yaml_path.parent == TASK_FILES
     mmlu, ours = (manager.task_index[name].cfg for name in ("mmlu", "mmlu_plain_mean"))
     assert mmlu["task"] == ours["task"] and not ours["aggregate_metric_list"][0]["weight_by_size"]
-    assert {name for path in RECIPES.glob("*.yaml") for name in load_experiment(path.stem).evaluate.tasks} == set(TASKS)
+    assert {
+        name for path in RECIPES.glob("*.yaml") for name in load_experiment(path.stem).evaluate.tasks
+    } == set(TASKS)
 
     first = {"include": "choice.yaml", "task": "first", "doc_to_target": 0}
     group = {"group": "pair", "task": ["rehearsal_choice", "first"], "metadata": {"version": 3}}
     group["aggregate_metric_list"] = [{"metric": "acc", "weight_by_size": False}]
-    tasks = {name: {"task": name, "metrics": ["acc"], "shots": 1} for name in ("pair", "rehearsal_choice", "first")}
+    tasks = {
+        name: {"task": name, "metrics": ["acc"], "shots": 1} for name in ("pair", "rehearsal_choice", "first")
+    }
     path = write_own(tmp_path, checkpoint, tasks, first=first, pair=group)
     run_verb("evaluate", path, "--run", "theirs", **ALONE)
     rows = results_of(path)["tasks"]
@@ -295,13 +358,18 @@ def test_every_named_task_is_one_of_lm_eval_and_a_group_is_scored(tmp_path, chec
 
 
 def test_a_rehearsal_scores_stand_ins_without_the_hub(tmp_path):
-    """The shipped XL experiment: its public model is a random one of the rehearsal's size, its tasks are the small ones."""
+    """The shipped XL experiment: its public model is a random one of the rehearsal's size, its tasks are the
+    small ones."""
     alone = {**ALONE, "REHEARSE": 1, "HF_HOME": tmp_path / "empty"}
     run_verb("prepare", "gpt2_xl_owt", **alone)
     run_verb("evaluate", "gpt2_xl_owt", "--run", "public", **alone)
     experiment = load_experiment("gpt2_xl_owt", rehearse=True)
     results = read_json(RunDir.of(experiment, "public").results)
-    assert results["rehearsal"] and list(results["tasks"]) == list(experiment.evaluate.tasks) and results["validation"]["n"]
+    assert (
+        results["rehearsal"]
+        and list(results["tasks"]) == list(experiment.evaluate.tasks)
+        and results["validation"]["n"]
+    )
     assert {row["n"] for row in results["tasks"].values()} == {16}
 
 
@@ -314,7 +382,10 @@ def test_code_of_task_files_runs_only_where_it_is_allowed(tmp_path, checkpoint):
     (tmp_path / "own" / "documents.py").write_text(f"open({str(tmp_path / 'trapped')!r}, 'w')\n{loader}")
     for verb in (["fetch", path], ["check", path], ["evaluate", path, "--run", "theirs"]):
         said = refused(*verb, **ALONE)
-        assert f"task files in {tmp_path / 'own'} name code" in said and "choice.yaml, line 3: !function documents.load" in said
+        assert (
+            f"task files in {tmp_path / 'own'} name code" in said
+            and "choice.yaml, line 3: !function documents.load" in said
+        )
         assert "give --allow-task-code" in said and not (tmp_path / "trapped").exists()
     run_verb("check", path, "--allow-task-code")
     run_verb("evaluate", path, "--run", "theirs", "--tasks", "none", **ALONE)

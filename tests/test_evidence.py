@@ -1,5 +1,5 @@
-"""recipes/evidence.sh in rehearsal from nothing, stopped and gone on with; its numbers against the runs'; the committed
-results against the seeds they come from, and the documents against them."""
+"""recipes/evidence.sh in rehearsal from nothing, stopped and gone on with; its numbers against the runs'; the
+committed results against the seeds they come from, and the documents against them."""
 
 import json
 import os
@@ -42,11 +42,13 @@ def evidence(**settings) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_the_script_in_small(own_root, summary):
-    """Two seeds of the core arms, stopped after the first seconds; then the same command goes on to the table, whose numbers
-    are those of the runs, worked out here by numpy and scipy."""
+    """Two seeds of the core arms, stopped after the first seconds; then the same command goes on to the
+    table, whose numbers are those of the runs, worked out here by numpy and scipy."""
     small = {"REHEARSE": "1", "SEEDS": "1 2"}
     done = evidence(**small, BUDGET_HOURS="0.006")
-    assert done.returncode == 0 and "hours are over, everything is saved" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "hours are over, everything is saved" in done.stdout, (
+        done.stdout + done.stderr
+    )
     folder, runs = own_root / "runs/rehearsal/evidence_cpu", own_root / "runs/rehearsal/evidence_cpu"
     assert not (folder / "evidence.json").exists()
     done = evidence(**small)
@@ -55,7 +57,9 @@ def test_the_script_in_small(own_root, summary):
     assert found["rehearsal"] and found["seeds"] == [1, 2] and "REHEARSAL" in table
     assert found["command"] == 'SCALE=cpu SEEDS="1 2" bash recipes/evidence.sh'
     results = {
-        run: np.array([read_json(runs / f"seed{seed}/{run}/results.json")["validation"]["mean"] for seed in (1, 2)])
+        run: np.array(
+            [read_json(runs / f"seed{seed}/{run}/results.json")["validation"]["mean"] for seed in (1, 2)]
+        )
         for run in ("reference", "random", "random_longer", "inheritune/stage1", "last_half")
     }
     for row in found["rows"]:
@@ -67,9 +71,13 @@ def test_the_script_in_small(own_root, summary):
                 assert name == "reference" and key == "to_reference"
                 continue
             low, high = stats.t.interval(0.95, 1, values.mean(), values.std(ddof=1) / np.sqrt(2))
-            assert [row[key][end] for end in ("mean", "low", "high")] == pytest.approx([values.mean(), low, high], rel=1e-9)
+            assert [row[key][end] for end in ("mean", "low", "high")] == pytest.approx(
+                [values.mean(), low, high], rel=1e-9
+            )
         assert summary.cells(row)[0] in table and summary.words(row["loss"]) in table
-        assert row["train_flops"] == pytest.approx(read_json(runs / f"seed1/{name}/results.json")["train_flops"])
+        assert row["train_flops"] == pytest.approx(
+            read_json(runs / f"seed1/{name}/results.json")["train_flops"]
+        )
     rows = {(row["run"], row["stage"]): row for row in found["rows"]}
     cost = rows["inheritune", 1]["train_flops"] + rows["reference", None]["train_flops"]
     assert rows["inheritune", 1]["flops_with_sources"] == pytest.approx(cost)
@@ -86,7 +94,14 @@ def test_the_script_in_small(own_root, summary):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"SCALE": "tpu"}, {"SCALE": "depths"}, {"ARMS": "some;"}, {"SEEDS": "a"}, {"BUDGET_HOURS": "1h"}, {"BUDGET_HOURS": "."}],
+    [
+        {"SCALE": "tpu"},
+        {"SCALE": "depths"},
+        {"ARMS": "some;"},
+        {"SEEDS": "a"},
+        {"BUDGET_HOURS": "1h"},
+        {"BUDGET_HOURS": "."},
+    ],
 )
 def test_wrong_settings_are_told_the_right_ones(wrong):
     done = evidence(**wrong)
@@ -101,7 +116,12 @@ def test_the_gpu_scale_does_not_train_on_a_cpu():
 def test_arms_bring_what_they_start_from(summary):
     experiment = load_experiment(str(EVIDENCE / "cpu.yaml"))
     assert summary.runs_of(experiment, "core") == list(summary.CORE)
-    assert summary.runs_of(experiment, "stacking window_4") == ["reference", "stacking_half", "stacking", "window_4"]
+    assert summary.runs_of(experiment, "stacking window_4") == [
+        "reference",
+        "stacking_half",
+        "stacking",
+        "window_4",
+    ]
     assert summary.runs_of(experiment, "all") == list(experiment.runs)
     with pytest.raises(UserError, match="did you mean 'stacking'"):
         summary.runs_of(experiment, "stackin")
@@ -115,7 +135,11 @@ def test_runs_of_an_earlier_sitting_stay_beside_the_same_reference(summary):
         record["models"] = [model | {"weights": model["run"]} for model in record["models"]]
     before["growth"] = {"grown": {"stage": 1}}
     both = summary.together(before, now)
-    assert [(m["run"], m["loss"]["mean"]) for m in both["models"]] == [("reference", 3.0), ("random", 3.3), ("grown", 3.1)]
+    assert [(m["run"], m["loss"]["mean"]) for m in both["models"]] == [
+        ("reference", 3.0),
+        ("random", 3.3),
+        ("grown", 3.1),
+    ]
     assert both["growth"] == before["growth"] and len(both["made_by"]) == 2
     for key in ("key", "text"):
         assert summary.together(before | {key: "other"}, now) == now
@@ -139,35 +163,57 @@ ORDER = ("reference", "random", "grown", "inheritune")
 
 
 def made_up(seed: int, **losses: float) -> dict:
-    """A seed's record: models of 2 layers, 10 steps of 100 tokens; the curve falls to the loss at step 5. A run's stage follows
-    two low lines: grown__2."""
+    """A seed's record: models of 2 layers, 10 steps of 100 tokens; the curve falls to the loss at step 5. A
+    run's stage follows two low lines: grown__2."""
     models = []
     for name, loss in losses.items():
         run, _, stage = name.partition("__")
         models.append(
-            {"run": run, "stage": int(stage) if stage else None, "label": run + f", stage {stage}" * bool(stage), "layers": 2,
-             "parameters": 1000, "steps": 10, "batch_tokens": 100, "train_flops": 1.0 * int(stage or 1),
-             "flops_with_sources": 2.0, "loss": {"mean": loss, "n": 4}, "curve": [[0, 9.0], [5, loss], [10, loss]]}
-        )  # fmt: skip
+            {
+                "run": run,
+                "stage": int(stage) if stage else None,
+                "label": run + f", stage {stage}" * bool(stage),
+                "layers": 2,
+                "parameters": 1000,
+                "steps": 10,
+                "batch_tokens": 100,
+                "train_flops": 1.0 * int(stage or 1),
+                "flops_with_sources": 2.0,
+                "loss": {"mean": loss, "n": 4},
+                "curve": [[0, 9.0], [5, loss], [10, loss]],
+            }
+        )
     return {"seed": seed, "models": models, "growth": {}}
 
 
 def test_differences_are_paired_by_seed(summary):
-    """Seeds that differ much from one another, all by the same amount between two models: a narrow interval around it."""
+    """Seeds that differ much from one another, all by the same amount between two models: a narrow interval
+    around it."""
     records = [made_up(s, reference=s, random=s + 0.5, inheritune=s + 0.25) for s in (1.0, 2.0, 3.0)]
     rows = {row["run"]: row for row in summary.aggregate(records, ORDER)}
     gap, loss = rows["inheritune"]["to_random"], rows["inheritune"]["loss"]
     assert (gap["mean"], gap["low"], gap["high"], gap["n"]) == pytest.approx((-0.25, -0.25, -0.25, 3))
-    assert (loss["mean"], loss["low"]) == pytest.approx((2.25, 2.25 - 4.302653 / 3**0.5), abs=1e-5)  # t of 2 degrees
-    assert rows["inheritune"]["tokens_to_random"] == [500, 500, 500] and rows["reference"]["to_reference"] is None
-    assert summary.aggregate(records[:1], ORDER)[0]["loss"] == {"mean": 1.0, "low": None, "high": None, "n": 1}
+    assert (loss["mean"], loss["low"]) == pytest.approx(
+        (2.25, 2.25 - 4.302653 / 3**0.5), abs=1e-5
+    )  # t of 2 degrees
+    assert (
+        rows["inheritune"]["tokens_to_random"] == [500, 500, 500]
+        and rows["reference"]["to_reference"] is None
+    )
+    assert summary.aggregate(records[:1], ORDER)[0]["loss"] == {
+        "mean": 1.0,
+        "low": None,
+        "high": None,
+        "n": 1,
+    }
     records[1]["models"].pop()  # a seed that lacks a run: the others count, and the row says how many
     row = summary.aggregate(records, ORDER)[-1]
     assert row["seeds"] == [1.0, 3.0] and row["to_random"]["n"] == 2
 
 
 def test_what_a_seed_ended_with_has_a_row_of_its_own(summary):
-    """One seed needed a second stage, whose row is that seed's alone; "as grown" is both seeds', with all stages counted."""
+    """One seed needed a second stage, whose row is that seed's alone; "as grown" is both seeds', with all
+    stages counted."""
     records = [
         made_up(1, reference=3.0, random=3.2, grown__1=3.1, grown__2=2.9),
         made_up(2, reference=3.0, random=2.8, grown__1=2.7),
@@ -177,15 +223,23 @@ def test_what_a_seed_ended_with_has_a_row_of_its_own(summary):
     assert rows["grown", 2]["seeds"] == [1] and rows["grown", 1]["seeds"] == [1, 2]
     end = rows["grown", "as grown"]
     assert (
-        end["seeds"] == [1, 2] and end["loss"]["mean"] == pytest.approx((2.9 + 2.7) / 2) and end["label"] == "grown, as grown"
+        end["seeds"] == [1, 2]
+        and end["loss"]["mean"] == pytest.approx((2.9 + 2.7) / 2)
+        and end["label"] == "grown, as grown"
     )
-    assert end["train_flops"] == pytest.approx((2 + 1) / 2) and end["tokens_to_random"] == [500, 500]  # met in stage 1 already
+    assert end["train_flops"] == pytest.approx((2 + 1) / 2) and end["tokens_to_random"] == [
+        500,
+        500,
+    ]  # met in stage 1 already
     assert rows["grown", 2]["tokens_to_random"] == [500]
 
 
 def test_inheritune_is_set_beside_all_others_of_its_size(summary):
     """Of a grown run its first stage; the random start of as many steps has a column of its own."""
-    records = [made_up(s, reference=3.0, random=3.2, other=s, grown__1=3.1, grown__2=2.9, inheritune__1=2.5) for s in (2, 4)]
+    records = [
+        made_up(s, reference=3.0, random=3.2, other=s, grown__1=3.1, grown__2=2.9, inheritune__1=2.5)
+        for s in (2, 4)
+    ]
     for record in records:
         record["models"][0]["layers"] = 4
     records[1]["models"].pop(-3)  # one seed has not grown
@@ -202,7 +256,9 @@ def test_a_loss_that_is_not_reached_has_no_tokens(summary):
 @pytest.mark.parametrize(
     "seeds, why", [([0], "chose the scale"), ([102], "chose the scale"), ([12], "of another text or version")]
 )
-def test_seeds_that_must_not_be_counted_are_refused_before_they_are_trained(seeds, why, summary, own_root, tmp_path):
+def test_seeds_that_must_not_be_counted_are_refused_before_they_are_trained(
+    seeds, why, summary, own_root, tmp_path
+):
     path = tmp_path / "cpu.yaml"
     path.write_text((EVIDENCE / "cpu.yaml").read_text())
     experiment = load_experiment(str(path))
@@ -241,25 +297,33 @@ def test_scales_differ_in_size_only(scale):
     ours, other = (load_experiment(str(EVIDENCE / f"{name}.yaml")) for name in (scale, "cpu"))
     assert ours.train_of(ours.run("random_longer")).steps == 2 * ours.train.steps
     assert [row.run for row in ours.paper] == list(ours.runs) == list(other.runs)
-    assert all(ours.runs[n].init == other.runs[n].init and ours.runs[n].grow == other.runs[n].grow for n in ours.runs)
+    assert all(
+        ours.runs[n].init == other.runs[n].init and ours.runs[n].grow == other.runs[n].grow for n in ours.runs
+    )
 
 
 @pytest.mark.parametrize("scale", REPORTED)
 def test_what_is_reported_is_what_the_seeds_say(scale, summary, monkeypatch):
-    """evidence.json and the table follow from the seeds' files, of the experiment as it is; README shows that table."""
+    """evidence.json and the table follow from the seeds' files, of the experiment as it is; README shows that
+    table."""
     monkeypatch.setenv("PYTHON_PACKAGES", "anywhere")
     folder, experiment = EVIDENCE / scale, load_experiment(str(EVIDENCE / f"{scale}.yaml"))
-    records, said = [read_json(path) for path in summary.seed_files(folder)], read_json(folder / "evidence.json")
+    records, said = (
+        [read_json(path) for path in summary.seed_files(folder)],
+        read_json(folder / "evidence.json"),
+    )
     assert len(records) >= 3 and {record["key"] for record in records} == {summary.experiment_key(experiment)}
     assert all(summary.is_complete(record) and not record["rehearsal"] for record in records)
     assert not {record["seed"] for record in records} & {*summary.CHOOSING, *range(100, 1000)}
     rows = summary.aggregate(records, experiment.runs)
     assert written(rows) == written(said["rows"]) and summary.depths(records) == said["depths"]
     table = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| ")]
-    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1:]] == [summary.cells(r) for r in rows]
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1:]] == [
+        summary.cells(r) for r in rows
+    ]
     assert set(summary.CORE) <= {row["run"] for row in rows}
     readme = (REPOSITORY / "README.md").read_text()
     shown = re.findall(rf"<!-- recipes/evidence/{scale}/table\.md -->\n\n(.*?)\n\n", readme, re.DOTALL)
-    assert shown and [re.sub(r"\s*\|\s*", "|", line) for line in shown[0].splitlines() if "---" not in line] == [
-        re.sub(r"\s*\|\s*", "|", line) for line in table if "---" not in line
-    ]
+    assert shown and [
+        re.sub(r"\s*\|\s*", "|", line) for line in shown[0].splitlines() if "---" not in line
+    ] == [re.sub(r"\s*\|\s*", "|", line) for line in table if "---" not in line]

@@ -1,7 +1,8 @@
-"""export: the plain form computes what the run computes, here and in transformers 4, and says truly what it is.
+"""export: the plain form computes what the run computes, here and in transformers 4, and says truly what it
+is.
 
-Weights of a few training steps are so small that attention is even and its scaling hardly matters; so the runs here are real
-ones whose final/ was given larger random weights afterwards."""
+Weights of a few training steps are so small that attention is even and its scaling hardly matters; so the
+runs here are real ones whose final/ was given larger random weights afterwards."""
 
 import json
 import os
@@ -33,12 +34,15 @@ from inheritune.models.writer import write_checkpoint
 def store(folder: Path, model: torch.nn.Module) -> None:
     """Write a model's weights and config into `folder`, beside the tokenizer that is there."""
     weights = weights_of(model)
-    write_checkpoint(folder, model.config, {n: (tuple(t.shape), t.dtype) for n, t in weights.items()}, weights.get)
+    write_checkpoint(
+        folder, model.config, {n: (tuple(t.shape), t.dtype) for n, t in weights.items()}, weights.get
+    )
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Folder of the runs of a small experiment: `reference` (4 layers, random start) and `half` (2 of them, inherited)."""
+    """Folder of the runs of a small experiment: `reference` (4 layers, random start) and `half` (2 of them,
+    inherited)."""
     folder = tmp_path_factory.mktemp("trained")
     raw = experiment_dict()
     raw["runs"]["half"] = {"init": {"inherit": {"source": "reference", "layers": "0:2"}}}
@@ -62,7 +66,9 @@ def difference(ours: Path, theirs: Path) -> float:
     """Largest difference of a logit between two folders, over the 300 ids of the tokenizer."""
     ids = torch.randint(0, 300, (2, 32), generator=seeded("test"))
     with torch.no_grad():
-        first, second = (load_model(str(folder), attention="sdpa")(ids).logits[..., :300] for folder in (ours, theirs))
+        first, second = (
+            load_model(str(folder), attention="sdpa")(ids).logits[..., :300] for folder in (ours, theirs)
+        )
     return float((first - second).abs().max())
 
 
@@ -71,14 +77,23 @@ def test_export_is_a_plain_gpt2_with_the_same_logits(trained, tmp_path):
     said = run_verb("export", trained / "reference", "--to", out).stdout
     assert f"hf upload OWNER/small one '{out}'" in said
     assert sorted(p.name for p in out.iterdir()) == [
-        "README.md", "config.json", "generation_config.json", "model-00001-of-00001.safetensors",
-        "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
-    ]  # fmt: skip
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model-00001-of-00001.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     assert difference(trained / "reference" / "final", out) < 1e-5
     config, source = read_json(out / "config.json"), open_source(out)
     assert not config.get("scale_attn_by_inverse_layer_idx") and config["vocab_size"] == 300
     assert source.shape("transformer.wte.weight") == (300, 32) and config["torch_dtype"] == "float32"
-    assert read_json(out / "generation_config.json") == {"bos_token_id": 299, "eos_token_id": 299, "pad_token_id": 299}
+    assert read_json(out / "generation_config.json") == {
+        "bos_token_id": 299,
+        "eos_token_id": 299,
+        "pad_token_id": 299,
+    }
 
     # what is proven could fail: the flag alone turned off gives another model
     shutil.copytree(trained / "reference" / "final", tmp_path / "unfolded")
@@ -91,7 +106,9 @@ def test_bf16_states_its_difference(trained, tmp_path):
     module.export(str(trained / "half"), str(tmp_path / "out"), "bf16")
     source = open_source(tmp_path / "out")
     assert {source.dtype(name) for name in source.names()} == {torch.bfloat16}
-    stated = float(re.search(r"by at most (\S+) \(the largest", (tmp_path / "out" / "README.md").read_text())[1])
+    stated = float(
+        re.search(r"by at most (\S+) \(the largest", (tmp_path / "out" / "README.md").read_text())[1]
+    )
     compared = module.compare_logits(trained / "half" / "final", tmp_path / "out", 300)
     assert 1e-4 < compared["difference"] == pytest.approx(stated, rel=0.05)
 
@@ -107,7 +124,8 @@ def test_model_card_says_what_the_runs_json_says(trained, tmp_path):
         "run 'half' of experiment small (seed 0)",
         "Parent: run 'reference' of experiment small (seed 0), layers 0 to 1 (from 0)",
         "6 steps of 640 tokens, 3,840 in all, fp32",
-        f"{loss['mean']:.4f} ({loss['low']:.4f} to {loss['high']:.4f}) nats per token, 16 windows of embedded",
+        f"{loss['mean']:.4f} ({loss['low']:.4f} to {loss['high']:.4f}) nats per token, 16 windows of "
+        f"embedded",
         f"Difference to run 'reference': {gap['mean']:+.4f} ({gap['low']:+.4f} to {gap['high']:+.4f})",
         "data, embedded: psf-2.0",
         "W_Q / (layer + 1)",
@@ -119,7 +137,9 @@ def test_model_card_says_what_the_runs_json_says(trained, tmp_path):
     shutil.copytree(trained / "half", tmp_path / "copy")
     run = RunDir(tmp_path / "copy")
     manifest = read_json(run.init / "inherited.json")
-    write_json(run.init / "inherited.json", manifest | {"source": "openai-community/gpt2-xl", "revision": "15ea56d"})
+    write_json(
+        run.init / "inherited.json", manifest | {"source": "openai-community/gpt2-xl", "revision": "15ea56d"}
+    )
     described = yaml.safe_load(run.experiment.read_text()) | {"rehearsal": True}
     described["data"] |= {"repo": "HuggingFaceFW/fineweb-edu", "revision": "87f0914"}
     run.experiment.write_text(yaml.safe_dump(described))
@@ -128,7 +148,9 @@ def test_model_card_says_what_the_runs_json_says(trained, tmp_path):
     head = yaml.safe_load(card.split("---")[1])
     assert head["base_model"] == ["openai-community/gpt2-xl"] and head["license"] == "mit"
     assert head["datasets"] == ["HuggingFaceFW/fineweb-edu"] and "rehearsal" in head["tags"]
-    assert "REHEARSAL" in card and "at revision 15ea56d, layers 0 to 1" in card and "fineweb-edu: odc-by" in card
+    assert (
+        "REHEARSAL" in card and "at revision 15ea56d, layers 0 to 1" in card and "fineweb-edu: odc-by" in card
+    )
 
 
 def test_grown_run_means_the_stage_that_its_done_names(trained, tmp_path):
@@ -146,14 +168,18 @@ def test_other_families_lose_their_padding_only(kind, tmp_path):
     source = open_source(tmp_path / "ours")
     config = module.outside_config(source.config, 57, 56)
     specs = {name: (shape, torch.float32) for name, shape in module.tensor_shapes(config).items()}
-    write_checkpoint(tmp_path / "out", config, specs, lambda name: module.outside_tensor(source, config, name))
+    write_checkpoint(
+        tmp_path / "out", config, specs, lambda name: module.outside_tensor(source, config, name)
+    )
     assert module.compare_logits(tmp_path / "ours", tmp_path / "out", 57)["difference"] < 1e-5
     assert config.vocab_size == 57 and source.config.vocab_size == 61
 
 
 def test_an_export_that_computes_something_else_is_not_left(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        module, "outside_tensor", lambda source, config, name: source.tensor(name)[: 300 if "wte" in name else None]
+        module,
+        "outside_tensor",
+        lambda source, config, name: source.tensor(name)[: 300 if "wte" in name else None],
     )
     with pytest.raises(RuntimeError, match="computes other logits"):
         module.export(str(trained / "reference"), str(tmp_path / "out"))
@@ -162,7 +188,9 @@ def test_an_export_that_computes_something_else_is_not_left(trained, tmp_path, m
 
 def test_mistakes_are_one_sentence_and_leave_nothing(trained, tmp_path):
     out, run = tmp_path / "out", tmp_path / "run"
-    assert "unknown dtype 'fp16'; did you mean" in refused("export", trained / "half", "--to", out, "--dtype", "fp16")
+    assert "unknown dtype 'fp16'; did you mean" in refused(
+        "export", trained / "half", "--to", out, "--dtype", "fp16"
+    )
     with pytest.raises(UserError, match="is no run folder"):
         module.export(str(tmp_path), str(out))
     with pytest.raises(UserError, match="give the run's folder, .*half"):
@@ -190,17 +218,26 @@ def python_blocks(text: str) -> list[str]:
 
 
 def test_snippets_of_the_readme_and_of_the_card_generate_text(trained, tmp_path):
-    (snippet,) = [block for block in python_blocks((REPOSITORY / "README.md").read_text()) if "quickstart-small" in block]
+    (snippet,) = [
+        block
+        for block in python_blocks((REPOSITORY / "README.md").read_text())
+        if "quickstart-small" in block
+    ]
     assert "--to quickstart-small" in (REPOSITORY / "README.md").read_text()
     module.export(str(trained / "half"), str(tmp_path / "quickstart-small"))
     (of_card,) = python_blocks((tmp_path / "quickstart-small" / "README.md").read_text())
     for code, prompt in ((snippet, "def "), (of_card, "The")):
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0 and done.stdout.startswith(prompt) and len(done.stdout) > len(prompt) + 5, done.stderr
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert (
+            done.returncode == 0 and done.stdout.startswith(prompt) and len(done.stdout) > len(prompt) + 5
+        ), done.stderr
 
 
 def test_both_versions_compute_the_logits_of_the_run(trained, older, tmp_path):
-    """The plain form in transformers 4.57 and 5, by the tokenizer's own output, and the run's own form here."""
+    """The plain form in transformers 4.57 and 5, by the tokenizer's own output, and the run's own form
+    here."""
     out = tmp_path / "out"
     module.export(str(trained / "reference"), str(out))
     texts = ["import os", "def f(x):\n\treturn x"]
@@ -210,11 +247,13 @@ def test_both_versions_compute_the_logits_of_the_run(trained, older, tmp_path):
     ours = load_tokenizer(Data.model_validate(experiment_dict()["data"]), trained / "reference" / "final")
     assert fifth["ids"] == [row.tolist() for row in ours.encode_batch(texts)]
     with torch.no_grad():
-        logits = load_model(str(trained / "reference" / "final"))(torch.tensor([fifth["ids"][0]])).logits[..., :300]
+        logits = load_model(str(trained / "reference" / "final"))(torch.tensor([fifth["ids"][0]])).logits[
+            ..., :300
+        ]
     assert_close(fifth["logits"], logits)
 
 
-# --- what the model that a run started from says ---------------------------------------------------------------------------
+# --- what the model that a run started from says ------------------------------------------------------------
 
 
 def started_from(run: Path, to: Path, settings: dict | None = None, **config) -> RunDir:
@@ -232,7 +271,13 @@ def started_from(run: Path, to: Path, settings: dict | None = None, **config) ->
 
 
 def test_generation_settings_of_the_start_are_kept(trained, tmp_path):
-    settings = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [299, 7, 50256], "bos_token_id": 5}
+    settings = {
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "eos_token_id": [299, 7, 50256],
+        "bos_token_id": 5,
+    }
     settings |= {"pad_token_id": 3, "transformers_version": "4.51.0"}
     run = started_from(trained / "half", tmp_path / "run", settings, eos_token_id=299, pad_token_id=50256)
     module.export(str(run.path), str(tmp_path / "out"))
@@ -262,9 +307,13 @@ def test_special_ids_are_those_of_the_runs_tokenizer(stated, ids):
 
 def test_dtype_is_that_of_the_start_unless_another_is_asked_for(trained, tmp_path):
     run = started_from(trained / "half", tmp_path / "run")
-    assert module.stated_dtype(run) == "fp32" == module.stated_dtype(RunDir(trained / "reference"))  # a random start
+    assert (
+        module.stated_dtype(run) == "fp32" == module.stated_dtype(RunDir(trained / "reference"))
+    )  # a random start
     for key, stated in (("dtype", "bfloat16"), ("torch_dtype", "bfloat16"), ("dtype", "float16")):
-        described = {k: v for k, v in read_json(run.init / "config.json").items() if k not in ("dtype", "torch_dtype")}
+        described = {
+            k: v for k, v in read_json(run.init / "config.json").items() if k not in ("dtype", "torch_dtype")
+        }
         write_json(run.init / "config.json", described | {key: stated}, seal=False)
         assert module.stated_dtype(run) == ("bf16" if stated == "bfloat16" else "fp32")
     write_json(run.init / "config.json", described | {"dtype": "bfloat16"}, seal=False)
@@ -276,31 +325,44 @@ def test_dtype_is_that_of_the_start_unless_another_is_asked_for(trained, tmp_pat
         assert config["dtype"] == config["torch_dtype"] == str(dtype).removeprefix("torch.")
 
 
-# --- tokenizers -----------------------------------------------------------------------------------------------------------
+# --- tokenizers ---------------------------------------------------------------------------------------------
 
 
 def test_tokenizer_that_an_older_run_left_is_opened_by_both(trained, tmp_path):
     run = started_from(trained / "half", tmp_path / "run")
     config = read_json(run.final / "tokenizer_config.json")
-    config = {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers", "is_local": True, "local_files_only": False,
-              "eos_token": config["eos_token"], "clean_up_tokenization_spaces": True}  # fmt: skip
+    config = {
+        "tokenizer_class": "TokenizersBackend",
+        "backend": "tokenizers",
+        "is_local": True,
+        "local_files_only": False,
+        "eos_token": config["eos_token"],
+        "clean_up_tokenization_spaces": True,
+    }
     write_json(run.final / "tokenizer_config.json", config, seal=False)
     (run.final / "chat_template.jinja").write_text("{{ messages }}")
     write_json(run.done, {"final": hash_folder(run.final)})
     write_json(run.results, read_json(run.results) | {"weights": run.weights_hash()})
     module.export(str(run.path), str(tmp_path / "out"))
     assert read_json(tmp_path / "out" / "tokenizer_config.json") == {
-        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "clean_up_tokenization_spaces": False,
-        "add_prefix_space": False, "model_input_names": ["input_ids", "attention_mask"],
-    }  # fmt: skip
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|endoftext|>",
+        "clean_up_tokenization_spaces": False,
+        "add_prefix_space": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
 def test_card_opens_a_tokenizer_by_a_class_that_gives_the_runs_ids(tmp_path, sentencepiece_models):
-    """For Qwen 2 the installed AutoTokenizer takes a class with rules of its own, and some sentencepiece models have no
-    counterpart in transformers."""
+    """For Qwen 2 the installed AutoTokenizer takes a class with rules of its own, and some sentencepiece
+    models have no counterpart in transformers."""
     names = {"own class": "bpe:300", "plain": "bpe:300", "sentencepiece": str(sentencepiece_models["llama"])}
-    openers = {"own class": "PreTrainedTokenizerFast", "plain": "AutoTokenizer", "sentencepiece": "sentencepiece"}
+    openers = {
+        "own class": "PreTrainedTokenizerFast",
+        "plain": "AutoTokenizer",
+        "sentencepiece": "sentencepiece",
+    }
     for name, tokenizer in names.items():
         folder = tmp_path / name
         config = family_config("qwen2" if name == "own class" else "llama")
@@ -315,9 +377,12 @@ def test_card_opens_a_tokenizer_by_a_class_that_gives_the_runs_ids(tmp_path, sen
         opener, pad_token_id = module.open_as_others(folder, ours)
         assert (opener, pad_token_id) == (openers[name], None)
         snippet = (
-            module.SNIPPETS[opener].format(name=json.dumps(name)) + "\nprint('IDS', tokenizer.encode('The\\n\\n  cat 12345'))"
+            module.SNIPPETS[opener].format(name=json.dumps(name))
+            + "\nprint('IDS', tokenizer.encode('The\\n\\n  cat 12345'))"
         )
-        done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0 and done.stdout.startswith("The"), done.stderr
         assert f"IDS {ours.encode_batch(['The' + chr(10) * 2 + '  cat 12345'])[0].tolist()}" in done.stdout
 

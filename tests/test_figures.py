@@ -29,7 +29,9 @@ def make_rows(n_layers=6, n_heads=3, maps=True, rehearsal=False):
         )
     causal = [[1 / (i + 1) if j <= i else 0.0 for j in range(5)] for i in range(5)]
     if maps:
-        rows += [{"kind": "map", "layer": layer, "head": 1, "sequences": 3, "mean": causal} for layer in (0, 2, 5)]
+        rows += [
+            {"kind": "map", "layer": layer, "head": 1, "sequences": 3, "mean": causal} for layer in (0, 2, 5)
+        ]
     return rows
 
 
@@ -49,7 +51,9 @@ def png_size(path):
 
 
 DRAWN = {
-    "max_rank": lambda path, **how: figures.plot_max_rank([("ours", make_rows()), ("full", make_rows(12))], path, **how),
+    "max_rank": lambda path, **how: figures.plot_max_rank(
+        [("ours", make_rows()), ("full", make_rows(12))], path, **how
+    ),
     "taus": lambda path, **how: figures.plot_tau_ablation(make_rows(), path, "reference", **how),
     "avg_mass": lambda path, **how: figures.plot_avg_mass([("ours", make_rows())], path, **how),
     "heat_map": lambda path, **how: figures.plot_heat_map(make_rows(30, 30), path, "reference", **how),
@@ -63,9 +67,21 @@ DRAWN = {
 
 def make_cells() -> list[dict]:
     """Both numbers, the paper's only, ours only, none: as `table` writes them into a CSV file."""
-    cells = [("49.1", None, 48.2, 0.9), ("50.3", 0.4, None, None), ("", None, 47.0, None), ("", None, None, None)]
+    cells = [
+        ("49.1", None, 48.2, 0.9),
+        ("50.3", 0.4, None, None),
+        ("", None, 47.0, None),
+        ("", None, None, None),
+    ]
     return [
-        {"row": f"model {i}", "column": column, "paper": paper, "paper_noise": spread, "ours": ours, "noise": noise}
+        {
+            "row": f"model {i}",
+            "column": column,
+            "paper": paper,
+            "paper_noise": spread,
+            "ours": ours,
+            "noise": noise,
+        }
         for i, (paper, spread, ours, noise) in enumerate(cells)
         for column in ("mean", "MMLU")
     ]
@@ -83,15 +99,21 @@ def test_same_rows_same_bytes(name, tmp_path):
 
 
 def test_all_figures_of_a_model_without_torch(tmp_path):
-    (tmp_path / "attention.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(rehearsal=True)))
+    (tmp_path / "attention.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in make_rows(rehearsal=True))
+    )
     code = (
-        "import sys; from inheritune.paper.figures import plot_attention; paths = plot_attention(sys.argv[1])\n"
+        "import sys; from inheritune.paper.figures import plot_attention; paths = "
+        "plot_attention(sys.argv[1])\n"
         "assert all(path.is_file() for path in paths) and len(paths) == 5\n"
-        "assert not {'torch', 'transformers', 'inheritune.analysis.attention', 'matplotlib.pyplot'} & set(sys.modules)"
+        "assert not {'torch', 'transformers', 'inheritune.analysis.attention', 'matplotlib.pyplot'} & "
+        "set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
     assert len(list(tmp_path.glob("*.png"))) == 5
-    (tmp_path / "attention.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(maps=False)))
+    (tmp_path / "attention.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in make_rows(maps=False))
+    )
     assert [path.name for path in figures.plot_attention(tmp_path)][-1] == "rank_heat_map.png"
 
 

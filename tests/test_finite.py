@@ -20,7 +20,8 @@ BAD = "transformer.h.1.mlp.c_fc.weight"
 
 
 def damaged(folder: Path, layers: int = 2, dtype=torch.float32) -> Path:
-    """A saved model with two values of block 1 and one of the final norm that are not finite, and one as large as can be."""
+    """A saved model with two values of block 1 and one of the final norm that are not finite, and one as
+    large as can be."""
     model = random_model(config_of("public", layers)).to(dtype)
     state = model.state_dict()
     flat = state[BAD].view(-1)
@@ -33,7 +34,9 @@ def damaged(folder: Path, layers: int = 2, dtype=torch.float32) -> Path:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_counted_is_what_is_not_finite(dtype):
     tiny = torch.finfo(dtype).smallest_normal / 2
-    finite = torch.tensor([0.0, -0.0, 1.0, -1.0, torch.finfo(dtype).max, torch.finfo(dtype).min, tiny, -tiny], dtype=dtype)
+    finite = torch.tensor(
+        [0.0, -0.0, 1.0, -1.0, torch.finfo(dtype).max, torch.finfo(dtype).min, tiny, -tiny], dtype=dtype
+    )
     bad = torch.tensor([float("nan"), -float("nan"), float("inf"), -float("inf")], dtype=dtype)
 
     def count(tensor: torch.Tensor) -> int:
@@ -55,13 +58,21 @@ def test_inherit_copies_them_and_says_so(tmp_path, caplog, dtype):
         with caplog.at_level(logging.WARNING):
             manifest = inherit(source, "0:2", out)
         (said,) = [record.getMessage() for record in caplog.records]
-        assert f"{out}: tensor {BAD} has 2 value(s) that are nan or inf, and 1 more tensor(s) have some" in said
+        assert (
+            f"{out}: tensor {BAD} has 2 value(s) that are nan or inf, and 1 more tensor(s) have some" in said
+        )
     assert manifest["not_finite"] == {BAD: 2, "transformer.ln_f.bias": 1}
     assert read_json(out / "inherited.json") == manifest
     before, after = open_source(source), open_source(out)
-    assert all(after.tensor(name).view(torch.uint8).equal(before.tensor(name).view(torch.uint8)) for name in after.names())
+    assert all(
+        after.tensor(name).view(torch.uint8).equal(before.tensor(name).view(torch.uint8))
+        for name in after.names()
+    )
     caplog.clear()
-    assert inherit(source, "0:1", tmp_path / "clean", parts=["blocks"])["not_finite"] == {} and not caplog.records
+    assert (
+        inherit(source, "0:1", tmp_path / "clean", parts=["blocks"])["not_finite"] == {}
+        and not caplog.records
+    )
 
 
 def test_every_surgery_counts_them(tmp_path):
@@ -69,9 +80,14 @@ def test_every_surgery_counts_them(tmp_path):
     random_model(config_of("public", 1)).save_pretrained(tmp_path / "previous")
     assert extend(tmp_path / "previous", source, 1, 2, tmp_path / "extended")["not_finite"] == {BAD: 2}
     assert inherit(source, [1], tmp_path / "stacked", copies=2)["not_finite"] == {
-        BAD.replace(".1.", ".0."): 2, BAD: 2, "transformer.ln_f.bias": 1,
-    }  # fmt: skip
-    assert halve(source, tmp_path / "half")["not_finite"] == {BAD: 1, "transformer.ln_f.bias": 1}  # a corner of it
+        BAD.replace(".1.", ".0."): 2,
+        BAD: 2,
+        "transformer.ln_f.bias": 1,
+    }
+    assert halve(source, tmp_path / "half")["not_finite"] == {
+        BAD: 1,
+        "transformer.ln_f.bias": 1,
+    }  # a corner of it
     assert write_random(config_of("paper", 2), tmp_path / "random")["not_finite"] == {}
 
 
@@ -108,7 +124,10 @@ def test_blocks_of_a_disk_that_gives_a_few_bytes_at_a_time_are_whole_elements(tm
 
 def test_start_of_an_older_version_is_looked_through(tmp_path):
     inherit(damaged(tmp_path / "source"), "0:2", tmp_path / "init")
-    with pytest.raises(UserError, match=f"init: tensor {BAD} has 2 .*repair the source .*, delete this folder and start again"):
+    with pytest.raises(
+        UserError,
+        match=f"init: tensor {BAD} has 2 .*repair the source .*, delete this folder and start again",
+    ):
         check_start(tmp_path / "init")
     manifest = read_json(tmp_path / "init" / surgery.MANIFEST)
     del manifest["not_finite"]  # as it was written before they were counted
@@ -121,7 +140,8 @@ def test_start_of_an_older_version_is_looked_through(tmp_path):
 
 @pytest.fixture
 def experiment(tmp_path, own_root) -> str:
-    """Runs that start from, learn from, and are, a model with weights that are not finite; the data are prepared."""
+    """Runs that start from, learn from, and are, a model with weights that are not finite; the data are
+    prepared."""
     model = random_model(sized(config_of("public", 2)))
     model.save_pretrained(tmp_path / "good")
     model.transformer.h[1].mlp.c_fc.weight.data.view(-1)[:2] = float("nan")
@@ -130,7 +150,11 @@ def experiment(tmp_path, own_root) -> str:
     blocks = {"init": {"inherit": {"source": str(tmp_path / "bad"), "layers": "0:2"}}}
     taught = {"init": {"inherit": {"source": str(tmp_path / "good"), "layers": "0:2"}}}
     taught["distil"] = {"teacher": str(tmp_path / "bad"), "alpha": 0.5, "temperature": 2.0}
-    raw["runs"] = {"cut": blocks, "taught": taught, "third": {"init": {"external": {"source": str(tmp_path / "bad")}}}}
+    raw["runs"] = {
+        "cut": blocks,
+        "taught": taught,
+        "third": {"init": {"external": {"source": str(tmp_path / "bad")}}},
+    }
     path = write_experiment(tmp_path, raw)
     write_tokens(data_dir(load_experiment(path)))
     return path
@@ -148,7 +172,9 @@ def test_no_run_starts_or_learns_from_them(experiment):
         said = refused("train", experiment, "--run", run)
         assert f"tensor {BAD} has 2 value(s) that are nan or inf" in said
         folder = RunDir.of(load_experiment(experiment), run)
-        assert not folder.metrics.exists() and not folder.checkpoints.exists() and not folder.bad_batch.exists()
+        assert (
+            not folder.metrics.exists() and not folder.checkpoints.exists() and not folder.bad_batch.exists()
+        )
 
 
 def test_they_are_not_measured(experiment, tmp_path):

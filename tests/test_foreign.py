@@ -1,5 +1,5 @@
-"""Names that are not ours in our folders: copies that people make, what systems and sync programs leave. No run stops for them,
-none is taken for ours, none is changed."""
+"""Names that are not ours in our folders: copies that people make, what systems and sync programs leave. No
+run stops for them, none is taken for ours, none is changed."""
 
 import os
 import shutil
@@ -24,8 +24,23 @@ FOLDERS = (
     "step_00000004 (conflicted copy 2026-01-02)",
     "step_000000004",
 )
-FOLDERS += ("Step_00000004", "step_00000004~", ".step_00000004.Xa1b2c", ".nfs0000", "step_٠٠٠٠٠٠٠٤", "step_-0000001", "notes")
-FILES = (".DS_Store", "._step_00000004", "step_00000100", ".nfs000000000123", ".notes.tmp", "step_00000002.tar")
+FOLDERS += (
+    "Step_00000004",
+    "step_00000004~",
+    ".step_00000004.Xa1b2c",
+    ".nfs0000",
+    "step_٠٠٠٠٠٠٠٤",
+    "step_-0000001",
+    "notes",
+)
+FILES = (
+    ".DS_Store",
+    "._step_00000004",
+    "step_00000100",
+    ".nfs000000000123",
+    ".notes.tmp",
+    "step_00000002.tar",
+)
 
 
 def litter(folder: Path) -> None:
@@ -56,7 +71,16 @@ def foreign(folders: list[Path]) -> dict:
     """The content of all foreign files."""
     found = {}
     for folder in folders:
-        names = [*FOLDERS, *FILES, "stage01", "stage1.bak", "stage", "at_4", "at_00000004.bak", ".ipynb_checkpoints"]
+        names = [
+            *FOLDERS,
+            *FILES,
+            "stage01",
+            "stage1.bak",
+            "stage",
+            "at_4",
+            "at_00000004.bak",
+            ".ipynb_checkpoints",
+        ]
         names += ["._DONE", "DONE~", "step_3.npy.bak", ".metrics.jsonl.swp", ".run.tmp1"]
         for path in (folder / name for name in names):
             if path.is_dir():
@@ -75,7 +99,8 @@ def unfinish(run: RunDir) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """(experiment's path, root) of a run, with weights kept on the way, that was trained among foreign names."""
+    """(experiment's path, root) of a run, with weights kept on the way, that was trained among foreign
+    names."""
     folder = tmp_path_factory.mktemp("foreign")
     raw = experiment_dict(runs={"reference": {"init": "random", "keep_at": [3]}}, paper=[])
     path = write_experiment(folder, raw)
@@ -131,7 +156,8 @@ def test_a_run_whose_only_checkpoints_have_wrong_names_does_not_start_over(run, 
     shutil.rmtree(run.checkpoint(2))
     run.checkpoint(4).rename(run.checkpoint(5))
     with pytest.raises(
-        UserError, match="is a copy of the checkpoint of step 4 under a wrong name; rename or delete it; no other"
+        UserError,
+        match="is a copy of the checkpoint of step 4 under a wrong name; rename or delete it; no other",
     ):
         checkpoint.find(run)
     run.checkpoint(5).rename(run.checkpoint(4))  # as it says
@@ -140,7 +166,10 @@ def test_a_run_whose_only_checkpoints_have_wrong_names_does_not_start_over(run, 
 
 def test_what_was_put_into_a_checkpoint_is_not_read(run, tmp_path):
     folder = run.checkpoint(4)
-    expected = {name: open_source(folder).tensor(name) for name in ("transformer.wte.weight", "transformer.h.0.ln_1.weight")}
+    expected = {
+        name: open_source(folder).tensor(name)
+        for name in ("transformer.wte.weight", "transformer.h.0.ln_1.weight")
+    }
     shutil.copytree(folder / "deepspeed", folder / "deepspeed.bak")
     for file in list((folder / "deepspeed").iterdir()):
         (folder / "deepspeed" / f"._{file.name}").write_bytes(b"\x00\x05\x16\x07")
@@ -167,24 +196,28 @@ def test_stages_are_counted_by_exact_names(tmp_path):
         (tmp_path / name / "metrics.jsonl").write_text("")
     (tmp_path / "stage4").write_text("a file")
     assert run.stages() == [1, 2, 10] and RunDir(tmp_path / "none").stages() == []
-    with pytest.raises(UserError, match=r"is a grown run, whose stages are runs of their own \(stage1, stage2, stage10\)"):
+    with pytest.raises(
+        UserError, match=r"is a grown run, whose stages are runs of their own \(stage1, stage2, stage10\)"
+    ):
         sync(str(tmp_path))
 
 
-# --- what cannot be deleted -----------------------------------------------------------------------------------------------
+# --- what cannot be deleted ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def busy(tmp_path):
-    """Make a folder that not even root can delete, as one on NFS with a file that somebody reads: a file system is mounted in
-    it."""
+    """Make a folder that not even root can delete, as one on NFS with a file that somebody reads: a file
+    system is mounted in it."""
     mounted = []
 
     def make(folder: Path) -> None:
         folder.mkdir(parents=True)
         if (
             os.geteuid()
-            or subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True, check=False).returncode
+            or subprocess.run(
+                ["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True, check=False
+            ).returncode
         ):
             pytest.skip("a folder that cannot be deleted needs root and the right to mount")
         mounted.append(folder)
@@ -214,11 +247,14 @@ def test_what_cannot_be_deleted_is_told_and_stops_nothing(tmp_path, busy, caplog
         (run.checkpoints / "new").rmdir()
     assert run.complete_checkpoints() == [6] and not run.checkpoint(4).exists() and run.checkpoint(2).is_dir()
     told = [record.message for record in caplog.records]
-    assert len(told) == 2 and all("is not needed any more and cannot be deleted (" in line for line in told), told
+    assert len(told) == 2 and all(
+        "is not needed any more and cannot be deleted (" in line for line in told
+    ), told
 
 
 def test_what_a_killed_deletion_left_is_deleted_later(tmp_path):
-    """A checkpoint loses its marker first, so that what is half deleted is none; the next one takes the rest away."""
+    """A checkpoint loses its marker first, so that what is half deleted is none; the next one takes the rest
+    away."""
     run = RunDir(tmp_path)
     for step in (2, 4, 6):
         make_checkpoint(run, step)

@@ -25,16 +25,24 @@ from inheritune.files.rundir import read_json, read_jsonl, sealed
 from inheritune.models.sources import open_source, read_safetensors
 
 fuzzed = settings(
-    max_examples=int(os.environ.get("FUZZ", "300")), deadline=None, database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
-)  # fmt: skip
+    max_examples=int(os.environ.get("FUZZ", "300")),
+    deadline=None,
+    database=None,
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+    ],
+)
 
 numbers = st.one_of(st.integers(), st.sampled_from([0, -1, 1, 2**31, 2**63, 10**30]), st.floats())
 odd = ["0:4", ":", "-1:", "../x", "/etc", "$(id)", "NaN", "reference", "\x00"]
 words = st.one_of(st.text(max_size=12), st.sampled_from(odd))
 leaves = st.one_of(st.none(), st.booleans(), numbers, words)
 values = st.recursive(
-    leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3), max_leaves=6
+    leaves,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=6,
 )
 
 
@@ -87,7 +95,11 @@ def test_experiment(raw):
 
 @fuzzed
 @given(
-    st.one_of(st.binary(max_size=200), st.text(max_size=200).map(str.encode), values.map(lambda v: yaml.safe_dump(v).encode()))
+    st.one_of(
+        st.binary(max_size=200),
+        st.text(max_size=200).map(str.encode),
+        values.map(lambda v: yaml.safe_dump(v).encode()),
+    )
 )
 def test_experiment_file(tmp_path, content):
     (tmp_path / "e.yaml").write_bytes(content)

@@ -1,4 +1,5 @@
-"""The main job end to end, through the command line: reference, growth, verdict, table, figures; what a restart does."""
+"""The main job end to end, through the command line: reference, growth, verdict, table, figures; what a
+restart does."""
 
 import json
 import shutil
@@ -26,23 +27,42 @@ def test_growth_on_three_ranks_with_a_batch_of_twenty(tmp_path, own_root):
     said = run_verb("grow", path, "--run", "grown", "--procs", "3").stdout
     assert "did not reach reference's validation loss" in said
     done = read_json(grown.done)
-    assert not done["parity"] and done["layers"] in (2, 3) and (grown.stage(done["stage"]).final / "config.json").is_file()
+    assert (
+        not done["parity"]
+        and done["layers"] in (2, 3)
+        and (grown.stage(done["stage"]).final / "config.json").is_file()
+    )
     results = [read_json(grown.stage(n).results) for n in (1, 2)]
     assert [r["layers"] for r in results] == [2, 3] and not grown.stage(3).path.exists()
     assert done["train_flops_of_all_stages"] == sum(r["train_flops"] for r in results)
     for stage, result in zip((1, 2), results, strict=True):
         ours = np.load(grown.stage(stage).losses(6)) - np.load(reference.losses(6))
-        assert result["difference"]["mean"] == pytest.approx(ours.mean(), abs=1e-12) and result["difference"]["n"] == 16
+        assert (
+            result["difference"]["mean"] == pytest.approx(ours.mean(), abs=1e-12)
+            and result["difference"]["n"] == 16
+        )
         assert result["paper_rule"] == (ours.mean() <= 0)
     rows = [row for row in read_jsonl(reference.metrics) if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 7))
-    assert {"tokens", "lr", "grad_norm", "step_s", "tokens_per_s", "mfu", "peak_memory_gb", "skipped_steps"} <= set(rows[0])
+    assert {
+        "tokens",
+        "lr",
+        "grad_norm",
+        "step_s",
+        "tokens_per_s",
+        "mfu",
+        "peak_memory_gb",
+        "skipped_steps",
+    } <= set(rows[0])
     assert reference.wandb_id.is_file() and list((reference.path / "wandb").glob("offline-run-*"))
 
     # stage 2 took blocks 0 and 1, embeddings and norm from stage 1, block 2 from the reference
     manifest = read_json(grown.stage(2).init / "inherited.json")["tensors"]
     origin = {name: str(facts["copied"]["file"]) for name, facts in manifest.items()}
-    assert "stage1/final" in origin["transformer.h.1.mlp.c_fc.weight"] and "stage1/final" in origin["transformer.wte.weight"]
+    assert (
+        "stage1/final" in origin["transformer.h.1.mlp.c_fc.weight"]
+        and "stage1/final" in origin["transformer.wte.weight"]
+    )
     assert "reference/final" in origin["transformer.h.2.mlp.c_fc.weight"]
 
     run_verb("figure", path)
@@ -64,7 +84,10 @@ def test_growth_on_three_ranks_with_a_batch_of_twenty(tmp_path, own_root):
     grown.done.unlink()
     run_verb("grow", path, "--run", "grown", "--procs", "3")
     assert hash_folder(grown.stage(1).path) == stage1
-    assert np.array_equal(np.load(grown.stage(2).losses(6)).shape, (16,)) and read_json(grown.done)["layers"] == done["layers"]
+    assert (
+        np.array_equal(np.load(grown.stage(2).losses(6)).shape, (16,))
+        and read_json(grown.done)["layers"] == done["layers"]
+    )
 
     # evaluation of final/ as one process finds what training on three ranks recorded
     recorded = read_json(reference.results)["validation"]["mean"]
@@ -72,12 +95,15 @@ def test_growth_on_three_ranks_with_a_batch_of_twenty(tmp_path, own_root):
     assert read_json(reference.results)["validation"]["mean"] == pytest.approx(recorded, abs=1e-6)
     assert read_json(reference.results)["steps"] == 6  # what training wrote is kept
     run_verb("evaluate", path, "--model", reference.final, "--out", tmp_path / "other.json")
-    assert json.loads((tmp_path / "other.json").read_text())["validation"]["mean"] == pytest.approx(recorded, abs=1e-6)
+    assert json.loads((tmp_path / "other.json").read_text())["validation"]["mean"] == pytest.approx(
+        recorded, abs=1e-6
+    )
 
 
 @pytest.mark.slow
 def test_rehearsal_of_a_paper_experiment_marks_everything(own_root):
-    """The shipped Medium experiment through the same code in small: real corpus, real tokenizer, growth, table, figures."""
+    """The shipped Medium experiment through the same code in small: real corpus, real tokenizer, growth,
+    table, figures."""
     run_verb("grow", "gpt2_medium_owt", "--run", "inheritune", "--procs", "2", REHEARSE=1)
     experiment = load_experiment("gpt2_medium_owt", rehearse=True)
     grown = RunDir.of(experiment, "inheritune")
@@ -87,7 +113,11 @@ def test_rehearsal_of_a_paper_experiment_marks_everything(own_root):
     run_verb("figure", "gpt2_medium_owt", REHEARSE=1)
     kept = read_json(grown.stage(1).init / "inherited.json")
     fresh = sorted(name for name, facts in kept["tensors"].items() if "fresh" in facts)
-    assert fresh == ["transformer.ln_f.bias", "transformer.ln_f.weight", "transformer.wpe.weight"]  # the paper's reading
+    assert fresh == [
+        "transformer.ln_f.bias",
+        "transformer.ln_f.weight",
+        "transformer.wpe.weight",
+    ]  # the paper's reading
     assert yaml.safe_load(grown.stage(1).experiment.read_text())["rehearsal"] is True
 
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -9,7 +9,16 @@ import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY, experiment_dict, last_step, one_sentence, refused, run_verb, write_experiment, write_tokens
+from conftest import (
+    REPOSITORY,
+    experiment_dict,
+    last_step,
+    one_sentence,
+    refused,
+    run_verb,
+    write_experiment,
+    write_tokens,
+)
 
 from inheritune.config.experiment import load_experiment
 from inheritune.files.rundir import RunDir, data_dir, hash_folder, read_json, read_jsonl, write_json
@@ -30,7 +39,8 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """(folder, experiment as a dict): `reference`, `third` and stage 1 of `grown` finished; `other` stopped after step 4."""
+    """(folder, experiment as a dict): `reference`, `third` and stage 1 of `grown` finished; `other` stopped
+    after step 4."""
     folder = tmp_path_factory.mktemp("world")
     raw = experiment_dict(paper=[], runs=RUNS)
     raw["train"] |= {"steps": 6, "checkpoint_every": 2, "keep_last": 9}
@@ -55,20 +65,29 @@ def run_of(path: str, name: str) -> RunDir:
 def test_a_start_of_another_model_is_refused(again):
     path = again(model={"heads": 1}, runs={"new": {"init": "random"}})
     said = refused("train", path, "--run", "new")
-    assert "random_init_4_layers holds another model than small describes: its n_head is 2, the experiment's 1" in said
+    assert (
+        "random_init_4_layers holds another model than small describes: its n_head is 2, the experiment's 1"
+        in said
+    )
     assert not run_of(path, "new").experiment.exists()
 
 
 def test_a_source_of_another_shape_is_refused(again):
     path = again(model={"norm_eps": 1e-6})
-    assert "holds another model than small describes: its layer_norm_epsilon" in refused("train", path, "--run", "cut")
+    assert "holds another model than small describes: its layer_norm_epsilon" in refused(
+        "train", path, "--run", "cut"
+    )
 
 
 def test_a_start_that_was_made_before_the_run_began_is_made_anew(again):
     path = again()
     assert prepare_start(Job(load_experiment(path), "cut")) == run_of(path, "cut").init
     path = again(runs={"cut": {"init": {"inherit": {"source": "reference", "layers": "1:4"}}}})
-    assert read_json(prepare_start(Job(load_experiment(path), "cut")) / "inherited.json")["layers"] == [1, 2, 3]
+    assert read_json(prepare_start(Job(load_experiment(path), "cut")) / "inherited.json")["layers"] == [
+        1,
+        2,
+        3,
+    ]
 
 
 def test_a_stage_is_trained_as_the_first_was(again):
@@ -87,7 +106,10 @@ def test_a_checkpoint_of_another_run_is_refused(again, source):
     run = run_of(path, "other")
     if source == "seed":
         run_verb("train", path, "--run", "reference", "--seed", "1")
-        theirs, key = RunDir.of(load_experiment(path), "reference", 1), "run_name is reference there and other here"
+        theirs, key = (
+            RunDir.of(load_experiment(path), "reference", 1),
+            "run_name is reference there and other here",
+        )
     else:
         theirs, key = run_of(path, "third"), "run_name is third there and other here"
     shutil.rmtree(run.checkpoint(4))
@@ -123,12 +145,17 @@ def test_a_run_without_its_experiment_is_compared_with_its_checkpoint(again):
     path = again(train={"lr": 5e-4})
     run = run_of(path, "other")
     run.experiment.unlink()
-    assert "is of another run: train.lr is 0.001 there and 0.0005 here" in refused("train", path, "--run", "other")
+    assert "is of another run: train.lr is 0.001 there and 0.0005 here" in refused(
+        "train", path, "--run", "other"
+    )
 
 
 def test_a_finished_run_says_what_has_changed_since(again):
     said = run_verb("train", again(train={"lr": 5e-4}), "--run", "reference").stdout
-    assert "is finished" in said and "note: it was trained with train.lr = 0.001, the experiment now has 0.0005" in said
+    assert (
+        "is finished" in said
+        and "note: it was trained with train.lr = 0.001, the experiment now has 0.0005" in said
+    )
     assert "note:" not in run_verb("train", again(), "--run", "reference").stdout
 
 
@@ -152,7 +179,9 @@ def put(run: RunDir, change) -> None:
 def test_a_marker_that_lacks_something_is_one_sentence(again, change):
     path = again()
     put(run_of(path, "other"), change)
-    assert "COMPLETE lacks what a marker says, or says it otherwise" in refused("train", path, "--run", "other")
+    assert "COMPLETE lacks what a marker says, or says it otherwise" in refused(
+        "train", path, "--run", "other"
+    )
 
 
 def test_a_json_of_another_deepspeed_is_read_by_name(again):
@@ -161,7 +190,11 @@ def test_a_json_of_another_deepspeed_is_read_by_name(again):
     newer = {"deepspeed_version": "99.0", "layout": {}}
     put(
         run,
-        lambda facts: facts | newer | {"deepspeed": {**facts["deepspeed"], "zero_optimization": {"stage": 3, "new_key": 1}}},
+        lambda facts: (
+            facts
+            | newer
+            | {"deepspeed": {**facts["deepspeed"], "zero_optimization": {"stage": 3, "new_key": 1}}}
+        ),
     )
     said = refused("train", path, "--run", "other")
     assert "was written with zero_optimization.new_key = 1" in said
@@ -178,7 +211,9 @@ def test_a_state_of_generators_runs_no_code(again):
     (run.checkpoint(4) / "rng_00000.pt").write_bytes(pickle.dumps({"cpu": Trap()}))
     put(run, lambda facts: facts | {"files": hash_folder(run.checkpoint(4))})
     said = refused("train", path, "--run", "other")
-    assert "rng_00000.pt holds no state of random generators" in said and not (REPOSITORY / "trapped").exists()
+    assert (
+        "rng_00000.pt holds no state of random generators" in said and not (REPOSITORY / "trapped").exists()
+    )
     torch.save({"gpu": torch.zeros(3)}, run.checkpoint(4) / "rng_00000.pt")
     put(run, lambda facts: facts | {"files": hash_folder(run.checkpoint(4))})
     assert "rng_00000.pt holds no state" in refused("train", path, "--run", "other")
@@ -190,8 +225,16 @@ def test_a_start_does_not_count_bad_steps_anew(small, tmp_path):
     path = write_experiment(tmp_path, raw)
     run = RunDir.of(load_experiment(path), "reference")
     for _ in range(3):
-        command = [sys.executable, str(REPOSITORY / "tests" / "fault_worker.py"), path, "reference", "losses@3:0"]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ, cwd=REPOSITORY, check=False)
+        command = [
+            sys.executable,
+            str(REPOSITORY / "tests" / "fault_worker.py"),
+            path,
+            "reference",
+            "losses@3:0",
+        ]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=os.environ, cwd=REPOSITORY, check=False
+        )
         assert "3 steps in a row" in one_sentence(done)
         assert last_step(run) == 5 and not run.is_done()
     assert [row["step"] for row in read_jsonl(run.metrics) if "loss" in row] == [1, 2]

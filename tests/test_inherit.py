@@ -1,4 +1,5 @@
-"""inherit.py: slices equal models cut by hand, bit for bit; every tensor is accounted for; refusals write nothing."""
+"""inherit.py: slices equal models cut by hand, bit for bit; every tensor is accounted for; refusals write
+nothing."""
 
 import copy
 import errno
@@ -78,8 +79,12 @@ def test_slice_equals_the_model_cut_by_hand(source, tmp_path, layers):
     assert list(manifest["tensors"]) == list(weights) and manifest["layers"] == kept
     assert all(torch.equal(ours.state_dict()[name], tensor) for name, tensor in weights.items())
     for name, row in manifest["tensors"].items():
-        assert row["copied"]["tensor"] in weights_of(model) and Path(row["copied"]["file"]).parent == folder, name
-    moves = kept != list(range(len(kept))) and bool(getattr(model.config, "scale_attn_by_inverse_layer_idx", False))
+        assert (
+            row["copied"]["tensor"] in weights_of(model) and Path(row["copied"]["file"]).parent == folder
+        ), name
+    moves = kept != list(range(len(kept))) and bool(
+        getattr(model.config, "scale_attn_by_inverse_layer_idx", False)
+    )
     assert manifest["moved_blocks"]["changed"] == moves
     rundir.check_files(tmp_path / "out", manifest["files"])
     assert set(manifest["files"]) | {"inherited.json"} == {p.name for p in (tmp_path / "out").iterdir()}
@@ -166,16 +171,33 @@ def test_tokenizer_templates_and_settings_come_along(tmp_path):
     save_by_newest(tmp_path / "older", source)
     for name in ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json", "notes.md"):
         (source / name).write_text("{}")
-    described = rundir.read_json(source / "config.json") | {"temperature": 0.6, "do_sample": True, "eos_token_id": [2, 3]}
+    described = rundir.read_json(source / "config.json") | {
+        "temperature": 0.6,
+        "do_sample": True,
+        "eos_token_id": [2, 3],
+    }
     rundir.write_json(source / "config.json", described | {"_name_or_path": "/home/me/model"}, seal=False)
     manifest = inherit(source, "0:2", out)
     written = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
-    assert {"chat_template.jinja", "additional_chat_templates/tool.jinja", "vocab.json", "merges.txt"} < written
-    assert {"tokenizer.model", "added_tokens.json", "generation_config.json"} < written and "notes.md" not in written
+    assert {
+        "chat_template.jinja",
+        "additional_chat_templates/tool.jinja",
+        "vocab.json",
+        "merges.txt",
+    } < written
+    assert {
+        "tokenizer.model",
+        "added_tokens.json",
+        "generation_config.json",
+    } < written and "notes.md" not in written
     assert set(manifest["files"]) | {"inherited.json"} == written
     rundir.check_files(out, manifest["files"])
     assert (out / "chat_template.jinja").read_text() == TEMPLATE
-    assert rundir.read_json(out / "generation_config.json") == {"do_sample": True, "temperature": 0.6, "eos_token_id": [2, 3]}
+    assert rundir.read_json(out / "generation_config.json") == {
+        "do_sample": True,
+        "temperature": 0.6,
+        "eos_token_id": [2, 3],
+    }
     assert "/home/me" not in "".join(path.read_text() for path in out.glob("*config.json"))
     assert rundir.read_json(out / "tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
     inherit(out, "0:1", tmp_path / "again")  # a slice of a slice
@@ -184,7 +206,7 @@ def test_tokenizer_templates_and_settings_come_along(tmp_path):
             assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes(), name
 
 
-# --- growth from the previous stage ---------------------------------------------------------------------------------------
+# --- growth from the previous stage -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -207,14 +229,17 @@ def test_extend_keeps_what_was_trained_and_adds_blocks_of_the_reference(tmp_path
 
 
 def test_extend_joins_what_names_the_same_positions_in_other_words(tmp_path):
-    """A reference as transformers 4 wrote it, and a slice of it in words of both versions or as an older version left it."""
+    """A reference as transformers 4 wrote it, and a slice of it in words of both versions or as an older
+    version left it."""
     for family in ("llama", "phi3"):
         positions = {"rope_theta": 77.0, "rope_scaling": {"type": "linear", "factor": 4.0}}
         if family == "phi3":
             positions = {"rope_theta": 77.0, "partial_rotary_factor": 0.5}
         raw = {"model_type": family, "vocab_size": 61, **NO_TOKENS, **LLAMA, **positions}
         folder = tmp_path / family
-        random_model(CONFIG_MAPPING[family].from_dict(copy.deepcopy(raw))).save_pretrained(folder / "reference")
+        random_model(CONFIG_MAPPING[family].from_dict(copy.deepcopy(raw))).save_pretrained(
+            folder / "reference"
+        )
         rundir.write_json(folder / "reference" / "config.json", raw | {"architectures": ["X"]}, seal=False)
         inherit(folder / "reference", "0:2", folder / "slice")
         extend(folder / "slice", folder / "reference", 2, 3, folder / "out")
@@ -226,7 +251,9 @@ def test_extend_joins_what_names_the_same_positions_in_other_words(tmp_path):
             described["rope_parameters"]["type"] = "linear"
         rundir.write_json(folder / "older" / "config.json", described, seal=False)
         extend(folder / "older", folder / "reference", 2, 3, folder / "again")
-        assert opened(folder / "out").config.rope_parameters == opened(folder / "again").config.rope_parameters
+        assert (
+            opened(folder / "out").config.rope_parameters == opened(folder / "again").config.rope_parameters
+        )
         with pytest.raises(UserError, match="differ in rope_parameters"):
             described["rope_parameters"]["rope_theta"] = 78.0
             rundir.write_json(folder / "older" / "config.json", described, seal=False)
@@ -234,7 +261,12 @@ def test_extend_joins_what_names_the_same_positions_in_other_words(tmp_path):
 
 
 def test_extend_refuses_models_that_do_not_fit(tmp_path):
-    for name, kind, layers in (("two", "paper", 2), ("six", "paper", 6), ("public", "public", 6), ("llama", "llama", 6)):
+    for name, kind, layers in (
+        ("two", "paper", 2),
+        ("six", "paper", 6),
+        ("public", "public", 6),
+        ("llama", "llama", 6),
+    ):
         random_model(config_of(kind, layers)).save_pretrained(tmp_path / name)
     cases = [
         ("two", "llama", 2, 4, "is a gpt2 and .* a llama"),
@@ -249,7 +281,7 @@ def test_extend_refuses_models_that_do_not_fit(tmp_path):
     assert_nothing_written(tmp_path / "out")
 
 
-# --- refusals, repetition, room -------------------------------------------------------------------------------------------
+# --- refusals, repetition, room -----------------------------------------------------------------------------
 
 
 def assert_nothing_written(out: Path):
@@ -340,11 +372,12 @@ def test_disk_that_fills_up_meanwhile(llama, tmp_path, monkeypatch):
     assert_nothing_written(tmp_path / "out")
 
 
-# --- memory ---------------------------------------------------------------------------------------------------------------
+# --- memory -------------------------------------------------------------------------------------------------
 
 
 def test_peak_memory_does_not_grow_with_the_layers(tmp_path):
-    """2 against 8 of 12 layers of 25 MB each (150 MB apart): the same peak, within two of the largest tensors (8 MB)."""
+    """2 against 8 of 12 layers of 25 MB each (150 MB apart): the same peak, within two of the largest tensors
+    (8 MB)."""
     config = config_of("paper", layers=12)
     for key, value in {"n_embd": 720, "n_inner": 2880, "n_head": 12}.items():
         setattr(config, key, value)
@@ -355,7 +388,8 @@ def test_peak_memory_does_not_grow_with_the_layers(tmp_path):
     )
     command = [sys.executable, "-c", program, str(tmp_path / "source")]
     runs = [
-        subprocess.Popen([*command, f"0:{n}", str(tmp_path / f"out{n}")], stdout=subprocess.PIPE, text=True) for n in (2, 8)
+        subprocess.Popen([*command, f"0:{n}", str(tmp_path / f"out{n}")], stdout=subprocess.PIPE, text=True)
+        for n in (2, 8)
     ]
     peaks = [int(run.communicate()[0].split()[-1]) for run in runs]
     assert abs(peaks[1] - peaks[0]) < 17, f"MB with 2 and 8 layers: {peaks}"

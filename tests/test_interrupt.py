@@ -1,5 +1,6 @@
-"""Ctrl-C: what can be saved is saved, the rest leaves without a traceback or a temporary file; a second one ends everything at
-once; a script does not continue with its next line. By real processes, signals and a terminal."""
+"""Ctrl-C: what can be saved is saved, the rest leaves without a traceback or a temporary file; a second one
+ends everything at once; a script does not continue with its next line. By real processes, signals and a
+terminal."""
 
 import os
 import pty
@@ -22,7 +23,9 @@ from inheritune.models.surgery import write_random
 from inheritune.runtime.signals import ONE_PRESS_S
 
 DIED = -signal.SIGINT  # which a shell shows as 130
-SAVING = "inheritune: Ctrl-C: saving, then stopping; a second Ctrl-C stops at once and loses what is not saved\n"
+SAVING = (
+    "inheritune: Ctrl-C: saving, then stopping; a second Ctrl-C stops at once and loses what is not saved\n"
+)
 STOPPING = "inheritune: Ctrl-C: stopping\n"
 
 
@@ -35,10 +38,15 @@ class Program:
                 signal.signal(number, signal.SIG_IGN if number == ignore else signal.SIG_DFL)
 
         self.process = subprocess.Popen(
-            [*before, sys.executable, "-m", "inheritune", *map(str, words)], cwd=REPOSITORY, text=True, process_group=0,
+            [*before, sys.executable, "-m", "inheritune", *map(str, words)],
+            cwd=REPOSITORY,
+            text=True,
+            process_group=0,
             env={**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in environment.items()}},
-            stdout=-1, stderr=-1, preexec_fn=set_signals,
-        )  # fmt: skip
+            stdout=-1,
+            stderr=-1,
+            preexec_fn=set_signals,
+        )
 
     def until(self, is_time) -> "Program":
         """Wait for a moment of its work."""
@@ -88,7 +96,9 @@ def begun(run: RunDir):
 @pytest.mark.parametrize("procs", [1, 2])
 def test_training_saves_and_the_next_start_resumes(run, procs):
     path, folder = run
-    code, out, err = Program("train", path, "--run", "reference", "--procs", procs).until(begun(folder)).press().ended()
+    code, out, err = (
+        Program("train", path, "--run", "reference", "--procs", procs).until(begun(folder)).press().ended()
+    )
     assert code == DIED and err == SAVING and "(SIGINT), all saved" in out, out + err
     stopped = read_json(folder.stopped)["step"]
     assert folder.complete_checkpoints() == [stopped] and not folder.is_done()
@@ -119,7 +129,9 @@ def test_a_second_one_ends_ranks_that_hang(run):
     code, out, err = program.press().ended()
     assert code == DIED and err == SAVING and "Traceback" not in out, out + err
     assert not folder.complete_checkpoints()
-    done = run_verb("train", path, "--run", "reference", check=False, STOP=folder.stop.touch())  # nothing holds it
+    done = run_verb(
+        "train", path, "--run", "reference", check=False, STOP=folder.stop.touch()
+    )  # nothing holds it
     assert f"{folder.stop} is there; delete it to go on" in done.stdout
 
 
@@ -134,7 +146,9 @@ hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
 
 def test_a_second_one_ends_a_process_that_is_inside_a_library():
     """Python's own handlers run only after the call."""
-    process = subprocess.Popen([sys.executable, "-c", IN_A_LIBRARY], cwd=REPOSITORY, text=True, stdout=-1, stderr=-1)
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_A_LIBRARY], cwd=REPOSITORY, text=True, stdout=-1, stderr=-1
+    )
     assert process.stdout.readline() == "begun\n"
     process.send_signal(signal.SIGINT)
     assert process.stderr.readline() == SAVING
@@ -150,7 +164,9 @@ def test_a_growth_stops_within_a_stage_and_says_so_once(tmp_path, monkeypatch):
     raw = experiment_dict()
     raw["train"] |= {"steps": 2000, "checkpoint_every": 2000, "eval_every": 2000}
     path = write_experiment(tmp_path, raw)
-    code, out, err = Program("grow", path, "--run", "grown", "--procs", 2).until(begun(reference)).press().ended()
+    code, out, err = (
+        Program("grow", path, "--run", "grown", "--procs", 2).until(begun(reference)).press().ended()
+    )
     assert code == DIED and err == SAVING, out + err
     assert "inheritune: grown: stopped within train reference; the same command goes on from there" in out
     assert reference.complete_checkpoints()
@@ -159,7 +175,9 @@ def test_a_growth_stops_within_a_stage_and_says_so_once(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_end_of_the_terminal_saves(run):
     path, folder = run
-    code, out, err = Program("train", path, "--run", "reference").until(begun(folder)).press(signal.SIGHUP).ended()
+    code, out, err = (
+        Program("train", path, "--run", "reference").until(begun(folder)).press(signal.SIGHUP).ended()
+    )
     assert code == 0 and "(SIGHUP), all saved" in out and not err and folder.complete_checkpoints()
 
 
@@ -175,7 +193,7 @@ def test_signals_that_are_ignored_from_the_start_stay_so(tmp_path, monkeypatch):
         folder.done.unlink()
 
 
-# --- preparing --------------------------------------------------------------------------------------------------------------
+# --- preparing ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -195,7 +213,9 @@ def corpus(tmp_path, monkeypatch):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_preparing_saves_and_resumes_with_the_same_bytes(corpus, tmp_path, workers):
     path, folder = corpus
-    program = Program("prepare", path, "--workers", workers).until(lambda: (folder / "train_00000.bin").is_file())
+    program = Program("prepare", path, "--workers", workers).until(
+        lambda: (folder / "train_00000.bin").is_file()
+    )
     code, out, err = program.press().ended()
     assert code == DIED and err == SAVING and "the same command goes on from there" in out, out + err
     assert not (folder / "manifest.json").exists()
@@ -226,7 +246,7 @@ def test_a_second_one_ends_the_workers_too(corpus):
     run_verb("prepare", path)
 
 
-# --- verbs that have nothing to save ----------------------------------------------------------------------------------------
+# --- verbs that have nothing to save ------------------------------------------------------------------------
 
 
 def test_inherit_leaves_no_temporary_file(tmp_path):
@@ -243,26 +263,34 @@ def test_fetch_leaves_in_the_middle_of_a_file(request, tmp_path, files):  # noqa
     path = write_hub_experiment(tmp_path, tokenizer="bpe:300")
     program = Program("fetch", path, **environment(hub, tmp_path)).until(hub.stalling.is_set)
     code, out, err = program.press().ended()
-    assert (code, err.replace("\r", "\n").splitlines()[-1:]) == (DIED, [STOPPING.strip()]) and "Traceback" not in err, err
+    assert (code, err.replace("\r", "\n").splitlines()[-1:]) == (
+        DIED,
+        [STOPPING.strip()],
+    ) and "Traceback" not in err, err
 
 
 def test_before_the_verb_has_begun_it_is_silent(tmp_path):
     """While Python imports: nothing to save, and no traceback."""
     (tmp_path / "yaml.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
-    program = Program("train", "quickstart", "--run", "reference", PYTHONPATH=f"{tmp_path}{os.pathsep}{REPOSITORY}")
+    program = Program(
+        "train", "quickstart", "--run", "reference", PYTHONPATH=f"{tmp_path}{os.pathsep}{REPOSITORY}"
+    )
     assert program.process.stdout.readline() == "importing\n"
     assert program.press().ended() == (DIED, "", "")
 
 
-# --- in a terminal ----------------------------------------------------------------------------------------------------------
+# --- in a terminal ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_a_script_does_not_continue_with_its_next_line(run, tmp_path):
-    """A loop of a shell goes on after a program that answers Ctrl-C by an exit code of its own, even where that is not 0."""
+    """A loop of a shell goes on after a program that answers Ctrl-C by an exit code of its own, even where
+    that is not 0."""
     path, folder = run
     train = f"{shlex.quote(sys.executable)} -m inheritune train {shlex.quote(path)} --run reference"
-    (tmp_path / "loop.sh").write_text(f"for seed in 0 1; do {train} --seed $seed; echo CONTINUED; done\necho CONTINUED\n")
+    (tmp_path / "loop.sh").write_text(
+        f"for seed in 0 1; do {train} --seed $seed; echo CONTINUED; done\necho CONTINUED\n"
+    )
     child, terminal = pty.fork()
     if child == 0:
         os.chdir(REPOSITORY)

@@ -1,9 +1,9 @@
 """A run resumes under another DeepSpeed JSON with the losses of the unbroken run, or not at all.
 
-Two ranks, at each ZeRO stage (outside the drills those that decide the layout, and a third of the others at one stage). Each
-run is stopped after step 4 of 8 (its folder is copied as it was then) and resumed under its JSON with one key changed: for each
-key that dslint.yaml (`resume`) allows to change, and the way back. The steps after that must have the losses of the unbroken
-run.
+Two ranks, at each ZeRO stage (outside the drills those that decide the layout, and a third of the others at
+one stage). Each run is stopped after step 4 of 8 (its folder is copied as it was then) and resumed under its
+JSON with one key changed: for each key that dslint.yaml (`resume`) allows to change, and the way back. The
+steps after that must have the losses of the unbroken run.
 """
 
 import copy
@@ -25,7 +25,8 @@ AT, STEPS = 4, 8
 ZERO = "zero_optimization."
 ROUND_ROBIN = ZERO + "round_robin_gradients"
 UNUSED = ("pipeline_read", "pipeline_write", "cpuadam_cores_perc", "ratio", "super_offload")
-"""Keys of offload_optimizer that come with the block and do nothing here: for nvme, or for an optimizer that is refused."""
+"""Keys of offload_optimizer that come with the block and do nothing here: for nvme, or for an optimizer that
+is refused."""
 OFFLOADED = {ZERO + "offload_optimizer.device": "cpu", ZERO + "offload_optimizer.pin_memory": False}
 OFFLOADED_PARAMETERS = {ZERO + "offload_param.device": "cpu", ZERO + "offload_param.pin_memory": False}
 
@@ -114,7 +115,8 @@ def is_refused(settings: dict, experiment) -> bool:
 
 
 class Lab:
-    """Runs on two ranks: an unbroken one for each JSON, and copies of it, as it was after step AT, that resume."""
+    """Runs on two ranks: an unbroken one for each JSON, and copies of it, as it was after step AT, that
+    resume."""
 
     def __init__(self, folder):
         self.folder, self.sources, self.first, self.second = folder, {}, [], []
@@ -151,7 +153,8 @@ class Lab:
         return self.sources[key]
 
     def resumed(self, root: str, before: dict, now: dict, path: str | None = None, **more) -> dict:
-        """The job of a copy of the run under `before` that resumes under `now` (and as `path` has it, if given)."""
+        """The job of a copy of the run under `before` that resumes under `now` (and as `path` has it, if
+        given)."""
         self.second.append((self.unbroken(before), self.job(root, now, path, **more)))
         return self.second[-1][1]
 
@@ -184,8 +187,8 @@ def resumes(run: RunDir) -> bool:
 
 
 def thinned(key: str, number: int) -> set[int]:
-    """The stages at which `key`, the `number`-th, is tried outside the drills: those where it decides the layout, else one for
-    each third key."""
+    """The stages at which `key`, the `number`-th, is tried outside the drills: those where it decides the
+    layout, else one for each third key."""
     if stages := RESUME["layout"].get(key):
         return set(stages)
     if number % 3 and "hpz" not in key:
@@ -214,13 +217,19 @@ def lab(request, tmp_path_factory):
     for each in params.get("test_a_change_keeps_the_losses_or_is_refused", ()):
         before, now = both(each["key"], each["stage"])
         if not is_refused(now, made.experiment) and not is_refused(before, made.experiment):
-            made.jobs[each["key"], each["stage"]] = made.resumed(f"zero{each['stage']}_{each['key']}", before, now)
+            made.jobs[each["key"], each["stage"]] = made.resumed(
+                f"zero{each['stage']}_{each['key']}", before, now
+            )
     for each in params.get("test_a_layout_is_left_again", ()):
         before, now = both(each["key"], each["stage"])
-        made.jobs[each["key"], each["stage"], "back"] = made.resumed(f"back{each['stage']}_{each['key']}", now, before)
+        made.jobs[each["key"], each["stage"], "back"] = made.resumed(
+            f"back{each['stage']}_{each['key']}", now, before
+        )
     for each in params.get("test_a_layout_resumes_under_its_own_json", ()):
         _, now = both(each["key"], each["stage"])
-        made.jobs[each["key"], each["stage"], "own"] = made.resumed(f"own{each['stage']}_{each['key']}", now, now)
+        made.jobs[each["key"], each["stage"], "own"] = made.resumed(
+            f"own{each['stage']}_{each['key']}", now, now
+        )
     plain = both("dump_state", 1)[0]
     for each in params.get("test_a_key_of_train_that_may_change_keeps_the_bits", ()):
         raw = copy.deepcopy(made.raw)
@@ -231,7 +240,9 @@ def lab(request, tmp_path_factory):
     made.jobs["order"] = made.resumed("order", plain, plain, **order)
     raw = copy.deepcopy(made.raw)
     raw["train"]["precision"] = "bf16"
-    made.bf16 = [made.unbroken(its, write_experiment(made.folder / "bf16", raw)) for its in both(ROUND_ROBIN, 2)]
+    made.bf16 = [
+        made.unbroken(its, write_experiment(made.folder / "bf16", raw)) for its in both(ROUND_ROBIN, 2)
+    ]
     made.launch()
     return made
 
@@ -239,7 +250,9 @@ def lab(request, tmp_path_factory):
 def test_every_key_that_may_change_is_tried():
     keys = [*RESUME["kept"], *RESUME["layout"]]
     unused = {key for key in keys if key.startswith(ZERO + "offload_optimizer.")} - set(CHANGES)
-    assert unused == {ZERO + f"offload_optimizer.{key}" for key in UNUSED} and set(keys) - unused == set(CHANGES)
+    assert unused == {ZERO + f"offload_optimizer.{key}" for key in UNUSED} and set(keys) - unused == set(
+        CHANGES
+    )
 
 
 @pytest.mark.slow
@@ -288,8 +301,14 @@ def test_blocks_are_compiled_from_a_checkpoint_on(tmp_path, stage):
     assert np.abs(losses(made.run(job)) - losses(made.run(made.unbroken(before)))).max() < 1e-5
 
 
-KEYS_OF_TRAIN = {"eval_every": 3, "log_every": 2, "checkpoint_every": 3, "keep_last": 1, "wandb": "offline",
-                 "wandb_project": "other"}  # fmt: skip
+KEYS_OF_TRAIN = {
+    "eval_every": 3,
+    "log_every": 2,
+    "checkpoint_every": 3,
+    "keep_last": 1,
+    "wandb": "offline",
+    "wandb_project": "other",
+}
 
 
 @pytest.mark.slow
@@ -317,14 +336,17 @@ def test_masters_are_found_by_name_under_round_robin(lab):
     assert hash_folder(plain.final) == hash_folder(reordered.final)
 
 
-# --- refusals, on one rank ------------------------------------------------------------------------------------------------
+# --- refusals, on one rank ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     """(experiment, folder of a run that is stopped after step AT, its settings): ZeRO 1 on one rank."""
     made = Lab(tmp_path_factory.mktemp("refused"))
-    plain = {"train_micro_batch_size_per_gpu": 3, "zero_optimization": {"stage": 1, "reduce_bucket_size": 5000}}
+    plain = {
+        "train_micro_batch_size_per_gpu": 3,
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": 5000},
+    }
     job = made.unbroken(plain)
     run_verb("train", made.path, "--run", "zero1", "--ds", job["ds"], INHERITUNE_ROOT=job["root"])
     return made, made.run(job), plain
@@ -362,7 +384,10 @@ def test_an_older_checkpoint_resumes_under_its_own_json_only(stopped, tmp_path):
     run, words, environment = resume(stopped, tmp_path / "same", stopped[2], forget_layout)
     run_verb(*words, **environment)
     assert resumes(run) and hash_folder(run.final) == hash_folder(stopped[1].final)
-    for settings in (set_keys(stopped[2], {ROUND_ROBIN: True}), set_keys(stopped[2], {ZERO + "reduce_bucket_size": 9000})):
+    for settings in (
+        set_keys(stopped[2], {ROUND_ROBIN: True}),
+        set_keys(stopped[2], {ZERO + "reduce_bucket_size": 9000}),
+    ):
         run, words, environment = resume(stopped, tmp_path / str(settings), settings, forget_layout)
         said = refused(*words, **environment)
         assert "does not record how its states are stored" in said and str(run.provenance) in said
@@ -405,7 +430,10 @@ def test_code_in_a_received_checkpoint_is_not_run(stopped, tmp_path, name):
 
 def test_ranks_that_read_other_files_are_refused(small, tmp_path):
     for rank in range(2):
-        settings = {"train_micro_batch_size_per_gpu": 3, "zero_optimization": {"stage": 1, "reduce_bucket_size": 5000 + rank}}
+        settings = {
+            "train_micro_batch_size_per_gpu": 3,
+            "zero_optimization": {"stage": 1, "reduce_bucket_size": 5000 + rank},
+        }
         (tmp_path / f"ds{rank}.json").write_text(json.dumps(settings))
     said = refused("train", small, "--run", "reference", "--ds", tmp_path / "ds$RANK.json", "--procs", "2")
     assert "that rank 1 on" in said and "is not that of rank 0" in said
@@ -416,7 +444,9 @@ def test_ranks_that_read_other_files_are_refused(small, tmp_path):
 def test_several_runs_of_one_start_keep_weights_twice_per_node(tmp_path, own_root):
     """DeepSpeed makes the group of `zero_hpz_partition_size` once per process."""
     (tmp_path / "hpz.json").write_text(json.dumps(both(ZERO + "zero_hpz_partition_size", 3)[1]))
-    path = write_experiment(tmp_path, experiment_dict(runs={"a": {"init": "random"}, "b": {"init": "random"}}, paper=[]))
+    path = write_experiment(
+        tmp_path, experiment_dict(runs={"a": {"init": "random"}, "b": {"init": "random"}}, paper=[])
+    )
     write_tokens(data_dir(load_experiment(path)))
     run_verb("train", path, "--run", "a,b", "--ds", tmp_path / "hpz.json", procs=2)
     a, b = (RunDir.of(load_experiment(path), name) for name in "ab")

@@ -1,5 +1,6 @@
-"""Limits of the machine, met by the real verbs: memory, open files and disk used up, a folder that cannot be written, W&B away.
-Each is one sentence with exit code 2 that leaves nothing half done, or does not stop the run at all."""
+"""Limits of the machine, met by the real verbs: memory, open files and disk used up, a folder that cannot be
+written, W&B away. Each is one sentence with exit code 2 that leaves nothing half done, or does not stop the
+run at all."""
 
 import errno
 import json
@@ -34,12 +35,14 @@ def limited(megabytes: int, *words) -> str:
     return one_sentence(done)
 
 
-# --- memory and open files ------------------------------------------------------------------------------------------------
+# --- memory and open files ----------------------------------------------------------------------------------
 
 
 def test_prepare_out_of_memory_is_one_sentence_and_goes_on_with_more(tmp_path):
     words = random.Random(0).choices(["alpha", "beta", "(x)", " = ", "\n"], k=4_000_000)
-    texts = [" ".join(words[n : n + 500]) for n in range(0, 20_000, 500)] + [" ".join(words)]  # the last one has 15 MB
+    texts = [" ".join(words[n : n + 500]) for n in range(0, 20_000, 500)] + [
+        " ".join(words)
+    ]  # the last one has 15 MB
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     raw = experiment_dict()
     raw["data"] |= {"source": "files", "files": [str(tmp_path / "docs.jsonl")], "tokenizer": "bpe:300"}
@@ -53,7 +56,9 @@ def test_prepare_out_of_memory_is_one_sentence_and_goes_on_with_more(tmp_path):
 
 def test_inherit_out_of_memory_is_one_sentence_and_leaves_nothing(tmp_path):
     sizes = {"layers": 2, "width": 1024, "heads": 2, "positions": 32, "vocab_size": 20_000}
-    write_random(hf_config(Model(size="gpt2_tiny", **sizes), 2), tmp_path / "source")  # its embedding has 80 MB
+    write_random(
+        hf_config(Model(size="gpt2_tiny", **sizes), 2), tmp_path / "source"
+    )  # its embedding has 80 MB
     words = ("inherit", "--source", tmp_path / "source", "--layers", "0:1", "--out", tmp_path / "out")
     for megabytes in (1, 10):
         assert "out of memory" in limited(megabytes, *words)
@@ -65,9 +70,13 @@ def test_inherit_out_of_memory_is_one_sentence_and_leaves_nothing(tmp_path):
 def few_files(most: int, *words) -> subprocess.CompletedProcess:
     """A verb that may open `most` files at a time."""
     return subprocess.run(
-        [sys.executable, "-m", "inheritune", *map(str, words)], capture_output=True, text=True, cwd=REPOSITORY, check=False,
+        [sys.executable, "-m", "inheritune", *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        check=False,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (most, most)),
-    )  # fmt: skip
+    )
 
 
 def test_64_open_files_are_enough_for_a_run_of_many_shards(tmp_path, monkeypatch):
@@ -79,10 +88,15 @@ def test_64_open_files_are_enough_for_a_run_of_many_shards(tmp_path, monkeypatch
     (folder / "manifest.json").write_text(json.dumps(manifest))
     done = few_files(64, "train", path, "--run", "reference")
     assert done.returncode == 0 and run.is_done(), done.stdout + done.stderr
-    assert few_files(64, "inherit", "--source", run.final, "--layers", "0:1", "--out", tmp_path / "out").returncode == 0
+    assert (
+        few_files(
+            64, "inherit", "--source", run.final, "--layers", "0:1", "--out", tmp_path / "out"
+        ).returncode
+        == 0
+    )
 
 
-# --- a folder that cannot be written --------------------------------------------------------------------------------------
+# --- a folder that cannot be written ------------------------------------------------------------------------
 
 
 def test_a_read_only_run_folder_is_one_sentence_naming_it(tmp_path):
@@ -105,16 +119,22 @@ def test_a_read_only_run_folder_is_one_sentence_naming_it(tmp_path):
     assert f"cannot write {runs}" in said and "INHERITUNE_ROOT" in said and not list(runs.iterdir())
 
 
-# --- a full disk ----------------------------------------------------------------------------------------------------------
+# --- a full disk --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.drill
 def test_a_disk_that_fills_up_at_any_moment_of_any_verb(tmp_path, monkeypatch, disk):
-    """Each verb of a chain meets a disk with room for a share of what it writes, then one with room for all."""
+    """Each verb of a chain meets a disk with room for a share of what it writes, then one with room for
+    all."""
     disk.resize(1 << 30)
     roomy = tmp_path / "roomy"
     raw = experiment_dict()
-    raw["data"] |= {"source": "files", "files": [str(tmp_path / "docs.jsonl")], "tokenizer": "bpe:512", "shard_tokens": 400_000}
+    raw["data"] |= {
+        "source": "files",
+        "files": [str(tmp_path / "docs.jsonl")],
+        "tokenizer": "bpe:512",
+        "shard_tokens": 400_000,
+    }
     raw["model"] |= {"vocab_size": 512}
     raw["train"] |= {"steps": 4, "eval_every": 2, "checkpoint_every": 2, "log_every": 1}
     raw["paper"], raw["runs"] = raw["paper"][:1], {"reference": {"init": "random"}}
@@ -126,13 +146,20 @@ def test_a_disk_that_fills_up_at_any_moment_of_any_verb(tmp_path, monkeypatch, d
         run = RunDir.of(load_experiment(path), "reference")
         analyze = ("analyze", "--model", run.final, "--data", path, "--length", 16, "--sequences", 4)
         return [
-            ("prepare", path, "--workers", 1), ("train", path, "--run", "reference"), analyze,
+            ("prepare", path, "--workers", 1),
+            ("train", path, "--run", "reference"),
+            analyze,
             ("inherit", "--source", run.final, "--layers", "0:1", "--out", root / "cut"),
-            ("export", run.path, "--to", root / "out"), ("table", path),
-        ]  # fmt: skip
+            ("export", run.path, "--to", root / "out"),
+            ("table", path),
+        ]
 
     def left(root: Path) -> dict:
-        return {name: facts for name, facts in hash_folder(root).items() if name.endswith((".safetensors", ".bin", ".png"))}
+        return {
+            name: facts
+            for name, facts in hash_folder(root).items()
+            if name.endswith((".safetensors", ".bin", ".png"))
+        }
 
     for words in chain(disk.path):
         before = disk.used()
@@ -171,13 +198,14 @@ def test_no_lock_is_left_where_it_could_not_be_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.EDQUOT, "Disk quota exceeded"), Exception("No space left on device (os error 28)")]
+    "error",
+    [OSError(errno.EDQUOT, "Disk quota exceeded"), Exception("No space left on device (os error 28)")],
 )
 def test_a_full_disk_is_told_whoever_says_so(error):
     assert "no space left while writing" in str(limit_error(error))
 
 
-# --- W&B ------------------------------------------------------------------------------------------------------------------
+# --- W&B ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -189,12 +217,15 @@ def test_a_run_goes_on_where_wandb_cannot_be_reached(tmp_path):
 
 
 def lose_wandb(folder: str) -> None:
-    """Log on while W&B's own process is killed; in a process of its own, since wandb keeps to the dead one."""
+    """Log on while W&B's own process is killed; in a process of its own, since wandb keeps to the dead
+    one."""
     run = RunDir(Path(folder))
     mirror = start_wandb(run, load_experiment("quickstart"), "reference", "offline", "ours")
     metrics = Metrics(run, -1, mirror=mirror)
     metrics.add({"step": 1, "loss": 5.0})
-    children = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True, check=True).stdout.split()
+    children = subprocess.run(
+        ["pgrep", "-P", str(os.getpid())], capture_output=True, text=True, check=True
+    ).stdout.split()
     (own,) = [pid for pid in children if "wandb-core" in Path(f"/proc/{pid}/cmdline").read_text()]
     os.kill(int(own), signal.SIGKILL)
     for step in range(2, 50):
@@ -206,10 +237,15 @@ def lose_wandb(folder: str) -> None:
 
 def test_a_run_goes_on_when_wandbs_own_process_dies(tmp_path):
     code = (
-        "import sys, logging, test_limits; logging.basicConfig(stream=sys.stdout); from inheritune.runtime.log import logger; "
+        "import sys, logging, test_limits; logging.basicConfig(stream=sys.stdout); from "
+        "inheritune.runtime.log import logger; "
     )
     code += "logger.propagate = True; test_limits.lose_wandb(sys.argv[1])"
-    environment = {**os.environ, "WANDB_DIR": str(tmp_path), "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
+    environment = {
+        **os.environ,
+        "WANDB_DIR": str(tmp_path),
+        "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}",
+    }
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0 and "all is logged" in done.stdout, done.stdout + done.stderr

@@ -1,4 +1,5 @@
-"""The lock and temporary files where nobody sees everything: hidden processes, other users, damaged or copied lock files."""
+"""The lock and temporary files where nobody sees everything: hidden processes, other users, damaged or copied
+lock files."""
 
 import json
 import os
@@ -20,7 +21,7 @@ from inheritune.files.lock import Lock, lock_holder, lock_holders
 from inheritune.files.processes import birth, fate, machine
 from inheritune.files.rundir import ABANDONED_S, data_dir, remove_leftovers, replacing, temporary_of
 
-# --- alive, dead, unknown -------------------------------------------------------------------------------------------------
+# --- alive, dead, unknown -----------------------------------------------------------------------------------
 
 
 def test_a_process_is_alive_dead_or_unknown():
@@ -59,7 +60,8 @@ def open_folder():
 
 @pytest.mark.parametrize("proc", ["hidden", "outer", "none"])
 def test_users_who_cannot_see_each_others_processes(open_folder, proc):
-    """Two users on a machine that hides processes (hidepid=2), in a container with the /proc of its host, and without /proc."""
+    """Two users on a machine that hides processes (hidepid=2), in a container with the /proc of its host, and
+    without /proc."""
     unshare = ["unshare", "--mount", "--pid", "--fork"]
     if os.geteuid() or subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
         pytest.skip("other users and a /proc of one's own need root and the right to make namespaces")
@@ -69,12 +71,14 @@ def test_users_who_cannot_see_each_others_processes(open_folder, proc):
     found = json.loads(done.stdout.splitlines()[-1])
     assert "is being written by process " in found["lock"]["beating"] and found["lock"]["holder"], found
     assert found["lock"]["silent"] == "taken", found
-    assert found["file"]["while it writes"] == ["part"] and found["file"]["written"] == "of the second user", found
+    assert (
+        found["file"]["while it writes"] == ["part"] and found["file"]["written"] == "of the second user"
+    ), found
     if proc != "none":  # without /proc a number may be another namespace's
         assert found["lock"]["killed"] == "taken" and found["file"]["after its end"] == [], found
 
 
-# --- lock files that are none ---------------------------------------------------------------------------------------------
+# --- lock files that are none -------------------------------------------------------------------------------
 
 CONTENTS = {
     "empty": b"",
@@ -178,7 +182,10 @@ def test_a_lock_that_cannot_be_taken_away_is_named(open_folder):
     code += "try: Lock(Path(sys.argv[1]), wait=0).acquire()\nexcept UserError as error: print(error)"
     command = [sys.executable, "-c", code, str(open_folder / "run")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=open_folder, check=False)
-    said = f"{file} is a lock left behind that cannot be removed (Operation not permitted); have its owner delete it"
+    said = (
+        f"{file} is a lock left behind that cannot be removed (Operation not permitted); have its owner "
+        f"delete it"
+    )
     assert done.stdout.strip() == said, done.stdout + done.stderr
     assert list(open_folder.iterdir()) == [file]
 
@@ -190,7 +197,7 @@ def test_a_wait_that_is_no_number_is_refused(tmp_path, monkeypatch, word):
         Lock(tmp_path / "run")
 
 
-# --- temporary files ------------------------------------------------------------------------------------------------------
+# --- temporary files ----------------------------------------------------------------------------------------
 
 
 def other_temporary(path: Path, place: str) -> Path:
@@ -202,7 +209,8 @@ def other_temporary(path: Path, place: str) -> Path:
 
 
 def test_a_temporary_of_a_process_elsewhere_is_removed_when_it_is_old_only(tmp_path):
-    """The same number on another machine, or in another container of this one: nothing here tells whether it lives."""
+    """The same number on another machine, or in another container of this one: nothing here tells whether it
+    lives."""
     left = other_temporary(tmp_path / "out", "00000000")
     for _ in range(2):
         with replacing(tmp_path / "out") as temporary:
@@ -231,7 +239,10 @@ FOREIGN = [
 def test_only_leftovers_of_ours_are_removed(tmp_path):
     for name in FOREIGN:
         (tmp_path / name).write_text("a person's")
-    ours = [other_temporary(tmp_path / "step_00000004", "00000000"), tmp_path / ".DONE.tmpnode-1-2-33"]  # and an older form
+    ours = [
+        other_temporary(tmp_path / "step_00000004", "00000000"),
+        tmp_path / ".DONE.tmpnode-1-2-33",
+    ]  # and an older form
     ours[1].write_text("x")
     ours.append(temporary_of(tmp_path / "final"))
     ours[2].write_text("x")
@@ -239,7 +250,7 @@ def test_only_leftovers_of_ours_are_removed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FOREIGN)
 
 
-# --- waiting --------------------------------------------------------------------------------------------------------------
+# --- waiting ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -249,14 +260,20 @@ def test_who_waits_for_a_lock_leaves_when_asked(small, number):
     shutil.rmtree(folder)
     with Lock(folder):
         process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "inheritune", "prepare", small], cwd=REPOSITORY, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+            [sys.executable, "-u", "-m", "inheritune", "prepare", small],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         assert f"{folder} is being written by process {os.getpid()}" in process.stdout.readline()
         process.send_signal(number)
         said = process.communicate(timeout=20)[0]
     assert process.returncode == 0 and "Traceback" not in said, said
-    assert f"inheritune: stopped while waiting for {folder}" in said and f"({number.name}); nothing was changed" in said
+    assert (
+        f"inheritune: stopped while waiting for {folder}" in said
+        and f"({number.name}); nothing was changed" in said
+    )
     assert not folder.exists() and list(folder.parent.iterdir()) == []
 
 
@@ -267,7 +284,10 @@ def test_a_lock_that_came_with_a_copy_is_named(tmp_path, capsys):
         (copy,) = (tmp_path / "copied").iterdir()
         with pytest.raises(UserError, match="delete that file if it came with a copy of the folder"):
             Lock(tmp_path / "copied" / "run", wait=0.1).acquire()
-        assert f"(so says {copy}; delete that file if it came with a copy of the folder): waiting" in capsys.readouterr().out
+        assert (
+            f"(so says {copy}; delete that file if it came with a copy of the folder): waiting"
+            in capsys.readouterr().out
+        )
         copy.unlink()
         with Lock(tmp_path / "copied" / "run", wait=0):
             pass

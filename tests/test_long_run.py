@@ -28,7 +28,15 @@ def test_noise_that_comes_and_goes_slowly_makes_the_interval_wide():
 
 @pytest.mark.drill
 def test_goodput_is_put_together_from_the_parts_of_real_restarts(tmp_path):
-    command = [sys.executable, REPOSITORY / "tests" / "goodput.py", "--every", "150", "--compile", "--out", tmp_path]
+    command = [
+        sys.executable,
+        REPOSITORY / "tests" / "goodput.py",
+        "--every",
+        "150",
+        "--compile",
+        "--out",
+        tmp_path,
+    ]
     printed = subprocess.run(command, check=True, text=True, capture_output=True).stdout
     found = json.loads((tmp_path / "goodput.json").read_text())
     assert "| 2 rank(s) after 1 |" in printed and len(found["restarts"]) == 2 and 0 < found["goodput"] < 1

@@ -40,7 +40,10 @@ def paper_sizes():
             size = sizes.get((row["model_family"], int(row["hidden_size"])))
             if size:
                 yield pytest.param(
-                    size, int(row["layers"]), int(row["params_computed_tied_no_bias"]), id=f"{size}-{row['layers']}"
+                    size,
+                    int(row["layers"]),
+                    int(row["params_computed_tied_no_bias"]),
+                    id=f"{size}-{row['layers']}",
                 )
 
 
@@ -51,7 +54,12 @@ def test_gpt2_counts_are_the_papers(size, layers, parameters):
 
 @pytest.mark.parametrize(
     ("size", "layers", "billions"),  # FACTS section 9
-    [("openllama_3b", 26, 3.426), ("openllama_3b", 13, 1.816), ("openllama_7b", 6, 1.476), ("openllama_7b", 7, 1.679)],
+    [
+        ("openllama_3b", 26, 3.426),
+        ("openllama_3b", 13, 1.816),
+        ("openllama_7b", 6, 1.476),
+        ("openllama_7b", 7, 1.679),
+    ],
 )
 def test_llama_counts_are_the_papers(size, layers, billions):
     assert round(count_parameters(hf_config(model_of(size), layers)) / 1e9, 3) == billions
@@ -64,17 +72,23 @@ def test_other_llama_shapes():
         ("openllama_13b", 40, 5120, 13824),
         ("llama2_7b", 32, 4096, 11008),
     ):
-        assert count_parameters(hf_config(model_of(size))) == 2 * 32000 * d + layers * (4 * d * d + 3 * d * m + 2 * d) + d
+        assert (
+            count_parameters(hf_config(model_of(size)))
+            == 2 * 32000 * d + layers * (4 * d * d + 3 * d * m + 2 * d) + d
+        )
 
 
 def test_flops_are_six_per_matrix_parameter_plus_attention():
     config = hf_config(model_of("gpt2_medium"))
-    matrices = 24 * 12 * 1024**2 + 50304 * 1024  # four projections and a 4x MLP, and the (tied) head's product
+    matrices = (
+        24 * 12 * 1024**2 + 50304 * 1024
+    )  # four projections and a 4x MLP, and the (tied) head's product
     assert flops_per_token(config, 1024) == 6 * matrices + 12 * 24 * 1024 * 1024
 
 
 def plain_gpt2(weights: dict, tokens: np.ndarray, layers: int, heads: int) -> np.ndarray:
-    """FACTS section 4 written out in numpy float64: no biases, attention logits divided by sqrt(d_head) and (layer + 1)."""
+    """FACTS section 4 written out in numpy float64: no biases, attention logits divided by sqrt(d_head) and
+    (layer + 1)."""
 
     def norm(x, gain):
         return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * gain
@@ -108,7 +122,9 @@ def test_logits_equal_an_independent_implementation(attention):
         for name, parameter in model.named_parameters():
             parameter.copy_(fresh_tensor(name, parameter.shape, config, seed=0))
             if name.endswith("weight"):
-                parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+                parameter += 0.1 * torch.randn(
+                    parameter.shape, generator=torch.Generator().manual_seed(len(name))
+                )
     model = model.double().eval()
     tokens = np.random.default_rng(0).integers(0, 1024, 50)
     weights = {name: value.detach().numpy() for name, value in model.named_parameters()}
@@ -151,7 +167,9 @@ def test_initialization_follows_the_paper():
 
 
 def test_unknown_family_is_refused_with_the_list():
-    with pytest.raises(UserError, match="family 'mamba' is not in the architecture table; known: bloom, .*, llama, "):
+    with pytest.raises(
+        UserError, match="family 'mamba' is not in the architecture table; known: bloom, .*, llama, "
+    ):
         architecture("mamba")
 
 
@@ -168,14 +186,21 @@ def test_every_tensor_of_both_families_has_a_part():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_token_losses_and_their_gradient_are_torchs(monkeypatch, dtype):
-    monkeypatch.setitem(validate._TokenLosses.CHUNK, "cpu", 4 * 50 + 7)  # 4 tokens at a time, of 21: the last chunk is shorter
+    monkeypatch.setitem(
+        validate._TokenLosses.CHUNK, "cpu", 4 * 50 + 7
+    )  # 4 tokens at a time, of 21: the last chunk is shorter
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(3, 7, 50, generator=generator) * 5).to(dtype).requires_grad_(True)
-    targets, weights = torch.randint(0, 50, (3, 7), generator=generator), torch.rand(3, 7, generator=generator)
+    targets, weights = (
+        torch.randint(0, 50, (3, 7), generator=generator),
+        torch.rand(3, 7, generator=generator),
+    )
     losses = validate.token_losses(logits, targets)
     (gradient,) = torch.autograd.grad((losses * weights).sum(), logits)
     exact = logits.detach().double().requires_grad_(True)
-    expected = torch.nn.functional.cross_entropy(exact.flatten(0, 1), targets.flatten(), reduction="none").view(3, 7)
+    expected = torch.nn.functional.cross_entropy(
+        exact.flatten(0, 1), targets.flatten(), reduction="none"
+    ).view(3, 7)
     (its,) = torch.autograd.grad((expected * weights).sum(), exact)
     assert losses.dtype == torch.float32 and torch.allclose(losses.double(), expected, rtol=0, atol=4e-6)
     rounding = 2.0**-8 if dtype == torch.bfloat16 else 1e-5

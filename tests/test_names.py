@@ -1,4 +1,5 @@
-"""Names of experiments, runs, data and tasks (names.py): none meets a folder or file of ours, none is two names at once."""
+"""Names of experiments, runs, data and tasks (names.py): none meets a folder or file of ours, none is two
+names at once."""
 
 import ast
 import re
@@ -56,7 +57,9 @@ def test_a_run_whose_name_is_ours_is_refused_by_name(tmp_path, run, says):
 
 
 def test_runs_that_differ_in_capitals_only_are_one_folder_somewhere(tmp_path):
-    assert "'Twin' and 'twin' are one folder where capitals do not count" in refused_run(tmp_path, "Twin", "twin")
+    assert "'Twin' and 'twin' are one folder where capitals do not count" in refused_run(
+        tmp_path, "Twin", "twin"
+    )
 
 
 @pytest.mark.parametrize("name", [*names.FOLDERS, "JOBS", "Rehearsal"])
@@ -67,7 +70,12 @@ def test_an_experiment_whose_name_is_ours_is_refused(tmp_path, name):
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("--x", "begins with '-'"), ("a\nb", "cannot be printed"), ("a\x1b[31m", "cannot be printed"), ("é" * 76, "152 bytes")],
+    [
+        ("--x", "begins with '-'"),
+        ("a\nb", "cannot be printed"),
+        ("a\x1b[31m", "cannot be printed"),
+        ("é" * 76, "152 bytes"),
+    ],
 )
 def test_no_name_is_a_flag_or_breaks_a_line(tmp_path, name, says):
     for change in ({"name": name}, {"data": {**experiment_dict()["data"], "name": name}}):
@@ -75,7 +83,9 @@ def test_no_name_is_a_flag_or_breaks_a_line(tmp_path, name, says):
             continue
         with pytest.raises(UserError) as caught:
             load_experiment(write_experiment(tmp_path, experiment_dict(**change)))
-        assert "\n" not in str(caught.value) and (says in str(caught.value) or "match pattern" in str(caught.value))
+        assert "\n" not in str(caught.value) and (
+            says in str(caught.value) or "match pattern" in str(caught.value)
+        )
 
 
 @pytest.mark.parametrize("task", ["none", "a,b", "a.b", "a b", ""])
@@ -87,12 +97,25 @@ def test_a_task_has_a_name_that_tasks_can_list(tmp_path, task):
 
 def test_names_that_only_look_like_ours_are_free(tmp_path):
     raw = experiment_dict(paper=[])
-    free = ["random_16_200k", "stages", "stage1b", "finally", "locked", "tmp", "a.b", "jobs", "table", "1", "none", "a" * 150]
+    free = [
+        "random_16_200k",
+        "stages",
+        "stage1b",
+        "finally",
+        "locked",
+        "tmp",
+        "a.b",
+        "jobs",
+        "table",
+        "1",
+        "none",
+        "a" * 150,
+    ]
     raw["runs"] |= {run: {"init": "random"} for run in free}
     assert set(free) <= set(load_experiment(write_experiment(tmp_path, raw, "jobs2")).runs)
 
 
-# --- the lists are those of the code ----------------------------------------------------------------------------------------
+# --- the lists are those of the code ------------------------------------------------------------------------
 
 
 def test_every_folder_that_the_code_makes_in_runs_is_in_the_list():
@@ -104,7 +127,11 @@ def test_every_folder_that_the_code_makes_in_runs_is_in_the_list():
             if joined and ast.unparse(node.left).endswith("'runs'"):
                 assert "names." in ast.unparse(node.right), (path.name, ast.unparse(node))
     scripts = [*(REPOSITORY / "slurm").glob("*.sh"), *(REPOSITORY / "recipes").glob("*.sh")]
-    words = {word for path in scripts for word in re.findall(r"ROOT/runs/([a-z]+)", path.read_text(encoding="utf-8"))}
+    words = {
+        word
+        for path in scripts
+        for word in re.findall(r"ROOT/runs/([a-z]+)", path.read_text(encoding="utf-8"))
+    }
     assert {"jobs", "logs", "rehearsal"} <= words <= set(names.FOLDERS)
 
 
@@ -113,7 +140,9 @@ def test_every_file_of_a_run_is_in_the_list(tmp_path):
     found = {name: getattr(run, name) for name, kind in vars(RunDir).items() if isinstance(kind, property)}
     assert len(found) > 15
     assert {path.name for path in found.values()} == set(names.WITHIN_RUN)
-    assert all(names.run_problem(path.name) for path in (run.stage(3).path, run.kept(10), run.seed_checkpoint(2)))
+    assert all(
+        names.run_problem(path.name) for path in (run.stage(3).path, run.kept(10), run.seed_checkpoint(2))
+    )
 
 
 def test_tables_and_plots_beside_the_runs_take_no_name_that_a_run_may_have(tmp_path, own_root):

@@ -1,4 +1,5 @@
-"""Where a verb writes: links, dots, files and folders that cannot be written to are used as meant, or refused in a sentence."""
+"""Where a verb writes: links, dots, files and folders that cannot be written to are used as meant, or refused
+in a sentence."""
 
 import json
 import os
@@ -76,7 +77,9 @@ def test_disk_that_is_read_only(source, disk):
     (disk.path / "empty").mkdir()
     subprocess.run(["mount", "-o", "remount,ro", str(disk.path)], check=True)
     for out in ("out", "deep/out", "empty"):
-        assert f"{disk.path} cannot be written to" in one_sentence(inherit_to(source, str(disk.path / out), disk.path.parent))
+        assert f"{disk.path} cannot be written to" in one_sentence(
+            inherit_to(source, str(disk.path / out), disk.path.parent)
+        )
     with pytest.raises(UserError, match="cannot be written to"):
         check_writable(disk.path / "results")
     with pytest.raises(UserError, match="cannot write .*Read-only file system"):
@@ -108,17 +111,23 @@ def test_a_file_never_takes_the_place_of_a_folder(tmp_path):
             temporary.write_text("{}")
     assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "precious"
     assert [p.name for p in tmp_path.iterdir()] == ["thesis"]
-    with pytest.raises(UserError, match=r"is a folder; give the file to write, such as .*thesis/results.json"):
+    with pytest.raises(
+        UserError, match=r"is a folder; give the file to write, such as .*thesis/results.json"
+    ):
         check_new_file(tmp_path / "thesis")
 
 
 def test_evaluate_writes_where_it_is_told_or_refuses_before_it_measures(small, tmp_path, source):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("precious")
-    said = one_sentence(run_verb("evaluate", small, "--model", source, "--out", tmp_path / "thesis", check=False))
+    said = one_sentence(
+        run_verb("evaluate", small, "--model", source, "--out", tmp_path / "thesis", check=False)
+    )
     assert "is a folder; give the file to write" in said and (tmp_path / "thesis" / "chapter1.tex").is_file()
     (tmp_path / "dangling").symlink_to("nowhere/results.json")
-    said = one_sentence(run_verb("evaluate", small, "--model", source, "--out", tmp_path / "dangling", check=False))
+    said = one_sentence(
+        run_verb("evaluate", small, "--model", source, "--out", tmp_path / "dangling", check=False)
+    )
     assert "which does not exist" in said
 
 
@@ -130,7 +139,9 @@ def test_analyze_refuses_before_it_measures(small, tmp_path, source):
         ("file/in", "is a file, so nothing"),
         ("dangling", "is a link to"),
     ):
-        said = one_sentence(run_verb("analyze", "--model", source, "--data", small, "--out", tmp_path / out, check=False))
+        said = one_sentence(
+            run_verb("analyze", "--model", source, "--data", small, "--out", tmp_path / out, check=False)
+        )
         assert sentence in said
     assert (tmp_path / "file").read_text() == "precious"
 
@@ -147,12 +158,15 @@ def fitting(tmp_path) -> Path:
 
 
 def test_evaluate_never_writes_over_what_is_not_its_own(small, tmp_path, source):
-    """Results of another model once kept that one's name over the new numbers; other JSON was merged with them."""
+    """Results of another model once kept that one's name over the new numbers; other JSON was merged with
+    them."""
     out = tmp_path / "out.json"
     check_results(out, str(source))  # nothing is there yet
     for held in ({"model": "gpt2"}, {"notes": "mine"}, {}, [1], "x"):
         out.write_text(json.dumps(held))
-        with pytest.raises(UserError, match="holds no results of evaluate --model, and is left as it is; give another --out"):
+        with pytest.raises(
+            UserError, match="holds no results of evaluate --model, and is left as it is; give another --out"
+        ):
             check_results(out, str(source))
     out.write_text("precious")
     with pytest.raises(UserError, match="cannot be read as JSON"):
@@ -160,7 +174,10 @@ def test_evaluate_never_writes_over_what_is_not_its_own(small, tmp_path, source)
     held = {"model": "gpt2", "experiment": "small", "validation": {}}
     out.write_text(json.dumps(held))
     said = refused("evaluate", small, "--model", source, "--out", out)
-    assert f"holds the results of gpt2, not of {source}; give another --out" in said and json.loads(out.read_text()) == held
+    assert (
+        f"holds the results of gpt2, not of {source}; give another --out" in said
+        and json.loads(out.read_text()) == held
+    )
     out.write_text("[1]")
     assert "holds no results of evaluate" in refused("evaluate", small, "--model", source, "--out", out)
     assert out.read_text() == "[1]"
@@ -176,7 +193,10 @@ def test_evaluate_tells_weights_that_were_replaced(small, tmp_path, fitting):
     assert read_json(out)["validation"] == first["validation"]  # the same weights again
     random_model(LARGE, seed=2).save_pretrained(fitting)
     said = refused(*words)
-    assert f"holds the results of the weights {first['checkpoint']} of {fitting}" in said and "give another --out" in said
+    assert (
+        f"holds the results of the weights {first['checkpoint']} of {fitting}" in said
+        and "give another --out" in said
+    )
     assert read_json(out)["validation"] == first["validation"]
 
 
@@ -198,7 +218,9 @@ def test_analyze_never_writes_over_what_is_not_its_own(small, tmp_path, fitting)
     row = {"kind": "header", "model": "gpt2", "revision": None}
     for held in ('{"my": "rows"}\n', "no rows", "", json.dumps(row) + "\n"):
         (out / "attention.jsonl").write_text(held)
-        with pytest.raises(UserError, match="attention.jsonl is not as analyze leaves it, and is left as it is"):
+        with pytest.raises(
+            UserError, match="attention.jsonl is not as analyze leaves it, and is left as it is"
+        ):
             check_replaced(RunDir(out), str(fitting), None)
     write_jsonl(out / "attention.jsonl", [row])
     with pytest.raises(UserError, match=f"was measured on gpt2, not on {fitting}"):

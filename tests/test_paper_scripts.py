@@ -1,5 +1,6 @@
-"""The scripts of the paper's tables and figures, run in rehearsal from nothing, all into one folder, so that what they share
-is made once. Each ends green with everything drawn; what the baselines did is read back from their weights and records."""
+"""The scripts of the paper's tables and figures, run in rehearsal from nothing, all into one folder, so that
+what they share is made once. Each ends green with everything drawn; what the baselines did is read back from
+their weights and records."""
 
 import os
 import re
@@ -46,24 +47,42 @@ def rehearse(script: str) -> str:
 
 
 def check_drawn(script: str) -> None:
-    """Every cell that a run belongs to has its number, every panel its plot; only stages beyond a growth's end have none."""
-    for name in (REPOSITORY / "recipes" / f"{script}.sh").read_text().splitlines()[-1].partition('paper_item.sh" ')[2].split():
+    """Every cell that a run belongs to has its number, every panel its plot; only stages beyond a growth's
+    end have none."""
+    for name in (
+        (REPOSITORY / "recipes" / f"{script}.sh")
+        .read_text()
+        .splitlines()[-1]
+        .partition('paper_item.sh" ')[2]
+        .split()
+    ):
         item = load_item(name)
         experiments = load_experiments(item)
         folder, there = paper_folder(bool(experiments), 0), {}
-        measured = bool(item.panels) or any(c.metric not in (None, "parameters") or c.mean for c in item.columns.values())
+        measured = bool(item.panels) or any(
+            c.metric not in (None, "parameters") or c.mean for c in item.columns.values()
+        )
         for row in (row for row in item.models() if row.run and measured):
             experiment, run = experiments[row.run.rpartition("/")[0]], row.run.rpartition("/")[2]
             there[row.label, row.run] = model_folder(experiment, row, 0) is not None
             if not there[row.label, row.run]:
-                assert row.stage and row.stage > read_json(RunDir.of(experiment, run).done)["stage"], (name, row.label)
+                assert row.stage and row.stage > read_json(RunDir.of(experiment, run).done)["stage"], (
+                    name,
+                    row.label,
+                )
         if item.columns:
-            lines = [line for line in (folder / f"{name}.md").read_text().splitlines() if line.startswith("| ")][1:]
+            lines = [
+                line for line in (folder / f"{name}.md").read_text().splitlines() if line.startswith("| ")
+            ][1:]
             for row, line in zip(item.rows, lines, strict=True):
                 assert ("not run" in line) == (not there.get((row.label, row.run), True)), line
             assert all((folder / f"{name}{ending}").stat().st_size for ending in (".csv", ".tex"))
         drawn = sorted(folder.glob(f"{name}.png")) + sorted(folder.glob(f"{name}_?.png"))
-        wanted = [p for p in item.panels if any(model_folder(experiments[r.run.rpartition("/")[0]], r, 0) for r in p.rows)]
+        wanted = [
+            p
+            for p in item.panels
+            if any(model_folder(experiments[r.run.rpartition("/")[0]], r, 0) for r in p.rows)
+        ]
         assert len(drawn) == len(wanted) + item.drawn
 
 
@@ -83,8 +102,11 @@ def test_a_second_call_only_draws():
 
 @pytest.mark.slow
 def test_submitted_jobs_wait_for_what_they_need(tmp_path, monkeypatch):
-    """`SUBMIT=1` on a login node whose sbatch only writes down what it is given (Slurm itself: test_slurm_growth.py)."""
-    sbatch = f'n=$(($(cat {tmp_path}/calls 2> /dev/null | wc -l) + 101)); echo "$@" >> {tmp_path}/calls; echo $n'
+    """`SUBMIT=1` on a login node whose sbatch only writes down what it is given (Slurm itself:
+    test_slurm_growth.py)."""
+    sbatch = (
+        f'n=$(($(cat {tmp_path}/calls 2> /dev/null | wc -l) + 101)); echo "$@" >> {tmp_path}/calls; echo $n'
+    )
     for name, body in (("sbatch", sbatch), ("sinfo", "echo idle"), ("squeue", "")):
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
@@ -117,8 +139,12 @@ def test_on_a_login_node_nothing_is_trained_and_the_sites_folder_is_looked_at(tm
     command = ["bash", REPOSITORY / "recipes" / "table5_val_loss.sh"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "SUBMIT=1 submits them as jobs" in done.stderr, done.stderr
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "DRAW": "1"})
-    assert done.returncode == 0 and list((tmp_path / "scratch" / "inheritune").rglob("table5.md")), done.stdout + done.stderr
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "DRAW": "1"}
+    )
+    assert done.returncode == 0 and list((tmp_path / "scratch" / "inheritune").rglob("table5.md")), (
+        done.stdout + done.stderr
+    )
 
 
 @pytest.mark.drill
@@ -128,7 +154,7 @@ def test_every_script_from_nothing(script):
     check_drawn(script)
 
 
-# --- what the runs of these scripts did -----------------------------------------------------------------------------------
+# --- what the runs of these scripts did ---------------------------------------------------------------------
 
 
 def made(experiment: str, *runs: str) -> dict[str, RunDir]:
@@ -161,8 +187,12 @@ def same(ours: dict, theirs: dict) -> set[str]:
 
 def copied_from(start: dict, source: dict) -> list[int | None]:
     """For each block the block of `source` that it is a copy of, None if of none."""
-    ours, theirs = ([block_of(tensors, i) for i in range(9) if block_of(tensors, i)] for tensors in (start, source))
-    return [next((i for i, b in enumerate(theirs) if len(same(block, b)) == len(block)), None) for block in ours]
+    ours, theirs = (
+        [block_of(tensors, i) for i in range(9) if block_of(tensors, i)] for tensors in (start, source)
+    )
+    return [
+        next((i for i, b in enumerate(theirs) if len(same(block, b)) == len(block)), None) for block in ours
+    ]
 
 
 @pytest.mark.drill  # what a start copies: test_baselines.py
@@ -173,7 +203,9 @@ def test_submodules_start_with_these_tensors_of_the_reference():
     for name, prefixes in kept.items():
         start = weights(runs[f"submodules_{name}"].init)
         for block in range(6):
-            ours = {n: t for n, t in block_of(start, block).items() if not n.endswith(".bias")}  # which are zero everywhere
+            ours = {
+                n: t for n, t in block_of(start, block).items() if not n.endswith(".bias")
+            }  # which are zero everywhere
             theirs = {n: t for n, t in block_of(reference, block).items() if n in ours}
             assert same(ours, theirs) == {n for n in ours if n.startswith(prefixes)}, (name, block)
         assert torch.equal(start["transformer.wte.weight"], reference["transformer.wte.weight"])
@@ -210,18 +242,27 @@ def test_lazy_layers_are_those_of_their_depth():
 
 @pytest.mark.drill
 def test_stacked_hybrid_half_wide_and_placed_starts():
-    runs = made("gpt2_medium_owt", "reference", "stacking_half", "stacking", "hybrid", "half_width", "lazy_deep_24")
+    runs = made(
+        "gpt2_medium_owt", "reference", "stacking_half", "stacking", "hybrid", "half_width", "lazy_deep_24"
+    )
     reference, half = weights(runs["reference"].final), weights(runs["stacking_half"].final)
     for run, source in (("stacking", half), ("hybrid", reference)):
         start = weights(runs[run].init)
         assert copied_from(start, source) == [0, 1, 2, 0, 1, 2]
         assert len(same(block_of(start, 0), block_of(start, 3))) == len(block_of(start, 0))
-        assert torch.equal(start["transformer.wpe.weight"], source["transformer.wpe.weight"]) == (run == "stacking")
+        assert torch.equal(start["transformer.wpe.weight"], source["transformer.wpe.weight"]) == (
+            run == "stacking"
+        )
     config, narrow = read_json(runs["half_width"].init / "config.json"), weights(runs["half_width"].init)
     assert (config["n_head"], config["n_embd"], config["n_layer"]) == (2, 32, 8)
     assert torch.equal(narrow["transformer.wte.weight"], reference["transformer.wte.weight"][:, :32])
     assert copied_from(weights(runs["lazy_deep_24"].init), reference) == [None] * 5 + [5, 6, 7]
     results = {name: read_json(run.results) for name, run in runs.items()}
     assert {name: result["layers"] for name, result in results.items()} == {
-        "reference": 8, "stacking_half": 3, "stacking": 6, "hybrid": 6, "half_width": 8, "lazy_deep_24": 8
-    }  # fmt: skip
+        "reference": 8,
+        "stacking_half": 3,
+        "stacking": 6,
+        "hybrid": 6,
+        "half_width": 8,
+        "lazy_deep_24": 8,
+    }

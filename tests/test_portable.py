@@ -1,4 +1,5 @@
-"""portable.py: the words in which configs and tokenizers are written, key by key (test_versions.py opens them)."""
+"""portable.py: the words in which configs and tokenizers are written, key by key (test_versions.py opens
+them)."""
 
 import json
 from pathlib import Path
@@ -45,40 +46,66 @@ def test_older_keys_agree_with_the_newer_where_a_source_has_both():
     }
     linear = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500000.0}
     assert add_older_keys({**both, "rope_parameters": linear}) == {
-        "model_type": "llama", "dtype": "float32", "torch_dtype": "float32", "rope_parameters": linear,
-        "rope_theta": 500000.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0},
-    }  # fmt: skip
+        "model_type": "llama",
+        "dtype": "float32",
+        "torch_dtype": "float32",
+        "rope_parameters": linear,
+        "rope_theta": 500000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    }
 
 
 def test_config_with_positions_of_both_kinds_is_written_as_it_is_computed(tmp_path):
     """transformers computes with rope_parameters; what its older keys said before must not reach others."""
-    raw = {"model_type": "llama", "rope_theta": 77.0, "rope_parameters": {"rope_type": "default", "rope_theta": 99.0}}
+    raw = {
+        "model_type": "llama",
+        "rope_theta": 77.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 99.0},
+    }
     (tmp_path / "config.json").write_text(json.dumps(raw))
     write_config(tmp_path / "written.json", load_config(tmp_path / "config.json"), torch.float32)
     written = json.loads((tmp_path / "written.json").read_text())
-    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 99.0 and "rope_scaling" not in written
+    assert (
+        written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 99.0
+        and "rope_scaling" not in written
+    )
 
 
-# --- tokenizers -----------------------------------------------------------------------------------------------------------
+# --- tokenizers ---------------------------------------------------------------------------------------------
 
 NEWEST = {
-    "backend": "tokenizers", "is_local": True, "local_files_only": False, "tokenizer_class": "TokenizersBackend",
-    "name_or_path": "/home/me/model", "tokenizer_file": "/home/me/model/tokenizer.json", "cache_dir": "/scratch/hub",
-    "extra_special_tokens": ["<|user|>"], "model_specific_special_tokens": {"image_token": "<|image|>"},
-    "clean_up_tokenization_spaces": True, "eos_token": "</s>", "auto_map": {"AutoTokenizer": "own.Own"},
-}  # fmt: skip
+    "backend": "tokenizers",
+    "is_local": True,
+    "local_files_only": False,
+    "tokenizer_class": "TokenizersBackend",
+    "name_or_path": "/home/me/model",
+    "tokenizer_file": "/home/me/model/tokenizer.json",
+    "cache_dir": "/scratch/hub",
+    "extra_special_tokens": ["<|user|>"],
+    "model_specific_special_tokens": {"image_token": "<|image|>"},
+    "clean_up_tokenization_spaces": True,
+    "eos_token": "</s>",
+    "auto_map": {"AutoTokenizer": "own.Own"},
+}
 
 
 def test_words_of_one_version_or_machine_are_replaced_or_dropped():
     assert tokenizer_config(NEWEST, BPE) == {
-        "tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<|user|>"], "eos_token": "</s>",
-        "extra_special_tokens": {"image_token": "<|image|>"}, "clean_up_tokenization_spaces": True, "model_input_names": BOTH,
-    }  # fmt: skip
-    without = tokenizer_config(NEWEST)  # no tokenizer.json: the family's own class, and its code if there is any
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "additional_special_tokens": ["<|user|>"],
+        "eos_token": "</s>",
+        "extra_special_tokens": {"image_token": "<|image|>"},
+        "clean_up_tokenization_spaces": True,
+        "model_input_names": BOTH,
+    }
+    without = tokenizer_config(
+        NEWEST
+    )  # no tokenizer.json: the family's own class, and its code if there is any
     assert "tokenizer_class" not in without and without["auto_map"] == NEWEST["auto_map"]
     assert trained_config(NEWEST, BPE) == tokenizer_config(NEWEST, BPE) | {
-        "clean_up_tokenization_spaces": False, "add_prefix_space": True,
-    }  # fmt: skip
+        "clean_up_tokenization_spaces": False,
+        "add_prefix_space": True,
+    }
     once = trained_config(NEWEST, BPE)
     assert trained_config(once, BPE) == once
 
@@ -100,23 +127,36 @@ def test_inputs_that_a_tokenizer_names_are_kept_where_the_model_takes_them():
 
 def test_special_tokens_map_in_words_of_both():
     assert special_tokens_map({"eos_token": "x", "extra_special_tokens": ["a"]}) == {
-        "eos_token": "x", "additional_special_tokens": ["a"],
-    }  # fmt: skip
-    kept = {"eos_token": "x", "additional_special_tokens": ["a"], "extra_special_tokens": {"image_token": "b"}}
+        "eos_token": "x",
+        "additional_special_tokens": ["a"],
+    }
+    kept = {
+        "eos_token": "x",
+        "additional_special_tokens": ["a"],
+        "extra_special_tokens": {"image_token": "b"},
+    }
     assert special_tokens_map(kept) == kept
 
 
 def test_every_file_of_a_tokenizer_is_copied_and_no_other(tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     write_chat_tokenizer(source, model_input_names=BOTH)
-    names = ["chat_template.jinja", "additional_chat_templates/tool.jinja", "vocab.json", "merges.txt", "tokenizer.model"]
+    names = [
+        "chat_template.jinja",
+        "additional_chat_templates/tool.jinja",
+        "vocab.json",
+        "merges.txt",
+        "tokenizer.model",
+    ]
     for name in [*names, "added_tokens.json", "training_args.bin", "additional_chat_templates/notes.txt"]:
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_bytes(b"{}")
     copied = copy_tokenizer(source, target)
     assert sorted(copied) == sorted([*names, "added_tokens.json", "tokenizer.json", "tokenizer_config.json"])
     assert {p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file()} == set(copied)
-    assert all((target / name).read_bytes() == (source / name).read_bytes() for name in copied)  # nothing to be changed
+    assert all(
+        (target / name).read_bytes() == (source / name).read_bytes() for name in copied
+    )  # nothing to be changed
 
 
 def test_byte_order_mark_is_read_and_not_written(tmp_path):
@@ -129,7 +169,7 @@ def test_byte_order_mark_is_read_and_not_written(tmp_path):
             write_tokenizer(tmp_path, {"tokenizer_config.json": broken})
 
 
-# --- generation -----------------------------------------------------------------------------------------------------------
+# --- generation ---------------------------------------------------------------------------------------------
 
 
 def test_settings_that_a_config_of_transformers_4_states_become_a_file(tmp_path):

@@ -36,7 +36,13 @@ def _root(tmp_path, monkeypatch):
 
 def experiment(**data) -> Experiment:
     """An experiment whose data section is `data` over small defaults."""
-    defaults = {"name": "t", "source": "files", "tokenizer": "bpe:300", "validation": {"fraction": 0.1}, "shard_tokens": 20_000}
+    defaults = {
+        "name": "t",
+        "source": "files",
+        "tokenizer": "bpe:300",
+        "validation": {"fraction": 0.1},
+        "shard_tokens": 20_000,
+    }
     return Experiment.model_validate(
         {
             "name": "test",
@@ -55,7 +61,9 @@ def some_texts(count: int, source: Path = STDLIB) -> list[str]:
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text, "meta": {"n": n}}) + "\n" for n, text in enumerate(texts)))
+    path.write_text(
+        "".join(json.dumps({"text": text, "meta": {"n": n}}) + "\n" for n, text in enumerate(texts))
+    )
     return path
 
 
@@ -82,7 +90,9 @@ def start(chosen: Experiment, workers: int = 2, **environment) -> subprocess.Pop
         "except UserError as error: sys.exit(f'UserError: {error}')"
     )
     command = [sys.executable, "-c", code, chosen.model_dump_json(by_alias=True), str(workers)]
-    return subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_embedded_corpus_comes_back_as_it_was(caplog):
@@ -107,7 +117,9 @@ def test_embedded_corpus_comes_back_as_it_was(caplog):
     assert names == sorted(names) and not any("/test" in name or "site-packages" in name for name in names)
     ids = Tokens(folder, "train").read(0, 2000)
     first = load_tokenizer(chosen.data, folder / "tokenizer")._backend.decode(ids.tolist())
-    assert (STDLIB / names[0]).read_text().startswith(first) or first.startswith((STDLIB / names[0]).read_text())
+    assert (STDLIB / names[0]).read_text().startswith(first) or first.startswith(
+        (STDLIB / names[0]).read_text()
+    )
     before = contents(folder)
     assert prepare(chosen, 1) == folder and contents(folder) == before
     assert "already prepared" in caplog.text
@@ -119,9 +131,13 @@ def test_the_same_documents_from_any_kind_of_file_give_the_same_bytes(tmp_path):
     raw = (tmp_path / "a.jsonl").read_bytes()
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(raw))
     half = raw.index(b"\n", len(raw) // 2)
-    frames = [zstandard.compress(part) for part in (raw[:half], raw[half:])]  # as written by tools that append
+    frames = [
+        zstandard.compress(part) for part in (raw[:half], raw[half:])
+    ]  # as written by tools that append
     (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
-    pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), tmp_path / "a.parquet", row_group_size=70)
+    pq.write_table(
+        pa.table({"id": range(len(texts)), "text": texts}), tmp_path / "a.parquet", row_group_size=70
+    )
     (tmp_path / "txt").mkdir()
     for number, text in enumerate(texts):
         (tmp_path / "txt" / f"{number:04d}.txt").write_text(text)
@@ -138,7 +154,9 @@ def test_validation_documents_are_those_of_the_datasets_library(tmp_path):
     from datasets import Dataset
 
     texts = [f"document number {n}" for n in range(700)]
-    chosen = experiment(files=[str(write_jsonl(tmp_path / "a.jsonl", texts))], validation={"fraction": 0.03, "seed": 2357})
+    chosen = experiment(
+        files=[str(write_jsonl(tmp_path / "a.jsonl", texts))], validation={"fraction": 0.03, "seed": 2357}
+    )
     folder = prepare(chosen, 1)
     tokenizer = load_tokenizer(chosen.data, folder / "tokenizer")
     theirs = Dataset.from_dict({"text": texts}).train_test_split(test_size=0.03, seed=2357, shuffle=True)
@@ -147,7 +165,9 @@ def test_validation_documents_are_those_of_the_datasets_library(tmp_path):
     in_order = {text: number for number, text in enumerate(texts)}
     assert val == sorted(val, key=in_order.get) and train == sorted(train, key=in_order.get)
     # OpenWebText as nanoGPT splits it: 4,007 of 8,013,769 documents
-    job = SimpleNamespace(counts={"": 8_013_769}, data=experiment(files=["-"], validation={"fraction": 0.0005}).data)
+    job = SimpleNamespace(
+        counts={"": 8_013_769}, data=experiment(files=["-"], validation={"fraction": 0.0005}).data
+    )
     assert inheritune.data.prepare._Job._split(job)[0].sum() == 4_007
 
 
@@ -206,7 +226,9 @@ def is_alive(pid: int) -> bool:
 def test_documents_that_changed_start_it_anew(tmp_path, monkeypatch, caplog):
     path = write_jsonl(tmp_path / "a.jsonl", some_texts(400))
     chosen = experiment(files=[str(path)], shard_tokens=5_000)
-    monkeypatch.setattr(inheritune.data.prepare._Job, "_finish", lambda self: self.save())  # stop short of the manifest
+    monkeypatch.setattr(
+        inheritune.data.prepare._Job, "_finish", lambda self: self.save()
+    )  # stop short of the manifest
     folder = prepare(chosen, 1)
     monkeypatch.undo()
     monkeypatch.setenv("INHERITUNE_ROOT", str(folder.parent.parent))
@@ -239,14 +261,20 @@ def test_end_of_text_and_first_shard(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", texts)
     for end, first, last in (("prepend", True, False), ("append", False, True)):
         chosen = experiment(
-            files=[str(path)], end_of_text=end, validation={"first_shard": True}, shard_tokens=1000, max_tokens=5500
+            files=[str(path)],
+            end_of_text=end,
+            validation={"first_shard": True},
+            shard_tokens=1000,
+            max_tokens=5500,
         )
         folder = prepare(chosen, 1)
         manifest = read_json(folder / "manifest.json")
         tokenizer = load_tokenizer(chosen.data, folder / "tokenizer")
         assert [s["tokens"] for s in manifest["splits"]["val"]["shards"]] == [1000]
         assert [s["tokens"] for s in manifest["splits"]["train"]["shards"]] == [1000] * 4 + [500]
-        ids = np.concatenate([Tokens(folder, split).read(0, count) for split, count in (("val", 1000), ("train", 4500))])
+        ids = np.concatenate(
+            [Tokens(folder, split).read(0, count) for split, count in (("val", 1000), ("train", 4500))]
+        )
         expected = []
         for row in tokenizer.encode_batch(texts):
             expected += [299] * first + row.tolist() + [299] * last
@@ -264,15 +292,21 @@ def test_token_shares_follow_the_weights(tmp_path, monkeypatch):
     for workers in (1, 2):
         monkeypatch.setenv("INHERITUNE_ROOT", str(tmp_path / f"root{workers}"))
         chosen = experiment(
-            files={name: [str(tmp_path / f"{name}.jsonl")] for name in weights}, weights=weights, max_tokens=200_000
+            files={name: [str(tmp_path / f"{name}.jsonl")] for name in weights},
+            weights=weights,
+            max_tokens=200_000,
         )
         results.append(contents(prepare(chosen, workers)))
     assert results[0] == results[1]
     tokenizer = load_tokenizer(chosen.data, data_dir(chosen) / "tokenizer")
     taken = dict.fromkeys(weights, 0)
     for text in decode_all(data_dir(chosen), tokenizer):
-        taken[{"<code>": "code", "<book>": "books"}.get(text[:6], "web")] += len(tokenizer.encode_batch([text])[0]) + 1
-    assert {name: round(10 * count / 200_000, 1) for name, count in taken.items()} == pytest.approx(weights, abs=0.15)
+        taken[{"<code>": "code", "<book>": "books"}.get(text[:6], "web")] += (
+            len(tokenizer.encode_batch([text])[0]) + 1
+        )
+    assert {name: round(10 * count / 200_000, 1) for name, count in taken.items()} == pytest.approx(
+        weights, abs=0.15
+    )
 
 
 def decode_all(folder: Path, tokenizer) -> list[str]:
@@ -362,18 +396,30 @@ def test_refusals(tmp_path):
     (tmp_path / "cut.jsonl.zst").write_bytes(b"no zstandard")
     pq.write_table(pa.table({"txt": ["a"], "number": [1]}), tmp_path / "good.parquet")
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "good.parquet").read_bytes()[:50])
-    refused(r"data.csv: documents are read from \.txt, .*\.jsonl\.zst.* files only", files=[str(tmp_path / "*.csv")])
+    refused(
+        r"data.csv: documents are read from \.txt, .*\.jsonl\.zst.* files only",
+        files=[str(tmp_path / "*.csv")],
+    )
     refused("matches no file", files=[str(tmp_path / "nothing*.txt")])
     train_bpe("bpe:300", some_texts(20), tmp_path / "hf")
     for tokenizer in ("bpe:300", str(tmp_path / "hf")):
-        empty = {"files": [str(tmp_path / "empty.jsonl")], "validation": {"first_shard": True}, "tokenizer": tokenizer}
+        empty = {
+            "files": [str(tmp_path / "empty.jsonl")],
+            "validation": {"first_shard": True},
+            "tokenizer": tokenizer,
+        }
         refused("empty corpus, no usable document .1 empty text, 1 no key", **empty)
     refused("cut.jsonl.gz is cut off or damaged", files=[str(tmp_path / "cut.jsonl.gz")])
     refused("cut.jsonl.zst is cut off or damaged", files=[str(tmp_path / "cut.jsonl.zst")])
     refused("cut.parquet is no whole parquet file", files=[str(tmp_path / "cut.parquet")])
     refused("no column 'text' .* did you mean 'txt'", files=[str(tmp_path / "good.parquet")])
     refused("column 'number' .* holds int64", files=[str(tmp_path / "good.parquet")], text_key="number")
-    refused("none into 'train'", files=[str(tmp_path / "good.jsonl")], validation={"first_shard": True}, shard_tokens=10**6)
+    refused(
+        "none into 'train'",
+        files=[str(tmp_path / "good.jsonl")],
+        validation={"first_shard": True},
+        shard_tokens=10**6,
+    )
     refused("'main' is no commit of", source="hub", repo="a/b", revision="main", files=["x.jsonl"])
 
 
@@ -388,7 +434,7 @@ def test_a_full_disk_is_one_sentence_and_can_be_gone_on_from(tmp_path, monkeypat
     assert contents(prepare(chosen, 1)) == unbroken
 
 
-# --- the Hub: the real library, offline, on a cache filled here ------------------------------------------------------------
+# --- the Hub: the real library, offline, on a cache filled here ---------------------------------------------
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -425,7 +471,11 @@ def test_hub_files_come_from_its_cache_and_only_as_many_as_needed(tmp_path):
     sentencepiece.SentencePieceTrainer.train(
         input=tmp_path / "text", model_prefix=tmp_path / "sp", vocab_size=300, model_type="bpe", minloglevel=2
     )
-    names = {"files": ["sample/001.parquet", "sample/002.parquet"], **hub, "tokenizer": str(tmp_path / "sp.model")}
+    names = {
+        "files": ["sample/001.parquet", "sample/002.parquet"],
+        **hub,
+        "tokenizer": str(tmp_path / "sp.model"),
+    }
     for limit, code in ((3000, 0), (None, 1)):
         lazy = experiment(validation={"first_shard": True}, shard_tokens=1000, max_tokens=limit, **names)
         process = start(lazy, 1, **environment)

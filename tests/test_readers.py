@@ -1,4 +1,5 @@
-"""Every reader under a file that was cut off: refused in a sentence that names it, counted by name, or the honest "not seen".
+"""Every reader under a file that was cut off: refused in a sentence that names it, counted by name, or the
+honest "not seen".
 
 What comes out stands in the second table of damage.md; each cell is compared with it.
 
@@ -40,7 +41,7 @@ OUTCOMES: dict[str, dict[float, str]] = defaultdict(dict)
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in some_texts(400)).encode()
 
 
-# --- the files, whole -------------------------------------------------------------------------------------------------------
+# --- the files, whole ---------------------------------------------------------------------------------------
 
 
 def write_packed(folder: Path, name: str) -> Path:
@@ -49,7 +50,9 @@ def write_packed(folder: Path, name: str) -> Path:
     if name.endswith(".gz"):
         path.write_bytes(b"".join(gzip.compress(part, mtime=0) for part in (LINES[:half], LINES[half:])))
     elif name.endswith(".zst"):
-        path.write_bytes(b"".join(zstandard.ZstdCompressor().compress(part) for part in (LINES[:half], LINES[half:])))
+        path.write_bytes(
+            b"".join(zstandard.ZstdCompressor().compress(part) for part in (LINES[:half], LINES[half:]))
+        )
     elif name.endswith(".parquet"):
         pq.write_table(pa.table({"text": [json.loads(line)["text"] for line in LINES.splitlines()]}), path)
     elif name == "array.json":
@@ -64,7 +67,12 @@ def write_packed(folder: Path, name: str) -> Path:
 def write_sentencepiece(folder: Path, _) -> Path:
     (folder / "text").write_bytes(LINES)
     sentencepiece.SentencePieceTrainer.train(
-        input=folder / "text", model_prefix=folder / "sp", vocab_size=500, byte_fallback=True, minloglevel=2, model_type="bpe"
+        input=folder / "text",
+        model_prefix=folder / "sp",
+        vocab_size=500,
+        byte_fallback=True,
+        minloglevel=2,
+        model_type="bpe",
     )
     return folder / "sp.model"
 
@@ -107,7 +115,12 @@ def write_run(folder: Path, name: str) -> Path:
     np.save(run.losses(6), np.random.default_rng(0).random(300))
     record = hash_folder(run.path, only=("metrics.jsonl", "validation/step_6.npy"))
     done = {"final": hash_folder(run.final)}
-    facts = {"steps": 6, "record": record, "weights": seal_of(done["final"]), "validation": {"mean": 3.0, "n": 300}}
+    facts = {
+        "steps": 6,
+        "record": record,
+        "weights": seal_of(done["final"]),
+        "validation": {"mean": 3.0, "n": 300},
+    }
     write_json(run.results, facts)
     write_json(run.done, done)
     return run.path / name
@@ -118,12 +131,15 @@ def write_file_of_experiment(folder: Path, _) -> Path:
 
 
 def write_deepspeed_json(folder: Path, name: str) -> Path:
-    settings = {"train_micro_batch_size_per_gpu": 3, "zero_optimization": {"stage": 1, "reduce_bucket_size": 50000}}
+    settings = {
+        "train_micro_batch_size_per_gpu": 3,
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": 50000},
+    }
     (folder / name).write_text(json.dumps(settings, indent=2))
     return folder / name
 
 
-# --- how each is read ---------------------------------------------------------------------------------------------------------
+# --- how each is read ---------------------------------------------------------------------------------------
 
 
 def read_documents(path: Path):
@@ -175,10 +191,20 @@ READERS: dict[str, tuple[Callable, str, Callable]] = {
     ".parquet": (write_packed, "a.parquet", read_documents),
     ".txt": (write_packed, "a.txt", read_documents),
     ".py": (write_packed, "a.py", read_documents),
-    "sentencepiece .model": (write_sentencepiece, "", lambda path: read_ids(load_tokenizer(data_of(str(path))))),
-    "tokenizer.json": (write_bpe, "tokenizer.json", lambda path: read_ids(load_tokenizer(data_of("bpe:400"), path.parent))),
+    "sentencepiece .model": (
+        write_sentencepiece,
+        "",
+        lambda path: read_ids(load_tokenizer(data_of(str(path)))),
+    ),
+    "tokenizer.json": (
+        write_bpe,
+        "tokenizer.json",
+        lambda path: read_ids(load_tokenizer(data_of("bpe:400"), path.parent)),
+    ),
     "tokenizer_config.json": (
-        write_bpe, "tokenizer_config.json", lambda path: read_ids(load_tokenizer(data_of("bpe:400"), path.parent)),
+        write_bpe,
+        "tokenizer_config.json",
+        lambda path: read_ids(load_tokenizer(data_of("bpe:400"), path.parent)),
     ),
     "gpt2.tiktoken": (write_gpt2, "gpt2.tiktoken", lambda path: read_ids(Gpt2Tokenizer(path.parent))),
     "safetensors": (write_model, "model.safetensors", read_weights(read_safetensors)),
@@ -194,7 +220,7 @@ READERS: dict[str, tuple[Callable, str, Callable]] = {
     "manifest.json": (write_data, "manifest.json", lambda path: read_shard(path.parent / "train_00000.bin")),
     "experiment .yaml": (write_file_of_experiment, "", lambda path: load_experiment(str(path))),
     "DeepSpeed JSON": (write_deepspeed_json, "ds.json", lambda path: load_json(path)),
-}  # fmt: skip
+}
 
 
 def outcome(reader: str, folder: Path, percent: float) -> str:
@@ -225,13 +251,18 @@ def test_a_file_that_was_cut_off(tmp_path, monkeypatch, request, reader, percent
 def committed() -> dict[str, dict[str, str]]:
     """The cells of the table in damage.md."""
     made = TABLE.read_text().partition(f"<!-- made by {MAKER} -->")[2]
-    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in made.splitlines() if line.startswith("| ")]
+    rows = [
+        [cell.strip() for cell in line.strip("| ").split("|")]
+        for line in made.splitlines()
+        if line.startswith("| ")
+    ]
     heads, _, *cells = rows
     return {row[0]: dict(zip(heads[1:], row[1:], strict=True)) for row in cells}
 
 
 def test_only_plain_text_is_not_seen():
-    """A cut that nothing tells: text has no end of its own, and neither have lines that end where they were cut."""
+    """A cut that nothing tells: text has no end of its own, and neither have lines that end where they were
+    cut."""
     silent = {reader for reader, cells in committed().items() if "not seen" in cells.values()}
     assert silent <= {".txt", ".py"}
 

@@ -1,5 +1,5 @@
-"""YAML of experiments as you write it (reading.py): a key once, a bounded size, no surprises of YAML 1.1; and the
-repository's own YAML by the same rules."""
+"""YAML of experiments as you write it (reading.py): a key once, a bounded size, no surprises of YAML 1.1; and
+the repository's own YAML by the same rules."""
 
 import json
 import re
@@ -36,16 +36,28 @@ def loaded(tmp_path: Path, content: str | bytes):
     return load_experiment(str(path))
 
 
-# --- a key twice ------------------------------------------------------------------------------------------------------------
+# --- a key twice --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ("  steps: 6\n", "  steps: 6\n  lr: 0.1\n  steps: 7\n", "'train.steps' is given twice (first in line"),
-        ("  grown:\n", "  reference: {init: random, layers: 2}\n  grown:\n", "'runs.reference' is given twice"),
+        (
+            "  steps: 6\n",
+            "  steps: 6\n  lr: 0.1\n  steps: 7\n",
+            "'train.steps' is given twice (first in line",
+        ),
+        (
+            "  grown:\n",
+            "  reference: {init: random, layers: 2}\n  grown:\n",
+            "'runs.reference' is given twice",
+        ),
         ("runs:\n", "train: {}\nruns:\n", "'train' is given twice (first in line"),
-        ("    init: random\n", "    init: random\n    'init': random\n", "'runs.reference.init' is given twice"),
+        (
+            "    init: random\n",
+            "    init: random\n    'init': random\n",
+            "'runs.reference.init' is given twice",
+        ),
         (
             "    init: random\n",
             "    init: {stack: {source: a, source: b}}\n",
@@ -60,16 +72,29 @@ def test_a_key_given_twice_is_refused_by_name_and_line(tmp_path, old, new, says)
     said = said_of(tmp_path, text)
     assert says in said
     key = re.search(r"'(?:\w+\.)*(\w+)' is given", said)[1]
-    first, second = (int(number) for number in (re.search(r"first in line (\d+)", said)[1], re.search(r"line (\d+):", said)[1]))
+    first, second = (
+        int(number)
+        for number in (re.search(r"first in line (\d+)", said)[1], re.search(r"line (\d+):", said)[1])
+    )
     lines = text.splitlines()
-    assert first <= second and key in lines[first - 1] and key in lines[second - 1] and said.endswith("keep one")
+    assert (
+        first <= second and key in lines[first - 1] and key in lines[second - 1] and said.endswith("keep one")
+    )
 
 
 def test_merge_keys_and_aliases_work_and_are_no_key_twice(tmp_path):
-    text = SOUND.replace("  grown:\n", "  other: &base\n    init: random\n    train: &short {steps: 3, lr: 0.1}\n  grown:\n")
-    text += "  merged:\n    <<: *base\n    train: {<<: *short, lr: 0.2}\n  both:\n    <<: [*base, {layers: 2}]\n"
+    text = SOUND.replace(
+        "  grown:\n", "  other: &base\n    init: random\n    train: &short {steps: 3, lr: 0.1}\n  grown:\n"
+    )
+    text += (
+        "  merged:\n    <<: *base\n    train: {<<: *short, lr: 0.2}\n  both:\n    <<: [*base, {layers: 2}]\n"
+    )
     runs = loaded(tmp_path, text).runs
-    assert runs["merged"].train == {"steps": 3, "lr": 0.2} and runs["both"].layers == 2 and runs["both"].init.random
+    assert (
+        runs["merged"].train == {"steps": 3, "lr": 0.2}
+        and runs["both"].layers == 2
+        and runs["both"].init.random
+    )
     said = said_of(tmp_path, text.replace("    <<: *base\n", "    <<: *base\n    <<: {layers: 2}\n"))
     assert "'runs.merged.<<' is given twice" in said and "merge several with <<: [*a, *b]" in said
 
@@ -84,7 +109,7 @@ def test_no_yaml_of_the_repository_has_a_key_twice():
             assert len(keys) == len(set(keys)), (path, reading.line(mapping))
 
 
-# --- what nobody writes by hand ----------------------------------------------------------------------------------------------
+# --- what nobody writes by hand -----------------------------------------------------------------------------
 
 
 def bomb(levels: int, width: int, form: str = "[{}]") -> str:
@@ -112,13 +137,16 @@ def bomb(levels: int, width: int, form: str = "[{}]") -> str:
         ("a:\n\t- b", "is not valid YAML"),
         ("a: 1\n---\nb: 2", "is not valid YAML"),
         ("a: !!python/object/apply:os.system [id]", "is not valid YAML: could not determine a constructor"),
-        *((f"a: !!{tag}", "is not valid YAML") for tag in ("int x", 'int ""', 'float ""', "bool x", "timestamp x", "binary é")),
+        *(
+            (f"a: !!{tag}", "is not valid YAML")
+            for tag in ("int x", 'int ""', 'float ""', "bool x", "timestamp x", "binary é")
+        ),
         ("", "must hold a mapping with data, model, train and runs, not NoneType"),
         ("- a", "must hold a mapping"),
         ("? [a, b]\n: c", "a list or mapping stands where a key is meant"),
     ],
     ids=lambda value: str(value)[:30] if isinstance(value, str) else value[:20].hex(),
-)  # fmt: skip
+)
 def test_a_file_that_nobody_writes_by_hand_is_one_sentence(tmp_path, content, says):
     assert says in said_of(tmp_path, content)
 
@@ -127,7 +155,7 @@ def test_a_byte_order_mark_does_no_harm(tmp_path):
     assert loaded(tmp_path, b"\xef\xbb\xbf" + SOUND.encode()).train.steps == 6
 
 
-# --- YAML 1.1 ---------------------------------------------------------------------------------------------------------------
+# --- YAML 1.1 -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -144,7 +172,9 @@ def test_a_key_that_yaml_does_not_read_as_text(tmp_path, key, says):
     text = SOUND.replace("  reference:\n", f"  {key}: {{init: random}}\n  reference:\n")
     if says:
         said = said_of(tmp_path, text)
-        assert f"{says} stands where a key is meant; put it in quotes if it is one" in said and ", line " in said
+        assert (
+            f"{says} stands where a key is meant; put it in quotes if it is one" in said and ", line " in said
+        )
     else:
         assert key in loaded(tmp_path, text).runs  # no date
     if key != "~":
@@ -153,10 +183,16 @@ def test_a_key_that_yaml_does_not_read_as_text(tmp_path, key, says):
 
 def test_words_that_yaml_1_1_takes_for_truths_are_words(tmp_path):
     """As names and texts; where a truth is meant they are one."""
-    text = SOUND.replace("  reference:\n", "  on: {init: random}\n  no: {init: {random: yes}}\n  reference:\n")
+    text = SOUND.replace(
+        "  reference:\n", "  on: {init: random}\n  no: {init: {random: yes}}\n  reference:\n"
+    )
     text = text.replace("  source: embedded\n", "  source: embedded\n  text_key: off\n")
     experiment = loaded(tmp_path, text)
-    assert {"on", "no"} <= set(experiment.runs) and experiment.runs["no"].init.random and experiment.data.text_key == "off"
+    assert (
+        {"on", "no"} <= set(experiment.runs)
+        and experiment.runs["no"].init.random
+        and experiment.data.text_key == "off"
+    )
     assert "train.steps: Input should be a valid integer (got 'yes')" in said_of(
         tmp_path, SOUND.replace("steps: 6", "steps: yes")
     )
@@ -182,14 +218,18 @@ def test_numbers_that_yaml_1_1_reads_otherwise(tmp_path, written, says):
     assert says in said_of(tmp_path, SOUND.replace("steps: 6", f"steps: {written}"))
 
 
-@pytest.mark.parametrize(("written", "value"), [("1_0", 10), ("0x0a", 10), ("0b1010", 10), ("+10", 10), ("10 # ten", 10)])
+@pytest.mark.parametrize(
+    ("written", "value"), [("1_0", 10), ("0x0a", 10), ("0b1010", 10), ("+10", 10), ("10 # ten", 10)]
+)
 def test_numbers_that_stay_numbers(tmp_path, written, value):
     assert loaded(tmp_path, SOUND.replace("steps: 6", f"steps: {written}")).train.steps == value
 
 
 def test_a_range_of_layers_needs_no_quotes(tmp_path):
     """1:3 would be 63 seconds to YAML 1.1."""
-    text = SOUND.replace("layers: 0:2", "layers: 1:3").replace("    grow:\n      by: 1\n      max_layers: 3\n", "")
+    text = SOUND.replace("layers: 0:2", "layers: 1:3").replace(
+        "    grow:\n      by: 1\n      max_layers: 3\n", ""
+    )
     assert loaded(tmp_path, text).runs["grown"].init.inherit.layers == "1:3"
 
 
@@ -230,24 +270,51 @@ def test_reading_a_sound_file_is_as_in_an_experiment(tmp_path):
     assert loaded(tmp_path, SOUND).model_dump() == again.model_dump()
 
 
-# --- JSON ---------------------------------------------------------------------------------------------------------------
+# --- JSON ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ('"zero_optimization": {"stage": 1, "reduce_bucket_size": 1e400}', "is not valid JSON: cannot convert float infinity"),
-        ('"zero_optimization": {"stage": 1, "reduce_bucket_size": NaN\n}', "reduce_bucket_size = 'NaN' is no valid integer"),
-        ('"zero_optimization": {"stage": 1, "reduce_bucket_size": -Infinity\n}', "'-Infinity' is no valid integer"),
-        ('"zero_optimization": {"stage": 1, "reduce_bucket_size": -5}', "reduce_bucket_size = -5 must be greater than 0"),
-        ('"zero_optimization": {"stage": 1, "reduce_bucket_size": true}', "reduce_bucket_size = True is no valid integer"),
-        ('"zero_optimization": {"stage": 1, "reduce_bucket_size": 1.5}', "reduce_bucket_size = 1.5 is no valid integer"),
-        ('"zero_optimization": {"stage": 3, "sub_group_size": 0}', "sub_group_size = 0 must be greater than 0"),
-        ('"zero_optimization": {"stage": 3, "sub_group_size": "5"}', "sub_group_size = '5' is no valid integer"),
+        (
+            '"zero_optimization": {"stage": 1, "reduce_bucket_size": 1e400}',
+            "is not valid JSON: cannot convert float infinity",
+        ),
+        (
+            '"zero_optimization": {"stage": 1, "reduce_bucket_size": NaN\n}',
+            "reduce_bucket_size = 'NaN' is no valid integer",
+        ),
+        (
+            '"zero_optimization": {"stage": 1, "reduce_bucket_size": -Infinity\n}',
+            "'-Infinity' is no valid integer",
+        ),
+        (
+            '"zero_optimization": {"stage": 1, "reduce_bucket_size": -5}',
+            "reduce_bucket_size = -5 must be greater than 0",
+        ),
+        (
+            '"zero_optimization": {"stage": 1, "reduce_bucket_size": true}',
+            "reduce_bucket_size = True is no valid integer",
+        ),
+        (
+            '"zero_optimization": {"stage": 1, "reduce_bucket_size": 1.5}',
+            "reduce_bucket_size = 1.5 is no valid integer",
+        ),
+        (
+            '"zero_optimization": {"stage": 3, "sub_group_size": 0}',
+            "sub_group_size = 0 must be greater than 0",
+        ),
+        (
+            '"zero_optimization": {"stage": 3, "sub_group_size": "5"}',
+            "sub_group_size = '5' is no valid integer",
+        ),
         ('"zero_optimization": {"stage": 3, "stage3_max_live_parameters": "x"}', "= 'x' is no valid integer"),
         (f'"zero_optimization": {{"stage": 1, "reduce_bucket_size": 1{"0" * 5000}}}', "is not valid JSON"),
         ('"x": ' + "[" * 5000, "is not valid JSON: maximum recursion"),
-        ('"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}', "'train_micro_batch_size_per_gpu' twice"),
+        (
+            '"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}',
+            "'train_micro_batch_size_per_gpu' twice",
+        ),
     ],
     ids=lambda value: value[:60],
 )

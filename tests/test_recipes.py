@@ -1,6 +1,8 @@
-"""The shipped experiments against the paper: sizes, stages, batches and tokens of every run, and their rehearsals.
+"""The shipped experiments against the paper: sizes, stages, batches and tokens of every run, and their
+rehearsals.
 
-The right-hand sides are written out from the paper (FACTS sections 2, 4, 6 and 9), not read from the experiments.
+The right-hand sides are written out from the paper (FACTS sections 2, 4, 6 and 9), not read from the
+experiments.
 """
 
 import csv
@@ -63,7 +65,8 @@ def paper(name: str) -> list[dict]:
 def paper_parameters() -> dict[tuple[str, int, int], int]:
     """{(family, layers, width): parameters} of recipes/paper/table_model_configs.csv."""
     keyed = {
-        (row["model_family"], int(row["layers"]), int(row["hidden_size"])): row for row in paper("table_model_configs.csv")
+        (row["model_family"], int(row["layers"]), int(row["hidden_size"])): row
+        for row in paper("table_model_configs.csv")
     }
     return {key: int(row["params_computed_tied_no_bias"]) for key, row in keyed.items()}
 
@@ -71,7 +74,11 @@ def paper_parameters() -> dict[tuple[str, int, int], int]:
 def depths(experiment, name: str) -> list[int]:
     """Layers of each model that a run makes: one, or one per stage."""
     run = experiment.runs[name]
-    return run.grow.depths(run.init.inherit.layers, experiment.model.layers) if run.grow else [experiment.layers_of(run)]
+    return (
+        run.grow.depths(run.init.inherit.layers, experiment.model.layers)
+        if run.grow
+        else [experiment.layers_of(run)]
+    )
 
 
 def configs(experiment) -> dict[str, list]:
@@ -101,13 +108,20 @@ def test_every_run_builds_at_full_size_with_the_papers_parameter_count(name):
         deepest, main = experiment.model.layers, depths(experiment, next(iter(experiment.runs)))[0]
         assert (round(by_depth[deepest] / 1e9, 3), round(by_depth[main] / 1e9, 3)) == (full, inherited)
         block = (by_depth[deepest] - by_depth[main]) // (deepest - main)
-        assert all(count == by_depth[deepest] - (deepest - layers) * block for layers, count in by_depth.items())
+        assert all(
+            count == by_depth[deepest] - (deepest - layers) * block for layers, count in by_depth.items()
+        )
         return
     known = {size: published.get((family, *size)) for size in counts}
     ours = {(layers, experiment.model.width) for layers in CHOSEN.get(name, ())} | HALVES_OF_25_HEADS
     assert {size for size, count in known.items() if count is None} <= ours
-    assert {size: counts[size] for size, count in known.items() if count} == {n: c for n, c in known.items() if c}
-    assert known[experiment.model.layers, experiment.model.width] and known[ROUNDS[name][-1], experiment.model.width]
+    assert {size: counts[size] for size, count in known.items() if count} == {
+        n: c for n, c in known.items() if c
+    }
+    assert (
+        known[experiment.model.layers, experiment.model.width]
+        and known[ROUNDS[name][-1], experiment.model.width]
+    )
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -129,7 +143,9 @@ def test_batch_steps_and_rate_are_the_papers(name):
 
 MEDIUM_CHANGES = {
     **dict.fromkeys(("kd_random", "kd_teacher", "kd_teacher_12"), {"steps": 50_000, "min_lr": 3e-5}),
-    **dict.fromkeys(("reference_200k_50k", "inheritune_18_200k_50k"), {"steps": 200_000, "batch_tokens": 49_152}),
+    **dict.fromkeys(
+        ("reference_200k_50k", "inheritune_18_200k_50k"), {"steps": 200_000, "batch_tokens": 49_152}
+    ),
     "lazy_deep_24": {"batch_tokens": 49_152},
 }
 
@@ -142,30 +158,44 @@ def test_hyperparameters_are_those_of_the_papers_list(size):
         if row["experiment"] == f"GPT-2 {size} and variants"
     }
     train = load_experiment(f"gpt2_{size.lower().replace('xlarge', 'xl')}_owt").train
-    assert abs(train.batch_tokens / (1024 * int(said["batch_size"].split("K")[0])) - 1) < 0.03  # 394K: thousands, 128K: 1024s
+    assert (
+        abs(train.batch_tokens / (1024 * int(said["batch_size"].split("K")[0])) - 1) < 0.03
+    )  # 394K: thousands, 128K: 1024s
     if "tokens_total" in said:
         assert f"({train.batch_tokens:,} x 100K)" in said["tokens_total"]
     assert train.lr == float(said["learning_rate_max"]) and said["lr_schedule"] == f"{train.schedule} to 1e-5"
-    for key, value in (("warmup_steps", train.warmup_steps), ("total_steps", train.steps), ("weight_decay", train.weight_decay),
-                       ("grad_clip", train.clip), ("beta1", train.betas[0]), ("beta2", train.betas[1])):  # fmt: skip
+    for key, value in (
+        ("warmup_steps", train.warmup_steps),
+        ("total_steps", train.steps),
+        ("weight_decay", train.weight_decay),
+        ("grad_clip", train.clip),
+        ("beta1", train.betas[0]),
+        ("beta2", train.betas[1]),
+    ):
         assert float(said[key]) == value, key
 
 
 def test_distillation_is_that_of_the_papers_list():
     said = {
-        r["setting"]: r["value"] for r in paper("hyperparameters.csv") if r["experiment"] == "knowledge distillation baselines"
+        r["setting"]: r["value"]
+        for r in paper("hyperparameters.csv")
+        if r["experiment"] == "knowledge distillation baselines"
     }
     experiment = load_experiment("gpt2_medium_owt")
     for name in ("kd_random", "kd_teacher", "kd_teacher_12"):
         run, train = experiment.runs[name], experiment.train_of(experiment.runs[name])
         assert run.distil.teacher == "reference" and experiment.reference_of(run) == "reference"
-        assert (run.distil.alpha, run.distil.temperature) == (float(said["alpha"]), float(said["softmax_temperature"]))
+        assert (run.distil.alpha, run.distil.temperature) == (
+            float(said["alpha"]),
+            float(said["softmax_temperature"]),
+        )
         assert train.steps == int(said["total_steps"]) and said["lr_schedule"] == "cosine to 1/10 of max"
         assert train.min_lr == pytest.approx(train.lr / 10) and train.lr == float(said["learning_rate_max"])
 
 
 def test_every_published_run_has_its_depth_and_steps_here():
-    """The authors' logs that belong to a run of ours (curves.yaml), and that none of their logs is left out."""
+    """The authors' logs that belong to a run of ours (curves.yaml), and that none of their logs is left
+    out."""
     index = {row["run"]: row for row in paper("runs_reference_index.csv")}
     assert index.keys() == {row["run"] for row in paper("curves_reference_val_loss.csv")}
     used = set()
@@ -173,8 +203,13 @@ def test_every_published_run_has_its_depth_and_steps_here():
         experiment = load_experiment(name)
         for run, curves in runs.items():
             spec = experiment.runs[run]
-            for layers, curve in (curves if isinstance(curves, dict) else {experiment.layers_of(spec): curves}).items():
-                assert int(index[curve]["layers"]) == layers and layers in depths(experiment, run), (name, run)
+            for layers, curve in (
+                curves if isinstance(curves, dict) else {experiment.layers_of(spec): curves}
+            ).items():
+                assert int(index[curve]["layers"]) == layers and layers in depths(experiment, run), (
+                    name,
+                    run,
+                )
                 assert int(index[curve]["total_steps"]) == experiment.train_of(spec).steps, (name, run)
                 used.add(curve)
     assert set(index) == used
@@ -223,11 +258,16 @@ def test_submodule_runs_copy_what_table_3_says():
 @pytest.mark.parametrize("name", ROUNDS)
 def test_stages_begin_with_the_papers_rounds(name):
     experiment, rounds = load_experiment(name), ROUNDS[name]
-    assert experiment.runs["reference"].init.random and depths(experiment, "reference") == [experiment.model.layers]
+    assert experiment.runs["reference"].init.random and depths(experiment, "reference") == [
+        experiment.model.layers
+    ]
     for run, parts in (("inheritune", 3), ("inheritune_everything", 5)):
         assert depths(experiment, run)[: len(rounds)] == rounds
         assert set(depths(experiment, run)[len(rounds) :]) == CHOSEN.get(name, set())
-        assert len(experiment.runs[run].init.inherit.parts) == parts and experiment.runs[run].grow.from_ == "reference"
+        assert (
+            len(experiment.runs[run].init.inherit.parts) == parts
+            and experiment.runs[run].grow.from_ == "reference"
+        )
         assert experiment.reference_of(experiment.runs[run]) == "reference"
 
 
@@ -235,28 +275,47 @@ def test_a_public_start_needs_no_trained_reference():
     experiment = load_experiment("gpt2_xl_owt")
     run = experiment.runs["inheritune_public"]
     assert run.init.inherit.source == "openai-community/gpt2-xl" and not run.grow
-    # OpenAI's config.json: 50257 tokens, trained biases, standard scaling; what is cut from it stays so, and our tokens fit
+    # OpenAI's config.json: 50257 tokens, trained biases, standard scaling; what is cut from it stays so, and
+    # our tokens fit
     public = hf_config(experiment.model)
-    public.vocab_size, public.frozen_zero_biases, public.scale_attn_by_inverse_layer_idx = GPT2_SIZE, False, False
+    public.vocab_size, public.frozen_zero_biases, public.scale_attn_by_inverse_layer_idx = (
+        GPT2_SIZE,
+        False,
+        False,
+    )
     assert count_parameters(public) == 1_557_611_200
     config = cut_config(public, parse_layers(run.init.inherit.layers, 48))
-    assert (config.vocab_size, config.num_hidden_layers, config.scale_attn_by_inverse_layer_idx) == (50257, 24, False)
+    assert (config.vocab_size, config.num_hidden_layers, config.scale_attn_by_inverse_layer_idx) == (
+        50257,
+        24,
+        False,
+    )
     check_vocabulary(GPT2_SIZE, config.vocab_size, "the public model")
 
 
 def test_low_data_runs_count_their_tokens():
     experiment = load_experiment("openllama_3b_1b")
     tokens = {
-        name: experiment.train_of(run).steps * experiment.train_of(run).batch_tokens for name, run in experiment.runs.items()
+        name: experiment.train_of(run).steps * experiment.train_of(run).batch_tokens
+        for name, run in experiment.runs.items()
     }
     train_tokens = 1_000_000_000 * (1 - 0.005)
     assert tokens["eight_epochs"] == 8 * tokens["one_epoch"] and 0.98 < tokens["one_epoch"] / train_tokens < 1
     released = experiment.train_of(experiment.runs["released_391m"])
-    assert tokens["released_391m"] == 191_000 * 2048 and released.batch_tokens == 8 * 2048  # FACTS: 391M tokens
-    assert (released.schedule, released.weight_decay, released.clip, released.betas) == ("constant", 0.01, 0, (0.9, 0.999))
+    assert (
+        tokens["released_391m"] == 191_000 * 2048 and released.batch_tokens == 8 * 2048
+    )  # FACTS: 391M tokens
+    assert (released.schedule, released.weight_decay, released.clip, released.betas) == (
+        "constant",
+        0.01,
+        0,
+        (0.9, 0.999),
+    )
     assert depths(experiment, "eight_epochs") == [13]
     for epochs in (2, 3, 5, 10, 20):
-        assert tokens[f"epochs_{epochs}"] == epochs * tokens["one_epoch"] and depths(experiment, f"epochs_{epochs}") == [13]
+        assert tokens[f"epochs_{epochs}"] == epochs * tokens["one_epoch"] and depths(
+            experiment, f"epochs_{epochs}"
+        ) == [13]
         assert tokens[f"epochs_{epochs}"] <= int(experiment.data.sampling.partition(":")[2]) * train_tokens
     for layers in (4, 6, 8, 10, 16, 18, 20):
         assert tokens[f"n_{layers}"] == tokens["one_epoch"] and depths(experiment, f"n_{layers}") == [layers]
@@ -267,7 +326,9 @@ def test_fresh_tokens_are_kept_at_every_ten_billion(name):
     experiment = load_experiment(name)
     run, batch = experiment.runs["inheritune"], experiment.train.batch_tokens
     assert [round(step * batch / 1e9, 1) for step in run.keep_at] == [10, 20, 30, 40, 50]
-    windows = (experiment.data.max_tokens - experiment.data.shard_tokens - 1) // experiment.data.sequence_length
+    windows = (
+        experiment.data.max_tokens - experiment.data.shard_tokens - 1
+    ) // experiment.data.sequence_length
     assert experiment.train.steps * batch // experiment.data.sequence_length <= windows
     # the embedding that is inherited belongs to this tokenizer
     assert experiment.data.tokenizer.rpartition("/")[0] == run.init.inherit.source
@@ -298,10 +359,21 @@ def test_rehearsal_keeps_the_growth_and_the_kept_steps(name):
 
 
 def test_licences_of_all_that_shipped_experiments_start_from_are_known():
-    licences = yaml.safe_load((REPOSITORY / "inheritune" / "evaluation" / "licences.yaml").read_text(encoding="utf-8"))
-    names = [path.relative_to(RECIPES).with_suffix("") for path in (*RECIPES.glob("*.yaml"), *RECIPES.glob("attention/*.yaml"))]
+    licences = yaml.safe_load(
+        (REPOSITORY / "inheritune" / "evaluation" / "licences.yaml").read_text(encoding="utf-8")
+    )
+    names = [
+        path.relative_to(RECIPES).with_suffix("")
+        for path in (*RECIPES.glob("*.yaml"), *RECIPES.glob("attention/*.yaml"))
+    ]
     experiments = [load_experiment(str(name)) for name in names]
-    models = {source for e in experiments for run in e.runs.values() for source, _ in run.sources() if source not in e.runs}
+    models = {
+        source
+        for e in experiments
+        for run in e.runs.values()
+        for source, _ in run.sources()
+        if source not in e.runs
+    }
     assert "facebook/opt-1.3b" in models and models <= set(licences["models"])
     assert {e.data.repo or e.data.source for e in experiments} <= set(licences["data"])
 
@@ -309,7 +381,9 @@ def test_licences_of_all_that_shipped_experiments_start_from_are_known():
 @pytest.mark.parametrize("name", TRAINED)
 def test_everything_from_the_hub_is_pinned_to_a_commit(name):
     experiment = load_experiment(name)
-    pins = [experiment.data.revision] + [experiment.data.tokenizer_revision] * (experiment.data.tokenizer != "gpt2")
+    pins = [experiment.data.revision] + [experiment.data.tokenizer_revision] * (
+        experiment.data.tokenizer != "gpt2"
+    )
     for run in experiment.runs.values():
         pins += [revision for source, revision in run.sources() if source not in experiment.runs]
     assert all(re.fullmatch("[0-9a-f]{40}", pin or "") for pin in pins), pins
@@ -319,7 +393,9 @@ def test_the_readme_lists_every_experiment_with_its_steps_and_batch():
     text = (RECIPES / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| \[(\w+)\]\((\w+)\.yaml\) \|.*\| ([\d,]+) \| ([\d,]+) \|$", text, re.MULTILINE)
     listed = {
-        name: (int(steps.replace(",", "")), int(batch.replace(",", ""))) for name, file, steps, batch in rows if name == file
+        name: (int(steps.replace(",", "")), int(batch.replace(",", "")))
+        for name, file, steps, batch in rows
+        if name == file
     }
     experiments = {path.stem: load_experiment(path.stem).train for path in RECIPES.glob("*.yaml")}
     assert listed == {name: (train.steps, train.batch_tokens) for name, train in experiments.items()}

@@ -1,4 +1,5 @@
-"""The record of a run after kills, damage and a million rows; what a run adds to in a copy that shares its files."""
+"""The record of a run after kills, damage and a million rows; what a run adds to in a copy that shares its
+files."""
 
 import json
 import os
@@ -103,7 +104,7 @@ def test_a_long_record_costs_a_start_seconds(run):
     assert read_jsonl(run.discarded_metrics) == [row(n + 1), row(n + 2)]
 
 
-# --- copies that share their files ----------------------------------------------------------------------------------------
+# --- copies that share their files --------------------------------------------------------------------------
 
 
 def test_a_run_copied_by_links_does_not_touch_the_original(tmp_path, monkeypatch):
@@ -122,7 +123,10 @@ def test_a_run_copied_by_links_does_not_touch_the_original(tmp_path, monkeypatch
     copy = RunDir.of(load_experiment(path), "reference")
     assert "resumed at step 4 of 6" in run_verb("train", path, "--run", "reference").stdout and copy.is_done()
     assert hash_folder(tmp_path / "root") == before
-    assert len(copy.log.read_text()) > len(original.log.read_text()) and len(read_jsonl(copy.discarded_metrics)) > 1
+    assert (
+        len(copy.log.read_text()) > len(original.log.read_text())
+        and len(read_jsonl(copy.discarded_metrics)) > 1
+    )
 
 
 @pytest.mark.parametrize("link", [os.link, os.symlink])

@@ -1,5 +1,5 @@
-"""What a refusal says to do is done, and then the same command works: where a disk is full, a folder read-only, a cache
-somewhere else. Those that harm a file are in REMEDIES of test_damage.py."""
+"""What a refusal says to do is done, and then the same command works: where a disk is full, a folder
+read-only, a cache somewhere else. Those that harm a file are in REMEDIES of test_damage.py."""
 
 import errno
 import json
@@ -15,7 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, experiment_dict, one_sentence, refused, run_verb, write_experiment, write_tokens
+from conftest import (
+    REPOSITORY,
+    experiment_dict,
+    one_sentence,
+    refused,
+    run_verb,
+    write_experiment,
+    write_tokens,
+)
 from hub_server import Hub
 from test_evaluate import ALONE, OWN, TEXT, write_model, write_own
 from test_fetch import environment, files, make_hub, write_hub_experiment  # noqa: F401
@@ -26,13 +34,24 @@ from inheritune.config.experiment import load_experiment
 from inheritune.data.tokens import train_bpe
 from inheritune.errors import UserError
 from inheritune.evaluation.downstream import TASK_FILES
-from inheritune.files.rundir import RunDir, data_dir, disk_error, finished_weights, moved_by, read_json, replacing
+from inheritune.files.rundir import (
+    RunDir,
+    data_dir,
+    disk_error,
+    finished_weights,
+    moved_by,
+    read_json,
+    replacing,
+)
 
 
 @contextmanager
 def read_only(folder: Path):
     """Whatever lies in `folder` cannot be written, not even by root: it is mounted so."""
-    if os.geteuid() or subprocess.run(["mount", "--bind", folder, folder], capture_output=True, check=False).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "--bind", folder, folder], capture_output=True, check=False).returncode
+    ):
         pytest.skip("a folder that is read-only for root too needs the right to mount")
     subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
     try:
@@ -41,11 +60,18 @@ def read_only(folder: Path):
         subprocess.run(["umount", folder], check=True)
 
 
-# --- the variable that moves a place --------------------------------------------------------------------------------------
+# --- the variable that moves a place ------------------------------------------------------------------------
 
 
 def test_each_place_is_moved_by_its_own_variable(tmp_path, monkeypatch):
-    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE", "XDG_CACHE_HOME", "HF_HOME", "TMPDIR"):
+    for name in (
+        "HF_HUB_CACHE",
+        "HUGGINGFACE_HUB_CACHE",
+        "HF_DATASETS_CACHE",
+        "XDG_CACHE_HOME",
+        "HF_HOME",
+        "TMPDIR",
+    ):
         monkeypatch.delenv(name, raising=False)
     root, home = Path(os.environ["INHERITUNE_ROOT"]), Path.home() / ".cache" / "huggingface"
     assert moved_by(root / "runs" / "a" / "b") == ("INHERITUNE_ROOT", root)
@@ -63,7 +89,9 @@ def test_each_place_is_moved_by_its_own_variable(tmp_path, monkeypatch):
     monkeypatch.setenv("HUGGINGFACE_HUB_CACHE", str(tmp_path / "hub"))
     assert moved_by(tmp_path / "hub" / "a") == ("HUGGINGFACE_HUB_CACHE", tmp_path / "hub")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub2"))
-    assert moved_by(tmp_path / "hub2" / "a")[0] == "HF_HUB_CACHE" and moved_by(tmp_path / "hub" / "a")[0] is None
+    assert (
+        moved_by(tmp_path / "hub2" / "a")[0] == "HF_HUB_CACHE" and moved_by(tmp_path / "hub" / "a")[0] is None
+    )
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "sets"))
     assert moved_by(tmp_path / "sets" / "a") == ("HF_DATASETS_CACHE", tmp_path / "sets")
     (tmp_path / "link").symlink_to(tmp_path / "sets")
@@ -75,12 +103,16 @@ def test_each_place_is_moved_by_its_own_variable(tmp_path, monkeypatch):
 def test_a_sentence_names_what_there_is_to_copy(tmp_path, monkeypatch):
     full, closed = OSError(errno.ENOSPC, "x"), OSError(errno.EROFS, "x")
     root = Path(os.environ["INHERITUNE_ROOT"])
-    assert "free some, or set INHERITUNE_ROOT to a folder on a larger disk" in str(disk_error(full, root / "runs" / "a"))
+    assert "free some, or set INHERITUNE_ROOT to a folder on a larger disk" in str(
+        disk_error(full, root / "runs" / "a")
+    )
     (root / "data").mkdir(parents=True)
     assert f"free some, or set INHERITUNE_ROOT to a copy of {root} on a larger disk" in str(
         disk_error(full, root / "runs" / "a")
     )
-    assert f"set INHERITUNE_ROOT to a copy of {root} that you can write" in str(disk_error(closed, root / "runs" / "a"))
+    assert f"set INHERITUNE_ROOT to a copy of {root} that you can write" in str(
+        disk_error(closed, root / "runs" / "a")
+    )
     assert "; choose a folder that you can write" in str(disk_error(closed, tmp_path / "cut"))
     assert "free some, or choose a folder on a larger disk" in str(disk_error(full, tmp_path / "cut"))
 
@@ -89,14 +121,19 @@ def test_an_error_of_another_file_is_not_told_of_the_one_that_is_written(tmp_pat
     """Reading a source that may not be read is no fault of the place that is written to."""
     with pytest.raises(PermissionError), replacing(tmp_path / "out") as temporary:
         temporary.mkdir()
-        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "source" / "model.safetensors"))
-    with pytest.raises(UserError, match=f"cannot write {tmp_path}/out: "), replacing(tmp_path / "out") as temporary:
+        raise PermissionError(
+            errno.EACCES, "Permission denied", str(tmp_path / "source" / "model.safetensors")
+        )
+    with (
+        pytest.raises(UserError, match=f"cannot write {tmp_path}/out: "),
+        replacing(tmp_path / "out") as temporary,
+    ):
         temporary.mkdir()
         raise PermissionError(errno.EACCES, "Permission denied", str(temporary / "model.safetensors"))
     assert list(tmp_path.iterdir()) == []
 
 
-# --- runs and data --------------------------------------------------------------------------------------------------------
+# --- runs and data ------------------------------------------------------------------------------------------
 
 
 def test_a_read_only_root_is_left_for_a_copy(tmp_path, small, own_root):
@@ -109,7 +146,8 @@ def test_a_read_only_root_is_left_for_a_copy(tmp_path, small, own_root):
 
 
 def test_a_full_disk_is_left_for_a_copy_on_a_larger_one(tmp_path, monkeypatch, disk):
-    """A run that needs room for one more checkpoint goes on where its files were copied to, or with fewer checkpoints kept."""
+    """A run that needs room for one more checkpoint goes on where its files were copied to, or with fewer
+    checkpoints kept."""
     raw = experiment_dict(runs={"reference": {"init": "random"}}, paper=[])
     raw["train"] |= {"steps": 6, "checkpoint_every": 2, "keep_last": 2}
     path = write_experiment(tmp_path, raw)
@@ -122,14 +160,20 @@ def test_a_full_disk_is_left_for_a_copy_on_a_larger_one(tmp_path, monkeypatch, d
     one = sum(file.stat().st_size for file in run.checkpoint(2).rglob("*") if file.is_file())
     disk.resize(disk.used() + one // 2)
     said = refused("train", path, "--run", "reference")
-    assert f"set train.keep_last lower, free some, or set INHERITUNE_ROOT to a copy of {root} on a larger disk" in said
+    assert (
+        f"set train.keep_last lower, free some, or set INHERITUNE_ROOT to a copy of {root} on a larger disk"
+        in said
+    )
 
     shutil.copytree(root, tmp_path / "larger")
     again = run_verb("train", path, "--run", "reference", INHERITUNE_ROOT=tmp_path / "larger").stdout
     assert "resumed at step 4 of 6" in again and "finished" in again
 
     raw["train"]["keep_last"] = 1
-    assert "resumed at step 4 of 6" in run_verb("train", write_experiment(tmp_path, raw), "--run", "reference").stdout
+    assert (
+        "resumed at step 4 of 6"
+        in run_verb("train", write_experiment(tmp_path, raw), "--run", "reference").stdout
+    )
 
 
 def test_a_place_of_ones_own_choice_is_chosen_anew(tmp_path, disk):
@@ -158,7 +202,7 @@ def test_the_command_that_trains_a_source_is_that_of_the_same_file(tmp_path, sma
     assert shlex.split(str(caught.value))[-4:] == ["grow", spaced, "--run", "grown"]
 
 
-# --- prepare --------------------------------------------------------------------------------------------------------------
+# --- prepare ------------------------------------------------------------------------------------------------
 
 
 def test_a_preparation_whose_worker_was_killed_goes_on_with_fewer(tmp_path):
@@ -167,11 +211,15 @@ def test_a_preparation_whose_worker_was_killed_goes_on_with_fewer(tmp_path):
     raw["data"] |= {"source": "files", "files": [str(tmp_path / "docs.jsonl")], "tokenizer": "bpe:300"}
     path = write_experiment(tmp_path, raw)
     command = [sys.executable, "-m", "inheritune", "prepare", path, "--workers", "2"]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     workers, deadline = [], time.monotonic() + 60
     while not workers:
         assert process.poll() is None and time.monotonic() < deadline
-        workers = [pid for pid in children(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        workers = [
+            pid for pid in children(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
     os.kill(workers[0], signal.SIGKILL)
     try:
         out, err = process.communicate(timeout=120)
@@ -187,9 +235,15 @@ def test_a_full_temporary_folder_is_moved(tmp_path, disk):
     """A tokenizer of the Hub is saved there once, by a library that names no file when the disk is full."""
     words = " ".join(f"word{number}" for number in range(20_000))
     train_bpe("bpe:9000", [words] * 3, tmp_path / "tokenizer")
-    (tmp_path / "docs.jsonl").write_text("".join(f'{{"text": "{words[n : n + 500]}"}}\n' for n in range(0, 50_000, 500)))
+    (tmp_path / "docs.jsonl").write_text(
+        "".join(f'{{"text": "{words[n : n + 500]}"}}\n' for n in range(0, 50_000, 500))
+    )
     raw = experiment_dict()
-    raw["data"] |= {"source": "files", "files": [str(tmp_path / "docs.jsonl")], "tokenizer": str(tmp_path / "tokenizer")}
+    raw["data"] |= {
+        "source": "files",
+        "files": [str(tmp_path / "docs.jsonl")],
+        "tokenizer": str(tmp_path / "tokenizer"),
+    }
     raw["model"]["vocab_size"] = 9000
     path = write_experiment(tmp_path, raw)
     disk.resize(40_000)
@@ -200,7 +254,7 @@ def test_a_full_temporary_folder_is_moved(tmp_path, disk):
     assert not list((tmp_path / "scratch").iterdir())
 
 
-# --- the Hub's caches -----------------------------------------------------------------------------------------------------
+# --- the Hub's caches ---------------------------------------------------------------------------------------
 
 
 def test_a_hub_cache_that_is_full_or_closed_is_moved(request, tmp_path, files, disk):  # noqa: F811
@@ -227,26 +281,36 @@ def test_a_hub_cache_that_is_full_or_closed_is_moved(request, tmp_path, files, d
 
 
 def test_a_read_only_cache_of_data_sets_is_copied(request, tmp_path):
-    """Compute nodes often see the cache of the login node read-only: the data sets' library wants to lock what it reads."""
+    """Compute nodes often see the cache of the login node read-only: the data sets' library wants to lock
+    what it reads."""
     folder = tmp_path / "hub" / "datasets" / "someone" / "questions"
     folder.mkdir(parents=True)
     shutil.copy(TASK_FILES / "rehearsal" / "test.jsonl", folder)
     hub = Hub(tmp_path / "hub")
     request.addfinalizer(hub.close)
-    content = {"include": "choice.yaml", "task": "fetched", "dataset_path": "someone/questions", "custom_dataset": None}
+    content = {
+        "include": "choice.yaml",
+        "task": "fetched",
+        "dataset_path": "someone/questions",
+        "custom_dataset": None,
+    }
     tasks = {"fetched": {"task": "fetched", "metrics": ["acc"]}}
-    path = write_own(tmp_path, write_model(tmp_path / "checkpoint"), tasks, fetched=content | {"fewshot_split": None})
+    path = write_own(
+        tmp_path, write_model(tmp_path / "checkpoint"), tasks, fetched=content | {"fewshot_split": None}
+    )
     home = {"HF_HOME": tmp_path / "home", "HF_HUB_DISABLE_XET": 1, "HF_ENDPOINT": hub.url}
     run_verb("fetch", path, **home)
     away = {**home, **ALONE, "HF_ENDPOINT": "http://127.0.0.1:9"}
     with read_only(tmp_path / "home"):
         said = refused("evaluate", path, "--run", "theirs", **away)
-        assert f"set HF_DATASETS_CACHE to a copy of {tmp_path / 'home' / 'datasets'} that you can write" in said
+        assert (
+            f"set HF_DATASETS_CACHE to a copy of {tmp_path / 'home' / 'datasets'} that you can write" in said
+        )
         shutil.copytree(tmp_path / "home" / "datasets", tmp_path / "copy")
         run_verb("evaluate", path, "--run", "theirs", **away, HF_DATASETS_CACHE=tmp_path / "copy")
 
 
-# --- evaluate -------------------------------------------------------------------------------------------------------------
+# --- evaluate -----------------------------------------------------------------------------------------------
 
 
 def test_scores_of_another_version_are_scored_anew(tmp_path):
@@ -255,7 +319,9 @@ def test_scores_of_another_version_are_scored_anew(tmp_path):
     run_verb(*words, **ALONE)
     results = RunDir.of(load_experiment(path), "theirs").results
     results.write_text(
-        re.sub('("version": )"1.0"', '\\1"0.9"', re.sub('"seal": "[0-9a-f]*"', '"note": ""', results.read_text()))
+        re.sub(
+            '("version": )"1.0"', '\\1"0.9"', re.sub('"seal": "[0-9a-f]*"', '"note": ""', results.read_text())
+        )
     )
     assert "delete that row, and 'seal', to score it anew" in refused(*words, **ALONE)
     edited = json.loads(results.read_text())
@@ -290,7 +356,7 @@ def test_a_checkpoint_without_a_tokenizer_is_measured_or_given_one(tmp_path):
     run_verb(*words, "--tasks", "word", **ALONE)
 
 
-# --- the machine ----------------------------------------------------------------------------------------------------------
+# --- the machine --------------------------------------------------------------------------------------------
 
 
 def test_more_open_files_are_enough(tmp_path):
@@ -308,7 +374,11 @@ def test_more_open_files_are_enough(tmp_path):
 
     def limited(most: int) -> subprocess.CompletedProcess:
         return subprocess.run(
-            ["bash", "-c", f"ulimit -n {most}; {shell}"], capture_output=True, text=True, cwd=REPOSITORY, check=False
+            ["bash", "-c", f"ulimit -n {most}; {shell}"],
+            capture_output=True,
+            text=True,
+            cwd=REPOSITORY,
+            check=False,
         )
 
     said = [limited(most) for most in range(6, 9)]

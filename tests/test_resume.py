@@ -1,4 +1,5 @@
-"""A run killed at a random step and started again ends with the bits of the unbroken run; damage is passed over."""
+"""A run killed at a random step and started again ends with the bits of the unbroken run; damage is passed
+over."""
 
 import json
 import os
@@ -19,14 +20,22 @@ RECORD = ("step", "tokens", "loss", "lr", "grad_norm", "val_loss")
 
 
 def make(tmp_path, name: str, stage: int):
-    """An experiment of one run under its own root, with two decay groups, accumulation, a binding clip and three shards."""
+    """An experiment of one run under its own root, with two decay groups, accumulation, a binding clip and
+    three shards."""
     root = tmp_path / name
     root.mkdir()
     settings = {"train_micro_batch_size_per_gpu": 3, "zero_optimization": {"stage": stage}}
     (tmp_path / f"zero{stage}.json").write_text(json.dumps(settings))
     raw = experiment_dict(runs={"reference": {"init": "random", "keep_at": [9]}}, paper=[])
-    raw["train"].update(steps=STEPS, clip=0.5, weight_decay=0.5, checkpoint_every=3, eval_every=4, keep_last=2,
-                        deepspeed=str(tmp_path / f"zero{stage}.json"))  # fmt: skip
+    raw["train"].update(
+        steps=STEPS,
+        clip=0.5,
+        weight_decay=0.5,
+        checkpoint_every=3,
+        eval_every=4,
+        keep_last=2,
+        deepspeed=str(tmp_path / f"zero{stage}.json"),
+    )
     path = write_experiment(tmp_path, raw)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INHERITUNE_ROOT", str(root))
@@ -37,9 +46,13 @@ def make(tmp_path, name: str, stage: int):
 def start(path, root, procs=2) -> subprocess.Popen:
     command = [sys.executable, "-m", "inheritune", "train", path, "--run", "reference", "--procs", str(procs)]
     return subprocess.Popen(
-        command, cwd=REPOSITORY, env={**os.environ, "INHERITUNE_ROOT": str(root)}, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        command,
+        cwd=REPOSITORY,
+        env={**os.environ, "INHERITUNE_ROOT": str(root)},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def kill_at(path, root, run: RunDir, step: int) -> None:
@@ -47,7 +60,9 @@ def kill_at(path, root, run: RunDir, step: int) -> None:
     process = start(path, root)
     deadline = time.monotonic() + 120
     while not any(row["step"] >= step for row in read_jsonl(run.metrics)):
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        assert process.poll() is None and time.monotonic() < deadline, (
+            "the run ended before it could be killed"
+        )
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -114,7 +129,9 @@ def test_resume_refuses_what_would_change_the_run(tmp_path):
             (tmp_path / "small.yaml").write_text(text.replace(f"{key}:", f"{key}: {value} #", 1))
         done = run_verb("train", path, "--run", "reference", procs=2, check=False, INHERITUNE_ROOT=root)
         (tmp_path / "small.yaml").write_text(original)
-        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stdout + done.stderr
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, (
+            done.stdout + done.stderr
+        )
         assert hash_folder(run.path) == files  # nothing written, nothing lost
 
     original = (tmp_path / "small.yaml").read_text()
@@ -127,4 +144,6 @@ def test_resume_refuses_what_would_change_the_run(tmp_path):
     # what does not change a step may change
     (tmp_path / "small.yaml").write_text(original.replace("keep_last: 2", "keep_last: 1"))
     run_verb("train", path, "--run", "reference", procs=2, INHERITUNE_ROOT=root)
-    assert run.is_done() and run.complete_checkpoints() == [12], "a start that saves nothing keeps to keep_last too"
+    assert run.is_done() and run.complete_checkpoints() == [12], (
+        "a start that saves nothing keeps to keep_last too"
+    )

@@ -1,5 +1,6 @@
-"""What others made is read, never run, and read from its own folder only; secrets of the environment are in no file or word
-that a run leaves; no file is for everyone to write; names are data, not shell. (More refusals: test_sources.py.)"""
+"""What others made is read, never run, and read from its own folder only; secrets of the environment are in
+no file or word that a run leaves; no file is for everyone to write; names are data, not shell. (More
+refusals: test_sources.py.)"""
 
 import json
 import logging
@@ -30,7 +31,7 @@ from inheritune.files.rundir import RunDir
 from inheritune.models.sources import deepspeed_classes, load_skeleton, open_source
 from inheritune.models.surgery import inherit
 
-# --- code of others ---------------------------------------------------------------------------------------------------------
+# --- code of others -----------------------------------------------------------------------------------------
 
 
 class Trap:
@@ -77,7 +78,10 @@ def test_nothing_of_others_is_unpickled(tmp_path, monkeypatch, make):
     assert not Path("trapped").exists() and not Path("out").exists()
 
 
-EVIL = "open('trapped', 'w')\nclass Evil:\n    from_pretrained = classmethod(lambda cls, *a, **k: open('trapped', 'w'))\n"
+EVIL = (
+    "open('trapped', 'w')\nclass Evil:\n    from_pretrained = classmethod(lambda cls, *a, **k: "
+    "open('trapped', 'w'))\n"
+)
 
 
 class Getattr:
@@ -97,14 +101,20 @@ def test_a_member_of_deepspeeds_enum_is_read_as_every_python_writes_it(tmp_path)
         torch.save({"stage": written}, tmp_path / f"{number}.pt")
         assert load_skeleton(tmp_path / f"{number}.pt")["stage"] == ZeroStageEnum.gradients
         with torch.serialization.safe_globals(deepspeed_classes()):
-            assert torch.load(tmp_path / f"{number}.pt", weights_only=True)["stage"] is ZeroStageEnum.gradients
+            assert (
+                torch.load(tmp_path / f"{number}.pt", weights_only=True)["stage"] is ZeroStageEnum.gradients
+            )
 
 
-@pytest.mark.parametrize("name", ["__class__", "__init_subclass__", "mro", "nothing", "_generate_next_value_"])
+@pytest.mark.parametrize(
+    "name", ["__class__", "__init_subclass__", "mro", "nothing", "_generate_next_value_"]
+)
 def test_nothing_but_a_member_of_an_enum_is_got(tmp_path, name):
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
-    for number, asked in enumerate((Getattr(ZeroStageEnum, name), Getattr(torch.nn.Parameter, name), Getattr("text", name))):
+    for number, asked in enumerate(
+        (Getattr(ZeroStageEnum, name), Getattr(torch.nn.Parameter, name), Getattr("text", name))
+    ):
         torch.save({"stage": asked}, tmp_path / f"{number}.pt")
         with pytest.raises(UserError, match="asks to run|cannot be read as a torch file"):
             load_skeleton(tmp_path / f"{number}.pt")
@@ -120,7 +130,11 @@ def test_code_beside_a_model_is_not_run(tmp_path, monkeypatch, model_type):
     train_bpe("bpe:300", [EVIL * 9], folder)
     for name in ("config.json", "tokenizer_config.json"):
         content = json.loads((folder / name).read_text())
-        code = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+        code = {
+            "AutoConfig": "evil.Evil",
+            "AutoModelForCausalLM": "evil.Evil",
+            "AutoTokenizer": ["evil.Evil", "evil.Evil"],
+        }
         content |= {"auto_map": code} | ({"model_type": model_type} if name == "config.json" else {})
         content |= {"tokenizer_class": "Evil"} if name == "tokenizer_config.json" else {}
         (folder / name).write_text(json.dumps(content))
@@ -163,14 +177,20 @@ def test_links_out_of_the_folder_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"name": "../../outside"}, {"name": "/tmp/outside"}, {"name": ".."}, {"runs": {"..": {"init": "random"}}}]
+    "change",
+    [
+        {"name": "../../outside"},
+        {"name": "/tmp/outside"},
+        {"name": ".."},
+        {"runs": {"..": {"init": "random"}}},
+    ],
 )
 def test_an_experiment_cannot_name_a_folder_outside(tmp_path, change):
     with pytest.raises(UserError, match="match pattern"):
         load_experiment(write_experiment(tmp_path, experiment_dict(paper=[], **change)))
 
 
-# --- code that an experiment names ------------------------------------------------------------------------------------------
+# --- code that an experiment names --------------------------------------------------------------------------
 
 PLAIN = {
     "task": "plain",
@@ -192,29 +212,48 @@ NAMES_CODE = {
     "a metric": ("metric_list: [{metric: !function evil.run}]", "!function evil.run"),
     "an aggregation": ("metric_list: [{metric: acc, aggregation: !function evil.run}]", "!function evil.run"),
     "examples": ("fewshot_config: {samples: !function evil.run}", "!function evil.run"),
-    "a filter": ("filter_list: [{name: x, filter: [{function: custom, filter_fn: !function evil.run}]}]", "!function evil.run"),
+    "a filter": (
+        "filter_list: [{name: x, filter: [{function: custom, filter_fn: !function evil.run}]}]",
+        "!function evil.run",
+    ),
     "a tag by another handle": ("%TAG !e! !func\n---\nprocess_docs: !e!tion evil.run", "!function evil.run"),
     "a key": ("? !function evil.run\n: x", "!function evil.run"),
     "a tag of Python": ("x: !!python/name:os.system", "python/name:os.system"),
     "an included file": ("include: other/base_yaml", "!function evil.run"),
     "an included file's own": ("include: [other/first.txt]", "!function evil.run"),
     "an include by a merge key": ("x: &m {include: other/base_yaml}\n<<: *m", "!function evil.run"),
-    "a metric of a path": ("metric_list: [{metric: ./evil.py}]", "metric: ./evil.py (a metric that is not lm-eval's own"),
-    "a metric of the Hub": ("metric_list: [{metric: someone/evil}]", "metric: someone/evil (a metric that is not"),
-    "a metric by a merge key": ("x: &m {metric: ./evil.py}\nmetric_list: [{<<: *m}]", "metric: ./evil.py (a metric that"),
-    "a metric's script": ("metric_list: [{metric: f1, hf_evaluate: true}]", "hf_evaluate: true (runs a metric's script)"),
+    "a metric of a path": (
+        "metric_list: [{metric: ./evil.py}]",
+        "metric: ./evil.py (a metric that is not lm-eval's own",
+    ),
+    "a metric of the Hub": (
+        "metric_list: [{metric: someone/evil}]",
+        "metric: someone/evil (a metric that is not",
+    ),
+    "a metric by a merge key": (
+        "x: &m {metric: ./evil.py}\nmetric_list: [{<<: *m}]",
+        "metric: ./evil.py (a metric that",
+    ),
+    "a metric's script": (
+        "metric_list: [{metric: f1, hf_evaluate: true}]",
+        "hf_evaluate: true (runs a metric's script)",
+    ),
     "a data set's script": ("dataset_path: x/evil.py", "dataset_path: x/evil.py (a loading script)"),
     "a data set's folder": ("dataset_path: other", "dataset_path: other (a loading script)"),
     "trust": ("dataset_kwargs: {trust_remote_code: true}", "trust_remote_code: true (runs the data set's"),
     "the model's code": ("unsafe_code: true", "unsafe_code: true (runs what the model writes)"),
     "a template": ("doc_to_text: '{{ cycler.__init__.__globals__ }}'", "a template that reads __globals__"),
     "a template's key": ("doc_to_target: \"{{ ''['__class__'] }}\"", "a template that reads __class__"),
-    "another's prompts": ("use_prompt: other/prompts.yaml:x", "use_prompt: other/prompts.yaml:x (templates of another place)"),
-}  # fmt: skip
+    "another's prompts": (
+        "use_prompt: other/prompts.yaml:x",
+        "use_prompt: other/prompts.yaml:x (templates of another place)",
+    ),
+}
 
 
 def task_folder(tmp_path: Path, content: str) -> Path:
-    """Task files of others, one of which has this content, and code beside them that would leave the file `trapped`."""
+    """Task files of others, one of which has this content, and code beside them that would leave the file
+    `trapped`."""
     folder = tmp_path / "tasks"
     (folder / "other").mkdir(parents=True)
     (folder / "mine.yaml").write_text(content)
@@ -241,7 +280,9 @@ def test_an_experiment_that_names_code_is_refused_before_it_runs(tmp_path, monke
     for words in (["check", path], ["fetch", path], ["evaluate", path, "--model", "nowhere"]):
         assert main(words) == 2
         said = capsys.readouterr().err
-        assert says in said and ", line " in said and "give --allow-task-code" in said and said.count("\n") == 1
+        assert (
+            says in said and ", line " in said and "give --allow-task-code" in said and said.count("\n") == 1
+        )
     assert not Path("trapped").exists()
 
 
@@ -293,20 +334,27 @@ def test_a_template_that_hides_what_it_reads_meets_the_sandbox(tmp_path, monkeyp
 
 def test_the_sandbox_refuses_no_template_of_lm_eval():
     """Their attributes that begin with an underscore would be refused; there are none."""
-    texts = [path.read_text(encoding="utf-8") for path in (Path(find_spec("lm_eval").origin).parent / "tasks").rglob("*.yaml")]
+    texts = [
+        path.read_text(encoding="utf-8")
+        for path in (Path(find_spec("lm_eval").origin).parent / "tasks").rglob("*.yaml")
+    ]
     assert len(texts) > 10_000
     found = [part for text in texts for part in re.findall(r"\{[{%][^}]*?(?:\.|\[['\"])_[^}]*\}\}", text)]
     assert not [part for part in found if code_of_template(part)]
 
 
-# --- what a run leaves --------------------------------------------------------------------------------------------------------
+# --- what a run leaves --------------------------------------------------------------------------------------
 
-SECRETS = {"WANDB_API_KEY": "5ec2e7" + "0123456789abcdef" * 2 + "aa", "HF_TOKEN": "hf_SeCrEtSeCrEtSeCrEtSeCrEtSeCr"}
+SECRETS = {
+    "WANDB_API_KEY": "5ec2e7" + "0123456789abcdef" * 2 + "aa",
+    "HF_TOKEN": "hf_SeCrEtSeCrEtSeCrEtSeCrEtSeCr",
+}
 
 
 @pytest.fixture(scope="module")
 def left(tmp_path_factory):
-    """(root, what was printed) of a real growth with W&B offline, begun under umask 000 with secrets in the environment."""
+    """(root, what was printed) of a real growth with W&B offline, begun under umask 000 with secrets in the
+    environment."""
     folder = tmp_path_factory.mktemp("left")
     raw = experiment_dict()
     raw["data"] |= {"max_tokens": 100_000, "shard_tokens": 40_000, "validation": {"fraction": 0.2}}
@@ -315,7 +363,9 @@ def left(tmp_path_factory):
     path = write_experiment(folder, raw)
     environment = {**os.environ, **SECRETS, "INHERITUNE_ROOT": str(folder / "root")}
     words = [sys.executable, "-m", "inheritune", "grow", path, "--run", "grown", "--procs", "2"]
-    done = subprocess.run(words, cwd=REPOSITORY, env=environment, umask=0, text=True, stdout=-1, stderr=-2, check=False)
+    done = subprocess.run(
+        words, cwd=REPOSITORY, env=environment, umask=0, text=True, stdout=-1, stderr=-2, check=False
+    )
     assert done.returncode == 0, done.stdout
     return folder / "root", done.stdout
 
@@ -324,7 +374,9 @@ def left(tmp_path_factory):
 def test_no_secret_is_in_what_a_run_leaves(left):
     root, said = left
     files = [path for path in root.rglob("*") if path.is_file()]
-    assert any(path.suffix == ".wandb" for path in files) and any(path.name == "provenance.json" for path in files)
+    assert any(path.suffix == ".wandb" for path in files) and any(
+        path.name == "provenance.json" for path in files
+    )
     for name, secret in SECRETS.items():
         assert secret not in said
         assert not [path for path in files if secret.encode() in path.read_bytes()], name
@@ -338,27 +390,42 @@ def test_nothing_is_for_everyone_to_write(left):
     assert not [path for path in everything if path.lstat().st_mode & stat.S_IWOTH and not path.is_symlink()]
 
 
-@pytest.mark.parametrize(("umask", "file", "folder"), [(0, 0o664, 0o775), (0o002, 0o664, 0o775), (0o077, 0o600, 0o700)])
+@pytest.mark.parametrize(
+    ("umask", "file", "folder"), [(0, 0o664, 0o775), (0o002, 0o664, 0o775), (0o077, 0o600, 0o700)]
+)
 def test_a_group_may_share_what_its_umask_says(tmp_path, umask, file, folder):
     source = tmp_path / "source"
     random_model(config_of("public")).save_pretrained(source)
     code = "import sys; from inheritune.cli import main; sys.exit(main(sys.argv[1:]))"
     words = ["inherit", "--source", source, "--layers", "0:2", "--out", tmp_path / "out"]
-    subprocess.run([sys.executable, "-c", code, *words], cwd=REPOSITORY, umask=umask, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-c", code, *words],
+        cwd=REPOSITORY,
+        umask=umask,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == folder
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {file}
 
 
-# --- names in scripts ---------------------------------------------------------------------------------------------------------
+# --- names in scripts ---------------------------------------------------------------------------------------
 
 NAME = 'it\'s "a" $(touch pwned) `touch pwned`; touch pwned & * \\ name'
-GENERIC = {"train": [NAME, NAME], "grow": [NAME, NAME, "--seed", "1"], "analyze": [NAME, NAME], "prepare": [NAME],
-           "evaluate": [NAME], "baselines": [NAME]}  # fmt: skip
+GENERIC = {
+    "train": [NAME, NAME],
+    "grow": [NAME, NAME, "--seed", "1"],
+    "analyze": [NAME, NAME],
+    "prepare": [NAME],
+    "evaluate": [NAME],
+    "baselines": [NAME],
+}
 
 
 @pytest.fixture
 def login_node(tmp_path) -> dict:
-    """Environment of a machine where sinfo shows a node of 8 GPUs, sbatch says what it would run, and so does its bash."""
+    """Environment of a machine where sinfo shows a node of 8 GPUs, sbatch says what it would run, and so does
+    its bash."""
     commands = {
         "sinfo": "echo 'gpu*|2|64|512000|1-00:00:00|gpu:8'",
         "sbatch": 'for word; do last=$word; done; eval "$last"',  # as the node's shell takes --wrap apart
@@ -368,20 +435,37 @@ def login_node(tmp_path) -> dict:
     for name, body in commands.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / "bin" / name).chmod(0o755)
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "SITE_"))}
-    return {**kept, "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}", "INHERITUNE_ROOT": str(tmp_path / NAME)}
+    kept = {
+        key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "SITE_"))
+    }
+    return {
+        **kept,
+        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "INHERITUNE_ROOT": str(tmp_path / NAME),
+    }
 
 
 @pytest.mark.parametrize("script", GENERIC)
 def test_a_name_reaches_the_job_as_it_is(tmp_path, login_node, script):
     (tmp_path / "here").mkdir()
     path = REPOSITORY / "slurm" / f"{script}.sh"
-    done = subprocess.run(["/bin/bash", path, *GENERIC[script], "--dry-run"], cwd=tmp_path / "here", text=True, check=False,
-                          env={**login_node, "ARRAY": "1"}, capture_output=True)  # fmt: skip
+    done = subprocess.run(
+        ["/bin/bash", path, *GENERIC[script], "--dry-run"],
+        cwd=tmp_path / "here",
+        text=True,
+        check=False,
+        env={**login_node, "ARRAY": "1"},
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr
     line = done.stdout.splitlines()[0]
     ran = subprocess.run(
-        ["/bin/sh", "-c", line], cwd=tmp_path / "here", text=True, check=True, env=login_node, capture_output=True
+        ["/bin/sh", "-c", line],
+        cwd=tmp_path / "here",
+        text=True,
+        check=True,
+        env=login_node,
+        capture_output=True,
     )
     assert ran.stdout.splitlines() == [str(path), *GENERIC[script]]
     assert f"--job-name={script}-" in line and shlex.split(line)
@@ -398,7 +482,9 @@ def test_a_name_is_a_name_for_the_paper_scripts(tmp_path):
         "SEED": "0$(touch pwned)",
     }
     script = REPOSITORY / "recipes" / "paper_item.sh"
-    done = subprocess.run(["bash", script, NAME], cwd=tmp_path, text=True, env=environment, capture_output=True, check=False)
+    done = subprocess.run(
+        ["bash", script, NAME], cwd=tmp_path, text=True, env=environment, capture_output=True, check=False
+    )
     one_sentence(done)
     assert not list(tmp_path.rglob("pwned")) and not (REPOSITORY / "pwned").exists()
 
@@ -406,7 +492,9 @@ def test_a_name_is_a_name_for_the_paper_scripts(tmp_path):
 def test_no_script_puts_a_variable_into_code():
     """`python -c "... $name ..."` would run what the name says."""
     for script in REPOSITORY.glob("*/*.sh"):
-        found = re.findall(r'(?:python3?|sh|bash) -c "[^"]*\$[^"]*"|eval "?\$(?!\(conda)[^"\n]*', script.read_text())
+        found = re.findall(
+            r'(?:python3?|sh|bash) -c "[^"]*\$[^"]*"|eval "?\$(?!\(conda)[^"\n]*', script.read_text()
+        )
         assert not found, (script, found)
 
 
@@ -414,4 +502,7 @@ def test_run_folder_and_experiment_of_a_name_with_spaces_and_quotes(tmp_path, ow
     path = tmp_path / f"{NAME}.yaml"
     Path(write_experiment(tmp_path, experiment_dict())).rename(path)
     experiment = load_experiment(str(path))
-    assert experiment.name == NAME and RunDir.of(experiment, "reference").path.parent.parent == own_root / "runs" / NAME
+    assert (
+        experiment.name == NAME
+        and RunDir.of(experiment, "reference").path.parent.parent == own_root / "runs" / NAME
+    )

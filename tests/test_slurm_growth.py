@@ -1,5 +1,6 @@
-"""Staged growth as an array job on a real Slurm of two nodes, with the real program: undisturbed, and disturbed in every way
-that a cluster knows. The two must end with the same bits, and no stage may run twice from its beginning."""
+"""Staged growth as an array job on a real Slurm of two nodes, with the real program: undisturbed, and
+disturbed in every way that a cluster knows. The two must end with the same bits, and no stage may run twice
+from its beginning."""
 
 import json
 import os
@@ -37,7 +38,10 @@ def make(folder: Path, root: Path, monkeypatch, steps: int = STEPS) -> tuple[str
     raw["runs"]["grown"]["grow"]["margin"] = -9.0  # never parity: both stages are trained
     (folder / "ds.json").write_text(
         json.dumps(
-            {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+            {
+                "train_micro_batch_size_per_gpu": 4,
+                "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+            }
         )
     )
     path = write_experiment(folder, raw)
@@ -47,7 +51,10 @@ def make(folder: Path, root: Path, monkeypatch, steps: int = STEPS) -> tuple[str
 
 
 def record(run: RunDir) -> list[tuple]:
-    return [tuple(row.get(key) for key in ("step", "loss", "grad_norm", "val_loss")) for row in read_jsonl(run.metrics)]
+    return [
+        tuple(row.get(key) for key in ("step", "loss", "grad_norm", "val_loss"))
+        for row in read_jsonl(run.metrics)
+    ]
 
 
 def tasks_of(rank: int) -> list[int]:
@@ -98,7 +105,9 @@ def test_two_arrays_do_not_meet_and_a_disturbed_one_ends_with_the_same_bits(slur
         assert not run.is_done()
         struck.append((name, run, last_step(run)))
         slurm.until(lambda: run.is_done() or len(read_json(run.provenance)["starts"]) > starts, timeout=200)
-        assert len(read_json(run.provenance)["starts"]) == starts + 1, f"{name} struck too late\n{slurm.logs()}"
+        assert len(read_json(run.provenance)["starts"]) == starts + 1, (
+            f"{name} struck too late\n{slurm.logs()}"
+        )
 
     strike(reference, 14, "SIGKILL", lambda job: os.kill(tasks_of(1)[0], signal.SIGKILL))
     strike(reference, 24, "requeue", lambda job: slurm.run("scontrol", "requeue", job))
@@ -108,17 +117,25 @@ def test_two_arrays_do_not_meet_and_a_disturbed_one_ends_with_the_same_bits(slur
         node = next(r for r in slurm.records(job) if r["JobId"] == job)["BatchHost"]
         slurm.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
         time.sleep(2)
-        slurm.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)  # it may be back by itself
+        slurm.run(
+            "scontrol", "update", f"nodename={node}", "state=resume", check=False
+        )  # it may be back by itself
 
     strike(wild.stage(2), 14, "node down", node_failure)
     slurm.until(wild.is_done, timeout=300)
     slurm.wait(array, timeout=120)
 
-    for ours, theirs in [(reference, calm_reference), (wild.stage(1), calm.stage(1)), (wild.stage(2), calm.stage(2))]:
+    for ours, theirs in [
+        (reference, calm_reference),
+        (wild.stage(1), calm.stage(1)),
+        (wild.stage(2), calm.stage(2)),
+    ]:
         assert record(ours) == record(theirs), slurm.logs()
         assert hash_folder(ours.final) == hash_folder(theirs.final)
         starts = read_json(ours.provenance)["starts"]
-        assert [start["resumed_at"] is None for start in starts] == [True] + [False] * (len(starts) - 1)  # begun once
+        assert [start["resumed_at"] is None for start in starts] == [True] + [False] * (
+            len(starts) - 1
+        )  # begun once
         assert not list(ours.path.rglob(".*"))
     by_run = {str(run.path): [at for _, other, at in struck if other is run] for _, run, _ in struck}
     assert all(0 < at < STEPS for steps in by_run.values() for at in steps)
@@ -135,7 +152,8 @@ def test_two_arrays_do_not_meet_and_a_disturbed_one_ends_with_the_same_bits(slur
 
 @pytest.mark.drill
 def test_an_array_whose_tasks_meet_their_time_limit_ends_with_the_same_bits(slurm, tmp_path, monkeypatch):  # noqa: F811
-    """Limits of two minutes, which Slurm itself keeps: it looks at them every 30 s. Each model takes about 100 s of steps."""
+    """Limits of two minutes, which Slurm itself keeps: it looks at them every 30 s. Each model takes about
+    100 s of steps."""
     for name in ("try", "calm", "wild"):
         (tmp_path / name).mkdir()
     path, _, tried = make(tmp_path / "try", tmp_path / "try-root", monkeypatch, steps=20)
@@ -144,13 +162,19 @@ def test_an_array_whose_tasks_meet_their_time_limit_ends_with_the_same_bits(slur
     path, calm, calm_reference = make(tmp_path / "calm", tmp_path / "calm-root", monkeypatch, steps)
     run_verb("grow", path, "--run", "grown", procs=2)
     path, wild, reference = make(tmp_path / "wild", tmp_path / "wild-root", monkeypatch, steps)
-    array = slurm.submit(SLURM / "grow.sh", path, "grown", **TWO_NODES, ARRAY="1-30%1", SITE_TIME=2, SITE_LEAD=40)
+    array = slurm.submit(
+        SLURM / "grow.sh", path, "grown", **TWO_NODES, ARRAY="1-30%1", SITE_TIME=2, SITE_LEAD=40
+    )
     records = slurm.wait(array, timeout=1500)
     assert {record["JobState"] for record in records} == {"COMPLETED"} and wild.is_done(), slurm.logs()
     assert {record["TimeLimit"] for record in records} == {"00:02:00"}
     assert "(SIGUSR1), all saved" in slurm.logs() and "(SIGTERM), all saved" not in slurm.logs()
     stops = []
-    for ours, theirs in [(reference, calm_reference), (wild.stage(1), calm.stage(1)), (wild.stage(2), calm.stage(2))]:
+    for ours, theirs in [
+        (reference, calm_reference),
+        (wild.stage(1), calm.stage(1)),
+        (wild.stage(2), calm.stage(2)),
+    ]:
         assert record(ours) == record(theirs), slurm.logs()
         assert hash_folder(ours.final) == hash_folder(theirs.final)
         starts = [start["resumed_at"] or 0 for start in read_json(ours.provenance)["starts"]]
@@ -168,7 +192,7 @@ while [ "$1" != IMAGE ]; do
 done
 shift
 PATH=HERE exec "$@"
-"""
+"""  # noqa: E501 - the text is written as it stands
 
 
 @pytest.mark.slow
@@ -199,7 +223,9 @@ def test_an_array_grows_from_nothing_in_an_image(slurm, own_root, tmp_path):  # 
 
 @pytest.mark.slow
 def test_the_first_job_on_an_empty_site_tells_both_ways_on(slurm, own_root):  # noqa: F811
-    printed = slurm.run("sbatch", "--parsable", f"--output={own_root.parent}/log", SLURM / "gpt2_medium_stage1.sh")
+    printed = slurm.run(
+        "sbatch", "--parsable", f"--output={own_root.parent}/log", SLURM / "gpt2_medium_stage1.sh"
+    )
     job = printed.splitlines()[-1]
     assert slurm.wait(job)[0]["ExitCode"] == "2:0"
     log = (own_root.parent / "log").read_text()
@@ -209,7 +235,14 @@ def test_the_first_job_on_an_empty_site_tells_both_ways_on(slurm, own_root):  # 
     assert log.splitlines()[-1].count("FAILED (code 2)") == 1
 
 
-OF_AN_EXPERIMENT = ["gpt2_small", "gpt2_medium", "gpt2_large", "gpt2_xl", "gpt2_medium_fineweb", "gpt2_large_fineweb"]
+OF_AN_EXPERIMENT = [
+    "gpt2_small",
+    "gpt2_medium",
+    "gpt2_large",
+    "gpt2_xl",
+    "gpt2_medium_fineweb",
+    "gpt2_large_fineweb",
+]
 
 
 @pytest.mark.drill

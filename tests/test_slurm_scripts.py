@@ -20,7 +20,9 @@ from inheritune.cli import Verbs
 from inheritune.config.experiment import load_experiment
 from inheritune.files.rundir import RunDir
 
-SCRIPTS = sorted(p for p in (REPOSITORY / "slurm").glob("*.sh") if p.name not in ("job.sh", "site.sh", "fetch.sh"))
+SCRIPTS = sorted(
+    p for p in (REPOSITORY / "slurm").glob("*.sh") if p.name not in ("job.sh", "site.sh", "fetch.sh")
+)
 COUNTING = REPOSITORY / "tests" / "slurm" / "counting.sh"
 PROFILES = {
     "8 GPUs a node": {"LAB_GPUS": 8},
@@ -37,7 +39,7 @@ def words_of(script: Path) -> list[str]:
     return generic.get(script.stem, ["small"] if script.stem in ("baselines", "evaluate", "prepare") else [])
 
 
-# --- submitting -----------------------------------------------------------------------------------------------------------
+# --- submitting ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -94,24 +96,39 @@ def test_the_readme_names_every_script():
 
 def test_site_file_serves_a_login_shell(slurm):  # noqa: F811
     """Sourced, it exports what sbatch reads; a value that is set wins over the guess."""
-    shown = slurm.run("bash", "-c", f"source {REPOSITORY}/slurm/site.sh; env", SITE_ACCOUNT="mine", SITE_CPUS_PER_GPU=3)
-    wanted = {"ACCOUNT": "mine", "GPUS_PER_NODE": "4", "CPUS_PER_GPU": "3", "MEM_PER_GPU": "115200M",
-              "TIMELIMIT": "24:00:00", "SIGNAL": "B:USR1@300"}  # fmt: skip
+    shown = slurm.run(
+        "bash", "-c", f"source {REPOSITORY}/slurm/site.sh; env", SITE_ACCOUNT="mine", SITE_CPUS_PER_GPU=3
+    )
+    wanted = {
+        "ACCOUNT": "mine",
+        "GPUS_PER_NODE": "4",
+        "CPUS_PER_GPU": "3",
+        "MEM_PER_GPU": "115200M",
+        "TIMELIMIT": "24:00:00",
+        "SIGNAL": "B:USR1@300",
+    }
     have = dict(re.findall(r"^SBATCH_(\w+)=(.*)", shown, re.MULTILINE))
     assert wanted.items() <= have.items()
     assert "PARTITION" not in have  # the default partition has GPUs: nothing to ask for
-    slurm.run("bash", "-c", f"source {REPOSITORY}/slurm/site.sh; sbatch --test-only {REPOSITORY}/slurm/train.sh a b")
+    slurm.run(
+        "bash", "-c", f"source {REPOSITORY}/slurm/site.sh; sbatch --test-only {REPOSITORY}/slurm/train.sh a b"
+    )
     # what it exported must not give GPUs to a job that asks for none
-    rehearsal = f"source {REPOSITORY}/slurm/site.sh; REHEARSE=1 bash {REPOSITORY}/slurm/train.sh a b --dry-run"
+    rehearsal = (
+        f"source {REPOSITORY}/slurm/site.sh; REHEARSE=1 bash {REPOSITORY}/slurm/train.sh a b --dry-run"
+    )
     line = slurm.run("bash", "-c", rehearsal).splitlines()[0]
     assert line.startswith("env -u SBATCH_") and "-u SBATCH_GPUS_PER_NODE " in line
 
 
 def test_site_file_finds_the_partition_with_gpus(tmp_path):
     extra = tmp_path / "extra.conf"
-    extra.write_text("PartitionName=cpu Nodes=127.0.0.9 Default=YES State=UP MaxTime=60\n"
-                     "NodeName=127.0.0.9 NodeHostname=nowhere NodeAddr=127.0.0.1 Port=1 CPUs=4 RealMemory=8000 State=UNKNOWN\n"
-                     "PartitionName=short Nodes=127.0.0.2 MaxTime=02:00:00 State=UP\n")  # fmt: skip
+    extra.write_text(
+        "PartitionName=cpu Nodes=127.0.0.9 Default=YES State=UP MaxTime=60\n"
+        "NodeName=127.0.0.9 NodeHostname=nowhere NodeAddr=127.0.0.1 Port=1 CPUs=4 "
+        "RealMemory=8000 State=UNKNOWN\n"
+        "PartitionName=short Nodes=127.0.0.2 MaxTime=02:00:00 State=UP\n"
+    )
     with cluster(LAB_EXTRA=extra, LAB_PARTITIONS="gpus") as here:
         ask = f"source {REPOSITORY}/slurm/site.sh; env | grep SBATCH"
         guessed = here.run("bash", "-c", ask)
@@ -119,8 +136,14 @@ def test_site_file_finds_the_partition_with_gpus(tmp_path):
         assert "SBATCH_TIMELIMIT=120" in here.run("bash", "-c", ask, SITE_PARTITION="short")
         assert "SBATCH_TIMELIMIT=120" in here.run("bash", "-c", ask, SITE_PARTITION="cpu,short")
         # a job without GPUs is not sent to the partition that was guessed for those with
-        for more, partition in (({}, None), ({"SITE_CPU_PARTITION": "cpu"}, "cpu"), ({"SITE_PARTITION": "gpus"}, "gpus")):
-            line = here.run("bash", COUNTING, "a", 2, "--dry-run", REHEARSE=1, SITE_CONSTRAINT="big", **more).splitlines()[0]
+        for more, partition in (
+            ({}, None),
+            ({"SITE_CPU_PARTITION": "cpu"}, "cpu"),
+            ({"SITE_PARTITION": "gpus"}, "gpus"),
+        ):
+            line = here.run(
+                "bash", COUNTING, "a", 2, "--dry-run", REHEARSE=1, SITE_CONSTRAINT="big", **more
+            ).splitlines()[0]
             assert re.findall(r"--partition=(\S+)", line) == [partition] * bool(partition)
             assert ("--constraint" in line) == (partition != "cpu")
         prepare = f"bash {REPOSITORY}/slurm/prepare.sh small --dry-run"
@@ -133,14 +156,25 @@ def test_site_file_finds_the_partition_with_gpus(tmp_path):
 
 
 def test_plain_sbatch_finds_the_repository_from_any_folder(slurm, tmp_path):  # noqa: F811
-    """In a job $0 is a copy in a spool folder. The last line of a failed log names the cause and the line to paste."""
-    job = slurm.run("sbatch", "--parsable", "--array=1", "--output", tmp_path / "log", REPOSITORY / "slurm" / "evaluate.sh",
-                    "no such $(touch pwned)", cwd=tmp_path)  # fmt: skip
+    """In a job $0 is a copy in a spool folder. The last line of a failed log names the cause and the line to
+    paste."""
+    job = slurm.run(
+        "sbatch",
+        "--parsable",
+        "--array=1",
+        "--output",
+        tmp_path / "log",
+        REPOSITORY / "slurm" / "evaluate.sh",
+        "no such $(touch pwned)",
+        cwd=tmp_path,
+    )
     (record,) = slurm.wait(job)
     log = (tmp_path / "log").read_text()
     assert record["ExitCode"] == "2:0", log
     assert "no experiment 'no such $(touch pwned)'" in log
-    assert log.splitlines()[-1].endswith(f"submit again: bash {REPOSITORY}/slurm/evaluate.sh 'no such $(touch pwned)'")
+    assert log.splitlines()[-1].endswith(
+        f"submit again: bash {REPOSITORY}/slurm/evaluate.sh 'no such $(touch pwned)'"
+    )
     assert not (tmp_path / "pwned").exists()
 
 
@@ -151,8 +185,13 @@ def test_mistakes_at_submission_are_one_sentence(slurm, tmp_path):  # noqa: F811
     assert "usage: bash" in slurm.run("bash", script, check=False)
     nowhere = tmp_path / "slurm.conf"
     nowhere.touch()  # not a missing one, for which Slurm's commands wait a minute
-    elsewhere = slurm.run("bash", REPOSITORY / "slurm" / "train.sh", "a", "b", check=False, SLURM_CONF=nowhere)
-    assert elsewhere.startswith("inheritune: this is no login node of a Slurm cluster") and elsewhere.count("\n") == 0
+    elsewhere = slurm.run(
+        "bash", REPOSITORY / "slurm" / "train.sh", "a", "b", check=False, SLURM_CONF=nowhere
+    )
+    assert (
+        elsewhere.startswith("inheritune: this is no login node of a Slurm cluster")
+        and elsewhere.count("\n") == 0
+    )
     assert not slurm.run("squeue", "-h")
 
 
@@ -161,7 +200,9 @@ def test_baselines_of_baselines_wait(slurm, own_root):  # noqa: F811
     script = REPOSITORY / "slurm" / "gpt2_medium_baselines.sh"
     printed = slurm.run("bash", script, "--", "--hold")
     first, stacking, long = re.findall(r"^submitted job (\d+)$", printed, re.MULTILINE)
-    names = slurm.run("python", REPOSITORY / "slurm" / "runs.py", "gpt2_medium_owt", "baselines", PYTHONPATH=REPOSITORY).split()
+    names = slurm.run(
+        "python", REPOSITORY / "slurm" / "runs.py", "gpt2_medium_owt", "baselines", PYTHONPATH=REPOSITORY
+    ).split()
     number = {name: position for position, name in enumerate(names, 1)}
     waits = {"stacking": "stacking_half", "inheritune_18_200k_50k": "reference_200k_50k"}
     for job, (run, source) in zip((stacking, long), waits.items(), strict=True):
@@ -170,19 +211,29 @@ def test_baselines_of_baselines_wait(slurm, own_root):  # noqa: F811
         assert record["Dependency"].startswith(f"afterok:{first}_{number[source]}(")
     alone = sorted(int(line) for line in slurm.run("squeue", "-h", "-r", "-j", first, "-o", "%K").split())
     assert alone == sorted(set(number.values()) - {number[run] for run in waits})
-    assert "queued already" in slurm.run("bash", script) and len(slurm.run("squeue", "-h", "-r").splitlines()) == len(names)
+    assert "queued already" in slurm.run("bash", script) and len(
+        slurm.run("squeue", "-h", "-r").splitlines()
+    ) == len(names)
     assert f"--dependency=afterok:JOB_{number['stacking_half']} " in slurm.run("bash", script, "--dry-run")
 
 
 def test_a_module_that_is_loaded_again_does_not_hide_the_environment(slurm, tmp_path):  # noqa: F811
-    """Lmod reloads a module that the submitting shell had loaded, whose Python then goes before the active environment's; and
-    the shell that sbatch wraps a command in may drop the function `module`."""
+    """Lmod reloads a module that the submitting shell had loaded, whose Python then goes before the active
+    environment's; and the shell that sbatch wraps a command in may drop the function `module`."""
     (tmp_path / "init").mkdir(), (tmp_path / "bin").mkdir()
     (tmp_path / "init" / "bash").write_text(f"module() {{ echo loads $2; PATH={tmp_path}/bin:$PATH; }}\n")
     (tmp_path / "bin" / "python").write_text("#!/bin/bash\necho the Python of the module >&2\nexit 1\n")
     (tmp_path / "bin" / "python").chmod(0o755)
-    job = slurm.submit(COUNTING, tmp_path / "a", 2, VIRTUAL_ENV=sys.prefix, SITE_MODULES="python/3.11", MODULESHOME=tmp_path,
-                       LMOD_PKG="", CONDA_DEFAULT_ENV="base")  # fmt: skip
+    job = slurm.submit(
+        COUNTING,
+        tmp_path / "a",
+        2,
+        VIRTUAL_ENV=sys.prefix,
+        SITE_MODULES="python/3.11",
+        MODULESHOME=tmp_path,
+        LMOD_PKG="",
+        CONDA_DEFAULT_ENV="base",
+    )
     (record,) = slurm.wait(job)
     assert record["JobState"] == "COMPLETED" and "loads python/3.11" in slurm.log(job), slurm.logs()
 
@@ -201,7 +252,9 @@ exec {shutil.which("scontrol")} "$@"
     (tmp_path / "calls" / "job").unlink()
     slurm.ask_to_stop(job)
     (record,) = slurm.wait(job)
-    assert record["JobState"] == "COMPLETED" and record["Restarts"] == "1" and counted(tmp_path / "a") == {30}, slurm.logs()
+    assert (
+        record["JobState"] == "COMPLETED" and record["Restarts"] == "1" and counted(tmp_path / "a") == {30}
+    ), slurm.logs()
     assert {path.name for path in (tmp_path / "calls").iterdir()} == {"job", "hostnames"}
 
 
@@ -248,7 +301,9 @@ def test_a_job_whose_run_has_a_stop_file_says_so_last(slurm, small, own_root):  
     (record,) = slurm.wait(job, timeout=120)
     assert record["JobState"] == "COMPLETED" and not run.is_done(), slurm.logs()
     last = slurm.log(job).splitlines()[-1]
-    assert "stopped, not finished:" in last and f"{run.stop} is there; delete it to go on" in last, slurm.logs()
+    assert "stopped, not finished:" in last and f"{run.stop} is there; delete it to go on" in last, (
+        slurm.logs()
+    )
 
 
 def test_a_job_without_gpus_and_unequal_nodes_are_refused(slurm, tmp_path):  # noqa: F811
@@ -260,7 +315,7 @@ def test_a_job_without_gpus_and_unequal_nodes_are_refused(slurm, tmp_path):  # n
     assert "has no GPU" in (tmp_path / "2").read_text()
 
 
-# --- stopping and going on ------------------------------------------------------------------------------------------------
+# --- stopping and going on ----------------------------------------------------------------------------------
 
 
 def counted(folder: Path) -> set[int]:
@@ -281,7 +336,9 @@ def test_usr1_saves_and_the_job_requeues_itself(slurm, tmp_path):  # noqa: F811
 
 
 def test_a_site_without_requeue_gets_a_new_job_of_the_same_shape(slurm, tmp_path):  # noqa: F811
-    job = slurm.submit(COUNTING, tmp_path / "a b", 30, "--", "--time=7", "--comment=x", SITE_REQUEUE="no", GPUS=8)
+    job = slurm.submit(
+        COUNTING, tmp_path / "a b", 30, "--", "--time=7", "--comment=x", SITE_REQUEUE="no", GPUS=8
+    )
     slurm.wait_for_log(job, "rank 7 counts from 0")
     behind = slurm.submit(COUNTING, tmp_path / "behind", 2, "--", f"--dependency=afterok:{job}")
     slurm.ask_to_stop(job)
@@ -307,14 +364,18 @@ def test_what_waits_for_an_array_of_slots_waits_for_the_job_that_goes_on(slurm, 
     then = re.search(r"does not requeue; job (\d+) goes on", slurm.logs())[1]
     (last,) = slurm.wait(behind)
     ((second,), log) = slurm.wait(then), slurm.logs()
-    assert last["JobState"] == second["JobState"] == "COMPLETED" and last["StartTime"] >= second["EndTime"], log
+    assert last["JobState"] == second["JobState"] == "COMPLETED" and last["StartTime"] >= second["EndTime"], (
+        log
+    )
     assert counted(tmp_path / "a") == {30} and "should wait for" not in log
 
 
 def test_a_refused_submission_of_baselines_fails(slurm, own_root):  # noqa: F811
     script = REPOSITORY / "slurm" / "gpt2_medium_baselines.sh"
     printed = slurm.run("bash", "-c", f"bash {script} -- --partition=nowhere; echo ends with $?", check=False)
-    assert printed.endswith("ends with 1") and "invalid partition" in printed and "submitted job" not in printed
+    assert (
+        printed.endswith("ends with 1") and "invalid partition" in printed and "submitted job" not in printed
+    )
 
 
 def test_a_requeue_from_outside_comes_back_once(slurm, tmp_path):  # noqa: F811
@@ -346,7 +407,8 @@ def test_restarts_are_capped(slurm, tmp_path):  # noqa: F811
 
 
 def test_a_preempted_job_comes_back(tmp_path):
-    """At preemption the tasks get TERM and save; a job whose step then ends with 0 would count as finished (Slurm 22.05)."""
+    """At preemption the tasks get TERM and save; a job whose step then ends with 0 would count as finished
+    (Slurm 22.05)."""
     extra = tmp_path / "preempt.conf"
     extra.write_text(
         "PreemptType=preempt/partition_prio\nPreemptMode=REQUEUE\n"
@@ -356,7 +418,15 @@ def test_a_preempted_job_comes_back(tmp_path):
     with cluster(LAB_EXTRA=extra) as here:
         job = here.submit(COUNTING, tmp_path / "a", 40, SITE_PARTITION="low")
         here.wait_for_log(job, "rank 3 counts from 0")
-        here.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
+        here.run(
+            "sbatch",
+            "--partition=high",
+            "--nodes=2",
+            "--exclusive",
+            "--output=/dev/null",
+            "--wrap",
+            "sleep 1",
+        )
         (record,) = here.wait(job)
         assert record["JobState"] == "COMPLETED" and int(record["Restarts"]) >= 1, here.log(job)
         assert "by SIGTERM" in here.log(job) and counted(tmp_path / "a") == {40}
@@ -369,11 +439,16 @@ def test_a_lost_node_brings_the_job_back(tmp_path):
         here.wait_for_log(job, "rank 3 counts from 0")
         here.run("scontrol", "update", "nodename=127.0.0.2", "state=down", "reason=test")
         here.until(lambda: here.records(job)[0]["JobState"] == "PENDING")
-        here.until(lambda: not here.run("pgrep", "-f", tmp_path / "a", check=False))  # the lost node's processes are gone
+        here.until(
+            lambda: not here.run("pgrep", "-f", tmp_path / "a", check=False)
+        )  # the lost node's processes are gone
 
         def back() -> bool:
-            """As a person would: the node is put to use again, and a job that it could not start meanwhile is released."""
-            here.run("scontrol", "update", "nodename=127.0.0.2", "state=resume", check=False)  # it may be back by itself
+            """As a person would: the node is put to use again, and a job that it could not start meanwhile is
+            released."""
+            here.run(
+                "scontrol", "update", "nodename=127.0.0.2", "state=resume", check=False
+            )  # it may be back by itself
             here.run("scontrol", "release", job, check=False)
             return here.records(job)[0]["JobState"] not in ("PENDING", "CONFIGURING")
 
@@ -385,14 +460,17 @@ def test_a_lost_node_brings_the_job_back(tmp_path):
 
 @pytest.mark.slow
 def test_the_time_limit_asks_first(slurm, tmp_path):  # noqa: F811
-    """Slurm looks at limits every 30 s: with one minute and 40 s of lead the signal comes after 20 to 50 s."""
+    """Slurm looks at limits every 30 s: with one minute and 40 s of lead the signal comes after 20 to 50
+    s."""
     job = slurm.submit(COUNTING, tmp_path / "a", 550, SITE_TIME=1, SITE_LEAD=40)
     (record,) = slurm.wait(job, timeout=200)
     assert record["JobState"] == "COMPLETED" and int(record["Restarts"]) >= 1, slurm.log(job)
-    assert "stopped at" in slurm.log(job) and "by SIGUSR1" in slurm.log(job) and counted(tmp_path / "a") == {550}
+    assert (
+        "stopped at" in slurm.log(job) and "by SIGUSR1" in slurm.log(job) and counted(tmp_path / "a") == {550}
+    )
 
 
-# --- failing --------------------------------------------------------------------------------------------------------------
+# --- failing ------------------------------------------------------------------------------------------------
 
 
 def test_a_killed_task_fails_the_job_with_its_cause(slurm, tmp_path):  # noqa: F811
@@ -404,7 +482,7 @@ def test_a_killed_task_fails_the_job_with_its_cause(slurm, tmp_path):  # noqa: F
     assert last.endswith(f"goes on from the last checkpoint: bash {COUNTING} {tmp_path}/a 50")
 
 
-# --- arrays of slots ------------------------------------------------------------------------------------------------------
+# --- arrays of slots ----------------------------------------------------------------------------------------
 
 
 def states(slurm, job) -> dict[str, str]:  # noqa: F811
@@ -416,9 +494,13 @@ def test_the_next_slot_goes_on_and_surplus_ones_end_at_once(slurm, tmp_path):  #
     slurm.wait_for_log(f"{job}_1", "rank 3 counts from 0")
     slurm.ask_to_stop(f"{job}_1")
     records = slurm.wait(job)
-    assert {r["JobState"] for r in records} == {"COMPLETED"} and {r["Restarts"] for r in records} == {"0"}, slurm.logs()
+    assert {r["JobState"] for r in records} == {"COMPLETED"} and {r["Restarts"] for r in records} == {"0"}, (
+        slurm.logs()
+    )
     assert "the next slot of the array goes on" in slurm.log(f"{job}_1")
-    assert "nothing is left to do" not in slurm.log(f"{job}_2") and "nothing is left to do" in slurm.log(f"{job}_3")
+    assert "nothing is left to do" not in slurm.log(f"{job}_2") and "nothing is left to do" in slurm.log(
+        f"{job}_3"
+    )
     assert counted(tmp_path / "a") == {20}
 
 
@@ -455,11 +537,15 @@ def test_a_mistake_stops_the_rest_of_the_array(slurm, tmp_path):  # noqa: F811
 def test_the_same_crash_twice_stops_the_array_and_another_slot_is_told_why(slurm, tmp_path):  # noqa: F811
     job = slurm.submit(COUNTING, tmp_path / "a", 20, COUNTING_SLOTS=1, COUNTING_FAILS="crash")
     slurm.wait(job)
-    assert [states(slurm, job).get(t) for t in "12"] == ["FAILED", "FAILED"] and "CANCELLED" in states(slurm, job).values()
+    assert [states(slurm, job).get(t) for t in "12"] == ["FAILED", "FAILED"] and "CANCELLED" in states(
+        slurm, job
+    ).values()
     assert "the rest of the array was cancelled" not in slurm.log(f"{job}_1")
     assert "the rest of the array was cancelled" in slurm.log(f"{job}_2")
     slurm.run("scontrol", "requeue", f"{job}_1")  # as a slot that starts in spite of all
-    slurm.until(lambda: "this array was stopped: 127.0.0.2 rank 0: the loss is not a number" in slurm.log(f"{job}_1"))
+    slurm.until(
+        lambda: "this array was stopped: 127.0.0.2 rank 0: the loss is not a number" in slurm.log(f"{job}_1")
+    )
     slurm.wait(job)
 
 
@@ -480,7 +566,9 @@ def test_without_slurm_the_line_that_does_the_same_is_told(tmp_path, script, wor
     environment["PATH"] = f"{tmp_path}{os.pathsep}{environment['PATH']}"
     command = ["bash", str(REPOSITORY / "slurm" / script), *words]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
-    assert done.returncode == 2 and done.stderr.strip().endswith(f"without Slurm: python -m inheritune {line}"), done.stderr
+    assert done.returncode == 2 and done.stderr.strip().endswith(
+        f"without Slurm: python -m inheritune {line}"
+    ), done.stderr
     flags = {flag for flag in ("--workers", "--procs", "--model", "--data", "--run") if flag in line}
     function = getattr(Verbs, line.split()[0])
     assert {flag[2:] for flag in flags} <= set(inspect.signature(function).parameters)

@@ -1,4 +1,5 @@
-"""sources.py: every kind of checkpoint gives back the tensors that were saved, and a damaged one is refused in a sentence."""
+"""sources.py: every kind of checkpoint gives back the tensors that were saved, and a damaged one is refused
+in a sentence."""
 
 import errno
 import json
@@ -69,7 +70,8 @@ def test_half_precision_stays(tmp_path):
     for layout in ("single", "bin"):
         source = open_source(save(model, tmp_path / layout, layout))
         assert all(
-            source.tensor(n).dtype == torch.bfloat16 and torch.equal(source.tensor(n), t) for n, t in weights_of(model).items()
+            source.tensor(n).dtype == torch.bfloat16 and torch.equal(source.tensor(n), t)
+            for n, t in weights_of(model).items()
         )
 
 
@@ -91,11 +93,15 @@ WRAPPED = {
     "compiled": lambda name: f"_orig_mod.{name}",
     "compiled, then DistributedDataParallel": lambda name: f"module._orig_mod.{name}",
     "DistributedDataParallel, compiled": lambda name: f"_orig_mod.module.{name}",
-    "blocks compiled": lambda name: name.replace(".h.0.", ".h.0._orig_mod.").replace(".layers.0.", ".layers.0._orig_mod."),
+    "blocks compiled": lambda name: name.replace(".h.0.", ".h.0._orig_mod.").replace(
+        ".layers.0.", ".layers.0._orig_mod."
+    ),
     "FSDP and checkpointing": lambda name: f"_fsdp_wrapped_module.{name}".replace(
         ".attn.", "._checkpoint_wrapped_module.attn."
     ),
-    "compiled base model": lambda name: "_orig_mod." + name.removeprefix("transformer.").removeprefix("model."),
+    "compiled base model": lambda name: (
+        "_orig_mod." + name.removeprefix("transformer.").removeprefix("model.")
+    ),
 }
 
 
@@ -122,7 +128,9 @@ def test_wrapped_and_plain_names_of_one_tensor_are_refused(tmp_path):
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state["_orig_mod.model.norm.weight"] = state["model.norm.weight"] + 1
     safetensors.torch.save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="holds model.norm.weight both of a compiled or wrapped model and of a plain one"):
+    with pytest.raises(
+        UserError, match="holds model.norm.weight both of a compiled or wrapped model and of a plain one"
+    ):
         open_source(tmp_path)
 
 
@@ -181,7 +189,7 @@ def test_only_the_tensor_asked_for_is_read(tmp_path, monkeypatch):
         assert read == [27 * 24 * 4]
 
 
-# --- DeepSpeed ------------------------------------------------------------------------------------------------------------
+# --- DeepSpeed ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -193,9 +201,19 @@ def zero_checkpoints(tmp_path_factory) -> Path:
     launches = []
     for ranks in (1, 2):
         (out / str(ranks)).mkdir()
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), worker]
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(ranks),
+            worker,
+        ]
         with open(out / f"{ranks}.log", "w") as log:
-            launches.append(subprocess.Popen([*launch, str(out / str(ranks))], env=environment, stdout=log, stderr=log))
+            launches.append(
+                subprocess.Popen([*launch, str(out / str(ranks))], env=environment, stdout=log, stderr=log)
+            )
     for ranks, process in zip((1, 2), launches, strict=True):
         assert process.wait(timeout=300) == 0, (out / f"{ranks}.log").read_text()[-4000:]
     return out
@@ -294,7 +312,7 @@ def test_zero_incomplete_checkpoints_are_refused(zero_checkpoints, tmp_path):
         open_source(folder)
 
 
-# --- refusals -------------------------------------------------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------------------------
 
 
 class Trap:
@@ -314,7 +332,9 @@ def rewrite(folder: Path, **changes) -> None:
     """Save model.safetensors again with tensors replaced, or left out where the change is None."""
     state = safetensors.torch.load_file(folder / "model.safetensors")
     state |= {name.replace("__", "."): tensor for name, tensor in changes.items()}
-    safetensors.torch.save_file({n: t for n, t in state.items() if t is not None}, folder / "model.safetensors")
+    safetensors.torch.save_file(
+        {n: t for n, t in state.items() if t is not None}, folder / "model.safetensors"
+    )
 
 
 def header(folder: Path, text: bytes) -> None:
@@ -329,9 +349,21 @@ INDEX = "model.safetensors.index.json"
 NORM = "model__norm__weight"
 REFUSALS = {
     "missing shard": ("shards", lambda f: first_shard(f).unlink(), "lacks model-00001-of-"),
-    "cut shard": ("shards", lambda f: first_shard(f).write_bytes(first_shard(f).read_bytes()[:-5]), "cut off; download"),
-    "extra shard": ("shards", lambda f: (f / "model-00009-of-00009.safetensors").write_bytes(b""), "is not listed in"),
-    "single beside index": ("shards", lambda f: (f / "model.safetensors").write_bytes(b""), "is not listed in"),
+    "cut shard": (
+        "shards",
+        lambda f: first_shard(f).write_bytes(first_shard(f).read_bytes()[:-5]),
+        "cut off; download",
+    ),
+    "extra shard": (
+        "shards",
+        lambda f: (f / "model-00009-of-00009.safetensors").write_bytes(b""),
+        "is not listed in",
+    ),
+    "single beside index": (
+        "shards",
+        lambda f: (f / "model.safetensors").write_bytes(b""),
+        "is not listed in",
+    ),
     "no index": ("shards", lambda f: (f / INDEX).unlink(), "but no model.safetensors.index.json"),
     "no map": ("shards", lambda f: (f / INDEX).write_text("[]"), "has no 'weight_map'"),
     "relative path in index": (
@@ -349,11 +381,27 @@ REFUSALS = {
         lambda f: edit_json(f / INDEX, lambda v: v["weight_map"].update({"model.x": first_shard(f).name})),
         "tensor model.x is not in model-00001-of-",
     ),
-    "tensor missing": ("single", lambda f: rewrite(f, **{NORM: None}), "lacks tensor model.norm.weight .and 0 more"),
-    "wrong shape": ("single", lambda f: rewrite(f, **{NORM: torch.zeros(23)}), r"shape \(23,\), but .* implies \(24,\)"),
+    "tensor missing": (
+        "single",
+        lambda f: rewrite(f, **{NORM: None}),
+        "lacks tensor model.norm.weight .and 0 more",
+    ),
+    "wrong shape": (
+        "single",
+        lambda f: rewrite(f, **{NORM: torch.zeros(23)}),
+        r"shape \(23,\), but .* implies \(24,\)",
+    ),
     "foreign tensor": ("single", lambda f: rewrite(f, score=torch.zeros(2)), "holds model.score"),
-    "integer tensor": ("single", lambda f: rewrite(f, **{NORM: torch.zeros(24, dtype=torch.int8)}), "is not of floats"),
-    "empty file": ("single", lambda f: (f / "model.safetensors").write_bytes(b""), "cut off or no safetensors"),
+    "integer tensor": (
+        "single",
+        lambda f: rewrite(f, **{NORM: torch.zeros(24, dtype=torch.int8)}),
+        "is not of floats",
+    ),
+    "empty file": (
+        "single",
+        lambda f: (f / "model.safetensors").write_bytes(b""),
+        "cut off or no safetensors",
+    ),
     "huge header": (
         "single",
         lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 100_000_000_000) + b"{}"),
@@ -368,7 +416,9 @@ REFUSALS = {
     ),
     "header beyond the file": (
         "single",
-        lambda f: header(f, b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}'),
+        lambda f: header(
+            f, b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}'
+        ),
         "cut off",
     ),
     "no weights": ("single", lambda f: (f / "model.safetensors").unlink(), "holds no weights"),
@@ -382,12 +432,16 @@ REFUSALS = {
     ),
     "remote code": (
         "single",
-        lambda f: edit_json(f / "config.json", lambda v: v.update(model_type="mine", auto_map={"AutoConfig": "x.Y"})),
+        lambda f: edit_json(
+            f / "config.json", lambda v: v.update(model_type="mine", auto_map={"AutoConfig": "x.Y"})
+        ),
         "needs code that comes with the model .auto_map: mine.",
     ),
     "remote class": (
         "single",
-        lambda f: edit_json(f / "config.json", lambda v: v.update(architectures=["MineForLM"], auto_map={"AutoConfig": "x.Y"})),
+        lambda f: edit_json(
+            f / "config.json", lambda v: v.update(architectures=["MineForLM"], auto_map={"AutoConfig": "x.Y"})
+        ),
         "needs code that comes with the model .auto_map: MineForLM.",
     ),
     "quantized": (
@@ -417,10 +471,16 @@ REFUSALS = {
     ),
     "old .bin": (
         "bin",
-        lambda f: torch.save({"a": torch.zeros(2)}, f / "pytorch_model.bin", _use_new_zipfile_serialization=False),
+        lambda f: torch.save(
+            {"a": torch.zeros(2)}, f / "pytorch_model.bin", _use_new_zipfile_serialization=False
+        ),
         "torch before 1.6",
     ),
-    "trap in .bin": ("bin", lambda f: torch.save({"a": Trap()}, f / "pytorch_model.bin"), "asks to run .*system"),
+    "trap in .bin": (
+        "bin",
+        lambda f: torch.save({"a": Trap()}, f / "pytorch_model.bin"),
+        "asks to run .*system",
+    ),
     "missing .bin shard": (
         "bin_shards",
         lambda f: (f / "pytorch_model-00002-of-00002.bin").unlink(),
@@ -482,7 +542,7 @@ def test_hub_id_from_the_cache_without_network(tmp_path, monkeypatch):
     assert all(torch.equal(source.tensor(name), tensor) for name, tensor in weights_of(model).items())
 
 
-# --- the writer -----------------------------------------------------------------------------------------------------------
+# --- the writer ---------------------------------------------------------------------------------------------
 
 
 def specs_of(config, dtype=torch.float32):
@@ -493,11 +553,17 @@ def specs_of(config, dtype=torch.float32):
 def test_written_checkpoint_opens_without_a_word(tmp_path, kind, caplog, recwarn, monkeypatch):
     model = random_model(config_of(kind))
     weights = weights_of(model)
-    record = write_checkpoint(tmp_path, model.config, specs_of(model.config), weights.__getitem__, max_shard_bytes=9000)
+    record = write_checkpoint(
+        tmp_path, model.config, specs_of(model.config), weights.__getitem__, max_shard_bytes=9000
+    )
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
-    assert set(record["tensors"]) == set(weights) and set(record["files"]) == {p.name for p in tmp_path.iterdir()}
+    assert set(record["tensors"]) == set(weights) and set(record["files"]) == {
+        p.name for p in tmp_path.iterdir()
+    }
     monkeypatch.setattr(transformers.utils.logging._get_library_root_logger(), "propagate", True)
-    opened, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
+    opened, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True, attn_implementation="eager"
+    )
     assert not any(info.values()) and not caplog.records and not recwarn.list
     assert opened.dtype == torch.float32 and torch.equal(logits(opened.eval()), logits(model))
     for file in tmp_path.glob("model-*.safetensors"):
@@ -579,6 +645,7 @@ def test_a_tensor_under_two_names_must_be_one(tmp_path):
     for other in (state["wte.weight"] + 1, state["wte.weight"].bfloat16(), state["wte.weight"][1:].clone()):
         safetensors.torch.save_file({**state, "wte.weight": other}, tmp_path / "model.safetensors")
         with pytest.raises(
-            UserError, match="transformer.wte.weight is stored under two names, with and without 'transformer.'"
+            UserError,
+            match="transformer.wte.weight is stored under two names, with and without 'transformer.'",
         ):
             open_source(tmp_path)

@@ -10,7 +10,9 @@ GROW = Grow(by=2, max_layers=16, margin=0.01)
 
 
 def stage(layers, mean, half=0.005):
-    return StageResult(layers, {"mean": mean, "low": mean - half, "high": mean + half, "n": 400}, mean <= 0, 1.0e9)
+    return StageResult(
+        layers, {"mean": mean, "low": mean - half, "high": mean + half, "n": 400}, mean <= 0, 1.0e9
+    )
 
 
 def plan(stages, reference_done=True, data_ready=True, depths=(12, 14, 16)):

@@ -1,4 +1,5 @@
-"""status: every state that a run can be in, from folders that the program's own writers left; on a real Slurm at the end."""
+"""status: every state that a run can be in, from folders that the program's own writers left; on a real Slurm
+at the end."""
 
 import errno
 import json
@@ -58,7 +59,10 @@ def test_states_of_a_run(small, capsys, monkeypatch):
     run = RunDir.of(experiment, "reference")
 
     said = lines(capsys, small)
-    assert "not started" in said["reference"] and f"next: python -m inheritune train {small}" in said["reference:"]
+    assert (
+        "not started" in said["reference"]
+        and f"next: python -m inheritune train {small}" in said["reference:"]
+    )
     assert f"next: python -m inheritune grow {small} --run grown" in said["grown:"]
 
     # at work: the lock is held, the last line of the record is half written
@@ -68,8 +72,14 @@ def test_states_of_a_run(small, capsys, monkeypatch):
     record_provenance(run)
     with Lock(run.path):
         said = lines(capsys, small)
-        assert "running" in said["reference"] and "4 of 6" in said["reference"] and "2.8750" in said["reference"]
-        assert "3.2500 at 3" in said["reference"] and "1,234" in said["reference"] and "2.0 min" in said["reference"]
+        assert (
+            "running" in said["reference"] and "4 of 6" in said["reference"] and "2.8750" in said["reference"]
+        )
+        assert (
+            "3.2500 at 3" in said["reference"]
+            and "1,234" in said["reference"]
+            and "2.0 min" in said["reference"]
+        )
         assert f"process {lock_holder(run.path)['pid']} on " in said["reference"] and "reference:" not in said
 
     said = lines(capsys, small)  # the lock is free, nothing says why
@@ -100,12 +110,20 @@ def test_stages_stand_below_their_run(small, capsys):
     experiment = load_experiment(small)
     grown = RunDir.of(experiment, "grown")
     said = lines(capsys, small)
-    assert "stage 1 of 2" in said["grown"] and "not started" in said["grown/stage1"] and "grown/stage2" not in said
+    assert (
+        "stage 1 of 2" in said["grown"]
+        and "not started" in said["grown/stage1"]
+        and "grown/stage2" not in said
+    )
     write_json(grown.stage(1).done, {"final": {}})
     write_rows(grown.stage(1), training_row(6))
     said = lines(capsys, small)  # between two stages
     assert "stage 2 of 2" in said["grown"] and "stopped" in said["grown"]
-    assert "finished" in said["grown/stage1"] and "3 layers" in said["grown/stage2"] and "not started" in said["grown/stage2"]
+    assert (
+        "finished" in said["grown/stage1"]
+        and "3 layers" in said["grown/stage2"]
+        and "not started" in said["grown/stage2"]
+    )
     with Lock(grown.stage(2).path):
         assert "running" in lines(capsys, small)["grown"]
     write_json(grown.done, {"stage": 1})
@@ -116,14 +134,16 @@ def test_stages_stand_below_their_run(small, capsys):
 def test_last_rows_come_from_the_end_of_a_long_record(tmp_path):
     path = tmp_path / "metrics.jsonl"
     rows = [json.dumps(training_row(step)) for step in range(200_000)]
-    path.write_text("\n".join([rows[0], *rows, '{"step": 1, "val_loss": 2.0}', *rows[:2000]]) + '\n{"step": 9')
+    path.write_text(
+        "\n".join([rows[0], *rows, '{"step": 1, "val_loss": 2.0}', *rows[:2000]]) + '\n{"step": 9'
+    )
     found = last_rows(path, ("loss", "val_loss"))
     assert found["loss"]["step"] == 1999 and found["val_loss"]["val_loss"] == 2.0
     path.write_text("")
     assert last_rows(path, ("loss",)) == {} == last_rows(tmp_path / "none", ("loss",))
 
 
-# --- the paper's curves ---------------------------------------------------------------------------------------------------
+# --- the paper's curves -------------------------------------------------------------------------------------
 
 
 def test_published_losses_are_the_papers():
@@ -146,10 +166,12 @@ def test_distance_to_the_curve_is_shown(capsys):
     assert "+0.0314" in lines(capsys, "gpt2_medium_owt")["inheritune/stage1"]  # the paper: 2.9686
     small = RunDir.of(load_experiment("gpt2_medium_owt", rehearse=True), "reference")
     write_rows(small, training_row(10), {"step": 10, "val_loss": 3.0})
-    assert "paper" not in " ".join(lines(capsys, "gpt2_medium_owt", rehearse=True))  # a rehearsal is compared with nothing
+    assert "paper" not in " ".join(
+        lines(capsys, "gpt2_medium_owt", rehearse=True)
+    )  # a rehearsal is compared with nothing
 
 
-# --- files that are damaged, unreadable or gone ---------------------------------------------------------------------------
+# --- files that are damaged, unreadable or gone -------------------------------------------------------------
 
 STARTED = {"starts": [{"time": "2026-01-02", "host": "node1", "slurm_job": None}]}
 BROKEN = {  # file: {content: what is said of it}
@@ -172,13 +194,20 @@ BROKEN = {  # file: {content: what is said of it}
     },
     "metrics.jsonl": dict.fromkeys(
         [
-            b"", b"5\n[]\nnull\n{}\n", bytes(range(256)), b'{"step": "x", "loss": 3.0}\n', b'{"step": 3, "loss": null}\n',
-            b'{"step": 3, "loss": NaN}\n', b'{"step": 3, "val_loss": "3"}\n', b'{"step": 3, "loss": 3.0, "step_s": "x"}\n',
-            b'{"loss": 3.0}\n', b'{"loss": ' + b"[" * 100_000 + b"\n",
+            b"",
+            b"5\n[]\nnull\n{}\n",
+            bytes(range(256)),
+            b'{"step": "x", "loss": 3.0}\n',
+            b'{"step": 3, "loss": null}\n',
+            b'{"step": 3, "loss": NaN}\n',
+            b'{"step": 3, "val_loss": "3"}\n',
+            b'{"step": 3, "loss": 3.0, "step_s": "x"}\n',
+            b'{"loss": 3.0}\n',
+            b'{"loss": ' + b"[" * 100_000 + b"\n",
         ],
         "ended without a word",
     ),
-}  # fmt: skip
+}
 DAMAGES = [(file, content) for file, contents in BROKEN.items() for content in contents]
 
 
@@ -197,15 +226,24 @@ def three(tmp_path, own_root) -> str:
 def check_others(said: dict[str, str]) -> None:
     """The runs beside `middle` are shown as without its damage."""
     for name in ("first", "last"):
-        assert "failed" in said[name] and "3 of 6" in said[name] and "(node1, started 2026-01-02)" in said[f"{name}:"]
+        assert (
+            "failed" in said[name]
+            and "3 of 6" in said[name]
+            and "(node1, started 2026-01-02)" in said[f"{name}:"]
+        )
 
 
-@pytest.mark.parametrize(("file", "content"), DAMAGES, ids=[f"{file}-{content[:20]}" for file, content in DAMAGES])
+@pytest.mark.parametrize(
+    ("file", "content"), DAMAGES, ids=[f"{file}-{content[:20]}" for file, content in DAMAGES]
+)
 def test_a_damaged_file_is_a_remark_and_the_other_runs_are_shown(three, capsys, file, content):
     (RunDir.of(load_experiment(three), "middle").path / file).write_bytes(content)
     said = lines(capsys, three)
     check_others(said)
-    assert BROKEN[file][content] in said["middle:"] and ("stopped" if file == "STOPPED" else "failed") in said["middle"]
+    assert (
+        BROKEN[file][content] in said["middle:"]
+        and ("stopped" if file == "STOPPED" else "failed") in said["middle"]
+    )
 
 
 @pytest.mark.parametrize("file", ["provenance.json", "metrics.jsonl", "STOPPED", "DONE", "."])
@@ -233,7 +271,9 @@ def test_a_file_that_cannot_be_read_is_a_remark_and_the_other_runs_are_shown(thr
         assert f"{path} cannot be read (Is a directory)" in said["middle:"]
 
 
-@pytest.mark.parametrize("content", [b"{}", b"[]", b'{"stage": 9}', b'{"stage": true}', b'{"stage": "1"}', b'{"sta'])
+@pytest.mark.parametrize(
+    "content", [b"{}", b"[]", b'{"stage": 9}', b'{"stage": true}', b'{"stage": "1"}', b'{"sta']
+)
 def test_a_damaged_done_of_a_grown_run_is_a_remark(small, capsys, content):
     run = RunDir.of(load_experiment(small), "grown")
     run.path.mkdir(parents=True)
@@ -298,7 +338,9 @@ def test_files_that_change_or_vanish_while_they_are_read(three, capsys):
     try:
         for _ in range(100):
             said = lines(capsys, three)
-            assert said["first"].split()[1] == "failed" and "ended without a word (node1" in said["middle:"], said
+            assert (
+                said["first"].split()[1] == "failed" and "ended without a word (node1" in said["middle:"]
+            ), said
             assert "last" in said
     finally:
         over.set()
@@ -324,21 +366,31 @@ def test_a_file_replaced_on_nfs_is_opened_again(tmp_path, monkeypatch):
         read_json(tmp_path / "a.json")
 
 
-# --- quick, and on a cluster ----------------------------------------------------------------------------------------------
+# --- quick, and on a cluster --------------------------------------------------------------------------------
 
 
 def test_status_is_quick_and_needs_no_torch(small):
-    code = "import sys; from inheritune.cli import main; main(sys.argv[1:]); print(*({'torch', 'numpy'} & set(sys.modules)))"
+    code = (
+        "import sys; from inheritune.cli import main; main(sys.argv[1:]); print(*({'torch', 'numpy'} & "
+        "set(sys.modules)))"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", code, "status", small], capture_output=True, text=True, cwd=REPOSITORY, check=True
+        [sys.executable, "-c", code, "status", small],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        check=True,
     )
     assert "reference" in done.stdout and done.stdout.endswith("\n\n")
 
 
 def test_five_hundred_runs_take_less_than_two_seconds(tmp_path, own_root, capsys, monkeypatch):
-    """Each of which starts from the one before. No folder is listed, and no depth counted, once for every run."""
+    """Each of which starts from the one before. No folder is listed, and no depth counted, once for every
+    run."""
     names = [f"run{number}" for number in range(500)]
-    runs = {name: {"init": {"inherit": {"source": before, "layers": "0:4"}}} for before, name in pairwise(names)}
+    runs = {
+        name: {"init": {"inherit": {"source": before, "layers": "0:4"}}} for before, name in pairwise(names)
+    }
     runs = {names[0]: {"init": "random"}, **runs}
     path = write_experiment(tmp_path / "recipes", experiment_dict(runs=runs, paper=[]))
     experiment, record = load_experiment(path), [training_row(step) for step in range(2000)]
@@ -397,7 +449,9 @@ def test_status_on_a_cluster(slurm, tmp_path, own_root, monkeypatch):  # noqa: F
     node = next(record["BatchHost"] for record in slurm.records(job))
     assert "running" in said and f"{job} on {node}" in said and " of 4,000" in said
 
-    slurm.ask_to_stop(job)  # it saves and requeues itself: STOPPED may be gone again before it could be looked for
+    slurm.ask_to_stop(
+        job
+    )  # it saves and requeues itself: STOPPED may be gone again before it could be looked for
     slurm.until(lambda: "requeued as restart 1" in slurm.log(job), timeout=60)
     slurm.run("scancel", job)  # while it waits, or while it runs again: then it saves a second time
     slurm.wait(job)
@@ -408,7 +462,9 @@ def test_status_on_a_cluster(slurm, tmp_path, own_root, monkeypatch):  # noqa: F
     job = slurm.submit(REPOSITORY / "slurm" / "train.sh", path, "reference", **shape)
     slurm.wait(job, timeout=120)
     said = asked()
-    assert "failed" in said["reference"] and f"job {job} failed: {node[:1]}" in said["reference:"], slurm.logs()
+    assert "failed" in said["reference"] and f"job {job} failed: {node[:1]}" in said["reference:"], (
+        slurm.logs()
+    )
     assert "train_00000.bin" in said["reference:"]
 
 
@@ -416,7 +472,10 @@ def test_an_unfinished_source_comes_first(small, capsys):
     raw = experiment_dict()
     raw["runs"]["half"] = {"init": {"inherit": {"source": "reference", "layers": "0:2"}}}
     path = write_experiment(RunDir(small).path.parent, raw, "other")
-    assert f"next: python -m inheritune train {path} --run reference --seed 3" in lines(capsys, path, seed=3)["half:"]
+    assert (
+        f"next: python -m inheritune train {path} --run reference --seed 3"
+        in lines(capsys, path, seed=3)["half:"]
+    )
 
 
 def test_unknown_experiment_is_refused():

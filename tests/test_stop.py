@@ -1,5 +1,5 @@
-"""Asked to stop: every rank saves and leaves, the next start goes on with the same bits; two jobs never write one run; a full
-disk loses nothing."""
+"""Asked to stop: every rank saves and leaves, the next start goes on with the same bits; two jobs never write
+one run; a full disk loses nothing."""
 
 import json
 import os
@@ -26,7 +26,13 @@ def make(folder, stage: int = 3, root=None, **train):
     settings = {"train_micro_batch_size_per_gpu": 3, "zero_optimization": {"stage": stage}}
     (folder / "ds.json").write_text(json.dumps(settings))
     raw = experiment_dict(runs={"reference": {"init": "random"}}, paper=[])
-    raw["train"] |= {"steps": 12, "checkpoint_every": 5, "eval_every": 4, "deepspeed": str(folder / "ds.json"), **train}
+    raw["train"] |= {
+        "steps": 12,
+        "checkpoint_every": 5,
+        "eval_every": 4,
+        "deepspeed": str(folder / "ds.json"),
+        **train,
+    }
     path = write_experiment(folder, raw)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INHERITUNE_ROOT", str(root))
@@ -34,17 +40,29 @@ def make(folder, stage: int = 3, root=None, **train):
         return path, root, RunDir.of(load_experiment(path), "reference")
 
 
-def start(path, root, when: str, ranks: int = 2, worker="stop_worker.py", **environment) -> tuple[list[int], str]:
-    """Run a worker on `ranks` ranks; those that rank 0 leaves behind are killed.  -> (exit codes, what they printed)"""
-    common = {**os.environ, "INHERITUNE_ROOT": str(root), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+def start(
+    path, root, when: str, ranks: int = 2, worker="stop_worker.py", **environment
+) -> tuple[list[int], str]:
+    """Run a worker on `ranks` ranks; those that rank 0 leaves behind are killed.  -> (exit codes, what they
+    printed)"""
+    common = {
+        **os.environ,
+        "INHERITUNE_ROOT": str(root),
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+    }
     common |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", **environment}
     workers = [
         subprocess.Popen(
-            [sys.executable, f"tests/{worker}", path, "reference", when], cwd=REPOSITORY, text=True,
-            env={**common, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [sys.executable, f"tests/{worker}", path, "reference", when],
+            cwd=REPOSITORY,
+            text=True,
+            env={**common, "RANK": str(r), "LOCAL_RANK": str(r)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         for r in range(ranks)
-    ]  # fmt: skip
+    ]
     said = []
     for worker in workers:
         try:
@@ -68,9 +86,15 @@ def test_stopped_at_every_kind_of_moment_equals_unbroken_bit_for_bit(tmp_path):
     job = tmp_path / "job"
     for when, step in [
         ("SIGUSR1@step=3:1", 3),  # one rank is enough, and the step is finished first
-        ("SIGTERM@validation=1:0", 4),  # resumed at 3; the first validation is that of step 4, which is then repeated
+        (
+            "SIGTERM@validation=1:0",
+            4,
+        ),  # resumed at 3; the first validation is that of step 4, which is then repeated
         ("SIGUSR1@saving=0:0", 5),
-        ("SIGTERM@validation=1:1", 12),  # rank 1 has windows of its own only in the last validation, of the finished model
+        (
+            "SIGTERM@validation=1:1",
+            12,
+        ),  # rank 1 has windows of its own only in the last validation, of the finished model
     ]:
         codes, said = start(path, root, when, INHERITUNE_JOB=str(job), INHERITUNE_LEAD="0.001")
         assert codes == [0, 0] and f"struck: {when}" in said, said
@@ -92,12 +116,16 @@ def test_stop_file_keeps_a_run_from_starting_and_asks_for_no_requeue(tmp_path):
     path, root, run = make(tmp_path)
     run.path.mkdir(parents=True)
     run.stop.touch()
-    done = run_verb("train", path, "--run", "reference", INHERITUNE_ROOT=root, INHERITUNE_JOB=tmp_path / "job")
+    done = run_verb(
+        "train", path, "--run", "reference", INHERITUNE_ROOT=root, INHERITUNE_JOB=tmp_path / "job"
+    )
     assert f"{run.stop} is there; delete it to go on" in done.stdout
     assert not (tmp_path / "job" / "more").exists() and list(run.path.iterdir()) == [run.stop]
     assert "delete it to go on" in (tmp_path / "job" / "stopped").read_text()
     run.stop.rename(tmp_path / "STOP")  # that of a growth, whose reference this is
-    done = run_verb("train", path, "--run", "reference", INHERITUNE_ROOT=root, INHERITUNE_STOP=tmp_path / "STOP")
+    done = run_verb(
+        "train", path, "--run", "reference", INHERITUNE_ROOT=root, INHERITUNE_STOP=tmp_path / "STOP"
+    )
     assert f"{tmp_path}/STOP is there; delete it to go on" in done.stdout and not run.is_done()
 
 
@@ -105,7 +133,9 @@ def test_a_growth_tells_the_trainings_on_its_way_of_its_stop_file(small, monkeyp
     from inheritune.cluster import grow as stages
 
     seen = []
-    monkeypatch.setattr(stages, "launch", lambda verb, procs, as_step: seen.append((verb, os.environ["INHERITUNE_STOP"])) or 0)
+    monkeypatch.setattr(
+        stages, "launch", lambda verb, procs, as_step: seen.append((verb, os.environ["INHERITUNE_STOP"])) or 0
+    )
     monkeypatch.setenv("INHERITUNE_STOP", "")
     with pytest.raises(RuntimeError, match="left no result"):
         stages.grow(small, "grown")
@@ -150,13 +180,15 @@ def test_full_disk_is_one_sentence_and_nothing_is_lost(tmp_path, stage, disk):
     assert run.is_done() and run.complete_checkpoints() == list(range(1, 13))
 
 
-# --- the lock -------------------------------------------------------------------------------------------------------------
+# --- the lock -----------------------------------------------------------------------------------------------
 
 
 def other_holder(path, **facts):
     """A lock file as another process would have left it."""
     file = path.with_name(f".{path.name}.lock.0123456789ab")
-    file.write_text(json.dumps({"machine": "another machine", "pid": 1, "born": "1", "host": "node9", **facts}))
+    file.write_text(
+        json.dumps({"machine": "another machine", "pid": 1, "born": "1", "host": "node9", **facts})
+    )
     return file
 
 
@@ -167,7 +199,9 @@ def age(file, seconds: float) -> None:
 def test_lock_of_a_living_process_is_respected_and_names_it(tmp_path):
     path = tmp_path / "run"
     with Lock(path):
-        with pytest.raises(UserError, match=f"is being written by process {os.getpid()} on .*, still after 0 s"):
+        with pytest.raises(
+            UserError, match=f"is being written by process {os.getpid()} on .*, still after 0 s"
+        ):
             Lock(path, wait=0).acquire()
     with Lock(path, wait=0):
         pass
@@ -233,7 +267,7 @@ for _ in range(4):
     assert (tmp_path / "counter").read_text() == "20"
 
 
-# --- ranks that do not meet -------------------------------------------------------------------------------------------------
+# --- ranks that do not meet ---------------------------------------------------------------------------------
 
 
 def test_a_missing_rank_is_named_with_its_node(tmp_path):
@@ -257,5 +291,8 @@ def test_a_missing_rank_is_named_with_its_node(tmp_path):
         text=True,
         check=False,
     )
-    expected = f"{socket.gethostname()} (rank 0): rank(s) [1, 2, 3] on node3, node4 did not arrive at the rendezvous within 1 s"
+    expected = (
+        f"{socket.gethostname()} (rank 0): rank(s) [1, 2, 3] on node3, node4 did not arrive at the "
+        f"rendezvous within 1 s"
+    )
     assert expected in done.stderr, done.stderr

@@ -1,5 +1,6 @@
-"""What is printed may go nowhere: into a pipe that nobody reads, a full disk, a closed stream, a terminal without the
-letters. Work goes on, nothing is a traceback, and the exit code says whether what was asked for is there."""
+"""What is printed may go nowhere: into a pipe that nobody reads, a full disk, a closed stream, a terminal
+without the letters. Work goes on, nothing is a traceback, and the exit code says whether what was asked for
+is there."""
 
 import os
 import subprocess
@@ -72,8 +73,20 @@ def test_a_refusal_that_nobody_can_read_keeps_its_exit_code(full, unread):
 @pytest.mark.parametrize("procs", [1, 2])
 def test_training_goes_on_when_its_reader_leaves(small, procs):
     """As when an ssh ends, or the `tee` behind a pipe is killed."""
-    command = [sys.executable, "-m", "inheritune", "train", small, "--run", "reference", "--procs", str(procs)]
-    process = subprocess.Popen(command, cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = [
+        sys.executable,
+        "-m",
+        "inheritune",
+        "train",
+        small,
+        "--run",
+        "reference",
+        "--procs",
+        str(procs),
+    ]
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     process.stdout.readline()
     process.stdout.close()
     assert process.wait(300) == 0
@@ -83,7 +96,8 @@ def test_training_goes_on_when_its_reader_leaves(small, procs):
 
 @pytest.mark.slow
 def test_training_with_closed_streams_writes_into_its_own_files_only(small):
-    """The first file opened would get the number of the closed stream, and with it what libraries in C print."""
+    """The first file opened would get the number of the closed stream, and with it what libraries in C
+    print."""
     command = f'exec "{sys.executable}" -m inheritune train "$1" --run reference >&- 2>&- <&-'
     done = subprocess.run(["bash", "-c", command, "-", small], cwd=REPOSITORY, check=False)
     run = RunDir.of(load_experiment(small), "reference")
@@ -104,7 +118,9 @@ print("of ours")
 
 def test_the_first_file_opened_is_no_stream(tmp_path):
     command = f"exec \"{sys.executable}\" -c '{C_LIBRARY}' >&-"
-    subprocess.run(["bash", "-c", command], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, check=True)
+    subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, check=True
+    )
     assert Path(tmp_path / "first").read_text() == ""
 
 
@@ -114,9 +130,15 @@ def test_closed_streams_are_no_error(small, words):
         command = f'exec "{sys.executable}" -m inheritune "$@" {closed}'
         arguments = filled(words, small)
         done = subprocess.run(
-            ["bash", "-c", command, "-", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False
+            ["bash", "-c", command, "-", *arguments],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=False,
         )
-        assert done.returncode == (0 if len(words) > 1 else 2) and "Traceback" not in done.stdout + done.stderr
+        assert (
+            done.returncode == (0 if len(words) > 1 else 2) and "Traceback" not in done.stdout + done.stderr
+        )
 
 
 def test_a_terminal_that_does_not_wait_gets_every_line():
@@ -131,15 +153,18 @@ def test_a_terminal_that_does_not_wait_gets_every_line():
     assert process.wait() == 0
 
 
-# --- letters ----------------------------------------------------------------------------------------------------------------
+# --- letters ------------------------------------------------------------------------------------------------
 
 ASCII = {"LC_ALL": "", "LANG": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
 
 
 @pytest.fixture
 def accented(tmp_path):
-    """Path of an experiment whose data is prepared; the file's name, and so the experiment's, has letters beyond ASCII."""
-    path = write_experiment(tmp_path, experiment_dict(paper=[], runs={"reference": {"init": "random"}}), name="größe")
+    """Path of an experiment whose data is prepared; the file's name, and so the experiment's, has letters
+    beyond ASCII."""
+    path = write_experiment(
+        tmp_path, experiment_dict(paper=[], runs={"reference": {"init": "random"}}), name="größe"
+    )
     write_tokens(data_dir(load_experiment(path)))
     return path
 
@@ -148,7 +173,9 @@ def test_letters_that_cannot_be_shown_are_replaced(accented):
     assert "größe, seed 0" in run_verb("status", accented).stdout
     assert "gr??e, seed 0" in run_verb("status", accented, **ASCII).stdout
     assert "?" in run_verb("table", "table5", **ASCII).stdout  # the paper's own log: mean ± deviation
-    assert "has no run 'grosse'" in one_sentence(run_verb("train", accented, "--run", "grosse", check=False, **ASCII))
+    assert "has no run 'grosse'" in one_sentence(
+        run_verb("train", accented, "--run", "grosse", check=False, **ASCII)
+    )
 
 
 def test_a_name_that_is_no_text_can_be_printed(small, tmp_path):

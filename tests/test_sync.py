@@ -1,4 +1,5 @@
-"""sync: what it writes is read back from W&B's own .wandb files (WANDB_MODE=offline); refusals are one sentence."""
+"""sync: what it writes is read back from W&B's own .wandb files (WANDB_MODE=offline); refusals are one
+sentence."""
 
 import json
 import struct
@@ -12,12 +13,14 @@ from wandb.proto import wandb_internal_pb2
 from inheritune.files.rundir import read_json
 from inheritune.training.record import _unsynced
 
-ROWS = [{"step": 0, "tokens": 0, "val_loss": 5.5}] + [{"step": s, "tokens": 10 * s, "loss": 5 - s / 10} for s in range(1, 6)]
+ROWS = [{"step": 0, "tokens": 0, "val_loss": 5.5}] + [
+    {"step": s, "tokens": 10 * s, "loss": 5 - s / 10} for s in range(1, 6)
+]
 
 
 def records(path: Path) -> list:
-    """The records of a .wandb file: after 7 bytes, blocks of 32 KiB of chunks (crc 4, length 2, kind 1 of whole, first, middle,
-    last), as in LevelDB's log; a block's last 6 bytes or fewer are empty."""
+    """The records of a .wandb file: after 7 bytes, blocks of 32 KiB of chunks (crc 4, length 2, kind 1 of
+    whole, first, middle, last), as in LevelDB's log; a block's last 6 bytes or fewer are empty."""
     data, found, parts, position = path.read_bytes(), [], b"", 7
     while position + 7 <= len(data):
         if 32768 - position % 32768 < 7:
@@ -113,7 +116,12 @@ def test_what_cannot_be_synced_is_one_sentence(folder, tmp_path):
     (grown / "stage1").mkdir(parents=True)
     (grown / "stage1" / "metrics.jsonl").write_text("")
     assert "is a grown run" in refused("sync", grown)
-    nobody = {"HOME": tmp_path, "NETRC": tmp_path / "netrc", "WANDB_API_KEY": "", "WANDB_CONFIG_DIR": tmp_path / "config"}
+    nobody = {
+        "HOME": tmp_path,
+        "NETRC": tmp_path / "netrc",
+        "WANDB_API_KEY": "",
+        "WANDB_CONFIG_DIR": tmp_path / "config",
+    }
     nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": 8}
     assert "'wandb login'" in refused("sync", folder, **{**nobody, **nowhere})
     said = refused("sync", folder, **{**nobody, **nowhere, "WANDB_API_KEY": "0" * 40})
@@ -121,4 +129,6 @@ def test_what_cannot_be_synced_is_one_sentence(folder, tmp_path):
     assert not (folder / "wandb_synced.json").exists()
     # rows in an offline segment are not at W&B: an online sync still has them to send
     run_verb("sync", folder, WANDB_MODE="offline")
-    assert "W&B cannot be reached" in refused("sync", folder, **{**nobody, **nowhere, "WANDB_API_KEY": "0" * 40})
+    assert "W&B cannot be reached" in refused(
+        "sync", folder, **{**nobody, **nowhere, "WANDB_API_KEY": "0" * 40}
+    )

@@ -21,7 +21,12 @@ TEXTS.append((REPOSITORY / "inheritune" / "config" / "experiment.py").read_text(
 
 def data(tokenizer: str) -> Data:
     return Data(
-        name="t", source="embedded", tokenizer=tokenizer, validation={"fraction": 0.1}, sequence_length=8, sampling="one_pass"
+        name="t",
+        source="embedded",
+        tokenizer=tokenizer,
+        validation={"fraction": 0.1},
+        sequence_length=8,
+        sampling="one_pass",
     )
 
 
@@ -48,18 +53,27 @@ def test_gpt2_ids_are_those_of_the_tokenizers_library(gpt2_bpe, tmp_path):
         encoder = json.loads((gpt2_bpe / "encoder.json").read_text())
         merges = [tuple(line.split()) for line in (gpt2_bpe / "vocab.bpe").read_text().split("\n")[1:-1]]
         theirs = Tokenizer(models.BPE(encoder, merges))
-        theirs.pre_tokenizer, theirs.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        theirs.pre_tokenizer, theirs.decoder = (
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            decoders.ByteLevel(),
+        )
         assert [row.ids for row in theirs.encode_batch(TEXTS)] == ids
-        assert [tuple(m) for m in json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"]] == merges
+        assert [
+            tuple(m) for m in json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"]
+        ] == merges
 
 
 def test_gpt2_from_either_form_of_its_files_is_one_tokenizer(gpt2_bpe, tmp_path, monkeypatch):
     ours = load_tokenizer(data("gpt2"))
-    spelled = {"".join(LETTERS[b] for b in token): rank for token, rank in ours._ranks.items()} | {"<|endoftext|>": 50256}
+    spelled = {"".join(LETTERS[b] for b in token): rank for token, rank in ours._ranks.items()} | {
+        "<|endoftext|>": 50256
+    }
     (tmp_path / "encoder.json").write_text(json.dumps(spelled))
     monkeypatch.setenv("INHERITUNE_GPT2_BPE", str(tmp_path))
     assert load_tokenizer(data("gpt2")).fingerprint == ours.fingerprint
-    (tmp_path / "encoder.json").write_text(json.dumps({token: rank for token, rank in spelled.items() if rank != 40000}))
+    (tmp_path / "encoder.json").write_text(
+        json.dumps({token: rank for token, rank in spelled.items() if rank != 40000})
+    )
     with pytest.raises(UserError, match="is not GPT-2's vocabulary"):
         load_tokenizer(data("gpt2"))
     monkeypatch.setenv("INHERITUNE_GPT2_BPE", str(tmp_path / "nothing"))
@@ -74,10 +88,16 @@ def test_trained_bpe_is_the_same_each_time_and_reopens_anywhere(tmp_path):
     train_bpe("bpe:512", iter(texts), tmp_path / "one")
     code = (
         "import sys; from pathlib import Path; from inheritune.data.tokens import train_bpe; "
-        "train_bpe('bpe:512', [p.read_text() for p in sorted(Path(sys.argv[1]).glob('*.py'))], Path(sys.argv[2]))"
+        "train_bpe('bpe:512', [p.read_text() for p in sorted(Path(sys.argv[1]).glob('*.py'))], "
+        "Path(sys.argv[2]))"
     )
     command = [sys.executable, "-c", code, REPOSITORY / "inheritune", tmp_path / "two"]
-    subprocess.run(command, check=True, cwd=REPOSITORY, env={**os.environ, "RAYON_NUM_THREADS": "1", "PYTHONHASHSEED": "7"})
+    subprocess.run(
+        command,
+        check=True,
+        cwd=REPOSITORY,
+        env={**os.environ, "RAYON_NUM_THREADS": "1", "PYTHONHASHSEED": "7"},
+    )
     assert (tmp_path / "one/tokenizer.json").read_bytes() == (tmp_path / "two/tokenizer.json").read_bytes()
     ours = load_tokenizer(data("bpe:512"), tmp_path / "one")
     assert (ours.vocab_size, ours.end_of_text) == (512, 511)
@@ -92,7 +112,9 @@ def test_trained_bpe_is_the_same_each_time_and_reopens_anywhere(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["llama", "open_llama", "unigram"])
-def test_sentencepiece_ids_are_its_own_and_a_saved_folder_has_the_same(sentencepiece_models, kind, tmp_path, caplog):
+def test_sentencepiece_ids_are_its_own_and_a_saved_folder_has_the_same(
+    sentencepiece_models, kind, tmp_path, caplog
+):
     import sentencepiece
     from transformers import AutoTokenizer
 
@@ -106,7 +128,9 @@ def test_sentencepiece_ids_are_its_own_and_a_saved_folder_has_the_same(sentencep
     reopened = load_tokenizer(data(str(path)), tmp_path)
     assert reopened.fingerprint == ours.fingerprint and lists(reopened.encode_batch(TEXTS)) == ids
     if kind == "unigram" and not (tmp_path / "tokenizer.json").is_file():
-        assert "gives other ids" in caplog.text  # two segmentations of one score: the conversion may take the other one
+        assert (
+            "gives other ids" in caplog.text
+        )  # two segmentations of one score: the conversion may take the other one
         return
     assert (tmp_path / "tokenizer.json").is_file(), caplog.text
     saved = AutoTokenizer.from_pretrained(tmp_path)
@@ -115,11 +139,15 @@ def test_sentencepiece_ids_are_its_own_and_a_saved_folder_has_the_same(sentencep
     assert saved.eos_token_id == ours.end_of_text
 
 
-def test_sentencepiece_conversion_with_other_ids_is_not_kept(sentencepiece_models, tmp_path, monkeypatch, caplog):
+def test_sentencepiece_conversion_with_other_ids_is_not_kept(
+    sentencepiece_models, tmp_path, monkeypatch, caplog
+):
     from inheritune.data.tokens import SentencePieceTokenizer
 
     path = sentencepiece_models["llama"]
-    monkeypatch.setattr(SentencePieceTokenizer, "_converted", lambda self: None)  # a kind of model without counterpart
+    monkeypatch.setattr(
+        SentencePieceTokenizer, "_converted", lambda self: None
+    )  # a kind of model without counterpart
     load_tokenizer(data(str(path))).save(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["README.txt", "tokenizer.model"]
     assert "gives other ids" in caplog.text
@@ -135,13 +163,16 @@ def test_any_hugging_face_folder(tmp_path):
     reopened = load_tokenizer(data("moved/away"), tmp_path / "saved")
     assert lists(reopened.encode_batch(TEXTS)) == ids and reopened.fingerprint == ours.fingerprint
     config = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
-    (tmp_path / "hf/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": config["tokenizer_class"]}))
+    (tmp_path / "hf/tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": config["tokenizer_class"]})
+    )
     with pytest.raises(UserError, match=r"no end-of-text \(EOS\) token"):
         load_tokenizer(data(str(tmp_path / "hf")))
 
 
 def test_saved_configuration_has_no_word_of_one_version_or_machine(tmp_path):
-    """A tokenizer of the Hub, as the installed transformers saves it: with named and extra tokens, templates and a prefix."""
+    """A tokenizer of the Hub, as the installed transformers saves it: with named and extra tokens, templates
+    and a prefix."""
     from transformers import AutoTokenizer
 
     write_chat_tokenizer(tmp_path / "hf")
@@ -153,18 +184,33 @@ def test_saved_configuration_has_no_word_of_one_version_or_machine(tmp_path):
     load_tokenizer(data(str(tmp_path / "newest"))).save(tmp_path / "saved")
     reopened = load_tokenizer(data("moved/away"), tmp_path / "saved")
     assert read_json(tmp_path / "saved" / "tokenizer_config.json") == {
-        "bos_token": "<|begin|>", "eos_token": "<|end|>", "pad_token": "<|pad|>",
-        "additional_special_tokens": ["<|user|>"], "extra_special_tokens": {"image_token": "<|image|>"},
-        "image_token": "<|image|>", "model_max_length": 64, "clean_up_tokenization_spaces": False, "add_prefix_space": True,
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"],
-    }  # fmt: skip
-    names = {p.relative_to(tmp_path / "saved").as_posix() for p in (tmp_path / "saved").rglob("*") if p.is_file()}
+        "bos_token": "<|begin|>",
+        "eos_token": "<|end|>",
+        "pad_token": "<|pad|>",
+        "additional_special_tokens": ["<|user|>"],
+        "extra_special_tokens": {"image_token": "<|image|>"},
+        "image_token": "<|image|>",
+        "model_max_length": 64,
+        "clean_up_tokenization_spaces": False,
+        "add_prefix_space": True,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    names = {
+        p.relative_to(tmp_path / "saved").as_posix() for p in (tmp_path / "saved").rglob("*") if p.is_file()
+    }
     assert names == {
-        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates/tool.jinja",
-    }  # fmt: skip
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "additional_chat_templates/tool.jinja",
+    }
     saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert saved(TEXTS[:4], add_special_tokens=False)["input_ids"] == lists(reopened.encode_batch(TEXTS[:4]))
-    assert saved.chat_template == {"default": TEMPLATE, "tool": "{{ messages }}"} and saved.pad_token == "<|pad|>"
+    assert (
+        saved.chat_template == {"default": TEMPLATE, "tool": "{{ messages }}"}
+        and saved.pad_token == "<|pad|>"
+    )
     for names in ("hf", "newest"):  # a config that is damaged is not taken for a name of the Hub
         (tmp_path / names / "tokenizer_config.json").write_text("{")
         with pytest.raises(UserError, match=f"tokenizer '.*{names}' cannot be opened .*restore its folder"):
@@ -177,7 +223,9 @@ def test_every_saved_tokenizer_states_its_outputs(sentencepiece_models, request,
         train_bpe(kind, [Path(__file__).read_text()], tmp_path)
     else:
         request.getfixturevalue("gpt2_bpe") if kind == "gpt2" else None
-        load_tokenizer(data(str(sentencepiece_models["llama"]) if kind == "sentencepiece" else kind)).save(tmp_path)
+        load_tokenizer(data(str(sentencepiece_models["llama"]) if kind == "sentencepiece" else kind)).save(
+            tmp_path
+        )
     config = read_json(tmp_path / "tokenizer_config.json")
     assert config["model_input_names"] == ["input_ids", "attention_mask"]
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
@@ -194,8 +242,13 @@ def test_byte_order_marks_in_a_tokenizer_are_passed_over(tmp_path):
 def test_two_tokenizers_never_share_a_fingerprint(sentencepiece_models, tmp_path):
     train_bpe("bpe:300", [Path(__file__).read_text()], tmp_path / "a")
     train_bpe("bpe:301", [Path(__file__).read_text()], tmp_path / "b")
-    loaded = [load_tokenizer(data("bpe:300"), tmp_path / "a"), load_tokenizer(data("bpe:301"), tmp_path / "b")]
-    assert load_tokenizer(data(str(tmp_path / "a"))).fingerprint == loaded[0].fingerprint  # one tokenizer by two names
+    loaded = [
+        load_tokenizer(data("bpe:300"), tmp_path / "a"),
+        load_tokenizer(data("bpe:301"), tmp_path / "b"),
+    ]
+    assert (
+        load_tokenizer(data(str(tmp_path / "a"))).fingerprint == loaded[0].fingerprint
+    )  # one tokenizer by two names
     loaded += [load_tokenizer(data(str(path))) for path in sentencepiece_models.values()]
     assert len({tokenizer.fingerprint for tokenizer in loaded}) == len(loaded)
 
@@ -215,7 +268,9 @@ def test_sentencepiece_model_of_the_hub_comes_from_its_cache(sentencepiece_model
     for name in ("someone/llama/tokenizer.model", "someone/llama/other.model"):
         wanted = data(name).model_copy(update={"tokenizer_revision": "0" * 40})
         command = [sys.executable, "-c", code, wanted.model_dump_json()]
-        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True
+        )
         outputs.append(done.stdout.strip())
     assert outputs[0] == load_tokenizer(data(str(sentencepiece_models["llama"]))).fingerprint
     assert "other.model' is neither in the cache" in outputs[1] and "HF_HOME" in outputs[1]
@@ -235,7 +290,9 @@ def test_refusals(tmp_path):
     with pytest.raises(UserError, match="is not a sentencepiece model"):
         load_tokenizer(data(str(tmp_path / "broken.model")))
     check_vocabulary(50257, 50304, "recipe")
-    with pytest.raises(UserError, match="recipe: the tokenizer has 50257 ids, the model's vocabulary only 50256"):
+    with pytest.raises(
+        UserError, match="recipe: the tokenizer has 50257 ids, the model's vocabulary only 50256"
+    ):
         check_vocabulary(50257, 50256, "recipe")
 
 

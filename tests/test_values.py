@@ -1,5 +1,6 @@
-"""Numbers that you write (values.py): whatever is no number of its kind is refused before the first step, in an
-experiment, on the command line and in the environment alike; and what would be no JSON is not met after the work."""
+"""Numbers that you write (values.py): whatever is no number of its kind is refused before the first step, in
+an experiment, on the command line and in the environment alike; and what would be no JSON is not met after
+the work."""
 
 import ast
 import copy
@@ -22,16 +23,19 @@ from inheritune.files.rundir import RunDir, data_dir
 from inheritune.models.architectures import hf_config
 from inheritune.paper.items import Item  # noqa: F401 - a class of Strict
 
-# --- the experiment -----------------------------------------------------------------------------------------------------------
+# --- the experiment -----------------------------------------------------------------------------------------
 
 
 def full_experiment() -> dict:
     """An experiment that sets every number there is."""
     raw = experiment_dict()
     raw["data"] |= {
-        "files": {"a": ["a.txt"], "b": ["b.txt"]}, "weights": {"a": 0.5, "b": 1.5}, "shard_tokens": 1000, "max_tokens": 10_000,
+        "files": {"a": ["a.txt"], "b": ["b.txt"]},
+        "weights": {"a": 0.5, "b": 1.5},
+        "shard_tokens": 1000,
+        "max_tokens": 10_000,
         "validation": {"fraction": 0.1, "seed": 3},
-    }  # fmt: skip
+    }
     raw["model"] |= {"kv_heads": 2, "mlp_width": 64, "norm_eps": 1e-5}
     raw["train"] |= {"betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0, "keep_last": 2}
     raw["runs"]["reference"] |= {"layers": 4, "keep_at": [2, 6], "train": {"steps": 6, "lr": 1e-3}}
@@ -124,7 +128,9 @@ def test_what_is_no_number_of_its_kind_is_refused_in_an_experiment(path, tmp_pat
 def test_text_that_yaml_does_not_take_for_a_number_still_is_one(tmp_path):
     path = write_experiment(tmp_path, full_experiment())
     text = (tmp_path / "small.yaml").read_text()
-    (tmp_path / "small.yaml").write_text(text.replace("min_lr: 0.0001", "min_lr: 1e-4").replace("eps: 1.0e-08", "eps: '1e-8'"))
+    (tmp_path / "small.yaml").write_text(
+        text.replace("min_lr: 0.0001", "min_lr: 1e-4").replace("eps: 1.0e-08", "eps: '1e-8'")
+    )
     train = load_experiment(path).train
     assert (train.min_lr, train.eps) == (1e-4, 1e-8)
 
@@ -134,7 +140,9 @@ def test_a_step_to_keep_that_never_comes_is_refused_with_the_run_and_its_steps(t
     raw["runs"]["reference"]["keep_at"] = [6]
     load_experiment(write_experiment(tmp_path, raw))
     raw["runs"]["reference"]["keep_at"] = [3, 7]
-    with pytest.raises(UserError, match="runs.reference.keep_at: step 7 is never reached, the run has 6 steps"):
+    with pytest.raises(
+        UserError, match="runs.reference.keep_at: step 7 is never reached, the run has 6 steps"
+    ):
         load_experiment(write_experiment(tmp_path, raw))
     raw["runs"]["reference"]["train"] = {"steps": 12}
     small = load_experiment(write_experiment(tmp_path, raw), rehearse=True)
@@ -163,13 +171,15 @@ def test_layers_that_no_machine_could_list_are_refused(tmp_path):
             load_experiment(write_experiment(tmp_path, raw), rehearse=rehearse)
 
 
-# --- the command line -----------------------------------------------------------------------------------------------------
+# --- the command line ---------------------------------------------------------------------------------------
 
 VERBS = {name: f for name, f in inspect.getmembers(Verbs, inspect.isfunction) if not name.startswith("_")}
 TYPED = [
-    (verb, name) for verb, f in VERBS.items() for name in inspect.signature(f).parameters
+    (verb, name)
+    for verb, f in VERBS.items()
+    for name in inspect.signature(f).parameters
     if name in ARGUMENTS and (verb, name) != ("check", "gpus")
-]  # fmt: skip
+]
 
 
 def bound(verb: str, name: str, text: str):
@@ -182,7 +192,22 @@ def bound(verb: str, name: str, text: str):
 @pytest.mark.parametrize(("verb", "name"), TYPED)
 def test_what_is_no_number_of_its_kind_is_refused_on_the_command_line(verb, name):
     kind = ARGUMENTS[name]
-    texts = ["True", "²", "1²", "١", "nan", "inf", "1e400", "9" * 5000, "x", "1 2", "1_0", "0x10", "[1]", "'1'"]
+    texts = [
+        "True",
+        "²",
+        "1²",
+        "١",
+        "nan",
+        "inf",
+        "1e400",
+        "9" * 5000,
+        "x",
+        "1 2",
+        "1_0",
+        "0x10",
+        "[1]",
+        "'1'",
+    ]
     texts += ["1.0", "1e1"] if kind.whole else []
     texts += [str(number) for number in (-1, 10**30) if kind.problem(number)]
     for text in texts:
@@ -210,16 +235,34 @@ def test_a_switch_is_true_or_false(text):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["plan", "quickstart", "--mfu", "1e400"], "--mfu is the share of the GPU's peak rate that is used, between 0 and 1"),
+        (
+            ["plan", "quickstart", "--mfu", "1e400"],
+            "--mfu is the share of the GPU's peak rate that is used, between 0 and 1",
+        ),
         (["plan", "quickstart", "--mfu", "True"], "--mfu takes a number (got 'True')"),
-        (["check", "quickstart", "--gpus", "1,²"], "--gpus takes a number of GPUs or several, as in 1,2,4 (got '1,²')"),
-        (["train", "quickstart", "--run", "reference", "--seed", "True"], "--seed takes a whole number (got 'True')"),
+        (
+            ["check", "quickstart", "--gpus", "1,²"],
+            "--gpus takes a number of GPUs or several, as in 1,2,4 (got '1,²')",
+        ),
+        (
+            ["train", "quickstart", "--run", "reference", "--seed", "True"],
+            "--seed takes a whole number (got 'True')",
+        ),
         (["train", "quickstart", "--run", "reference", "--seed", "-1"], "--seed must be at least 0 (got -1)"),
-        (["inherit", "--source", "x", "--layers", "0,a", "--out", "y"], "--layers as a list takes a whole number"),
-        (["analyze", "--model", "x", "--data", "quickstart", "--maps", "0:1"], "--maps takes pairs layer:head, counted from 1"),
-        (["analyze", "--model", "x", "--data", "quickstart", "--maps", "1:2:3"], "--maps takes pairs layer:head"),
+        (
+            ["inherit", "--source", "x", "--layers", "0,a", "--out", "y"],
+            "--layers as a list takes a whole number",
+        ),
+        (
+            ["analyze", "--model", "x", "--data", "quickstart", "--maps", "0:1"],
+            "--maps takes pairs layer:head, counted from 1",
+        ),
+        (
+            ["analyze", "--model", "x", "--data", "quickstart", "--maps", "1:2:3"],
+            "--maps takes pairs layer:head",
+        ),
     ],
-)  # fmt: skip
+)
 def test_mistakes_of_the_command_line_are_one_sentence(words, says, capsys):
     assert main(words) == 2
     said = capsys.readouterr().err
@@ -235,7 +278,7 @@ def test_plan_checks_what_python_gives_it(tmp_path):
             plan(path, **wrong)
 
 
-# --- the environment ------------------------------------------------------------------------------------------------------
+# --- the environment ----------------------------------------------------------------------------------------
 
 NUMBERS = [name for name, variable in environment.VARIABLES.items() if variable.kind]
 
@@ -263,7 +306,9 @@ def test_the_environments_numbers_reach_who_reads_them(tmp_path, monkeypatch):
     monkeypatch.setenv("INHERITUNE_LOCK_WAIT", "2.5")
     monkeypatch.setenv("DEEPSPEED_TIMEOUT", "7")
     monkeypatch.setenv("REHEARSE", "1")
-    assert Lock(tmp_path / "x").wait == 2.5 and patience_s() == 420 and load_experiment("quickstart").rehearsal
+    assert (
+        Lock(tmp_path / "x").wait == 2.5 and patience_s() == 420 and load_experiment("quickstart").rehearsal
+    )
     monkeypatch.setenv("REHEARSE", "0")
     assert not load_experiment("quickstart").rehearsal
     monkeypatch.setenv("REHEARSE", "no")
@@ -311,10 +356,12 @@ def test_the_table_holds_all_variables_and_no_others():
     assert not [name for name in environment.VARIABLES if not any(name in source for source in others)]
 
 
-# --- what would be no JSON ------------------------------------------------------------------------------------------------
+# --- what would be no JSON ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("section", [{"train": {"final_windows": 1, "eval_windows": 1}}, {"grow": {"margin": float("nan")}}])
+@pytest.mark.parametrize(
+    "section", [{"train": {"final_windows": 1, "eval_windows": 1}}, {"grow": {"margin": float("nan")}}]
+)
 def test_what_would_break_the_result_is_refused_before_the_first_step(section, small, own_root, capsys):
     raw = yaml.safe_load(Path(small).read_text())
     raw["train"] |= section.get("train", {})
@@ -339,7 +386,9 @@ def test_damaged_weights_have_no_validation_loss(tmp_path, small):
     model.transformer.ln_f.weight.data[:] = 3e38  # finite, but no logit is
     model.save_pretrained(tmp_path / "model")
     shutil.copytree(data_dir(load_experiment(small)) / "tokenizer", tmp_path / "model", dirs_exist_ok=True)
-    said = refused("evaluate", small, "--model", tmp_path / "model", "--tasks", "none", "--out", tmp_path / "r.json")
+    said = refused(
+        "evaluate", small, "--model", tmp_path / "model", "--tasks", "none", "--out", tmp_path / "r.json"
+    )
     assert "is not finite: its weights are damaged" in said and not (tmp_path / "r.json").exists()
 
 

@@ -41,7 +41,9 @@ def test_whole_tree_is_whole(tree, capsys):
     verify(tree)
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("whole: ") for line in lines) == 5 and len(lines) == 6
-    assert [line for line in lines if line.startswith("unfinished: ") and "step_00000008 has no COMPLETE" in line]
+    assert [
+        line for line in lines if line.startswith("unfinished: ") and "step_00000008 has no COMPLETE" in line
+    ]
     assert not list(tree.rglob(".*"))
 
 
@@ -163,7 +165,8 @@ def test_what_a_killed_process_left_is_removed_by_the_next_attempt(tmp_path):
 
 
 def test_a_folder_and_all_its_files_are_on_disk_before_its_name(tmp_path, monkeypatch):
-    """A power cut after the rename must not leave the name with empty files behind it: all are synced first."""
+    """A power cut after the rename must not leave the name with empty files behind it: all are synced
+    first."""
     synced, sync = [], os.fsync
 
     def noting(descriptor):
@@ -176,7 +179,10 @@ def test_a_folder_and_all_its_files_are_on_disk_before_its_name(tmp_path, monkey
         (folder / "tokenizer" / "vocab.json").write_text("{}")
         (folder / "config.json").write_text("{}")
         names = [folder, folder / "config.json", folder / "tokenizer", folder / "tokenizer" / "vocab.json"]
-    assert sorted(synced[:-1]) == sorted((str(name), False) for name in names) and synced[-1] == (str(tmp_path), True)
+    assert sorted(synced[:-1]) == sorted((str(name), False) for name in names) and synced[-1] == (
+        str(tmp_path),
+        True,
+    )
 
 
 @pytest.mark.parametrize("folder", ["/proc", "/sys", "/proc/self/fd"])
@@ -209,7 +215,9 @@ def test_files_are_written_where_folders_cannot_be_synced(tmp_path, monkeypatch,
             (folder / "config.json").write_text(name)
     assert (tmp_path / "b" / "config.json").read_text() == "b"
     told = [(record.levelname, record.message) for record in caplog.records]
-    sentence = f"a file or folder cannot be synced ({os.strerror(code)}): a power cut may lose what was written last"
+    sentence = (
+        f"a file or folder cannot be synced ({os.strerror(code)}): a power cut may lose what was written last"
+    )
     assert told == [("DEBUG", sentence)]
 
 

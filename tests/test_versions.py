@@ -1,7 +1,8 @@
-"""What leaves here is opened by others: transformers 4.57 and 5 read every config and every tokenizer alike, and as we do.
+"""What leaves here is opened by others: transformers 4.57 and 5 read every config and every tokenizer alike,
+and as we do.
 
-The folders are opened by each version's own AutoTokenizer and AutoModelForCausalLM, and the model gets the tokenizer's own
-output (open_worker.py)."""
+The folders are opened by each version's own AutoTokenizer and AutoModelForCausalLM, and the model gets the
+tokenizer's own output (open_worker.py)."""
 
 import copy
 import shutil
@@ -25,16 +26,19 @@ from inheritune.models.surgery import inherit
 
 pytestmark = pytest.mark.slow
 
-# --- configs of every family ----------------------------------------------------------------------------------------------
+# --- configs of every family --------------------------------------------------------------------------------
 
 IDS = [[7, 3, 60, 1, 1, 22, 41, 9, 58, 0, 13, 2, 35, 6, 17, 44, 8, 29, 50, 31]]
 
 
 @pytest.fixture(scope="module")
 def families(older, tmp_path_factory) -> dict:
-    """{case: (slice, result of transformers 4.57, result of the installed one)} of a slice of every family and position."""
+    """{case: (slice, result of transformers 4.57, result of the installed one)} of a slice of every family
+    and position."""
     folder = tmp_path_factory.mktemp("families")
-    configs = {name: family_config(name) for name in FAMILIES} | {name: positions_config(name) for name in POSITIONS}
+    configs = {name: family_config(name) for name in FAMILIES} | {
+        name: positions_config(name) for name in POSITIONS
+    }
     jobs = []
     for number, (name, config) in enumerate(configs.items()):
         random_model(config).save_pretrained(folder / f"source{number}")
@@ -43,7 +47,9 @@ def families(older, tmp_path_factory) -> dict:
         if "gemma2" in name:  # its attention has a cap that SDPA leaves out in transformers 4
             jobs[-1]["attention"] = "eager"
     results = zip(*open_in_both(jobs, older, folder / "opened"), strict=True)
-    return {name: (Path(job["folder"]), *pair) for name, job, pair in zip(configs, jobs, results, strict=True)}
+    return {
+        name: (Path(job["folder"]), *pair) for name, job, pair in zip(configs, jobs, results, strict=True)
+    }
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *POSITIONS])
@@ -54,24 +60,45 @@ def test_both_versions_read_every_familys_config_alike(families, name):
         assert_close(load_weights(open_source(folder))(torch.tensor(IDS)).logits, newer["logits"])
 
 
-# --- tokenizers and models together ---------------------------------------------------------------------------------------
+# --- tokenizers and models together -------------------------------------------------------------------------
 
 TEXTS = ["def f(x)", "Hello, world! It's 12345.", PROBE, "import os\n\n\nclass A:\n\treturn  None"]
-SETTINGS = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [299, 302], "pad_token_id": 301}
+SETTINGS = {
+    "do_sample": True,
+    "temperature": 0.6,
+    "top_p": 0.9,
+    "eos_token_id": [299, 302],
+    "pad_token_id": 301,
+}
 
 
 def write_source(folder: Path, model_type: str, **keys) -> None:
     """A random model with its config as transformers 4 writes it."""
     sizes = FAMILIES["gemma3" if model_type == "gemma3_text" else model_type][1]
-    raw = {"model_type": model_type, "vocab_size": 310, **NO_TOKENS, **sizes, "torch_dtype": "float32", **keys}
+    raw = {
+        "model_type": model_type,
+        "vocab_size": 310,
+        **NO_TOKENS,
+        **sizes,
+        "torch_dtype": "float32",
+        **keys,
+    }
     random_model(CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(raw))).save_pretrained(folder)
     described = {
-        key: value for key, value in read_json(folder / "config.json").items() if key not in ("rope_parameters", "dtype")
+        key: value
+        for key, value in read_json(folder / "config.json").items()
+        if key not in ("rope_parameters", "dtype")
     }
     write_json(folder / "config.json", described | raw, seal=False)
 
 
-LLAMA3_KEYS = {"rope_theta": 500000.0, "rope_scaling": LLAMA3, "bos_token_id": 300, "eos_token_id": 302, "pad_token_id": 301}
+LLAMA3_KEYS = {
+    "rope_theta": 500000.0,
+    "rope_scaling": LLAMA3,
+    "bos_token_id": 300,
+    "eos_token_id": 302,
+    "pad_token_id": 301,
+}
 
 
 @pytest.fixture(scope="module")
@@ -86,26 +113,42 @@ def sources(tmp_path_factory, sentencepiece_models) -> Path:
     random_model(config).save_pretrained(folder / "llama of 5")
     save_by_newest(folder / "llama of 4", folder / "llama of 5")
 
-    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "n_positions": 64, "vocab_size": 310}
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "n_positions": 64,
+        "vocab_size": 310,
+    }
     random_model(CONFIG_MAPPING["gpt2"](**sizes, **NO_TOKENS)).save_pretrained(folder / "gpt2")
     train_bpe("bpe:300", [Path(__file__).read_text()], folder / "gpt2")
-    silent = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "tokenizer_file": "/home/me/t.json"}
+    silent = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|endoftext|>",
+        "tokenizer_file": "/home/me/t.json",
+    }
     write_json(folder / "gpt2" / "tokenizer_config.json", silent, seal=False)
 
     for family, keys in (("qwen2", {}), ("qwen3", {}), ("phi3", {"original_max_position_embeddings": 8})):
         keys |= {"rope_scaling": {"type": "longrope", **LONG}} if family == "phi3" else {}
         write_source(folder / family, family, rope_theta=77.0, **keys)
         write_qwen_tokenizer(folder / family) if family[0] == "q" else write_chat_tokenizer(folder / family)
-    write_source(folder / "gemma3_text", "gemma3_text", vocab_size=600, rope_theta=99.0, rope_local_base_freq=77.0)
+    write_source(
+        folder / "gemma3_text", "gemma3_text", vocab_size=600, rope_theta=99.0, rope_local_base_freq=77.0
+    )
     for kind, at in (("llama", "gemma3_text"), ("open_llama", "sentencepiece")):
         load_tokenizer(_data(str(sentencepiece_models[kind]))).save(folder / at)
     write_source(folder / "sentencepiece", "llama", vocab_size=600)
     if has_gpt2_bpe():
-        random_model(CONFIG_MAPPING["gpt2"](**{**sizes, "vocab_size": 50257})).save_pretrained(folder / "gpt2 of OpenAI")
+        random_model(CONFIG_MAPPING["gpt2"](**{**sizes, "vocab_size": 50257})).save_pretrained(
+            folder / "gpt2 of OpenAI"
+        )
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("INHERITUNE_GPT2_BPE", str(GPT2_BPE))
             load_tokenizer(_data("gpt2")).save(folder / "gpt2 of OpenAI")
-        write_json(folder / "gpt2 of OpenAI" / "tokenizer_config.json", {"model_max_length": 1024}, seal=False)
+        write_json(
+            folder / "gpt2 of OpenAI" / "tokenizer_config.json", {"model_max_length": 1024}, seal=False
+        )
     return folder
 
 
@@ -116,14 +159,25 @@ def _data(tokenizer: str):
     return Data.model_validate(raw)
 
 
-SLICES = ["llama of 4", "llama of 5", "gpt2", "gpt2 of OpenAI", "qwen2", "qwen3", "phi3", "gemma3_text", "sentencepiece"]
+SLICES = [
+    "llama of 4",
+    "llama of 5",
+    "gpt2",
+    "gpt2 of OpenAI",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "gemma3_text",
+    "sentencepiece",
+]
 LEFT = ["init/", "at_1/", "final/", "export"]
 """What a run and `export` leave, of a run that starts from the first of them."""
 
 
 @pytest.fixture(scope="module")
 def opened(older, sources, tmp_path_factory) -> dict:
-    """{case: (folder, result of transformers 4.57, result of the installed one)} of slices and of what a run leaves."""
+    """{case: (folder, result of transformers 4.57, result of the installed one)} of slices and of what a run
+    leaves."""
     folder, folders = tmp_path_factory.mktemp("opened"), {}
     for name in filter(lambda name: (sources / name).is_dir(), SLICES):
         inherit(sources / name, "0:2" if name.startswith("gpt2") else "0:3", folder / name)
@@ -139,7 +193,8 @@ def opened(older, sources, tmp_path_factory) -> dict:
 def train_from(source: Path, folder: Path) -> RunDir:
     """A run of two steps from the first three blocks of a Llama, on data of its own tokenizer."""
     raw = experiment_dict(
-        paper=[], runs={"cut": {"init": {"inherit": {"source": str(source), "layers": "0:3"}}, "keep_at": [1]}}
+        paper=[],
+        runs={"cut": {"init": {"inherit": {"source": str(source), "layers": "0:3"}}, "keep_at": [1]}},
     )
     raw["data"] |= {"tokenizer": str(source)}
     raw["model"] |= {"vocab_size": 310}
@@ -161,12 +216,17 @@ def test_both_versions_open_it_alike_and_as_we_do(opened, sentencepiece_models, 
     folder, older, newer = opened[name]
     assert_alike(older, newer)
     assert newer["outputs"] == ["attention_mask", "input_ids"] and newer["stored"] == "torch.float32"
-    names = {"gemma3_text": str(sentencepiece_models["llama"]), "sentencepiece": str(sentencepiece_models["open_llama"])}
+    names = {
+        "gemma3_text": str(sentencepiece_models["llama"]),
+        "sentencepiece": str(sentencepiece_models["open_llama"]),
+    }
     names |= {"gpt2": "bpe:300", "gpt2 of OpenAI": "gpt2"}
     ours = load_tokenizer(_data(names.get(name, "any")), None if name == "gpt2 of OpenAI" else folder)
     assert newer["plain_ids"] == [row.tolist() for row in ours.encode_batch(TEXTS)]
     with torch.no_grad():
-        assert_close(load_weights(open_source(folder))(torch.tensor([newer["ids"][0]])).logits, newer["logits"])
+        assert_close(
+            load_weights(open_source(folder))(torch.tensor([newer["ids"][0]])).logits, newer["logits"]
+        )
     if name.startswith("llama") or name in LEFT:
         assert newer["chat"] == f"<|user|>{TEXTS[0]}<|end|>"
         assert newer["ids"][0][0] == 300 and newer["tokens"][:3] == ["<|begin|>", "<|end|>", "<|pad|>"]

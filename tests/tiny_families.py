@@ -1,4 +1,5 @@
-"""A small random configuration of every family of the architecture table, and of the variants that name tensors otherwise."""
+"""A small random configuration of every family of the architecture table, and of the variants that name
+tensors otherwise."""
 
 import copy
 
@@ -27,7 +28,10 @@ FAMILIES = {
     "bloom": ("bloom", {"hidden_size": 32, "n_layer": 5, "n_head": 4}),
     "falcon_7b": ("falcon", FALCON),
     "falcon_40b": ("falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
-    "falcon_rw": ("falcon", {**FALCON, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
+    "falcon_rw": (
+        "falcon",
+        {**FALCON, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+    ),
     "phi": ("phi", {**LLAMA, "qk_layernorm": True}),
     "phi3": ("phi3", LLAMA),
     "llama": ("llama", {**LLAMA, "attention_bias": True, "mlp_bias": True}),
@@ -44,7 +48,10 @@ FAMILIES = {
     "stablelm_parallel": ("stablelm", {**LLAMA, "use_parallel_residual": True}),
     "starcoder2": ("starcoder2", {**LLAMA, **WINDOWS}),
     "cohere": ("cohere", {**LLAMA, "use_qk_norm": True}),
-    "granite": ("granite", {**LLAMA, "logits_scaling": 3.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0}),
+    "granite": (
+        "granite",
+        {**LLAMA, "logits_scaling": 3.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0},
+    ),
 }
 
 
@@ -66,21 +73,35 @@ POSITIONS = {
     "llama, linear": ("llama", {"rope_theta": 77.0, "rope_scaling": {"type": "linear", "factor": 4.0}}),
     "llama, dynamic": (
         "llama",
-        {"rope_theta": 77.0, "rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_position_embeddings": 8},
+        {
+            "rope_theta": 77.0,
+            "rope_scaling": {"type": "dynamic", "factor": 4.0},
+            "max_position_embeddings": 8,
+        },
     ),
     "llama, yarn": (
         "llama",
-        {"rope_theta": 77.0, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}},
+        {
+            "rope_theta": 77.0,
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+        },
     ),
     "phi3, longrope": (
         "phi3",
-        {"rope_theta": 77.0, "original_max_position_embeddings": 8, "rope_scaling": {"type": "longrope", **LONG}},
+        {
+            "rope_theta": 77.0,
+            "original_max_position_embeddings": 8,
+            "rope_scaling": {"type": "longrope", **LONG},
+        },
     ),
     "phi3, partial": ("phi3", {"rope_theta": 77.0, "partial_rotary_factor": 0.5}),
     "phi, partial": ("phi", {"rope_theta": 77.0, "partial_rotary_factor": 0.25}),
     "stablelm, partial": ("stablelm", {"rope_theta": 77.0, "partial_rotary_factor": 0.5}),
     "gpt_neox, own names": ("gpt_neox", {"rotary_emb_base": 77, "rotary_pct": 0.5}),
-    "gemma3, two of them": ("gemma3", {"rope_theta": 99.0, "rope_local_base_freq": 77.0, "rope_scaling": LINEAR}),
+    "gemma3, two of them": (
+        "gemma3",
+        {"rope_theta": 99.0, "rope_local_base_freq": 77.0, "rope_scaling": LINEAR},
+    ),
     "olmo, linear": ("olmo", {"rope_theta": 77.0, "rope_scaling": {"type": "linear", "factor": 2.0}}),
     "olmo2, dynamic": ("olmo2", {"rope_theta": 77.0, "rope_scaling": {"type": "dynamic", "factor": 2.0}}),
     "falcon, linear": ("falcon_7b", {"rope_theta": 77.0, "rope_scaling": LINEAR}),
@@ -97,4 +118,6 @@ def positions_config(name: str):
     family, keys = POSITIONS[name]
     model_type, changes = FAMILIES.get(family, (family, LLAMA))
     raw = {"model_type": model_type, "vocab_size": 61, **NO_TOKENS, **changes, **keys}
-    return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(raw))  # transformers writes into what it is given
+    return CONFIG_MAPPING[model_type].from_dict(
+        copy.deepcopy(raw)
+    )  # transformers writes into what it is given

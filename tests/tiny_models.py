@@ -1,4 +1,5 @@
-"""Tiny real models for tests: the paper's GPT-2, a public GPT-2, and Llama with grouped queries, tied or not."""
+"""Tiny real models for tests: the paper's GPT-2, a public GPT-2, and Llama with grouped queries, tied or
+not."""
 
 import torch
 from transformers import GPT2Config, LlamaConfig
@@ -8,9 +9,17 @@ from inheritune.models import architectures as models
 
 
 def config_of(kind: str, layers: int = 4):
-    """Configuration by name: paper, public, llama (untied) or llama_tied. Odd sizes, so that nothing divides by chance."""
+    """Configuration by name: paper, public, llama (untied) or llama_tied. Odd sizes, so that nothing divides
+    by chance."""
     if kind == "paper":
-        sizes = {"layers": layers, "width": 15, "heads": 3, "mlp_width": 33, "positions": 12, "vocab_size": 61}
+        sizes = {
+            "layers": layers,
+            "width": 15,
+            "heads": 3,
+            "mlp_width": 33,
+            "positions": 12,
+            "vocab_size": 61,
+        }
         return models.hf_config(Model(size="gpt2_tiny", **sizes))
     no_tokens = {"bos_token_id": None, "eos_token_id": None}
     if kind == "public":
@@ -29,7 +38,8 @@ def config_of(kind: str, layers: int = 4):
 
 
 def random_model(config, seed: int = 1) -> torch.nn.Module:
-    """A model of `config` in evaluation mode whose every tensor differs from every fresh one (frozen biases stay zero)."""
+    """A model of `config` in evaluation mode whose every tensor differs from every fresh one (frozen biases
+    stay zero)."""
     model = models.build(config, "eager").eval()
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=models.seeded(seed, name)) * 0.3
@@ -40,7 +50,9 @@ def random_model(config, seed: int = 1) -> torch.nn.Module:
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The tensors a checkpoint of `model` lists: a tied head is left out."""
     tied = model.config.tie_word_embeddings
-    return {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+    return {
+        name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")
+    }
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""Train several runs in one launch: python tests/train_many.py EXPERIMENT.yaml:RUN ... (start-up costs more than they do)."""
+"""Train several runs in one launch: python tests/train_many.py EXPERIMENT.yaml:RUN ... (start-up costs more
+than they do)."""
 
 import sys
 

@@ -10,13 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-OLDER = ["transformers>=4.57,<4.58", "huggingface-hub>=0.34,<1", "tokenizers>=0.22,<0.23"]  # what 4.57 asks for
+OLDER = [
+    "transformers>=4.57,<4.58",
+    "huggingface-hub>=0.34,<1",
+    "tokenizers>=0.22,<0.23",
+]  # what 4.57 asks for
 WORKER = Path(__file__).with_name("open_worker.py")
 
 
 def install_older(folder: Path) -> Path:
-    """The folder with transformers 4.57 and the two libraries that it needs in other versions, installed once: ten seconds.
-    All else, torch and numpy among it, is that of this environment. Skips the test where the index lacks them."""
+    """The folder with transformers 4.57 and the two libraries that it needs in other versions, installed
+    once: ten seconds. All else, torch and numpy among it, is that of this environment. Skips the test where
+    the index lacks them."""
     site = folder / f"site-{sys.version_info.major}.{sys.version_info.minor}"
     if site.is_dir():
         return site
@@ -24,7 +29,10 @@ def install_older(folder: Path) -> Path:
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(unfinished), *OLDER]
     done = subprocess.run(install, capture_output=True, text=True, check=False)
     if done.returncode:
-        pytest.skip(f"transformers 4.57 cannot be installed: {(done.stderr.strip().splitlines() or ['pip failed'])[-1]}")
+        pytest.skip(
+            f"transformers 4.57 cannot be installed: "
+            f"{(done.stderr.strip().splitlines() or ['pip failed'])[-1]}"
+        )
     try:
         unfinished.rename(site)
     except OSError:  # another process was quicker
@@ -33,7 +41,8 @@ def install_older(folder: Path) -> Path:
 
 
 def open_in_both(jobs: list[dict], older: Path, folder: Path) -> tuple[list[dict], list[dict]]:
-    """Results of `jobs` (see open_worker.py) in transformers 4.57 and in the installed one; {"logits": array} among them."""
+    """Results of `jobs` (see open_worker.py) in transformers 4.57 and in the installed one; {"logits": array}
+    among them."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
     started = []
@@ -43,7 +52,9 @@ def open_in_both(jobs: list[dict], older: Path, folder: Path) -> tuple[list[dict
         log = open(folder / f"{name}.log", "w")  # noqa: SIM115 - closed with the process
         started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     for process in started:
-        assert process.wait(timeout=600) == 0, "".join(path.read_text()[-4000:] for path in folder.glob("*.log"))
+        assert process.wait(timeout=600) == 0, "".join(
+            path.read_text()[-4000:] for path in folder.glob("*.log")
+        )
     return _results(folder / "older"), _results(folder / "newer")
 
 

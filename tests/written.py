@@ -4,7 +4,9 @@
 def markdown(heads: list, rows: list[list]) -> str:
     """A Markdown table; a bar within a cell is escaped."""
     lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 def filled(text: str, maker: str, made: str) -> str:

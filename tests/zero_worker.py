@@ -1,9 +1,9 @@
 """Real DeepSpeed checkpoints to read back: `torchrun --nproc-per-node R tests/zero_worker.py OUT`.
 
-Trains a tiny paper GPT-2 (frozen biases, tied head) and a tiny Llama (untied) for two steps with the two parameter groups
-of training, at ZeRO 0 to 3, and leaves in OUT/<kind>_zero<stage>_ranks<R>/ the checkpoint (config.json beside the tag's
-files) and, beside it, <folder>.truth and <folder>.moments, the engine's own fp32 weights and AdamW's moments. Widths are
-odd, so that partitions need padding."""
+Trains a tiny paper GPT-2 (frozen biases, tied head) and a tiny Llama (untied) for two steps with the two
+parameter groups of training, at ZeRO 0 to 3, and leaves in OUT/<kind>_zero<stage>_ranks<R>/ the checkpoint
+(config.json beside the tag's files) and, beside it, <folder>.truth and <folder>.moments, the engine's own
+fp32 weights and AdamW's moments. Widths are odd, so that partitions need padding."""
 
 import os
 import sys
@@ -34,13 +34,19 @@ def true_weights(engine, stage: int) -> dict[str, torch.Tensor]:
 
 
 def true_moments(engine) -> dict[str, dict[str, torch.Tensor]]:
-    """{moment: {name: fp32 tensor}} of what is trained, as the running engine has them; every rank takes part."""
-    if engine.zero_optimization_stage() < 3:  # it links them after the first group's first step, when the second has none yet
+    """{moment: {name: fp32 tensor}} of what is trained, as the running engine has them; every rank takes
+    part."""
+    if (
+        engine.zero_optimization_stage() < 3
+    ):  # it links them after the first group's first step, when the second has none yet
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
     read = deepspeed.utils.safe_get_full_optimizer_state
-    return {moment: {n: read(p, moment).clone() for n, p in trained.items()} for moment in ("exp_avg", "exp_avg_sq")}
+    return {
+        moment: {n: read(p, moment).clone() for n, p in trained.items()}
+        for moment in ("exp_avg", "exp_avg_sq")
+    }
 
 
 def save(out: Path, kind: str, config, stage: int) -> None:
@@ -57,10 +63,16 @@ def save(out: Path, kind: str, config, stage: int) -> None:
     settings = {
         "train_micro_batch_size_per_gpu": 2,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage, "sub_group_size": 2000, "stage3_param_persistence_threshold": 40}
+        "zero_optimization": {
+            "stage": stage,
+            "sub_group_size": 2000,
+            "stage3_param_persistence_threshold": 40,
+        }
         | ({"elastic_checkpoint": True} if stage == 2 else {}),  # keeps its moments in another form
     }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(groups, lr=1e-2), config=settings)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=torch.optim.AdamW(groups, lr=1e-2), config=settings
+    )
     for step in range(2):
         ids = torch.randint(0, 61, (2, 12), generator=models.seeded(step, rank))
         engine.backward(engine(input_ids=ids, labels=ids).loss)

@@ -1,8 +1,9 @@
 """What this repository computes, as hashes: python tools/golden.py [FILE]
 
-Writes a JSON file (tests/golden.json) of the tokens, starts, final weights and records of a small experiment at four
-shapes of launch, and of what `plan --json`, the paper's tables and the job scripts print. A change that should change
-nothing gives the same file, on the same machine with the same versions: run it before and after.
+Writes a JSON file (tests/golden.json) of the tokens, starts, final weights and records of a small experiment
+at four shapes of launch, and of what `plan --json`, the paper's tables and the job scripts print. A change
+that should change nothing gives the same file, on the same machine with the same versions: run it before and
+after.
 """
 
 import json
@@ -27,26 +28,47 @@ SINFO = "echo 'gpu*|2|64|512000|1-00:00:00|gpu:8'"
 
 EXPERIMENT = {
     "data": {
-        "name": "golden", "source": "embedded", "tokenizer": "bpe:400", "validation": {"fraction": 0.2},
-        "max_tokens": 120_000, "shard_tokens": 40_000, "sequence_length": 32, "sampling": "random_windows",
+        "name": "golden",
+        "source": "embedded",
+        "tokenizer": "bpe:400",
+        "validation": {"fraction": 0.2},
+        "max_tokens": 120_000,
+        "shard_tokens": 40_000,
+        "sequence_length": 32,
+        "sampling": "random_windows",
     },
     "model": {"size": "gpt2_tiny", "layers": 4, "width": 32, "heads": 2, "positions": 32, "vocab_size": 448},
     "train": {
-        "steps": 12, "batch_tokens": 640, "lr": 1.0e-3, "min_lr": 1.0e-4, "warmup_steps": 2, "precision": "fp32",
-        "deepspeed": "ds.json", "eval_every": 4, "eval_windows": 8, "final_windows": 16, "log_every": 1, "checkpoint_every": 4,
+        "steps": 12,
+        "batch_tokens": 640,
+        "lr": 1.0e-3,
+        "min_lr": 1.0e-4,
+        "warmup_steps": 2,
+        "precision": "fp32",
+        "deepspeed": "ds.json",
+        "eval_every": 4,
+        "eval_windows": 8,
+        "final_windows": 16,
+        "log_every": 1,
+        "checkpoint_every": 4,
     },
     "runs": {
         "reference": {"init": "random"},
         "random_2": {"init": "random", "layers": 2},
         "half": {"init": {"half_width": {"source": "reference"}}},
         "stacking": {"init": {"stack": {"source": "random_2", "layers": "0:2"}}},
-        "distilled": {"init": "random", "layers": 2, "distil": {"teacher": "reference"}, "compare": "reference"},
+        "distilled": {
+            "init": "random",
+            "layers": 2,
+            "distil": {"teacher": "reference"},
+            "compare": "reference",
+        },
         "grown": {
             "init": {"inherit": {"source": "reference", "layers": "0:1"}},
             "grow": {"by": 1, "max_layers": 2, "margin": -9.0},  # never reached: both stages are trained
         },
     },
-}  # fmt: skip
+}
 
 
 def hash_bytes(content: bytes) -> str:
@@ -58,7 +80,12 @@ def run_program(*words, **environment) -> str:
     words = [sys.executable, "-m", "inheritune", *map(str, words)]
     kept = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
-        words, cwd=REPOSITORY, env={**os.environ, **kept, **environment}, capture_output=True, text=True, check=False
+        words,
+        cwd=REPOSITORY,
+        env={**os.environ, **kept, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise SystemExit(f"{' '.join(words)} ended with code {done.returncode}:\n{done.stdout}{done.stderr}")
@@ -67,7 +94,11 @@ def run_program(*words, **environment) -> str:
 
 def hash_weights(folder: Path) -> str:
     """Hash the tensors of a checkpoint's shards, its config and its tokenizer."""
-    names = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name in ("config.json", "tokenizer.json"))
+    names = sorted(
+        p
+        for p in folder.iterdir()
+        if p.suffix == ".safetensors" or p.name in ("config.json", "tokenizer.json")
+    )
     return hash_bytes(b"".join(path.name.encode() + path.read_bytes() for path in names))
 
 
@@ -79,7 +110,10 @@ def hash_record(path: Path) -> str:
 
 def hash_runs(ranks: int, stage: int, folder: Path) -> dict[str, str]:
     """Train every run of EXPERIMENT on `ranks` ranks at this ZeRO stage; {what: hash}."""
-    settings = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": stage, "reduce_bucket_size": 50000}}
+    settings = {
+        "train_micro_batch_size_per_gpu": 4,
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 50000},
+    }
     (folder / "ds.json").write_text(json.dumps(settings))
     raw = {**EXPERIMENT, "train": {**EXPERIMENT["train"], "deepspeed": str(folder / "ds.json")}}
     experiment = folder / "golden.yaml"
@@ -89,7 +123,9 @@ def hash_runs(ranks: int, stage: int, folder: Path) -> dict[str, str]:
     single = [name for name, run in raw["runs"].items() if "grow" not in run]
     run_program("train", experiment, "--run", ",".join(single), "--procs", ranks, **root)
     run_program("grow", experiment, "--run", "grown", "--procs", ranks, **root)
-    found = {path.name: hash_bytes(path.read_bytes()) for path in sorted(folder.glob("data/golden-*/*_0*.bin"))}
+    found = {
+        path.name: hash_bytes(path.read_bytes()) for path in sorted(folder.glob("data/golden-*/*_0*.bin"))
+    }
     runs = folder / "runs" / "golden" / "seed0"
     for weights in sorted([*runs.rglob("final"), *runs.rglob("init"), *runs.glob("random_init_*")]):
         found[str(weights.relative_to(runs))] = hash_weights(weights)
@@ -110,7 +146,9 @@ def hash_tables(folder: Path) -> dict[str, str]:
     tables = [name for name, item in items.items() if isinstance(item, dict) and item.get("columns")]
     for name in tables:
         run_program("table", name, INHERITUNE_ROOT=str(folder))
-    return {path.stem: hash_bytes(path.read_bytes()) for path in sorted(folder.glob("runs/paper/seed0/*.csv"))}
+    return {
+        path.stem: hash_bytes(path.read_bytes()) for path in sorted(folder.glob("runs/paper/seed0/*.csv"))
+    }
 
 
 def hash_submissions(folder: Path) -> dict[str, str]:
@@ -119,8 +157,14 @@ def hash_submissions(folder: Path) -> dict[str, str]:
     for name, body in {"sinfo": SINFO, "sbatch": 'printf "%s\\n" "$@"'}.items():
         (folder / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
         (folder / "bin" / name).chmod(0o755)
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "SITE_"))}
-    environment = {**kept, "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}", "INHERITUNE_ROOT": "/scratch"}
+    kept = {
+        key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "SITE_"))
+    }
+    environment = {
+        **kept,
+        "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "INHERITUNE_ROOT": "/scratch",
+    }
     words = {"prepare": ["NAME"], "evaluate": ["NAME"], "baselines": ["NAME"], "analyze": ["NAME", "RUN"]}
     words |= {name: ["NAME", "RUN"] for name in ("train", "grow")}
     found = {}
@@ -129,13 +173,19 @@ def hash_submissions(folder: Path) -> dict[str, str]:
             continue
         command = ["bash", str(script), *words.get(script.stem, []), "--dry-run"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        found[script.stem] = hash_bytes(re.sub(re.escape(str(REPOSITORY)), "REPOSITORY", done.stdout).encode())
+        found[script.stem] = hash_bytes(
+            re.sub(re.escape(str(REPOSITORY)), "REPOSITORY", done.stdout).encode()
+        )
     return found
 
 
 def main(target: Path = GOLDEN) -> None:
     found = {"machine": f"{platform.machine()}, Python {platform.python_version()}"}
-    found |= {"versions": {name: version(name) for name in ("torch", "deepspeed", "transformers", "numpy", "tokenizers")}}
+    found |= {
+        "versions": {
+            name: version(name) for name in ("torch", "deepspeed", "transformers", "numpy", "tokenizers")
+        }
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for ranks, stage in SHAPES:

@@ -1,8 +1,8 @@
 """`grow EXPERIMENT --run NAME`: stage after stage until parity or the last stage (paper, Algorithm 1).
 
-`next_action` is a pure function of the files on disk; `grow` runs each action as its own process and asks again. So a
-crash costs one step, a restart is the same command, and the growth logic is tested in milliseconds. Nothing here imports
-torch: it runs on a batch host.
+`next_action` is a pure function of the files on disk; `grow` runs each action as its own process and asks
+again. So a crash costs one step, a restart is the same command, and the growth logic is tested in
+milliseconds. Nothing here imports torch: it runs on a batch host.
 """
 
 import contextlib
@@ -58,9 +58,17 @@ def parity(difference: dict, margin: float) -> bool:
     return difference["high"] <= margin
 
 
-def next_action(depths: list[int], grow: Grow, reference_done: bool, data_ready: bool, reference: str, run: str,
-                stages: list[StageResult]) -> Action:  # fmt: skip
-    """What to do next, given what is finished (pure). The stop rule looks at each stage once, after its full schedule."""
+def next_action(
+    depths: list[int],
+    grow: Grow,
+    reference_done: bool,
+    data_ready: bool,
+    reference: str,
+    run: str,
+    stages: list[StageResult],
+) -> Action:
+    """What to do next, given what is finished (pure). The stop rule looks at each stage once, after its full
+    schedule."""
     if not data_ready:
         return Action("prepare")
     if not reference_done:
@@ -68,7 +76,11 @@ def next_action(depths: list[int], grow: Grow, reference_done: bool, data_ready:
     if stages and (parity(stages[-1].difference, grow.margin) or len(stages) == len(depths)):
         reached = parity(stages[-1].difference, grow.margin)
         # without parity the chosen stage is the best one, which need not be the deepest
-        best = len(stages) if reached else min(range(len(stages)), key=lambda i: stages[i].difference["mean"]) + 1
+        best = (
+            len(stages)
+            if reached
+            else min(range(len(stages)), key=lambda i: stages[i].difference["mean"]) + 1
+        )
         return Action("finish", run=run, stage=best, verdict=_verdict(stages, best, reached, grow))
     return Action("train", run=run, stage=len(stages) + 1)
 
@@ -85,7 +97,8 @@ def _verdict(stages: list[StageResult], best: int, reached: bool, grow: Grow) ->
         "difference": stages[best - 1].difference,
         "paper_rule_stage": by_paper,
         "train_flops_of_all_stages": sum(stage.train_flops for stage in stages),
-        "note": "the interval covers the choice of validation windows, not of seeds: one seed can stop by luck",
+        "note": "the interval covers the choice of validation windows, not of seeds: one seed can stop by "
+        "luck",
     }
 
 
@@ -98,16 +111,26 @@ def read_stages(root: RunDir, n_stages: int) -> list[StageResult]:
             break
         results = stage.read_results()
         if "difference" not in results:
-            raise UserError(f"{stage.results} holds no difference to the reference; run evaluate, or train the stage again")
+            raise UserError(
+                f"{stage.results} holds no difference to the reference; run evaluate, or train the stage "
+                f"again"
+            )
         keys = ("layers", "difference", "paper_rule", "train_flops")
         found.append(StageResult(*(results[key] for key in keys), results.get("weights")))
     return found
 
 
-def grow(experiment: str, run: str, seed: int = 0, procs: int = 1, ds: str | None = None, slot: bool = False,
-         rehearse=None) -> None:  # fmt: skip
-    """Do everything that `run` still needs: data, reference, stages, verdict; `slot`: only the next of these, as one task
-    of a job array. `procs` processes each, or the tasks of the job's srun line (`launch`).
+def grow(
+    experiment: str,
+    run: str,
+    seed: int = 0,
+    procs: int = 1,
+    ds: str | None = None,
+    slot: bool = False,
+    rehearse=None,
+) -> None:
+    """Do everything that `run` still needs: data, reference, stages, verdict; `slot`: only the next of these,
+    as one task of a job array. `procs` processes each, or the tasks of the job's srun line (`launch`).
 
     Raises Stopped when asked to leave before the end, or when a slot has done its part and more is to do."""
     loaded = load_experiment(experiment, rehearse)
@@ -120,14 +143,24 @@ def grow(experiment: str, run: str, seed: int = 0, procs: int = 1, ds: str | Non
     depths = spec.grow.depths(spec.init.inherit.layers, loaded.model.layers)
     root = RunDir.of(loaded, run, seed)
     _tell_change_since(root, spec.grow)
-    done_before, os.environ["INHERITUNE_STOP"] = None, str(root.stop)  # heeded by the reference's training too
+    done_before, os.environ["INHERITUNE_STOP"] = (
+        None,
+        str(root.stop),
+    )  # heeded by the reference's training too
     while not root.is_done():
         if root.stop.is_file():
-            raise Stopped(f"{run} is not grown further: {root.stop} is there; delete it to go on", again=False)
+            raise Stopped(
+                f"{run} is not grown further: {root.stop} is there; delete it to go on", again=False
+            )
         action = next_action(
-            depths, spec.grow, RunDir.of(loaded, reference, seed).is_done(), (data_dir(loaded) / "manifest.json").is_file(),
-            reference, run, read_stages(root, len(depths)),
-        )  # fmt: skip
+            depths,
+            spec.grow,
+            RunDir.of(loaded, reference, seed).is_done(),
+            (data_dir(loaded) / "manifest.json").is_file(),
+            reference,
+            run,
+            read_stages(root, len(depths)),
+        )
         if action.verb == "finish":
             write_json(root.done, action.verdict)
             break
@@ -146,11 +179,19 @@ def grow(experiment: str, run: str, seed: int = 0, procs: int = 1, ds: str | Non
     print(sentence(read_json(root.done), loaded, run, reference))
 
 
-def check(experiment: str, run: str | None = None, stage: int | None = None, seed: int = 0, rehearse=None,
-          ds: str | None = None, gpus: str | None = None, allow_task_code: bool = False) -> None:  # fmt: skip
-    """Print that the experiment is sound and, for `run` (and `stage` of a grown run), that what it starts from is there;
-    before that, what is wrong with the DeepSpeed JSON of its runs (or `ds`), for each number in `gpus` ("4" or "1,2,4"), and
-    code in its task files that is not allowed.
+def check(
+    experiment: str,
+    run: str | None = None,
+    stage: int | None = None,
+    seed: int = 0,
+    rehearse=None,
+    ds: str | None = None,
+    gpus: str | None = None,
+    allow_task_code: bool = False,
+) -> None:
+    """Print that the experiment is sound and, for `run` (and `stage` of a grown run), that what it starts
+    from is there; before that, what is wrong with the DeepSpeed JSON of its runs (or `ds`), for each number
+    in `gpus` ("4" or "1,2,4"), and code in its task files that is not allowed.
 
     Raises UserError naming what is refused or missing, with the commands that make it."""
     loaded = load_experiment(experiment, rehearse)
@@ -170,29 +211,40 @@ def check(experiment: str, run: str | None = None, stage: int | None = None, see
     if ready and not needed:
         print(f"{loaded.name}/{run}: what it starts from is there")
         return
-    lacks = ["its data is not prepared"] * (not ready) + [f"run '{needed}', which it needs, is not trained"] * bool(needed)
+    lacks = ["its data is not prepared"] * (not ready) + [
+        f"run '{needed}', which it needs, is not trained"
+    ] * bool(needed)
     ways = f"{loaded.name}/{run} cannot start yet: {' and '.join(lacks)}.\n"
     if not ready:
         fetch = f"{launcher.script('fetch')} {experiment} && " if loaded.data.source == "hub" else ""
         ways += f"First, on the login node, the data ({data_dir(loaded)}):\n"
         ways += f"    {fetch}{_again(loaded)}{launcher.script('prepare')} {experiment}\n"
-    raise UserError((ways + (_two_ways(loaded, experiment, run, needed, stage, seed) if needed else "")).rstrip())
+    raise UserError(
+        (ways + (_two_ways(loaded, experiment, run, needed, stage, seed) if needed else "")).rstrip()
+    )
 
 
 def check_json(experiment: Experiment, runs: list[str], ds: str | None, gpus: list[int]) -> None:
-    """Print the warnings of the JSON files of `runs`, and how their batches are cut over each number of `gpus`.
+    """Print the warnings of the JSON files of `runs`, and how their batches are cut over each number of
+    `gpus`.
 
-    Raises UserError for what is refused. Where torch or DeepSpeed is missing (beside an image), the job itself checks."""
+    Raises UserError for what is refused. Where torch or DeepSpeed is missing (beside an image), the job
+    itself checks."""
     missing = [name for name in ("torch", "deepspeed") if not find_spec(name)]
     if missing:
-        print(f"the DeepSpeed JSON is not checked here, without {' and '.join(missing)}; train does it at its start")
+        print(
+            f"the DeepSpeed JSON is not checked here, without {' and '.join(missing)}; train does it at its "
+            f"start"
+        )
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # no GPU is asked for, and none is missed
     from inheritune.data.batches import Share
     from inheritune.engines.dslint import lint, report
     from inheritune.engines.engine import load_json
 
-    trained = [experiment.train_of(experiment.run(name)) for name in runs if not experiment.run(name).init.external]
+    trained = [
+        experiment.train_of(experiment.run(name)) for name in runs if not experiment.run(name).init.external
+    ]
     length = experiment.data.sequence_length
     for train in {(t.deepspeed, t.precision, t.batch_tokens): t for t in trained}.values():
         path = ds or train.deepspeed
@@ -210,7 +262,9 @@ def _numbers(words: str | None) -> list[int]:
     try:
         return read_numbers(GPUS, words) if words else []
     except ValueError:
-        raise UserError(f"check: --gpus takes a number of GPUs or several, as in 1,2,4 (got '{words}')") from None
+        raise UserError(
+            f"check: --gpus takes a number of GPUs or several, as in 1,2,4 (got '{words}')"
+        ) from None
 
 
 def unfinished_source(experiment: Experiment, spec: Run, seed: int) -> str | None:
@@ -224,14 +278,16 @@ def _again(experiment: Experiment) -> str:
 
 
 def _two_ways(experiment: Experiment, name: str, run: str, needed: str, stage: int | None, seed: int) -> str:
-    """What to do while `needed` is not trained: train it and queue this behind it, or start from a public checkpoint."""
+    """What to do while `needed` is not trained: train it and queue this behind it, or start from a public
+    checkpoint."""
     train = f"{_again(experiment)}{launcher.script('train')} {name}"
     flag = seed_flag(seed)
     again = f"{train} {run}{f' --stage {stage}' if stage else ''}{flag}"
     settings = experiment.train_of(experiment.run(needed))
     layers, length = models_of(experiment, needed)[-1][1], experiment.data.sequence_length
     hours = (
-        f"about {gpu_hours(experiment.model, layers, settings, length):,.0f} GPU-hours at {MFU:.0%} of the bf16 rate of an H100"
+        f"about {gpu_hours(experiment.model, layers, settings, length):,.0f} GPU-hours at {MFU:.0%} of the "
+        f"bf16 rate of an H100"
     )
     sentence = (
         f"Either train '{needed}' ({settings.steps * settings.batch_tokens / 1e9:.1f}B tokens, {hours}) "
@@ -239,10 +295,15 @@ def _two_ways(experiment: Experiment, name: str, run: str, needed: str, stage: i
         f"    {train} {needed}{flag}\n"
         f"    {again} -- --dependency=afterok:JOB"
     )
-    sources = {other: spec.init.inherit.source for other, spec in experiment.runs.items() if spec.init.inherit}
+    sources = {
+        other: spec.init.inherit.source for other, spec in experiment.runs.items() if spec.init.inherit
+    }
     public = next((other for other, source in sources.items() if source not in experiment.runs), None)
     if public and experiment.run(run).init.inherit:
-        sentence += f"\nor start from the public checkpoint {sources[public]}:\n    {launcher.script('fetch')} {name}\n"
+        sentence += (
+            f"\nor start from the public checkpoint {sources[public]}:\n    {launcher.script('fetch')} "
+            f"{name}\n"
+        )
         verb = "grow" if experiment.run(public).grow else "train"
         sentence += f"    {launcher.script(verb)} {name} {public}{flag}"
     return sentence
@@ -252,10 +313,16 @@ def sentence(verdict: dict, experiment: Experiment, run: str, reference: str) ->
     """The verdict in words, whichever way it came out."""
     gap = verdict["difference"]
     size = f"{verdict['layers']} of {experiment.model.layers} layers"
-    numbers = f"{gap['mean']:+.4f} nats, 95% interval {gap['low']:+.4f} to {gap['high']:+.4f} over {gap['n']} windows, one seed"
+    numbers = (
+        f"{gap['mean']:+.4f} nats, 95% interval {gap['low']:+.4f} to {gap['high']:+.4f} over {gap['n']} "
+        f"windows, one seed"
+    )
     mark = "REHEARSAL, not a result: " if experiment.rehearsal else ""
     if verdict["parity"]:
-        return f"{mark}{run} reached {reference}'s validation loss with {size} ({numbers}; margin {verdict['margin']})."
+        return (
+            f"{mark}{run} reached {reference}'s validation loss with {size} ({numbers}; margin "
+            f"{verdict['margin']})."
+        )
     failed = f"{run} did not reach {reference}'s validation loss; its best stage has {size}"
     return f"{mark}{failed} ({numbers}; margin {verdict['margin']})."
 
@@ -266,7 +333,8 @@ def _tell_change_since(root: RunDir, grow: Grow) -> None:
     for key in ("margin", "max_layers"):
         if key in done and done[key] != getattr(grow, key):
             print(
-                f"note: this run was grown with {key} {done[key]}, the experiment now has {getattr(grow, key)}; to grow on by "
+                f"note: this run was grown with {key} {done[key]}, the experiment now has "
+                f"{getattr(grow, key)}; to grow on by "
                 f"that, delete {root.done} and give the same command"
             )
 
@@ -282,17 +350,23 @@ def _run(action: Action, experiment: str, seed: int, procs: int, ds: str | None,
     print(f"$ python -m inheritune {' '.join(verb)}", flush=True)
     code = launch(verb, procs, as_step=True) if action.verb == "train" else launch(verb, 1, as_step=False)
     if code in (-signal.SIGINT, -signal.SIGUSR1, signals.INTERRUPTED) and asked_to_stop():
-        raise Stopped(f"{action.title()} was stopped before it had begun; the same grow command goes on from there")
+        raise Stopped(
+            f"{action.title()} was stopped before it had begun; the same grow command goes on from there"
+        )
     if code:
-        print(f"grow stops: this step ended with code {code}; the same grow command goes on from there", file=sys.stderr)
+        print(
+            f"grow stops: this step ended with code {code}; the same grow command goes on from there",
+            file=sys.stderr,
+        )
         raise SystemExit(code if code > 0 else 128 - code)
 
 
 def launch(verb: list[str], procs: int, as_step: bool = True) -> int:
-    """Run `python -m inheritune VERB ...` as `procs` processes on this machine, or (`as_step`) inside a Slurm job as the
-    tasks of $INHERITUNE_LAUNCH (an srun line, slurm/job.sh); returns the exit code of the first that failed, or 0. The
-    others are ended then: they would wait for it for ever. A signal to this process that asks it to save reaches the ranks
-    as SIGUSR1 (srun would answer a SIGTERM by killing its tasks); a second Ctrl-C ends them."""
+    """Run `python -m inheritune VERB ...` as `procs` processes on this machine, or (`as_step`) inside a Slurm
+    job as the tasks of $INHERITUNE_LAUNCH (an srun line, slurm/job.sh); returns the exit code of the first
+    that failed, or 0. The others are ended then: they would wait for it for ever. A signal to this process
+    that asks it to save reaches the ranks as SIGUSR1 (srun would answer a SIGTERM by killing its tasks); a
+    second Ctrl-C ends them."""
     signals.listen()
     step = as_step and _has_step()
     tasks: list[subprocess.Popen] = []
@@ -337,13 +411,17 @@ def _start_step(tasks: list[subprocess.Popen], verb: list[str]) -> None:
     """Start the srun of a Slurm job's script, which starts the ranks on the job's nodes."""
     command = [*shlex.split(os.environ["INHERITUNE_LAUNCH"]), "python", "-m", "inheritune", *verb]
     if not shutil.which(command[0]):
-        raise UserError(f"'{command[0]}', with which this job starts its ranks (INHERITUNE_LAUNCH), is not on the PATH")
+        raise UserError(
+            f"'{command[0]}', with which this job starts its ranks (INHERITUNE_LAUNCH), is not on the PATH"
+        )
     tasks.append(subprocess.Popen(command, env=_environment(1)))
 
 
 def _start_here(tasks: list[subprocess.Popen], verb: list[str], procs: int) -> None:
     """Start `procs` processes on this machine, ranks of one launch if there are several."""
-    image = os.environ.get("INHERITUNE_PYTHON") if launcher.in_batch_script(os.environ) else None  # Python within an image
+    image = (
+        os.environ.get("INHERITUNE_PYTHON") if launcher.in_batch_script(os.environ) else None
+    )  # Python within an image
     command = [*shlex.split(image or shlex.quote(sys.executable)), "-m", "inheritune", *verb]
     if not shutil.which(command[0]):
         raise UserError(f"'{command[0]}', which is to start Python (INHERITUNE_PYTHON), is not on the PATH")
@@ -356,7 +434,8 @@ def _start_here(tasks: list[subprocess.Popen], verb: list[str], procs: int) -> N
 
 
 def _environment(procs: int) -> dict[str, str]:
-    """What the processes of a launch share: this repository, its share of the cores, nothing of the launch of this process."""
+    """What the processes of a launch share: this repository, its share of the cores, nothing of the launch of
+    this process."""
     path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
     threads = str(max(1, (os.cpu_count() or 1) // procs))
     inherited = launcher.without_launch(os.environ)

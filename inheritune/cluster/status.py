@@ -1,7 +1,8 @@
 """`status EXPERIMENT`: where every run stands, read from the run folders (and squeue) alone, without torch.
 
-Runs are written while this reads: rows come from the end of metrics.jsonl, and a line cut in the middle is left out. What the
-paper's logs say at the same step comes from recipes/paper (curves.yaml tells which curve belongs to which run).
+Runs are written while this reads: rows come from the end of metrics.jsonl, and a line cut in the middle is
+left out. What the paper's logs say at the same step comes from recipes/paper (curves.yaml tells which curve
+belongs to which run).
 """
 
 import json
@@ -22,15 +23,33 @@ from inheritune.config import names
 from inheritune.config.experiment import Experiment, Run, load_experiment
 from inheritune.errors import UserError
 from inheritune.files.lock import Lock, describe_holder, lock_holders
-from inheritune.files.rundir import MARKERS, RunDir, damages, data_dir, marked_files, read_json, root, seed_flag
+from inheritune.files.rundir import (
+    MARKERS,
+    RunDir,
+    damages,
+    data_dir,
+    marked_files,
+    read_json,
+    root,
+    seed_flag,
+)
 from inheritune.paper.items import curve_of, published_curves, published_loss
 from inheritune.runtime import launcher
 
 COLUMNS = (
-    "run", "state", "step", "loss", "validation loss", "minus the paper's there", "tokens/s", "time left", "job and node",
-)  # fmt: skip
+    "run",
+    "state",
+    "step",
+    "loss",
+    "validation loss",
+    "minus the paper's there",
+    "tokens/s",
+    "time left",
+    "job and node",
+)
 TAIL_BYTES = (1 << 14, 1 << 20)
-"""Of metrics.jsonl: the last rows, and, if they hold no evaluation, some thousand, more than lie between two evaluations."""
+"""Of metrics.jsonl: the last rows, and, if they hold no evaluation, some thousand, more than lie between two
+evaluations."""
 SQUEUE = ["squeue", "-h", "-r", "--me", "-o", "%i|%A|%T|%N|%r"]
 """Array tasks one by one: job (123_4), its own number, state, nodes, reason for waiting."""
 
@@ -47,8 +66,8 @@ class Job:
 
 @dataclass
 class Standing:
-    """Where a run, or a stage of a grown one, stands. state: not started, running, stopped, finished, failed; unknown where its
-    files do not tell."""
+    """Where a run, or a stage of a grown one, stands. state: not started, running, stopped, finished, failed;
+    unknown where its files do not tell."""
 
     label: str
     state: str = "not started"
@@ -81,7 +100,8 @@ class Standing:
 
     @contextmanager
     def noting(self):
-        """A part of the look at a run's files. What cannot be read is one of its errors: the other runs are shown."""
+        """A part of the look at a run's files. What cannot be read is one of its errors: the other runs are
+        shown."""
         try:
             yield
         except UserError as error:
@@ -91,7 +111,8 @@ class Standing:
 
 
 class View:
-    """What all runs of an experiment and a seed are looked at with; each file and folder that they share is read once."""
+    """What all runs of an experiment and a seed are looked at with; each file and folder that they share is
+    read once."""
 
     def __init__(self, experiment: Experiment, seed: int):
         self.experiment, self.seed = experiment, seed
@@ -120,8 +141,8 @@ class View:
 
 
 def status(experiment: str, seed: int = 0, rehearse=None) -> None:
-    """Print the standing of every run of `experiment`, and below it errors and next commands. A run whose files are damaged or
-    cannot be read is a row with a remark."""
+    """Print the standing of every run of `experiment`, and below it errors and next commands. A run whose
+    files are damaged or cannot be read is a row with a remark."""
     loaded = load_experiment(experiment, rehearse)
     view = View(loaded, seed)
     cells, remarks = [], []
@@ -132,11 +153,18 @@ def status(experiment: str, seed: int = 0, rehearse=None) -> None:
         command = next_command(view, experiment, name, run, standings[0].state)
         if said or command:
             remarks.append(f"{name}: " + "; ".join(said + [f"next: {command}"] * bool(command)))
-    print(f"{'REHEARSAL ' if loaded.rehearsal else ''}{loaded.name}, seed {seed}, in {view.folder('').path}\n")
+    print(
+        f"{'REHEARSAL ' if loaded.rehearsal else ''}{loaded.name}, seed {seed}, in {view.folder('').path}\n"
+    )
     used = [i for i in range(len(COLUMNS)) if any(row[i] for row in cells)]
     shown = [[row[i] for i in used] for row in cells]
     print(tabulate(shown, headers=[COLUMNS[i] for i in used], tablefmt="simple", disable_numparse=True))
-    print("\n" + "\n".join([*remarks, f"all that is finished: python -m inheritune table {experiment}{_flags(loaded, seed)}"]))
+    print(
+        "\n"
+        + "\n".join(
+            [*remarks, f"all that is finished: python -m inheritune table {experiment}{_flags(loaded, seed)}"]
+        )
+    )
 
 
 def stand(view: View, name: str, run: Run) -> list[Standing]:
@@ -160,7 +188,9 @@ def stand(view: View, name: str, run: Run) -> list[Standing]:
     stages = []
     for number, layers in enumerate(depths, start=1):
         label = f"{name}/stage{number}, {layers} layers" + (" (chosen)" if chosen == number else "")
-        stages.append(one(view, label, folder.stage(number), steps, view.curve(name, lambda layers=layers: layers)))
+        stages.append(
+            one(view, label, folder.stage(number), steps, view.curve(name, lambda layers=layers: layers))
+        )
         if stages[-1].state != "finished":
             break
     if chosen:
@@ -169,17 +199,23 @@ def stand(view: View, name: str, run: Run) -> list[Standing]:
         return [whole, *stages]
     now = stages[-1].state
     between = len(stages) > 1 and now == "not started" or now == "finished"
-    return [Standing(f"{name} (stage {len(stages)} of {len(depths)})", "stopped" if between else now), *stages]
+    return [
+        Standing(f"{name} (stage {len(stages)} of {len(depths)})", "stopped" if between else now),
+        *stages,
+    ]
 
 
 def _chosen_stage(folder: RunDir, n_stages: int) -> int | None:
-    """The stage that the DONE of a grown run names; None without one. Raises UserError if it names none of them."""
+    """The stage that the DONE of a grown run names; None without one. Raises UserError if it names none of
+    them."""
     if not folder.is_done():
         return None
     done = read_json(folder.done)
     stage = done.get("stage") if isinstance(done, dict) else None
     if type(stage) is not int or not 1 <= stage <= n_stages:
-        raise UserError(f"{folder.done} names no stage of the run: it is damaged; restore it, or delete it and grow again")
+        raise UserError(
+            f"{folder.done} names no stage of the run: it is damaged; restore it, or delete it and grow again"
+        )
     return stage
 
 
@@ -199,7 +235,11 @@ def _find_state(found: Standing, view: View, folder: RunDir) -> None:
     """Fill in state, job and error. Raises UserError or OSError for what cannot be read."""
     job, holder = view.jobs.get(folder.path), view.holder(folder.path)
     if job and job.state:
-        found.job = f"{job.name} on {job.where}" if job.state == "RUNNING" else f"{job.name} {job.state} {job.where}".rstrip()
+        found.job = (
+            f"{job.name} on {job.where}"
+            if job.state == "RUNNING"
+            else f"{job.name} {job.state} {job.where}".rstrip()
+        )
     if folder.is_done():
         found.state, found.job = "finished", ""
     elif holder:
@@ -232,11 +272,16 @@ def _why_stopped(file: Path) -> str:
 
 def _number(row: dict, key: str) -> float | None:
     value = row.get(key)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
+    return (
+        value
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        else None
+    )
 
 
 def last_rows(path: Path, keys: tuple[str, ...]) -> dict[str, dict]:
-    """{key: the last row of a JSON-lines file that has a number there}, from the end of the file; {} without one."""
+    """{key: the last row of a JSON-lines file that has a number there}, from the end of the file; {} without
+    one."""
     found = {}
     for n_bytes in TAIL_BYTES:
         missing = [key for key in keys if key not in found]
@@ -256,8 +301,9 @@ def _read_tail(path: Path, n_bytes: int) -> bytes:
 
 
 def _last_row(tail: bytes, key: str) -> dict | None:
-    """The last row with a step and a number at `key`. Only lines that name it are parsed: a record without any evaluation has
-    thousands. A line that is cut or damaged is left out: the last one may be written at this moment."""
+    """The last row with a step and a number at `key`. Only lines that name it are parsed: a record without
+    any evaluation has thousands. A line that is cut or damaged is left out: the last one may be written at
+    this moment."""
     word, end = json.dumps(key).encode(), len(tail)
     while (place := tail.rfind(word, 0, end)) >= 0:
         end, newline = tail.rfind(b"\n", 0, place) + 1, tail.find(b"\n", place)
@@ -270,11 +316,12 @@ def _last_row(tail: bytes, key: str) -> dict | None:
     return None
 
 
-# --- Slurm ----------------------------------------------------------------------------------------------------------------
+# --- Slurm --------------------------------------------------------------------------------------------------
 
 
 def read_queue() -> dict[str, Job] | None:
-    """{number or name: Job} of the user's jobs in the queue; None where there is no Slurm or it does not answer."""
+    """{number or name: Job} of the user's jobs in the queue; None where there is no Slurm or it does not
+    answer."""
     try:
         done = subprocess.run(SQUEUE, capture_output=True, text=True, errors="replace", timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -287,8 +334,9 @@ def read_queue() -> dict[str, Job] | None:
 
 
 def read_jobs(queue: dict[str, Job] | None) -> dict[Path, Job]:
-    """{run folder: the last job that worked on it}, from runs/jobs/ (dist.tell_run, slurm/job.sh). Where that one has ended
-    and others of its array wait, the first of these. What is not named like a job there, or cannot be read, is left out."""
+    """{run folder: the last job that worked on it}, from runs/jobs/ (dist.tell_run, slurm/job.sh). Where that
+    one has ended and others of its array wait, the first of these. What is not named like a job there, or
+    cannot be read, is left out."""
     found, queue, arrays, marks, base = {}, queue or {}, {}, [], root()
     for other, job in queue.items():
         arrays.setdefault(other.partition("_")[0] + "_", job)
@@ -300,7 +348,9 @@ def read_jobs(queue: dict[str, Job] | None) -> dict[Path, Job]:
         with suppress(OSError):
             if re.fullmatch(r"[0-9]+(_[0-9]+)?", name):
                 run = folder / name / "run"
-                marks.append((run.stat().st_mtime_ns, name, run.read_text(encoding="utf-8", errors="replace").strip()))
+                marks.append(
+                    (run.stat().st_mtime_ns, name, run.read_text(encoding="utf-8", errors="replace").strip())
+                )
     for _, name, run in sorted(marks):
         queued = queue.get(name) or arrays.get(name.partition("_")[0] + "_") or Job(name)
         found[base / run] = Job(queued.name, _cause(folder / name / "failure"), queued.state, queued.where)
@@ -317,7 +367,7 @@ def _cause(failure: Path) -> str:
         return f"{failure} cannot be read ({error.strerror})"
 
 
-# --- what to do next ------------------------------------------------------------------------------------------------------
+# --- what to do next ----------------------------------------------------------------------------------------
 
 
 def _flags(loaded: Experiment, seed: int) -> str:
@@ -325,7 +375,8 @@ def _flags(loaded: Experiment, seed: int) -> str:
 
 
 def next_command(view: View, experiment: str, name: str, run: Run, state: str) -> str:
-    """The line to paste that brings the run on; empty for one that is running or finished, or whose state is not known."""
+    """The line to paste that brings the run on; empty for one that is running or finished, or whose state is
+    not known."""
     if state in ("running", "finished", "unknown"):
         return ""
     loaded, seed = view.experiment, view.seed
@@ -349,12 +400,12 @@ def next_command(view: View, experiment: str, name: str, run: Run, state: str) -
     return f"{again}python -m inheritune {verb} {experiment} --run {name}{_flags(loaded, seed)}"
 
 
-# --- are the files whole? ---------------------------------------------------------------------------------------------------
+# --- are the files whole? -----------------------------------------------------------------------------------
 
 
 def verify(path: str | Path, progress: Callable[[list], Iterable] = iter) -> None:
-    """Print for every marker at or below `path` whether its files are whole, what has none yet, and what in checkpoints/ is
-    not ours.
+    """Print for every marker at or below `path` whether its files are whole, what has none yet, and what in
+    checkpoints/ is not ours.
 
     Raises UserError at the end if anything is damaged or cannot be read, or if there is nothing to verify."""
     top = Path(path)
@@ -370,12 +421,15 @@ def verify(path: str | Path, progress: Callable[[list], Iterable] = iter) -> Non
         if folder.name == "checkpoints":
             _print_unused(RunDir(folder.parent), set(folders))
     if damaged:
-        raise UserError(f"{damaged} files of {top} are damaged (named above): restore them, or delete the folders they are in")
+        raise UserError(
+            f"{damaged} files of {top} are damaged (named above): restore them, or delete the folders they "
+            f"are in"
+        )
 
 
 def _look_below(top: Path) -> tuple[list[Path], list[Path], list[str]]:
-    """(`top` and all folders below it, links followed, each once; the markers in them; a sentence for each folder that cannot
-    be read)."""
+    """(`top` and all folders below it, links followed, each once; the markers in them; a sentence for each
+    folder that cannot be read)."""
     folders, markers, unreadable, seen, waiting = [], [], [], set(), [top]
     while waiting:
         folder = waiting.pop()
@@ -394,7 +448,11 @@ def _look_below(top: Path) -> tuple[list[Path], list[Path], list[str]]:
             markers += found
             waiting += inner
     order = {name: place for place, name in enumerate(MARKERS)}
-    return sorted(folders), sorted(markers, key=lambda path: (path.parent, order[path.name])), sorted(unreadable)
+    return (
+        sorted(folders),
+        sorted(markers, key=lambda path: (path.parent, order[path.name])),
+        sorted(unreadable),
+    )
 
 
 def _verify_marker(marker: Path) -> int:
@@ -404,7 +462,9 @@ def _verify_marker(marker: Path) -> int:
         problems = list(damages(marker.parent, files))
     except (UserError, OSError) as error:
         files, problems = {}, [str(error)]
-    if problems and not marker.is_file():  # a running job keeps its last checkpoints only, and deletes their marker first
+    if (
+        problems and not marker.is_file()
+    ):  # a running job keeps its last checkpoints only, and deletes their marker first
         print(f"deleted meanwhile: {marker.parent}")
         return 0
     size = sum(facts["bytes"] for facts in files.values()) / 1e6
@@ -414,12 +474,20 @@ def _verify_marker(marker: Path) -> int:
 
 
 def _print_unused(run: RunDir, readable: set[Path]) -> None:
-    """Print what in checkpoints/ no run reads: unfinished, a copy under a wrong name, or of no name of ours."""
-    own = {run.checkpoint(step).name: step for step in run.checkpoint_steps() if run.checkpoint(step) in readable}
+    """Print what in checkpoints/ no run reads: unfinished, a copy under a wrong name, or of no name of
+    ours."""
+    own = {
+        run.checkpoint(step).name: step for step in run.checkpoint_steps() if run.checkpoint(step) in readable
+    }
     for path in sorted(path for path in run.checkpoints.iterdir() if path in readable or path.is_file()):
         if path.name in own and not (path / "COMPLETE").is_file():
             print(f"unfinished: {path} has no COMPLETE, so no run reads it")
         elif path.name in own and run.named_step(own[path.name]) != own[path.name]:
-            print(f"not read by any run: {path} is a copy of the checkpoint of step {run.named_step(own[path.name])}")
-        elif path.name not in own and not path.name.startswith("."):  # names with a dot are the system's, or temporary
+            print(
+                f"not read by any run: {path} is a copy of the checkpoint of step "
+                f"{run.named_step(own[path.name])}"
+            )
+        elif path.name not in own and not path.name.startswith(
+            "."
+        ):  # names with a dot are the system's, or temporary
             print(f"not read by any run: {path} has no name of a checkpoint")

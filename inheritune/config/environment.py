@@ -15,8 +15,8 @@ from inheritune.errors import UserError
 
 @dataclass(frozen=True)
 class Variable:
-    """`meaning` completes "NAME is ..."; `kind`: the number it must be (None: text); `choices`: all the texts that
-    are understood (none: any); `default`: where it is not set."""
+    """`meaning` completes "NAME is ..."; `kind`: the number it must be (None: text); `choices`: all the texts
+    that are understood (none: any); `default`: where it is not set."""
 
     meaning: str
     kind: Kind | None = None
@@ -30,7 +30,9 @@ VARIABLES: dict[str, Variable] = {
     # yours
     "INHERITUNE_ROOT": Variable("the folder of runs/ and data/, on a disk that all nodes share"),
     "REHEARSE": Variable("1 to shrink every experiment to a rehearsal", FLAG, 0),
-    "INHERITUNE_LOCK_WAIT": Variable("how long a job waits for another that writes the same folder", SECONDS, 120),
+    "INHERITUNE_LOCK_WAIT": Variable(
+        "how long a job waits for another that writes the same folder", SECONDS, 120
+    ),
     "INHERITUNE_GPT2_BPE": Variable("a folder with GPT-2's BPE, where the machine cannot download it"),
     "DEEPSPEED_TIMEOUT": Variable("how long a rank waits for the others in a collective", MINUTES, 60),
     "DS_ACCELERATOR": Variable("cpu to leave the GPUs of this machine alone", choices=("cpu", "cuda")),
@@ -101,10 +103,13 @@ def flag(name: str) -> bool:
 
 
 def check() -> None:
-    """Raises UserError for the first variable that must be a number and is none, or is none of its choices."""
+    """Raises UserError for the first variable that must be a number and is none, or is none of its
+    choices."""
     for name, variable in VARIABLES.items():
         if variable.kind:
             number(name)
         given = os.environ.get(name)
         if given and variable.choices and given not in variable.choices:
-            raise UserError(f"{name}={given} is not known here; set it to {' or '.join(variable.choices)}, or unset it")
+            raise UserError(
+                f"{name}={given} is not known here; set it to {' or '.join(variable.choices)}, or unset it"
+            )

@@ -1,8 +1,9 @@
 """Experiments: typed, strict, in one YAML file each (recipes/<experiment>.yaml).
 
-`load_experiment("quickstart")` reads and checks the whole file and reports every problem at once, with the path of the
-key and the nearest valid name. `Experiment.plan_run("random_4")` gives one run with its overrides merged in. What changes
-the mathematics of a run lives here and nowhere else; memory and speed live in ds_configs/ (engine.py).
+`load_experiment("quickstart")` reads and checks the whole file and reports every problem at once, with the
+path of the key and the nearest valid name. `Experiment.plan_run("random_4")` gives one run with its overrides
+merged in. What changes the mathematics of a run lives here and nowhere else; memory and speed live in
+ds_configs/ (engine.py).
 """
 
 import math
@@ -13,7 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from inheritune.config import environment, names, values
 from inheritune.config.layers import parse_layers, parse_range, place_layers
@@ -32,7 +41,9 @@ NORMS = ("attn_norm", "mlp_norm")
 class Strict(BaseModel):
     """Unknown keys are errors, values do not change after loading, `from:` in YAML is `from_` in Python."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, use_attribute_docstrings=True
+    )
 
 
 def _without(problem: Callable[[str], str], name: str) -> str:
@@ -76,7 +87,8 @@ class Data(Strict):
     source: Literal["embedded", "files", "hub"]
     """embedded: the Python standard library's text; files: local globs; hub: a pinned data set on the Hub."""
     files: list[str] | dict[str, list[str]] = []
-    """Globs (source: files) or file names inside the data set (source: hub); a mapping names groups for `weights`."""
+    """Globs (source: files) or file names inside the data set (source: hub); a mapping names groups for
+    `weights`."""
     weights: dict[str, Annotated[float, values.WEIGHT]] = {}
     """Share of each group of `files` in the tokens read; they need not add up to one."""
     repo: str | None = None
@@ -85,8 +97,8 @@ class Data(Strict):
     text_key: str = "text"
     """Key (JSONL) or column (parquet) that holds a document's text."""
     tokenizer: str
-    """gpt2, bpe:N (trained on the source), a sentencepiece .model file (a path, or owner/repository/file.model on the Hub),
-    or a Hugging Face tokenizer folder or id."""
+    """gpt2, bpe:N (trained on the source), a sentencepiece .model file (a path, or
+    owner/repository/file.model on the Hub), or a Hugging Face tokenizer folder or id."""
     tokenizer_revision: str | None = None
     end_of_text: Literal["append", "prepend"] = "append"
     validation: ValidationSplit
@@ -113,12 +125,15 @@ class Data(Strict):
         return self
 
     def preparation(self) -> dict:
-        """The keys that decide the bytes of the shards (not how windows are read from them): what the data hash covers."""
+        """The keys that decide the bytes of the shards (not how windows are read from them): what the data
+        hash covers."""
         return self.model_dump(mode="json", exclude={"sequence_length", "sampling"})
 
 
 GPUS: dict[str, dict] = yaml.safe_load((Path(__file__).parent / "gpus.yaml").read_text(encoding="utf-8"))
-MODEL_SIZES: dict[str, dict] = yaml.safe_load((Path(__file__).parent / "sizes.yaml").read_text(encoding="utf-8"))
+MODEL_SIZES: dict[str, dict] = yaml.safe_load(
+    (Path(__file__).parent / "sizes.yaml").read_text(encoding="utf-8")
+)
 
 
 class Model(Strict):
@@ -177,13 +192,15 @@ class Train(Strict):
     clip: NotNegative = 1.0
     """Largest gradient norm (of the mean gradient); 0 turns clipping off."""
     precision: Literal["auto", "fp32", "bf16_autocast", "bf16"] = "auto"
-    """bf16_autocast keeps fp32 masters and accumulation (what the paper's code did); auto: that on a GPU, fp32 on a CPU."""
+    """bf16_autocast keeps fp32 masters and accumulation (what the paper's code did); auto: that on a GPU,
+    fp32 on a CPU."""
     deepspeed: str = "ds_configs/zero3.json"
     eval_every: Steps = 1000
     eval_windows: Windows = 400
     """Validation windows for the curve; nested in final_windows."""
     final_windows: Annotated[int, values.FINAL_WINDOWS] = 4096
-    """Validation windows at a stage's end, for tables and the stop rule of growth; two at least, for an interval."""
+    """Validation windows at a stage's end, for tables and the stop rule of growth; two at least, for an
+    interval."""
     log_every: Steps = 10
     checkpoint_every: Steps = 1000
     keep_last: Annotated[int, values.CHECKPOINTS] = 2
@@ -197,11 +214,21 @@ class Train(Strict):
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr}) is above lr ({self.lr})")
         if self.eval_windows > self.final_windows:
-            raise ValueError(f"eval_windows ({self.eval_windows}) must be nested in final_windows ({self.final_windows})")
+            raise ValueError(
+                f"eval_windows ({self.eval_windows}) must be nested in final_windows ({self.final_windows})"
+            )
         return self
 
 
-RESUMABLE_KEYS = ("eval_every", "log_every", "checkpoint_every", "keep_last", "wandb", "wandb_project", "deepspeed")
+RESUMABLE_KEYS = (
+    "eval_every",
+    "log_every",
+    "checkpoint_every",
+    "keep_last",
+    "wandb",
+    "wandb_project",
+    "deepspeed",
+)
 """Keys of `train` that may differ when a run is resumed: none of them changes a step."""
 
 
@@ -272,13 +299,14 @@ class Init(Strict):
 
     @property
     def copied(self) -> Inherit | Stack | HalfWidth | None:
-        """The start that copies another model's weights, or None. Its `blocks(n_source)` says for each block of the model
-        which block of the source it is, None for a random one."""
+        """The start that copies another model's weights, or None. Its `blocks(n_source)` says for each block
+        of the model which block of the source it is, None for a random one."""
         return self.inherit or self.stack or self.half_width
 
 
 class Distil(Strict):
-    """Logit distillation: the loss is alpha * cross-entropy + (1 - alpha) * temperature^2 * KL(teacher || student)."""
+    """Logit distillation: the loss is alpha * cross-entropy + (1 - alpha) * temperature^2 * KL(teacher ||
+    student)."""
 
     teacher: str
     """Another run of the file, a local checkpoint or a Hub id, of the same vocabulary."""
@@ -295,18 +323,22 @@ class Grow(Strict):
     """Parity: the upper end of the 95% interval of (ours - reference) is at or below this many nats."""
     max_layers: Layers
     from_: Annotated[Literal["reference", "previous"], Field(alias="from")] = "reference"
-    """reference: every stage restarts from the reference's first layers, as in the paper; previous: keeps what was trained."""
+    """reference: every stage restarts from the reference's first layers, as in the paper; previous: keeps
+    what was trained."""
 
     def depths(self, inherited: str | list[int], n_source: int) -> list[int]:
-        """Layers of each stage: the inherited first ones of `n_source`, then `by` more each time, at most max_layers.
+        """Layers of each stage: the inherited first ones of `n_source`, then `by` more each time, at most
+        max_layers.
 
-        Raises UserError if these are not the first layers, or max_layers is below them or above the source."""
+        Raises UserError if these are not the first layers, or max_layers is below them or above the
+        source."""
         first = parse_layers(inherited, n_source)
         if first != list(range(len(first))):
             raise UserError(f"a run that grows must inherit the first layers, '0:n' (got {inherited})")
         if not len(first) <= self.max_layers <= n_source:
             raise UserError(
-                f"grow.max_layers ({self.max_layers}) must lie between the first stage's {len(first)} layers and "
+                f"grow.max_layers ({self.max_layers}) must lie between the first stage's {len(first)} layers "
+                f"and "
                 f"the source's {n_source}"
             )
         return [*range(len(first), self.max_layers, self.by), self.max_layers]
@@ -323,7 +355,8 @@ class Run(Strict):
     """Keys of `train` that differ in this run."""
     grow: Grow | None = None
     compare: str | None = None
-    """Run whose validation loss this one is compared with (default: the source, if it is a run of the file)."""
+    """Run whose validation loss this one is compared with (default: the source, if it is a run of the
+    file)."""
     keep_at: list[Steps] = []
     """Steps whose weights are kept as at_<step>/."""
 
@@ -332,7 +365,9 @@ class Run(Strict):
         if self.grow and not self.init.inherit:
             raise ValueError("'grow' needs 'init: {inherit: ...}'")
         if self.layers and not self.init.random:
-            raise ValueError("'layers' belongs to a random run; an inherited one has as many layers as it copies")
+            raise ValueError(
+                "'layers' belongs to a random run; an inherited one has as many layers as it copies"
+            )
         if self.grow and (self.init.inherit.depth or self.init.inherit.at):
             raise ValueError("'grow' adds layers to the first ones; leave out init.inherit.depth and at")
         if self.distil and self.init.external:
@@ -340,7 +375,8 @@ class Run(Strict):
         return self
 
     def sources(self) -> list[tuple[str, str | None]]:
-        """(run of the file, local checkpoint or Hub id; its revision) of what this run is, copies or learns from."""
+        """(run of the file, local checkpoint or Hub id; its revision) of what this run is, copies or learns
+        from."""
         start = self.init.external or self.init.copied
         found = [(start.source, start.revision)] if start else []
         return found + ([(self.distil.teacher, self.distil.revision)] if self.distil else [])
@@ -364,7 +400,8 @@ class Evaluate(Strict):
     """What `evaluate` measures beside the validation loss."""
 
     tasks: dict[str, Task] = {}
-    """Names of recipes/lm_eval/tasks.yaml, as a list or with keys that replace theirs; or names of your own with all keys."""
+    """Names of recipes/lm_eval/tasks.yaml, as a list or with keys that replace theirs; or names of your own
+    with all keys."""
     task_files: str | None = None
     """Folder with lm-eval task files (YAML) of your own."""
     batch: Annotated[int, values.SEQUENCES] = 16
@@ -423,7 +460,9 @@ class Experiment(Strict):
         for name in runs:
             _without(names.run_problem, name)
         if same := names.same_folder(runs):
-            raise ValueError(f"'{same[0]}' and '{same[1]}' are one folder where capitals do not count; rename one")
+            raise ValueError(
+                f"'{same[0]}' and '{same[1]}' are one folder where capitals do not count; rename one"
+            )
         return runs
 
     @model_validator(mode="after")
@@ -431,7 +470,8 @@ class Experiment(Strict):
         problems = []
         if self.data.sequence_length > self.model.positions:
             problems.append(
-                f"data.sequence_length ({self.data.sequence_length}) is beyond the model's {self.model.positions} positions; "
+                f"data.sequence_length ({self.data.sequence_length}) is beyond the model's "
+                f"{self.model.positions} positions; "
                 f"shorten it or set model.positions"
             )
         for row in self.paper:
@@ -439,7 +479,9 @@ class Experiment(Strict):
                 problems.append(f"paper: unknown run '{row.run}'; {nearest(row.run, self.runs)}")
         for name, run in self.runs.items():
             if run.compare and run.compare not in self.runs:
-                problems.append(f"runs.{name}.compare: unknown run '{run.compare}'; {nearest(run.compare, self.runs)}")
+                problems.append(
+                    f"runs.{name}.compare: unknown run '{run.compare}'; {nearest(run.compare, self.runs)}"
+                )
             try:
                 train = self.train_of(run)
             except ValidationError as error:
@@ -450,7 +492,7 @@ class Experiment(Strict):
                 problems.append(
                     f"runs.{name}: batch_tokens ({train.batch_tokens}) is not a multiple of sequence_length "
                     f"({self.data.sequence_length}); the nearest is "
-                    f"{max(1, round(train.batch_tokens / self.data.sequence_length)) * self.data.sequence_length}"
+                    f"{max(1, round(train.batch_tokens / self.data.sequence_length)) * self.data.sequence_length}"  # noqa: E501
                 )
         problems += self._source_problems()
         if problems:
@@ -459,7 +501,10 @@ class Experiment(Strict):
 
     def _source_problems(self) -> list[str]:
         """Sentences on runs that copy or learn from what cannot be there."""
-        needed = {name: [source for source, _ in run.sources() if source in self.runs] for name, run in self.runs.items()}
+        needed = {
+            name: [source for source, _ in run.sources() if source in self.runs]
+            for name, run in self.runs.items()
+        }
         problems, ready, depths = [], set(), {}
         for _ in needed:  # each round takes the runs whose sources are all taken
             ready |= {name for name, sources in needed.items() if ready.issuperset(sources)}
@@ -471,7 +516,9 @@ class Experiment(Strict):
                     raise UserError("of its sources and teachers, and theirs, one is made from itself")
                 for other in (self.runs[source].init.external for source in sources):
                     if other:
-                        raise UserError(f"a model of others is named by its own source, '{other.source}', not by a run")
+                        raise UserError(
+                            f"a model of others is named by its own source, '{other.source}', not by a run"
+                        )
                 if sources:
                     depths[name] = self.layers_of(self.runs[name], depths)
             except UserError as error:
@@ -479,8 +526,8 @@ class Experiment(Strict):
         return problems
 
     def layers_of(self, run: Run, known: dict[str, int] | None = None) -> int:
-        """Blocks of `run`'s model, of a grown one at most; a source outside the file is taken to be as deep as `model`.
-        `known`: those of other runs, which need not be counted again.
+        """Blocks of `run`'s model, of a grown one at most; a source outside the file is taken to be as deep
+        as `model`. `known`: those of other runs, which need not be counted again.
 
         Raises UserError if it copies layers that its source has not."""
         start = run.init.copied
@@ -515,7 +562,11 @@ def _keep_problems(run: Run, train: Train) -> list[str]:
     if run.keep_at and run.init.external:
         return ["keep_at: a model of others is not trained, so there is no step to keep; leave it out"]
     late = [step for step in run.keep_at if step > train.steps]
-    return [f"keep_at: step {late[0]} is never reached, the run has {train.steps} steps; keep an earlier one"] if late else []
+    return (
+        [f"keep_at: step {late[0]} is never reached, the run has {train.steps} steps; keep an earlier one"]
+        if late
+        else []
+    )
 
 
 def resolve_path(path: str) -> Path:
@@ -568,7 +619,8 @@ def _sentences(error: ValidationError, model: type[BaseModel], prefix: str = "")
 
 
 def model_at(model, path):
-    """The pydantic class that the key path leads to, through optional fields, unions and mappings; None if unclear."""
+    """The pydantic class that the key path leads to, through optional fields, unions and mappings; None if
+    unclear."""
     for part in path:
         fields = {field.alias or name: field for name, field in getattr(model, "model_fields", {}).items()}
         annotation = fields[part].annotation if part in fields else None
@@ -581,7 +633,7 @@ def model_at(model, path):
     return model if isinstance(model, type) and issubclass(model, BaseModel) else None
 
 
-# --- rehearsal -----------------------------------------------------------------------------------------------------------
+# --- rehearsal ----------------------------------------------------------------------------------------------
 
 REHEARSAL_STEPS = 24
 REHEARSAL_WARMUP = 4
@@ -589,14 +641,16 @@ REHEARSAL_SEQUENCES = 21  # divides by neither 2 nor 4 ranks
 
 
 def rehearsal_count(layers: int) -> int:
-    """Layer count or range end of the rehearsal: a third, rounded up, so that 12, 14, 16 of 24 become 4, 5, 6 of 8."""
+    """Layer count or range end of the rehearsal: a third, rounded up, so that 12, 14, 16 of 24 become 4, 5, 6
+    of 8."""
     return math.ceil(layers / 3)
 
 
 def rehearsal(experiment: Experiment) -> Experiment:
-    """The same experiment shrunk to two CPU cores in minutes: about a third of the layers, width 64, 24 steps of 21
-    sequences, the embedded corpus in several shards. Every layer count, range and list goes through one map; runs keep
-    their names, starts and growth. Marked `rehearsal`, so that nothing mistakes its numbers for results."""
+    """The same experiment shrunk to two CPU cores in minutes: about a third of the layers, width 64, 24 steps
+    of 21 sequences, the embedded corpus in several shards. Every layer count, range and list goes through one
+    map; runs keep their names, starts and growth. Marked `rehearsal`, so that nothing mistakes its numbers
+    for results."""
     raw = experiment.model_dump(mode="json", by_alias=True)
     heads, length = 5 if experiment.model.heads % 2 else 4, 64  # an odd head count stays odd
 
@@ -604,7 +658,9 @@ def rehearsal(experiment: Experiment) -> Experiment:
         return max(1, round(steps * REHEARSAL_STEPS / experiment.train.steps))
 
     def shrink_train(train: dict, whole: bool) -> dict:
-        small = dict(train) if whole else {k: v for k, v in train.items() if k not in ("precision", "deepspeed")}
+        small = (
+            dict(train) if whole else {k: v for k, v in train.items() if k not in ("precision", "deepspeed")}
+        )
         if "steps" in small:
             small["steps"] = max(REHEARSAL_WARMUP, shrink_steps(small["steps"]))
         if whole or "batch_tokens" in small:
@@ -651,7 +707,13 @@ def rehearsal(experiment: Experiment) -> Experiment:
     raw["train"] = shrink_train(raw["train"], whole=True)
     raw["evaluate"]["task_files"] = str(RECIPES / "lm_eval" / "rehearsal")
     for task in raw["evaluate"]["tasks"].values():  # of the same kind, on sixteen documents that are here
-        kind = "text" if "word_perplexity" in task["metrics"] else "word" if "perplexity" in task["metrics"] else "choice"
+        kind = (
+            "text"
+            if "word_perplexity" in task["metrics"]
+            else "word"
+            if "perplexity" in task["metrics"]
+            else "choice"
+        )
         task.update(task=f"rehearsal_{kind}", shots=min(task["shots"], 2))
     for run in raw["runs"].values():
         run["train"] = shrink_train(run["train"], whole=False)
@@ -673,4 +735,6 @@ def _rehearsal_layers(layers: str | list[int]) -> str | list[int]:
     if isinstance(layers, list):
         return [index // 3 for index in layers[::3]]  # as many as rehearsal_count says, in their order
     ends = [end.strip() for end in layers.split(":")]
-    return ":".join(str(int(math.copysign(rehearsal_count(abs(int(end))), int(end)))) if end else "" for end in ends)
+    return ":".join(
+        str(int(math.copysign(rehearsal_count(abs(int(end))), int(end)))) if end else "" for end in ends
+    )

@@ -18,10 +18,23 @@ RANDOM_INIT = "random_init_{}_layers"
 LOCK, TEMPORARY = ".lock", ".tmp"
 """What follows a folder's name in the names of its lock and of its temporary twin."""
 WITHIN_RUN = (
-    "init", "checkpoints", "final", "validation", "experiment.yaml", "provenance.json", "metrics.jsonl",
-    "metrics.discarded.jsonl", "train.log", "wandb_id", "attention.jsonl", "results.json", "DONE", "STOP",
-    "STOPPED", "bad_batch.json",
-)  # fmt: skip
+    "init",
+    "checkpoints",
+    "final",
+    "validation",
+    "experiment.yaml",
+    "provenance.json",
+    "metrics.jsonl",
+    "metrics.discarded.jsonl",
+    "train.log",
+    "wandb_id",
+    "attention.jsonl",
+    "results.json",
+    "DONE",
+    "STOP",
+    "STOPPED",
+    "bad_batch.json",
+)
 """Names of a run's own files (rundir.RunDir), which paths to weights end in."""
 PLOTS = ("max_rank.png", "max_rank_taus.png", "avg_mass.png", "rank_heat_map.png", "attention_maps.png")
 """What `analyze` draws beside attention.jsonl."""
@@ -66,7 +79,9 @@ def run_problem(name: str) -> str:
     if folded in [own.casefold() for own in WITHIN_RUN]:
         return "is the name of a file or folder within every run; choose another"
     if LOCK in folded or TEMPORARY in folded:
-        return f"holds '{LOCK}' or '{TEMPORARY}', by which locks and unfinished files are known; choose another"
+        return (
+            f"holds '{LOCK}' or '{TEMPORARY}', by which locks and unfinished files are known; choose another"
+        )
     if folded.endswith(BESIDE_RUNS):
         return "ends as the tables and plots in the same folder do; choose another"
     return folder_problem(name)

@@ -23,7 +23,21 @@ MOST_LEVELS = 40
 TAG = "tag:yaml.org,2002:"
 MERGE = f"{TAG}merge"
 STANDARD = {
-    TAG + name for name in ("str", "int", "float", "bool", "null", "seq", "map", "merge", "timestamp", "binary", "set", "omap")
+    TAG + name
+    for name in (
+        "str",
+        "int",
+        "float",
+        "bool",
+        "null",
+        "seq",
+        "map",
+        "merge",
+        "timestamp",
+        "binary",
+        "set",
+        "omap",
+    )
 }
 """Tags that stand for plain values; any other, such as !function, stands for something to be run."""
 
@@ -68,7 +82,9 @@ def read_text(path: Path) -> str:
     """A short text file. Raises UserError if it has more than MOST_BYTES, is not UTF-8 or cannot be read."""
     try:
         if (size := path.stat().st_size) > MOST_BYTES:
-            raise UserError(f"{path} has {size / 1e6:,.1f} MB; a file of this kind has kilobytes, name another")
+            raise UserError(
+                f"{path} has {size / 1e6:,.1f} MB; a file of this kind has kilobytes, name another"
+            )
         return path.read_text(encoding="utf-8-sig")  # without the mark that some editors put at the start
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no text in UTF-8 (byte {error.start}); save it as UTF-8") from None
@@ -88,7 +104,9 @@ def compose(path: Path, loader: yaml.SafeLoader) -> Node | None:
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
-        raise UserError(f"{path} holds more than {MOST_LEVELS} levels of nesting; no file here does") from None
+        raise UserError(
+            f"{path} holds more than {MOST_LEVELS} levels of nesting; no file here does"
+        ) from None
 
 
 def children(node: Node) -> list[Node]:
@@ -167,7 +185,9 @@ def read_yaml(path: Path) -> dict:
         # PyYAML's ways to meet a value that its tag does not allow: !!int x, !!bool x, !!float ""
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path} must hold a mapping with data, model, train and runs, not {type(raw).__name__}")
+        raise UserError(
+            f"{path} must hold a mapping with data, model, train and runs, not {type(raw).__name__}"
+        )
     return raw
 
 

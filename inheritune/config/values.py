@@ -103,14 +103,25 @@ ABOVE_ZERO = Kind("", whole=False, gt=0)
 NOT_NEGATIVE = Kind("", whole=False, ge=0)
 BELOW_ONE = Kind("", whole=False, ge=0, lt=1)
 INSIDE_ONE = Kind("", whole=False, gt=0, lt=1)
-SHARE = Kind("", whole=False, ge=0.0001, le=1, says="is the share of the GPU's peak rate that is used, between 0 and 1")
+SHARE = Kind(
+    "", whole=False, ge=0.0001, le=1, says="is the share of the GPU's peak rate that is used, between 0 and 1"
+)
 WEIGHT = Kind("", whole=False, gt=0, le=1e9)
 FINITE = Kind("", whole=False)
 
 ARGUMENTS = {
-    "at": LAYER, "depth": LAYERS, "gpu_memory": GIGABYTES, "gpus": GPUS, "length": LENGTH, "mfu": SHARE,
-    "procs": PROCESSES, "seed": SEED, "sequences": SEQUENCES, "stage": STAGE, "workers": PROCESSES,
-}  # fmt: skip
+    "at": LAYER,
+    "depth": LAYERS,
+    "gpu_memory": GIGABYTES,
+    "gpus": GPUS,
+    "length": LENGTH,
+    "mfu": SHARE,
+    "procs": PROCESSES,
+    "seed": SEED,
+    "sequences": SEQUENCES,
+    "stage": STAGE,
+    "workers": PROCESSES,
+}
 """Arguments of the command line that are numbers."""
 TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 """What a switch may be given, as in --rehearse=no; alone it is True."""

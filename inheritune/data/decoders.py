@@ -1,8 +1,9 @@
 """Readers of files of documents, each of which knows whether its file ended whole.
 
-A download or a copy that broke off must not pass for a shorter file. gzip ends with a length and a sum, zstd with the end of
-a frame, parquet with a footer, an array of JSON with its bracket: a file without its end is refused in one sentence. JSONL
-has no end of its own; a last line that is cut is no JSON, and is counted as such. Plain text has nothing to tell it by.
+A download or a copy that broke off must not pass for a shorter file. gzip ends with a length and a sum, zstd
+with the end of a frame, parquet with a footer, an array of JSON with its bracket: a file without its end is
+refused in one sentence. JSONL has no end of its own; a last line that is cut is no JSON, and is counted as
+such. Plain text has nothing to tell it by.
 """
 
 import gzip
@@ -22,7 +23,9 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """What some editors put before UTF-8: no part of the text."""
 BLOCK_BYTES = 1 << 20
 MAX_WINDOW = 1 << 31  # of zstd --long=31, its largest: that much memory, and only for files that ask for it
-MAX_JSON_BYTES = 2 << 30  # of an array, which is whole in memory, several times as large, while it is taken apart
+MAX_JSON_BYTES = (
+    2 << 30
+)  # of an array, which is whole in memory, several times as large, while it is taken apart
 
 
 @contextmanager
@@ -37,8 +40,8 @@ def decoding(path: Path):
 
 
 class ZstdFile(io.RawIOBase):
-    """The unpacked bytes of a .zst file of one or more frames, as a stream. (zstandard's own stream_reader ends quietly where
-    the file does, in the middle of a frame too.)"""
+    """The unpacked bytes of a .zst file of one or more frames, as a stream. (zstandard's own stream_reader
+    ends quietly where the file does, in the middle of a frame too.)"""
 
     def __init__(self, path: Path):
         """Raises EOFError if the file is empty: a packed file of nothing has a frame too."""
@@ -108,8 +111,8 @@ def _numbered(lines) -> Iterator[tuple[int, bytes]]:
 
 
 def read_json_documents(path: Path, key: str) -> Iterator[tuple[int, bytes]]:
-    """Yield (number from 1, a line of JSON with `key`) of the documents of a .json file: JSON Lines (streamed), an array of
-    objects or of texts, or one object (in memory as a whole).
+    """Yield (number from 1, a line of JSON with `key`) of the documents of a .json file: JSON Lines
+    (streamed), an array of objects or of texts, or one object (in memory as a whole).
 
     Raises UserError if it is no JSON, of another form, or an array of more than MAX_JSON_BYTES."""
     with open_unpacked(path) as file:
@@ -120,7 +123,10 @@ def read_json_documents(path: Path, key: str) -> Iterator[tuple[int, bytes]]:
             return
         rest = file.read(MAX_JSON_BYTES + 1)
     if len(rest) > MAX_JSON_BYTES:
-        raise UserError(f"{path} has one JSON value of more than {MAX_JSON_BYTES >> 30} GB; write it as JSON Lines (.jsonl)")
+        raise UserError(
+            f"{path} has one JSON value of more than {MAX_JSON_BYTES >> 30} GB; write it as JSON Lines "
+            f"(.jsonl)"
+        )
     if not first:
         return
     try:
@@ -128,7 +134,10 @@ def read_json_documents(path: Path, key: str) -> Iterator[tuple[int, bytes]]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is cut off or no JSON ({error}); fetch or copy it again") from None
     if not isinstance(value, list | dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__}; documents are objects with '{key}', or an array of them")
+        raise UserError(
+            f"{path} holds a JSON {type(value).__name__}; documents are objects with '{key}', or an array of "
+            f"them"
+        )
     for number, element in enumerate(value if isinstance(value, list) else [value], 1):
         yield number, json.dumps({key: element} if isinstance(element, str) else element).encode()
 
@@ -140,19 +149,21 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-# --- parquet --------------------------------------------------------------------------------------------------------------
+# --- parquet ------------------------------------------------------------------------------------------------
 
 
 def read_parquet(path: Path, key: str) -> Iterator[tuple[int, bytes | None]]:
-    """Yield (row from 1, bytes) of a text column, a few hundred rows at a time (invalid UTF-8 is then one bad document, not
-    the end). Raises UserError if there is no such column, or one that is not text."""
+    """Yield (row from 1, bytes) of a text column, a few hundred rows at a time (invalid UTF-8 is then one bad
+    document, not the end). Raises UserError if there is no such column, or one that is not text."""
     import pyarrow as pa
 
     with _open_parquet(path) as file:
         _check_column(path, file.schema_arrow, key)
         row = 0
         for batch in file.iter_batches(batch_size=256, columns=[key]):
-            column = batch.column(key)  # by name: where 'a.b' is asked for, pyarrow also reads field b of a column a
+            column = batch.column(
+                key
+            )  # by name: where 'a.b' is asked for, pyarrow also reads field b of a column a
             column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
             for raw in column.cast(pa.large_binary()).to_pylist():
                 row += 1
@@ -173,12 +184,23 @@ def _check_column(path: Path, schema, key: str) -> None:
     if key not in schema.names:
         raise UserError(f"{path} has no column '{key}' (data.text_key); {nearest(key, schema.names)}")
     if (times := schema.names.count(key)) > 1:
-        raise UserError(f"{path} has {times} columns of the name '{key}' (data.text_key); rename all but one of them")
+        raise UserError(
+            f"{path} has {times} columns of the name '{key}' (data.text_key); rename all but one of them"
+        )
     kind = schema.field(key).type
     if pa.types.is_null(kind):
-        raise UserError(f"{path}: column '{key}' (data.text_key) is empty, all its values are null; name another column")
+        raise UserError(
+            f"{path}: column '{key}' (data.text_key) is empty, all its values are null; name another column"
+        )
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view()):
+    if kind not in (
+        pa.string(),
+        pa.large_string(),
+        pa.string_view(),
+        pa.binary(),
+        pa.large_binary(),
+        pa.binary_view(),
+    ):
         raise UserError(f"{path}: column '{key}' (data.text_key) holds {schema.field(key).type}, not text")
 
 
@@ -191,4 +213,6 @@ def _open_parquet(path: Path):
         with pq.ParquetFile(path) as file:
             yield file
     except pa.ArrowInvalid as error:
-        raise UserError(f"{path} is no whole parquet file ({str(error).splitlines()[0]}); fetch or copy it again") from None
+        raise UserError(
+            f"{path} is no whole parquet file ({str(error).splitlines()[0]}); fetch or copy it again"
+        ) from None

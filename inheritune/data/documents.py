@@ -1,8 +1,9 @@
 """Documents: which files a data section names, the documents in them, in order, and the text of each.
 
-`Source` lists the files (the embedded corpus, local globs, a pinned data set of the Hub, downloaded file by file as reading
-goes). `read_batches` streams their documents as raw bytes, `parse` makes text of one or says why it cannot be used. Every
-reader notices whether its file ended whole, as far as the format tells: decoders.py, and the table in tests/damage.md.
+`Source` lists the files (the embedded corpus, local globs, a pinned data set of the Hub, downloaded file by
+file as reading goes). `read_batches` streams their documents as raw bytes, `parse` makes text of one or says
+why it cannot be used. Every reader notices whether its file ended whole, as far as the format tells:
+decoders.py, and the table in tests/damage.md.
 """
 
 import codecs
@@ -23,7 +24,14 @@ from pathlib import Path
 import xxhash
 
 from inheritune.config.experiment import REPOSITORY, Data
-from inheritune.data.decoders import BYTE_ORDER_MARK, count_parquet, decoding, read_json_documents, read_lines, read_parquet
+from inheritune.data.decoders import (
+    BYTE_ORDER_MARK,
+    count_parquet,
+    decoding,
+    read_json_documents,
+    read_lines,
+    read_parquet,
+)
 from inheritune.errors import UserError
 from inheritune.files.hub import hub_errors
 from inheritune.files.rundir import hash_file, read_json, write_json
@@ -34,17 +42,21 @@ KINDS = {".txt": "text", ".py": "python", ".parquet": "text"} | dict.fromkeys(
     (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz"), "json"
 )
 QUADRATIC = {"punycode", "idna"}
-"""Encodings that a coding line may name and whose decoders take a time that grows with the square of a text's length."""
+"""Encodings that a coding line may name and whose decoders take a time that grows with the square of a text's
+length."""
 MOST_NULS = 0.1
-"""Of a document's characters: UTF-16 of English has one in two, a text with a stray NUL or a table of them far fewer."""
+"""Of a document's characters: UTF-16 of English has one in two, a text with a stray NUL or a table of them
+far fewer."""
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
 class Source:
-    """The files of a data section, in order, by group (one group without a name unless `data.files` is a mapping)."""
+    """The files of a data section, in order, by group (one group without a name unless `data.files` is a
+    mapping)."""
 
     def __init__(self, data: Data, folder: Path):
-        """`folder` keeps the listing of a Hub data set, so that a machine without internet sees the same files."""
+        """`folder` keeps the listing of a Hub data set, so that a machine without internet sees the same
+        files."""
         self.data = data
         self.groups: dict[str, list[str]] = {}
         if data.source == "embedded":
@@ -52,13 +64,16 @@ class Source:
         else:
             if data.source == "hub" and not re.fullmatch("[0-9a-f]{40}", data.revision):
                 raise UserError(
-                    f"data.revision: '{data.revision}' is no commit of {data.repo}; write the 40 digits that the Hub shows "
+                    f"data.revision: '{data.revision}' is no commit of {data.repo}; write the 40 digits that "
+                    f"the Hub shows "
                     f"under 'Files and versions', so that the data cannot change under the experiment"
                 )
             patterns = data.files if isinstance(data.files, dict) else {"": data.files}
             find = _local_files if data.source == "files" else _hub_listing(data, folder)
             for group in sorted(patterns):  # the hash of the data section does not see the order of the keys
-                self.groups[group] = list(dict.fromkeys(name for pattern in patterns[group] for name in find(pattern)))
+                self.groups[group] = list(
+                    dict.fromkeys(name for pattern in patterns[group] for name in find(pattern))
+                )
         if data.source == "files":
             self.groups = _each_file_once(self.groups)
         for name in itertools.chain(*self.groups.values()):
@@ -71,8 +86,8 @@ class Source:
         return _hub_file(self.data, name) if self.data.source == "hub" else Path(name)
 
     def describe(self, name: str) -> dict:
-        """Return the file's entry in the manifest: name, bytes, and the Hub's commit or a local file's hash, by which a later
-        `prepare` tells whether it has changed."""
+        """Return the file's entry in the manifest: name, bytes, and the Hub's commit or a local file's hash,
+        by which a later `prepare` tells whether it has changed."""
         entry = self._size_of(name)
         if self.data.source == "hub":
             return entry | {"revision": self.data.revision}
@@ -82,8 +97,8 @@ class Source:
         return {"name": name, "bytes": self.path(name).stat().st_size}
 
     def state(self) -> str:
-        """Return a hash that changes when the documents do: names with sizes and times of change, or names with the commit of a
-        Hub data set."""
+        """Return a hash that changes when the documents do: names with sizes and times of change, or names
+        with the commit of a Hub data set."""
 
         def facts_of(name: str) -> dict | str:
             if self.data.source == "hub":
@@ -120,7 +135,9 @@ class Source:
 def _suffix(name: str) -> str:
     suffix = next((suffix for suffix in sorted(KINDS, key=len, reverse=True) if name.endswith(suffix)), None)
     if suffix is None:
-        raise UserError(f"{name}: documents are read from {', '.join(KINDS)} files only; convert it, or narrow data.files")
+        raise UserError(
+            f"{name}: documents are read from {', '.join(KINDS)} files only; convert it, or narrow data.files"
+        )
     return suffix
 
 
@@ -129,28 +146,36 @@ def _standard_library() -> list[str]:
     stdlib, found = sysconfig.get_path("stdlib"), []
     for folder, subfolders, names in os.walk(stdlib):
         subfolders[:] = [name for name in subfolders if name not in NOT_LIBRARY]
-        found += [os.path.relpath(os.path.join(folder, name), stdlib) for name in names if name.endswith(".py")]
+        found += [
+            os.path.relpath(os.path.join(folder, name), stdlib) for name in names if name.endswith(".py")
+        ]
     return sorted(found)
 
 
 def _local_files(pattern: str) -> list[str]:
-    """Return the sorted files that match, from the current folder or else from the repository. A pattern that is a file's own
-    name is that file, though it holds a bracket or a star."""
+    """Return the sorted files that match, from the current folder or else from the repository. A pattern that
+    is a file's own name is that file, though it holds a bracket or a star."""
     given = os.path.expanduser(os.path.expandvars(pattern))
     for base in (os.getcwd(), str(REPOSITORY)):
         whole = os.path.join(base, given)
         if os.path.isfile(whole):
             return [whole]
-        found = glob.glob(given if os.path.isabs(given) else os.path.join(glob.escape(base), given), recursive=True)
+        found = glob.glob(
+            given if os.path.isabs(given) else os.path.join(glob.escape(base), given), recursive=True
+        )
         if names := sorted(name for name in found if os.path.isfile(name)):
             return names
-    brackets = " ([ and ] mean a set of letters in a pattern; write [[] for a bracket)" if "[" in given else ""
-    raise UserError(f"data.files: '{pattern}' matches no file, neither from {os.getcwd()} nor from {REPOSITORY}{brackets}")
+    brackets = (
+        " ([ and ] mean a set of letters in a pattern; write [[] for a bracket)" if "[" in given else ""
+    )
+    raise UserError(
+        f"data.files: '{pattern}' matches no file, neither from {os.getcwd()} nor from {REPOSITORY}{brackets}"
+    )
 
 
 def _each_file_once(groups: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Return `groups` with each real file once: under its own name if that was found, else under its first link's. (A link to a
-    folder above itself would give each document many times, in both parts of the split.)
+    """Return `groups` with each real file once: under its own name if that was found, else under its first
+    link's. (A link to a folder above itself would give each document many times, in both parts of the split.)
 
     Raises UserError if a file belongs to two groups."""
     taken: dict[str, str] = {}
@@ -164,15 +189,20 @@ def _each_file_once(groups: dict[str, list[str]]) -> dict[str, list[str]]:
                 kept[place] = name
         for place, name in kept.items():
             if place in taken:
-                raise UserError(f"data.files: {name} belongs to the groups '{taken[place]}' and '{group}'; leave it in one")
+                raise UserError(
+                    f"data.files: {name} belongs to the groups '{taken[place]}' and '{group}'; leave it in "
+                    f"one"
+                )
             taken[place] = group
         result[group] = list(kept.values())
         if links := len(names) - len(kept):
-            log.warning("data.files: %d names are links to other files of the list; each file is read once", links)
+            log.warning(
+                "data.files: %d names are links to other files of the list; each file is read once", links
+            )
     return result
 
 
-# --- the Hub --------------------------------------------------------------------------------------------------------------
+# --- the Hub ------------------------------------------------------------------------------------------------
 
 
 def _hub_file(data: Data, name: str) -> Path:
@@ -180,13 +210,15 @@ def _hub_file(data: Data, name: str) -> Path:
     import huggingface_hub
 
     with hub_errors(f"{name} of {data.repo}@{data.revision}", f"datasets/{data.repo}"):
-        return Path(huggingface_hub.hf_hub_download(data.repo, name, repo_type="dataset", revision=data.revision))
+        return Path(
+            huggingface_hub.hf_hub_download(data.repo, name, repo_type="dataset", revision=data.revision)
+        )
 
 
 def _hub_listing(data: Data, folder: Path) -> Callable[[str], list[str]]:
-    """A function from a pattern to the sorted names it matches. The names come from the listing kept in `folder`, else
-    from the Hub (and are kept); a name without a wildcard needs neither. Offline and never listed, the names in the cache
-    must do, which is said: a part of them gives other data."""
+    """A function from a pattern to the sorted names it matches. The names come from the listing kept in
+    `folder`, else from the Hub (and are kept); a name without a wildcard needs neither. Offline and never
+    listed, the names in the cache must do, which is said: a part of them gives other data."""
     kept = folder / "hub_files.json"
 
     def names() -> list[str]:
@@ -203,10 +235,18 @@ def _hub_listing(data: Data, folder: Path) -> Callable[[str], list[str]]:
                     )
                 )
             found = sorted(path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.is_file())
-            log.warning("offline: %s@%s is taken to be the %d files in %s", data.repo, data.revision, len(found), cache)
+            log.warning(
+                "offline: %s@%s is taken to be the %d files in %s",
+                data.repo,
+                data.revision,
+                len(found),
+                cache,
+            )
             return found
         with hub_errors(f"the listing of {data.repo}@{data.revision}", f"datasets/{data.repo}"):
-            found = huggingface_hub.HfApi().list_repo_files(data.repo, repo_type="dataset", revision=data.revision)
+            found = huggingface_hub.HfApi().list_repo_files(
+                data.repo, repo_type="dataset", revision=data.revision
+            )
         write_json(kept, sorted(found))
         return sorted(found)
 
@@ -217,14 +257,15 @@ def _hub_listing(data: Data, folder: Path) -> Callable[[str], list[str]]:
         found = [name for name in listed if fnmatch.fnmatchcase(name, pattern)]
         if not found:
             raise UserError(
-                f"data.files: '{pattern}' matches none of the {len(listed)} files of {data.repo} at {data.revision}"
+                f"data.files: '{pattern}' matches none of the {len(listed)} files of {data.repo} at "
+                f"{data.revision}"
             )
         return found
 
     return find
 
 
-# --- batches and texts -----------------------------------------------------------------------------------------------------
+# --- batches and texts --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -242,7 +283,8 @@ class Batch:
 
 
 def read_batches(source: Source, group: str, start: tuple[int, int], batch_bytes: int) -> Iterator[Batch]:
-    """The group's documents from `start` on. Cut by size alone, so a start at an earlier batch's end gives the same rest."""
+    """The group's documents from `start` on. Cut by size alone, so a start at an earlier batch's end gives
+    the same rest."""
     names, batch = source.groups[group], None
     for index in range(start[0], len(names)):
         kind, done = KINDS[_suffix(names[index])], start[1] if index == start[0] else 0
@@ -256,7 +298,10 @@ def read_batches(source: Source, group: str, start: tuple[int, int], batch_bytes
             batch.places.append((index, line))
             batch.size += len(raw or b"") + 64  # so that empty documents fill a batch too
             batch.end = (index, done)
-        if batch is not None and _suffix(names[index]) not in (".txt", ".py"):  # the next file may have to be downloaded first
+        if batch is not None and _suffix(names[index]) not in (
+            ".txt",
+            ".py",
+        ):  # the next file may have to be downloaded first
             yield batch
             batch = None
     if batch is not None:

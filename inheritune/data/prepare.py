@@ -1,11 +1,14 @@
-"""Documents to token shards: `prepare(experiment)` fills the experiment's data folder, once, for every run that reads it.
+"""Documents to token shards: `prepare(experiment)` fills the experiment's data folder, once, for every run
+that reads it.
 
-    data/<name>-<hash>/  train_00000.bin ... val_00000.bin ...  tokenizer/  manifest.json (last: without it nothing is there)
+    data/<name>-<hash>/  train_00000.bin ... val_00000.bin ...  tokenizer/  manifest.json (last: without it
+    nothing is there)
 
-The parent reads documents in source order and hands batches of raw bytes to one process per core, which parse and encode
-them; the parent puts the results in order again, splits them and writes raw little-endian ids. The bytes depend on the data
-section and the documents only: not on the number of workers, nor on how often the program was killed and started again
-(`progress.json` says up to which document the files are good; everything after that is cut and redone).
+The parent reads documents in source order and hands batches of raw bytes to one process per core, which parse
+and encode them; the parent puts the results in order again, splits them and writes raw little-endian ids. The
+bytes depend on the data section and the documents only: not on the number of workers, nor on how often the
+program was killed and started again (`progress.json` says up to which document the files are good; everything
+after that is cut and redone).
 """
 
 import itertools
@@ -68,15 +71,17 @@ LICENCES = {"embedded": "Python Software Foundation License Version 2 (PSF-2.0)"
 def prepare(experiment: Experiment, workers: int | None = None) -> Path:
     """Tokenize the experiment's documents into its data folder, unless that was done, and return the folder.
 
-    `workers` processes encode (default: one per core this process may use). Documents that cannot be used are counted and
-    named in manifest.json. Raises UserError if a source is missing, unreadable or without any usable document, or if the
-    disk is full; started again it goes on where it stopped."""
+    `workers` processes encode (default: one per core this process may use). Documents that cannot be used are
+    counted and named in manifest.json. Raises UserError if a source is missing, unreadable or without any
+    usable document, or if the disk is full; started again it goes on where it stopped."""
     data, folder = experiment.data, data_dir(experiment)
     workers = workers or len(os.sched_getaffinity(0))
     if _is_prepared(folder):  # asked without the lock first: the folder may belong to someone else
         report_changes(experiment, folder)
         return folder
-    with Lock(folder, signals.asked_to_stop, wait=math.inf):  # a second prepare of the same data waits here, then finds it done
+    with Lock(
+        folder, signals.asked_to_stop, wait=math.inf
+    ):  # a second prepare of the same data waits here, then finds it done
         if _is_prepared(folder):
             report_changes(experiment, folder)
             return folder
@@ -88,10 +93,13 @@ def prepare(experiment: Experiment, workers: int | None = None) -> Path:
             try:
                 job.run(pool, window=2 * workers + 2)
             except BrokenProcessPool:
-                for worker in multiprocessing.active_children():  # they ignore the SIGTERM by which the pool would end them
+                for worker in (
+                    multiprocessing.active_children()
+                ):  # they ignore the SIGTERM by which the pool would end them
                     worker.kill()
                 raise UserError(
-                    f"a worker process was killed while preparing {folder} (out of memory?); start again with fewer "
+                    f"a worker process was killed while preparing {folder} (out of memory?); start again "
+                    f"with fewer "
                     f"workers than {workers}: what is written is kept"
                 ) from None
         return folder
@@ -109,15 +117,23 @@ def _is_prepared(folder: Path) -> bool:
 
 
 def report_changes(experiment: Experiment, folder: Path) -> None:
-    """Warn if the documents are no longer those that the data in `folder` was prepared from, and say how to prepare anew.
+    """Warn if the documents are no longer those that the data in `folder` was prepared from, and say how to
+    prepare anew.
 
-    Sizes are compared, and the content of files that are newer than the manifest. A data set of the Hub is pinned by its
-    commit. Raises UserError if the names of the experiment now mean another corpus altogether (`check_same_corpus`)."""
+    Sizes are compared, and the content of files that are newer than the manifest. A data set of the Hub is
+    pinned by its commit. Raises UserError if the names of the experiment now mean another corpus altogether
+    (`check_same_corpus`)."""
     manifest, prepared = read_json(folder / "manifest.json"), shlex.quote(str(folder / "manifest.json"))
-    anew = f"to prepare anew, for runs that begin anew too: rm {prepared} && python -m inheritune prepare {experiment.given}"
+    anew = (
+        f"to prepare anew, for runs that begin anew too: rm {prepared} && python -m inheritune prepare "
+        f"{experiment.given}"
+    )
     if tokenizer_changed(experiment.data, manifest):
         log.warning(
-            "%s was prepared with other files of tokenizer %s, and stays as it is; %s", folder, experiment.data.tokenizer, anew
+            "%s was prepared with other files of tokenizer %s, and stays as it is; %s",
+            folder,
+            experiment.data.tokenizer,
+            anew,
         )
     before, data = {file["name"]: file for file in manifest["source_files"]}, experiment.data
     if data.source == "hub" or not before:
@@ -134,36 +150,50 @@ def report_changes(experiment: Experiment, folder: Path) -> None:
         check_same_corpus(source, before, folder)
         return
     since = (folder / "manifest.json").stat().st_mtime
-    changed = [name for name in before if name in now and _has_changed(source.path(name), before[name], since)]
+    changed = [
+        name for name in before if name in now and _has_changed(source.path(name), before[name], since)
+    ]
     found = {"new": added, "gone": gone, "changed": changed}
-    parts = [f"{len(names)} {what} ({names[0]}{', ...' if len(names) > 1 else ''})" for what, names in found.items() if names]
+    parts = [
+        f"{len(names)} {what} ({names[0]}{', ...' if len(names) > 1 else ''})"
+        for what, names in found.items()
+        if names
+    ]
     if parts:
-        log.warning("%s was prepared from other documents: %s. It stays as it is; %s", folder, ", ".join(parts), anew)
+        log.warning(
+            "%s was prepared from other documents: %s. It stays as it is; %s", folder, ", ".join(parts), anew
+        )
 
 
 def check_corpus(experiment: Experiment, folder: Path) -> None:
-    """`check_same_corpus` of prepared data, where the documents can be seen from here. (A compute node may see none.)"""
+    """`check_same_corpus` of prepared data, where the documents can be seen from here. (A compute node may
+    see none.)"""
     if experiment.data.source != "files":
         return
     try:
         source = Source(experiment.data, folder)
     except UserError:
         return
-    check_same_corpus(source, {file["name"]: file for file in read_json(folder / "manifest.json")["source_files"]}, folder)
+    check_same_corpus(
+        source, {file["name"]: file for file in read_json(folder / "manifest.json")["source_files"]}, folder
+    )
 
 
 def tokenizer_changed(data: Data, manifest: dict) -> bool:
-    """Return whether the tokenizer that `data` names by a path gives other ids than the one that data was prepared with."""
+    """Return whether the tokenizer that `data` names by a path gives other ids than the one that data was
+    prepared with."""
     if not resolve_path(data.tokenizer).exists():
         return False
     return load_tokenizer(data).fingerprint != manifest["tokenizer"]["fingerprint"]
 
 
 def check_same_corpus(source: Source, before: dict[str, dict], folder: Path) -> None:
-    """Raises UserError if none of the files that data was prepared from (`before`: name to entry of the manifest) is among
-    those of `source`, and their contents are others too: a relative path, or a variable, then means another corpus here.
+    """Raises UserError if none of the files that data was prepared from (`before`: name to entry of the
+    manifest) is among those of `source`, and their contents are others too: a relative path, or a variable,
+    then means another corpus here.
 
-    Files that were moved have the same contents. Where there are none, they are taken to be deleted on purpose."""
+    Files that were moved have the same contents. Where there are none, they are taken to be deleted on
+    purpose."""
     names = list(itertools.chain(*source.groups.values()))
     if source.data.source != "files" or not before or not names or set(names) & set(before):
         return
@@ -171,7 +201,8 @@ def check_same_corpus(source: Source, before: dict[str, dict], folder: Path) -> 
     other = next((name for name in names if source.describe(name)["xxh3"] not in known), None)
     if other is not None:
         raise UserError(
-            f"{folder} was prepared from {next(iter(before))} and the like; from here data.files means other documents, such "
+            f"{folder} was prepared from {next(iter(before))} and the like; from here data.files means other "
+            f"documents, such "
             f"as {other}; give data another name, or write absolute paths in data.files"
         )
 
@@ -185,7 +216,7 @@ def _has_changed(path: Path, before: dict, since: float) -> bool:
     return "xxh3" in before and newer and hash_file(path) != before["xxh3"]
 
 
-# --- encoding in processes -------------------------------------------------------------------------------------------------
+# --- encoding in processes ----------------------------------------------------------------------------------
 
 
 _worker: tuple[Tokenizer, Data] | None = None
@@ -224,7 +255,8 @@ class _Spawn(SpawnContext):
 
 def _start_pool(workers: int, data: Data, tokenizer_dir: Path) -> Executor:
     if workers > 1:
-        # multiprocessing's own process removes the locks where a second Ctrl-C ends this one; there is no need to hear of it
+        # multiprocessing's own process removes the locks where a second Ctrl-C ends this one; there is no
+        # need to hear of it
         sys.warnoptions.append("ignore:resource_tracker")
         try:
             return ProcessPoolExecutor(workers, _Spawn(), _start_process, (data, tokenizer_dir))
@@ -235,7 +267,8 @@ def _start_pool(workers: int, data: Data, tokenizer_dir: Path) -> Executor:
 
 @contextmanager
 def _pool(workers: int, data: Data, tokenizer_dir: Path):
-    """Executor of `workers` processes, each with the tokenizer loaded; one worker is a thread of this process."""
+    """Executor of `workers` processes, each with the tokenizer loaded; one worker is a thread of this
+    process."""
     pool = _start_pool(workers, data, tokenizer_dir)
     try:
         yield pool
@@ -244,7 +277,8 @@ def _pool(workers: int, data: Data, tokenizer_dir: Path):
 
 
 def _encode(kind: str, raws: list[bytes | None]) -> tuple[np.ndarray, np.ndarray, list[tuple[int, str]]]:
-    """Ids of the batch, end of text included; tokens of each document, 0 if unusable; (document, defect) of those."""
+    """Ids of the batch, end of text included; tokens of each document, 0 if unusable; (document, defect) of
+    those."""
     tokenizer, data = _worker
     texts, used, bad = [], [], []
     for index, raw in enumerate(raws):
@@ -260,12 +294,17 @@ def _encode(kind: str, raws: list[bytes | None]) -> tuple[np.ndarray, np.ndarray
     lengths = np.zeros(len(raws), np.int64)
     lengths[used] = [len(row) + 1 for row in rows]
     parts = [part for row in rows for part in ((end, row) if data.end_of_text == "prepend" else (row, end))]
-    ids = np.concatenate(parts, dtype=tokenizer.dtype, casting="unsafe") if parts else np.zeros(0, tokenizer.dtype)
+    ids = (
+        np.concatenate(parts, dtype=tokenizer.dtype, casting="unsafe")
+        if parts
+        else np.zeros(0, tokenizer.dtype)
+    )
     return ids, lengths, bad
 
 
 def _encoded(batches: Iterator[Batch], pool: Executor, window: int) -> Iterator[tuple[Batch, tuple]]:
-    """Each batch with its result, in order; at most `window` are under way, so memory does not grow with the data."""
+    """Each batch with its result, in order; at most `window` are under way, so memory does not grow with the
+    data."""
     waiting, more, failure = deque(), True, None
     while more or waiting:
         while more and len(waiting) < window:
@@ -285,11 +324,12 @@ def _encoded(batches: Iterator[Batch], pool: Executor, window: int) -> Iterator[
         raise failure
 
 
-# --- writing --------------------------------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------------------
 
 
 class Shards:
-    """The token files of one split, filled one after another. They are written in place: the manifest makes them exist."""
+    """The token files of one split, filled one after another. They are written in place: the manifest makes
+    them exist."""
 
     def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int, state: dict | None):
         """`state` is what `save` returned in an earlier process; what was written after it is cut off."""
@@ -337,7 +377,9 @@ class Shards:
             if self._file:
                 self._file.close()
             path, size = self.path, self.filled * self.dtype.itemsize
-            self.shards.append({"file": path.name, "tokens": self.filled, "bytes": size, "xxh3": hash_file(path)})
+            self.shards.append(
+                {"file": path.name, "tokens": self.filled, "bytes": size, "xxh3": hash_file(path)}
+            )
             self.filled, self._file = 0, None
 
     def save(self) -> dict:
@@ -349,8 +391,9 @@ class Shards:
 
 
 def cut_words(text: str) -> Iterator[str]:
-    """Yield `text` in pieces that hold no run of LONGEST_WORD letters without a blank, or blanks without a letter; an ordinary
-    text is one piece. A BPE is trained in a time that grows with the square of its longest word: 8 MB of base64 take days."""
+    """Yield `text` in pieces that hold no run of LONGEST_WORD letters without a blank, or blanks without a
+    letter; an ordinary text is one piece. A BPE is trained in a time that grows with the square of its
+    longest word: 8 MB of base64 take days."""
     start = 0
     for run in re.finditer(rf"(?<!\S)\S{{{LONGEST_WORD},}}|(?<!\s)\s{{{LONGEST_WORD},}}", text):
         for end in range(run.start() + LONGEST_WORD, run.end() + 1, LONGEST_WORD):
@@ -373,22 +416,32 @@ class _Job:
         self.tokenizer = self._tokenizer()
         none, groups, splits = {}, source.groups, state.get("splits", {})
         self.position = {group: tuple(state.get("position", none).get(group, (0, 0))) for group in groups}
-        self.read = {group: state.get("read", none).get(group, 0) for group in groups}  # documents, usable or not
+        self.read = {
+            group: state.get("read", none).get(group, 0) for group in groups
+        }  # documents, usable or not
         self.taken = {group: state.get("taken", none).get(group, 0) for group in groups}  # tokens
         self.bad = state.get("bad", {})
         self.splits = {
-            name: Shards(folder, name, self.tokenizer.dtype, data.shard_tokens, splits.get(name)) for name in ("train", "val")
+            name: Shards(folder, name, self.tokenizer.dtype, data.shard_tokens, splits.get(name))
+            for name in ("train", "val")
         }
         self.save()
 
     tokens = property(lambda self: sum(split.tokens for split in self.splits.values()))
 
     def _progress(self) -> dict:
-        """What an earlier, killed process left; nothing if the documents have changed since, or a file of it is gone."""
+        """What an earlier, killed process left; nothing if the documents have changed since, or a file of it
+        is gone."""
         if self.progress_file.is_file():
             state = read_json(self.progress_file)
-            files = [(self.folder / shard["file"], shard["bytes"]) for s in state["splits"].values() for shard in s["shards"]]
-            files += [(self.folder / split["open"], split["open_bytes"]) for split in state["splits"].values()]
+            files = [
+                (self.folder / shard["file"], shard["bytes"])
+                for s in state["splits"].values()
+                for shard in s["shards"]
+            ]
+            files += [
+                (self.folder / split["open"], split["open_bytes"]) for split in state["splits"].values()
+            ]
             whole = all(not size or path.is_file() and path.stat().st_size >= size for path, size in files)
             if state["inputs"] == self.inputs and whole:
                 done = sum(split["tokens"] for split in state["splits"].values())
@@ -419,11 +472,14 @@ class _Job:
     def _check_stop(self, during: str) -> None:
         """Raises Stopped when asked to leave where nothing has been written yet."""
         if signals.asked_to_stop():
-            raise Stopped(f"preparing {self.folder} stopped while {during}; the same command begins that anew")
+            raise Stopped(
+                f"preparing {self.folder} stopped while {during}; the same command begins that anew"
+            )
 
     def _split(self) -> tuple[np.ndarray | None, dict[str, int]]:
-        """(documents,) bool: the documents that datasets' train_test_split(fraction, seed) puts into its test part (as
-        nanoGPT does). All documents count, in the order of the source, the unusable ones too. And each group's first one."""
+        """(documents,) bool: the documents that datasets' train_test_split(fraction, seed) puts into its test
+        part (as nanoGPT does). All documents count, in the order of the source, the unusable ones too. And
+        each group's first one."""
         if self.counts is None:
             return None, {}
         ends = list(itertools.accumulate(self.counts.values()))
@@ -431,16 +487,22 @@ class _Job:
         n_heldout = math.ceil(fraction * count)
         if count and n_heldout == count:
             raise UserError(
-                f"{self.data.name}: of {count} document(s), validation.fraction {fraction} holds out {n_heldout}, so none is "
-                f"left to train on; give more files, write one document a line (.jsonl), or hold out the first N tokens: "
+                f"{self.data.name}: of {count} document(s), validation.fraction {fraction} holds out "
+                f"{n_heldout}, so none is "
+                f"left to train on; give more files, write one document a line (.jsonl), or hold out the "
+                f"first N tokens: "
                 f"'validation: {{first_shard: true}}' with 'shard_tokens: N'"
             )
-        heldout, order = np.zeros(count, bool), np.random.default_rng(self.data.validation.seed).permutation(count)
+        heldout, order = (
+            np.zeros(count, bool),
+            np.random.default_rng(self.data.validation.seed).permutation(count),
+        )
         heldout[order[:n_heldout]] = True
         return heldout, dict(zip(self.counts, [0, *ends], strict=False))
 
     def _tokenizer(self) -> Tokenizer:
-        """The tokenizer, saved in the data folder by now, so that the workers and later users open the same."""
+        """The tokenizer, saved in the data folder by now, so that the workers and later users open the
+        same."""
         data = self.data
         if not self.tokenizer_dir.is_dir():
             with replacing(self.tokenizer_dir) as folder:
@@ -452,8 +514,9 @@ class _Job:
         return load_tokenizer(data, self.tokenizer_dir)
 
     def _sample(self) -> Iterator[str]:
-        """Training documents for a tokenizer: the first 50 MB, each group with its share if there are weights. (With
-        `first_shard` they hold the validation text too: which tokens that is, is only known once there are tokens.)"""
+        """Training documents for a tokenizer: the first 50 MB, each group with its share if there are
+        weights. (With `first_shard` they hold the validation text too: which tokens that is, is only known
+        once there are tokens.)"""
         weights, left, read, defects = self.data.weights, BPE_SAMPLE_BYTES, 0, Counter()
         for group in self.source.groups:
             if weights:
@@ -477,7 +540,9 @@ class _Job:
             raise self._empty(defects)
 
     def _empty(self, defects: dict[str, int]) -> UserError:
-        return UserError(f"{self.data.name}: empty corpus, no usable document ({_list(defects) or 'no document at all'})")
+        return UserError(
+            f"{self.data.name}: empty corpus, no usable document ({_list(defects) or 'no document at all'})"
+        )
 
     def run(self, pool: Executor, window: int) -> None:
         """Encode and write all that is left, then the manifest."""
@@ -493,15 +558,19 @@ class _Job:
                 break
             if signals.asked_to_stop():
                 self.save()
-                raise Stopped(f"preparing {self.folder} stopped at {self.tokens} tokens; the same command goes on from there")
+                raise Stopped(
+                    f"preparing {self.folder} stopped at {self.tokens} tokens; the same command goes on from "
+                    f"there"
+                )
         progress.close()
         self._finish()
         spent, tokens = time.monotonic() - start[0], self.tokens - start[1]
         log.info("prepared %s: %d tokens, %.0f tokens/s", self.folder, self.tokens, tokens / spent)
 
     def _mixed(self, pool: Executor, window: int) -> Iterator[tuple[Batch, tuple]]:
-        """Encoded batches of all groups: one group after another, or, with weights, each from the group that is furthest
-        behind its share of the tokens. Reading then ends with the first group that has no more: the shares would not hold."""
+        """Encoded batches of all groups: one group after another, or, with weights, each from the group that
+        is furthest behind its share of the tokens. Reading then ends with the first group that has no more:
+        the shares would not hold."""
         weights = self.data.weights
         size = MIXED_BATCH_BYTES if weights else BATCH_BYTES
         streams = {
@@ -520,7 +589,9 @@ class _Job:
                 return
             yield item
 
-    def _write(self, batch: Batch, ids: np.ndarray, lengths: np.ndarray, bad: list[tuple[int, str]], limit: int) -> bool:
+    def _write(
+        self, batch: Batch, ids: np.ndarray, lengths: np.ndarray, bad: list[tuple[int, str]], limit: int
+    ) -> bool:
         """Split one encoded batch over the two parts; true if a shard was filled."""
         names, data, first = self.source.groups[batch.group], self.data, self.read[batch.group]
         for index, defect in bad:
@@ -550,7 +621,8 @@ class _Job:
 
     def _changed(self) -> UserError:
         return UserError(
-            f"{self.data.name}: documents changed while they were read; once nothing writes to them, the same command prepares "
+            f"{self.data.name}: documents changed while they were read; once nothing writes to them, the "
+            f"same command prepares "
             f"them from the first on"
         )
 
@@ -564,13 +636,19 @@ class _Job:
         for name, split in self.splits.items():
             if not split.tokens:
                 raise UserError(
-                    f"{self.data.name}: all {self.tokens} tokens fall into the other part, none into '{name}'; prepare "
+                    f"{self.data.name}: all {self.tokens} tokens fall into the other part, none into "
+                    f"'{name}'; prepare "
                     f"more text, or change data.validation or data.shard_tokens ({self.data.shard_tokens})"
                 )
             split.finish()
-        used = {g: names[: self.position[g][0] + 1] for g, names in self.source.groups.items() if self.read[g]}
+        used = {
+            g: names[: self.position[g][0] + 1] for g, names in self.source.groups.items() if self.read[g]
+        }
         tokenizer, data = self.tokenizer, self.data
-        splits = {n: {"tokens": s.tokens, "documents": s.documents, "shards": s.shards} for n, s in self.splits.items()}
+        splits = {
+            n: {"tokens": s.tokens, "documents": s.documents, "shards": s.shards}
+            for n, s in self.splits.items()
+        }
         key = json.dumps([tokenizer.fingerprint, tokenizer.dtype, splits])
         manifest = {
             "name": data.name,
@@ -596,7 +674,9 @@ class _Job:
         write_json(self.folder / "manifest.json", manifest)
         remove(self.progress_file)
         if self.bad:
-            log.warning("%s: documents left out: %s; examples are in manifest.json", self.folder, _list(defects))
+            log.warning(
+                "%s: documents left out: %s; examples are in manifest.json", self.folder, _list(defects)
+            )
 
 
 def _list(defects: dict[str, int]) -> str:
@@ -604,11 +684,14 @@ def _list(defects: dict[str, int]) -> str:
 
 
 class _Progress:
-    """Tokens per second and an estimate of the rest: a bar on a terminal, a log line every half minute elsewhere."""
+    """Tokens per second and an estimate of the rest: a bar on a terminal, a log line every half minute
+    elsewhere."""
 
     def __init__(self, job: _Job):
         self.started, self.shown, self.before = time.monotonic(), time.monotonic(), job.tokens
-        self.bar = tqdm(unit="tok", unit_scale=True, initial=job.tokens, disable=not sys.stderr.isatty(), mininterval=0.5)
+        self.bar = tqdm(
+            unit="tok", unit_scale=True, initial=job.tokens, disable=not sys.stderr.isatty(), mininterval=0.5
+        )
 
     def show(self, job: _Job) -> None:
         if not self.bar.disable:
@@ -617,7 +700,9 @@ class _Progress:
         elif time.monotonic() - self.shown > 30:
             self.shown = time.monotonic()
             spent = self.shown - self.started
-            line = tqdm.format_meter(job.tokens, self._expected(job), spent, unit="tok", unit_scale=True, initial=self.before)
+            line = tqdm.format_meter(
+                job.tokens, self._expected(job), spent, unit="tok", unit_scale=True, initial=self.before
+            )
             log.info("%s", line)
 
     def _expected(self, job: _Job) -> int | None:

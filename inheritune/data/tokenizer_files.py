@@ -1,7 +1,9 @@
-"""Files of a tokenizer as other programs read them: what transformers 4 and 5, and programs built on them, read alike.
+"""Files of a tokenizer as other programs read them: what transformers 4 and 5, and programs built on them,
+read alike.
 
-A tokenizer without `model_input_names` returns token_type_ids to transformers 4; classes of transformers 5 are unknown to it.
-So every writer of a tokenizer (`inherit`, final/, weights kept at a step, `export`, a prepared data set) takes it from here.
+A tokenizer without `model_input_names` returns token_type_ids to transformers 4; classes of transformers 5
+are unknown to it. So every writer of a tokenizer (`inherit`, final/, weights kept at a step, `export`, a
+prepared data set) takes it from here.
 """
 
 import json
@@ -19,8 +21,22 @@ TEMPLATES = ["chat_template.jinja", "additional_chat_templates/*.jinja"]
 FILES = [*TOKENIZER_FILES, *TEMPLATES]
 INPUT_NAMES = ["input_ids", "attention_mask"]
 
-_OF_ONE_MACHINE = {"name_or_path", "local_files_only", "is_local", "cache_dir", "token", "use_auth_token", "device_map"}
-_OF_ONE_VERSION = {"backend", "extra_special_tokens", "model_specific_special_tokens", "files_loaded", "_commit_hash"}
+_OF_ONE_MACHINE = {
+    "name_or_path",
+    "local_files_only",
+    "is_local",
+    "cache_dir",
+    "token",
+    "use_auth_token",
+    "device_map",
+}
+_OF_ONE_VERSION = {
+    "backend",
+    "extra_special_tokens",
+    "model_specific_special_tokens",
+    "files_loaded",
+    "_commit_hash",
+}
 ANY_FAST_CLASS = "PreTrainedTokenizerFast"
 """The class of transformers 4 and 5 that takes tokenizer.json as it is."""
 
@@ -28,9 +44,14 @@ ANY_FAST_CLASS = "PreTrainedTokenizerFast"
 def tokenizer_config(raw: dict, backend: dict | None = None, token_types: bool = False) -> dict:
     """`raw`, a tokenizer_config.json, in words that transformers 4 and 5 both read.
 
-    `backend` is the tokenizer.json beside it, None if there is none. `token_types`: whether the model takes token_type_ids,
-    which transformers 4 otherwise returns from a tokenizer that does not state its outputs."""
-    dropped = {key for key in raw if key in _OF_ONE_MACHINE | _OF_ONE_VERSION or key.endswith(("_file", "_dir", "_path"))}
+    `backend` is the tokenizer.json beside it, None if there is none. `token_types`: whether the model takes
+    token_type_ids, which transformers 4 otherwise returns from a tokenizer that does not state its
+    outputs."""
+    dropped = {
+        key
+        for key in raw
+        if key in _OF_ONE_MACHINE | _OF_ONE_VERSION or key.endswith(("_file", "_dir", "_path"))
+    }
     config = {key: value for key, value in raw.items() if key not in dropped}
     extra, named = raw.get("extra_special_tokens") or {}, raw.get("model_specific_special_tokens") or {}
     if isinstance(extra, list):  # in transformers 5 what 4 calls additional_special_tokens
@@ -51,12 +72,14 @@ def tokenizer_config(raw: dict, backend: dict | None = None, token_types: bool =
 
 
 def trained_config(raw: dict, backend: dict) -> dict:
-    """`tokenizer_config` of a tokenizer that a run was trained with: its ids are those that `backend` gives as it is, and its
-    decoded text is the text."""
+    """`tokenizer_config` of a tokenizer that a run was trained with: its ids are those that `backend` gives
+    as it is, and its decoded text is the text."""
     config = tokenizer_config(raw, backend)
     config |= {"tokenizer_class": ANY_FAST_CLASS, "clean_up_tokenization_spaces": False}
     prefix = (backend.get("pre_tokenizer") or {}).get("add_prefix_space")
-    return config if prefix is None else {**config, "add_prefix_space": prefix}  # transformers 4 takes back what is not stated
+    return (
+        config if prefix is None else {**config, "add_prefix_space": prefix}
+    )  # transformers 4 takes back what is not stated
 
 
 def special_tokens_map(raw: dict) -> dict:
@@ -69,15 +92,18 @@ def special_tokens_map(raw: dict) -> dict:
 
 
 def find_files(folder: Path, patterns: Iterable[str] = FILES) -> list[str]:
-    """Names, relative to `folder`, of the tokenizer's files that are there; what is hidden (.DS_Store) is not a tokenizer's."""
+    """Names, relative to `folder`, of the tokenizer's files that are there; what is hidden (.DS_Store) is not
+    a tokenizer's."""
     found = (path.relative_to(folder) for pattern in patterns for path in sorted(folder.glob(pattern)))
     shown = (path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
     return [name for name in shown if (folder / name).is_file()]
 
 
-def write_tokenizer(folder: Path, files: dict[str, bytes], trained: bool = False, token_types: bool = False) -> None:
-    """Write a tokenizer's `files` ({name: content}) into `folder`: its configuration as `trained_config` has it, or as
-    `tokenizer_config`, JSON without a byte order mark, and what needs no change as it is.
+def write_tokenizer(
+    folder: Path, files: dict[str, bytes], trained: bool = False, token_types: bool = False
+) -> None:
+    """Write a tokenizer's `files` ({name: content}) into `folder`: its configuration as `trained_config` has
+    it, or as `tokenizer_config`, JSON without a byte order mark, and what needs no change as it is.
 
     Raises UserError for a file of JSON that cannot be read."""
     backend = _parsed(files, "tokenizer.json") if "tokenizer.json" in files else None
@@ -109,8 +135,8 @@ def _parsed(files: dict[str, bytes], name: str) -> dict:
 
 
 def copy_tokenizer(source: Path, target: Path, patterns: Iterable[str] = FILES, **options) -> list[str]:
-    """Write the files of the tokenizer in `source` that match `patterns` into `target`; returns their names. `options` are
-    those of `write_tokenizer`, which also says what is raised."""
+    """Write the files of the tokenizer in `source` that match `patterns` into `target`; returns their names.
+    `options` are those of `write_tokenizer`, which also says what is raised."""
     names = find_files(source, patterns)
     write_tokenizer(target, {name: (source / name).read_bytes() for name in names}, **options)
     return names

@@ -1,7 +1,9 @@
-"""Checkpoints: complete or absent. DeepSpeed writes into a temporary folder; the folder is renamed, and only then does a
-COMPLETE marker with the size and hash of every file appear. What has no marker does not exist for a reader.
+"""Checkpoints: complete or absent. DeepSpeed writes into a temporary folder; the folder is renamed, and only
+then does a COMPLETE marker with the size and hash of every file appear. What has no marker does not exist for
+a reader.
 
-The state of a run beside DeepSpeed's files is one visible dict (`state` of train.py) and each rank's random generators.
+The state of a run beside DeepSpeed's files is one visible dict (`state` of train.py) and each rank's random
+generators.
 """
 
 import errno
@@ -47,10 +49,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 
 def save(engine, run_dir: RunDir, state: dict, settings: dict, keep_last: int, run: dict) -> float:
-    """Write a checkpoint of the run's `state`, at its step, on every rank; mark it complete, with what `run` says of the run
-    (identity.describe_run); then delete all but the last `keep_last`.  -> seconds taken
+    """Write a checkpoint of the run's `state`, at its step, on every rank; mark it complete, with what `run`
+    says of the run (identity.describe_run); then delete all but the last `keep_last`.  -> seconds taken
 
-    No rank leaves before it is complete on all. Raises UserError when the disk is full; the checkpoints before it stay."""
+    No rank leaves before it is complete on all. Raises UserError when the disk is full; the checkpoints
+    before it stay."""
     t0, step = time.perf_counter(), state["step"]
     target = run_dir.checkpoint(step)
     # named after this process: one that was taken for dead and still writes cannot get into ours
@@ -62,7 +65,9 @@ def save(engine, run_dir: RunDir, state: dict, settings: dict, keep_last: int, r
         write(_generators(), str(temporary / f"rng_{rank():05d}.pt"))
     _agree_on(_explain(problems[0], target) if problems else None, temporary)
     on_rank0(_add_readable, engine, run_dir, temporary)
-    names = sorted(p.relative_to(temporary).as_posix() for p in temporary.rglob("*"))  # folders too: they hold the files' names
+    names = sorted(
+        p.relative_to(temporary).as_posix() for p in temporary.rglob("*")
+    )  # folders too: they hold the files' names
     share, problem = set(names[rank() :: world()]), None
     try:
         for name in share:  # a node that dies now must not leave a marker beside files that it alone had
@@ -88,17 +93,22 @@ def save(engine, run_dir: RunDir, state: dict, settings: dict, keep_last: int, r
 
 
 def prune(run_dir: RunDir, newest: int, keep_last: int) -> None:
-    """Delete all but the last `keep_last` checkpoints up to step `newest`, which is known to be whole: a start does it too, for
-    one that was killed in between."""
+    """Delete all but the last `keep_last` checkpoints up to step `newest`, which is known to be whole: a
+    start does it too, for one that was killed in between."""
     kept = [step for step in run_dir.complete_checkpoints() if step <= newest][-keep_last:]
     for old in run_dir.checkpoint_steps():
-        if old < newest and old not in kept and run_dir.named_step(old) == old:  # a copy under a wrong name is a person's
-            remove_if_possible(run_dir.checkpoint(old) / MARKER)  # first: without it the rest is not there for a reader
+        if (
+            old < newest and old not in kept and run_dir.named_step(old) == old
+        ):  # a copy under a wrong name is a person's
+            remove_if_possible(
+                run_dir.checkpoint(old) / MARKER
+            )  # first: without it the rest is not there for a reader
             remove_if_possible(run_dir.checkpoint(old))
 
 
 def _add_readable(engine, run_dir: RunDir, folder: Path) -> None:
-    """Put config.json into a checkpoint, so that `inherit` can read it, and the record, which a resumed run goes on with."""
+    """Put config.json into a checkpoint, so that `inherit` can read it, and the record, which a resumed run
+    goes on with."""
     engine.module.config.save_pretrained(folder)
     if run_dir.metrics.is_file():
         shutil.copyfile(run_dir.metrics, folder / run_dir.metrics.name)
@@ -106,8 +116,8 @@ def _add_readable(engine, run_dir: RunDir, folder: Path) -> None:
 
 @contextmanager
 def _writing(engine):
-    """DeepSpeed's writers made to collect their errors: a rank that left save_checkpoint early, on a full disk, would let the
-    others wait in its barriers.  -> (write(state_dict, path), list of errors)"""
+    """DeepSpeed's writers made to collect their errors: a rank that left save_checkpoint early, on a full
+    disk, would let the others wait in its barriers.  -> (write(state_dict, path), list of errors)"""
     problems = []
 
     def guarded(function):
@@ -119,7 +129,11 @@ def _writing(engine):
 
         return call
 
-    writer, script, crc32 = engine.checkpoint_engine.save, engine._copy_recovery_script, torch.serialization.get_crc32_options()
+    writer, script, crc32 = (
+        engine.checkpoint_engine.save,
+        engine._copy_recovery_script,
+        torch.serialization.get_crc32_options(),
+    )
     engine.checkpoint_engine.save, engine._copy_recovery_script = guarded(writer), guarded(script)
     torch.serialization.set_crc32_options(False)  # torch never reads them, and the marker has better hashes
     try:
@@ -132,14 +146,18 @@ def _writing(engine):
 def check_room(engine, run_dir: RunDir) -> None:
     """Raises UserError on every rank if the run's disk has no room for one more checkpoint."""
     sizes = [(getattr(p, "ds_numel", p.numel()), p) for p in engine.module.parameters()]
-    trained, weights = sum(n for n, p in sizes if p.requires_grad), sum(n * p.element_size() for n, p in sizes)
+    trained, weights = (
+        sum(n for n, p in sizes if p.requires_grad),
+        sum(n * p.element_size() for n, p in sizes),
+    )
     need = checkpoint_bytes(trained, weights, engine.zero_optimization_stage())
 
     def check():
         free = free_bytes(run_dir.path)
         if free < need:
             raise UserError(
-                f"a checkpoint of {run_dir.path} needs {need / 1e6:.0f} MB, its disk has {free / 1e6:.0f} MB free; those "
+                f"a checkpoint of {run_dir.path} needs {need / 1e6:.0f} MB, its disk has {free / 1e6:.0f} MB "
+                f"free; those "
                 f"before it are whole: set train.keep_last lower, {more_room(run_dir.path)}, and start again"
             )
 
@@ -153,14 +171,16 @@ def _prepare(temporary: Path, target: Path) -> None:
 
 
 def _explain(error: Exception, path: Path) -> Exception:
-    """`error` as a UserError if the disk is full: torch's zip writer reports that as a RuntimeError of its own."""
+    """`error` as a UserError if the disk is full: torch's zip writer reports that as a RuntimeError of its
+    own."""
     if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
         return disk_error(OSError(errno.ENOSPC, "no space left"), path)
     return disk_error(error, path) if isinstance(error, OSError) else error
 
 
 def _agree_on(problem: Exception | None, unfinished: Path | None = None) -> None:
-    """Raise on every rank what went wrong on any: the rank itself its own, the others a UserError that says where."""
+    """Raise on every rank what went wrong on any: the rank itself its own, the others a UserError that says
+    where."""
     problems = gather(None if problem is None else f"{node()} (rank {rank()}): {problem}")
     failed = next(filter(None, problems), None)
     if failed is None:
@@ -185,7 +205,8 @@ def find(run_dir: RunDir) -> int | None:
                 logger.warning("checkpoint of step %d is passed over: %s", step, damage)
         if run_dir.marked_checkpoints():  # rather than train from the start for days what a copy may restore
             raise UserError(
-                f"{damage}; no other checkpoint is whole: restore it, or delete {run_dir.checkpoints} to start over"
+                f"{damage}; no other checkpoint is whole: restore it, or delete {run_dir.checkpoints} to "
+                f"start over"
             )
         return None
 
@@ -193,18 +214,20 @@ def find(run_dir: RunDir) -> int | None:
 
 
 def is_resize(run_dir: RunDir, step: int, settings: dict) -> bool:
-    """Return whether the states of checkpoint `step` must be read parameter by parameter: it was written by another number
-    of ranks, at another ZeRO stage, or under a JSON that stores vectors in another order than this job's `settings`.
+    """Return whether the states of checkpoint `step` must be read parameter by parameter: it was written by
+    another number of ranks, at another ZeRO stage, or under a JSON that stores vectors in another order than
+    this job's `settings`.
 
-    Raises UserError if the shape changes to or from ZeRO 0, whose optimizer states are not kept by parameter, and for a
-    change of the JSON whose effect is not known."""
+    Raises UserError if the shape changes to or from ZeRO 0, whose optimizer states are not kept by parameter,
+    and for a change of the JSON whose effect is not known."""
     folder = run_dir.checkpoint(step)
     marker = read_json(folder / MARKER)
     try:
         return _must_read_by_name(marker, run_dir, step, settings)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(
-            f"{folder / MARKER} lacks what a marker says, or says it otherwise; restore it, or delete {folder}"
+            f"{folder / MARKER} lacks what a marker says, or says it otherwise; restore it, or delete "
+            f"{folder}"
         ) from None
 
 
@@ -224,28 +247,36 @@ def _must_read_by_name(marker: dict, run_dir: RunDir, step: int, settings: dict)
         return before != now
     changed = find_changes(marker, settings, f"checkpoint {folder}")
     if changed and before == now and before[1]:
-        logger.info("the states of step %d are read parameter by parameter, for a change of %s", step, ", ".join(changed))
+        logger.info(
+            "the states of step %d are read parameter by parameter, for a change of %s",
+            step,
+            ", ".join(changed),
+        )
     return before != now or (bool(changed) and before[1] > 0)
 
 
 def _check_recorded_json(run_dir: RunDir, step: int, settings: dict) -> None:
-    """Raises UserError unless `settings` is the JSON under which checkpoint `step` was written, by provenance.json."""
+    """Raises UserError unless `settings` is the JSON under which checkpoint `step` was written, by
+    provenance.json."""
     folder, starts = run_dir.checkpoint(step), []
     if run_dir.provenance.is_file():
         starts = read_json(run_dir.provenance).get("starts", [])
     recorded = next((s.get("deepspeed") for s in reversed(starts) if (s.get("resumed_at") or 0) < step), None)
     if recorded != settings:
         raise UserError(
-            f"checkpoint {folder} does not record how its states are stored, so it is resumed only under the DeepSpeed JSON "
-            f"that wrote it, which {run_dir.provenance} has as 'deepspeed' of the last start before it: resume under that one"
+            f"checkpoint {folder} does not record how its states are stored, so it is resumed only under the "
+            f"DeepSpeed JSON "
+            f"that wrote it, which {run_dir.provenance} has as 'deepspeed' of the last start before it: "
+            f"resume under that one"
         )
 
 
 def restore(engine, run_dir: RunDir, step: int) -> dict:
-    """Load checkpoint `step` (model, optimizer, random generators) into the engine; returns the run's `state`.
+    """Load checkpoint `step` (model, optimizer, random generators) into the engine; returns the run's
+    `state`.
 
-    Raises UserError on every rank, before anything is loaded, if a file asks to run code or holds the parameters in another
-    order than the engine."""
+    Raises UserError on every rank, before anything is loaded, if a file asks to run code or holds the
+    parameters in another order than the engine."""
     folder = run_dir.checkpoint(step)
     problem = None
     try:
@@ -264,11 +295,14 @@ def restore(engine, run_dir: RunDir, step: int) -> dict:
 
 
 def _check_stored(engine, folder: Path) -> None:
-    """Raises UserError if one of DeepSpeed's files that this rank is about to load asks to run code, or if the parameters
-    in it are not those of the engine, in the same order: nothing else tells one flat vector from another."""
+    """Raises UserError if one of DeepSpeed's files that this rank is about to load asks to run code, or if
+    the parameters in it are not those of the engine, in the same order: nothing else tells one flat vector
+    from another."""
     stage = engine.zero_optimization_stage()
     own = [
-        path for path in sorted(folder.glob("*.pt")) if f"pp_rank_{rank()}_" in path.name or path.name.startswith("mp_rank_")
+        path
+        for path in sorted(folder.glob("*.pt"))
+        if f"pp_rank_{rank()}_" in path.name or path.name.startswith("mp_rank_")
     ]
     read = {path: load_skeleton(path) for path in own}
     models = {path: content for path, content in read.items() if path.name.endswith("_model_states.pt")}
@@ -280,14 +314,17 @@ def _check_stored(engine, folder: Path) -> None:
             stored, expected = list(content["module"]), list(engine.module.state_dict())
         if stored != expected:
             raise UserError(
-                f"{path} holds the parameters in another order than this program does, so its states would be mixed up; "
-                f"resume with the versions of torch, transformers and this repository that provenance.json names"
+                f"{path} holds the parameters in another order than this program does, so its states would "
+                f"be mixed up; "
+                f"resume with the versions of torch, transformers and this repository that provenance.json "
+                f"names"
             )
 
 
 @contextmanager
 def _reading(engine):
-    """DeepSpeed's reader made to unpickle nothing but tensors, plain values and the few classes of its own."""
+    """DeepSpeed's reader made to unpickle nothing but tensors, plain values and the few classes of its
+    own."""
     reader = engine.checkpoint_engine.load
 
     def load(path: str, map_location=None):
@@ -302,12 +339,12 @@ def _reading(engine):
 
 
 def restore_resized(engine, run_dir: RunDir, step: int) -> dict:
-    """Load checkpoint `step`, written by another number of ranks or at another ZeRO stage (1 to 3), into an engine whose
-    weights were filled from it (`open_source` reads them); returns the run's `state`.
+    """Load checkpoint `step`, written by another number of ranks or at another ZeRO stage (1 to 3), into an
+    engine whose weights were filled from it (`open_source` reads them); returns the run's `state`.
 
-    Masters and both moments are read from the old ranks' files by rank 0, parameter by parameter, and each rank takes its
-    part: nothing is converted on disk. (DeepSpeed's universal checkpoint gives the first group's weight decay to all groups
-    and one `step` to all parameters.)"""
+    Masters and both moments are read from the old ranks' files by rank 0, parameter by parameter, and each
+    rank takes its part: nothing is converted on disk. (DeepSpeed's universal checkpoint gives the first
+    group's weight decay to all groups and one `step` to all parameters.)"""
     from deepspeed.utils import (
         safe_set_full_fp32_param,
         safe_set_full_optimizer_state,
@@ -319,7 +356,11 @@ def restore_resized(engine, run_dir: RunDir, step: int) -> dict:
     folder = run_dir.checkpoint(step)
     marker = read_json(folder / MARKER)
     partitioned = engine.zero_optimization_stage() == 3
-    stored = {what: read_deepspeed(folder / TAG, what) for what in ("master", *MOMENTS, "step")} if rank() == 0 else {}
+    stored = (
+        {what: read_deepspeed(folder / TAG, what) for what in ("master", *MOMENTS, "step")}
+        if rank() == 0
+        else {}
+    )
     updates = on_rank0(lambda: float(read_tensor(stored["step"]["step"])))
     optimizer = engine.optimizer.optimizer
     zero = engine.optimizer
@@ -350,8 +391,12 @@ def restore_resized(engine, run_dir: RunDir, step: int) -> dict:
     barrier()
     logger.info(
         "resized from %d rank(s), ZeRO %d to %d rank(s), ZeRO %d in %.1f s",
-        marker["ranks"], marker["zero_stage"], world(), engine.zero_optimization_stage(), time.perf_counter() - t0,
-    )  # fmt: skip
+        marker["ranks"],
+        marker["zero_stage"],
+        world(),
+        engine.zero_optimization_stage(),
+        time.perf_counter() - t0,
+    )
     return client["run"]
 
 
@@ -371,8 +416,16 @@ def _restore_generators(folder: Path, saved_rank: int) -> None:
     try:
         generators = torch.load(file, weights_only=True)
         torch.set_rng_state(generators["cpu"])
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, RuntimeError):  # of another program, with a right hash
-        raise NodeError(f"{file} holds no state of random generators; restore it, or delete its checkpoint") from None
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+    ):  # of another program, with a right hash
+        raise NodeError(
+            f"{file} holds no state of random generators; restore it, or delete its checkpoint"
+        ) from None
     if "cuda" in generators and device().type == "cuda":
         torch.cuda.set_rng_state(generators["cuda"])
 
@@ -385,14 +438,16 @@ def _generators() -> dict:
 
 
 def export_weights(engine, folder: Path, tokenizer: Path, run: dict | None = None) -> None:
-    """Write the fp32 masters as an HF checkpoint with tokenizer and the generation settings of the model that the run started
-    from, one parameter in memory at a time; all ranks must call. Weights kept on the way (all but final/) get a marker, which
-    names the `run` (identity.describe_run).
+    """Write the fp32 masters as an HF checkpoint with tokenizer and the generation settings of the model that
+    the run started from, one parameter in memory at a time; all ranks must call. Weights kept on the way (all
+    but final/) get a marker, which names the `run` (identity.describe_run).
 
     Raises UserError on every rank when the disk is full; nothing is left then."""
     config = engine.module.config
     table = architecture(config.model_type)
-    pieces = {name: table.in_checkpoint(name, tuple(_shape(p))) for name, p in engine.module.named_parameters()}
+    pieces = {
+        name: table.in_checkpoint(name, tuple(_shape(p))) for name, p in engine.module.named_parameters()
+    }
     specs = {piece: (shape, torch.float32) for its in pieces.values() for piece, shape in its.items()}
     parameters = full_parameters(engine)
     problem = None
@@ -403,7 +458,9 @@ def export_weights(engine, folder: Path, tokenizer: Path, run: dict | None = Non
                 writer = CheckpointWriter(temporary, config, specs)
                 for name, value in parameters:
                     its = pieces[name]
-                    for (piece, shape), part in zip(its.items(), value.flatten().tensor_split(len(its)), strict=True):
+                    for (piece, shape), part in zip(
+                        its.items(), value.flatten().tensor_split(len(its)), strict=True
+                    ):
                         writer.add(piece, part.view(shape))
                 writer.close()
                 copy_tokenizer(tokenizer, temporary, ["**/*"], trained=True)

@@ -1,9 +1,10 @@
 """What is wrong with a DeepSpeed JSON, found before a run queues and again at its start.
 
-DeepSpeed ignores keys it does not know at the top level, keys that do nothing at the stage chosen, and "auto". So: which
-keys exist comes from the installed DeepSpeed (`valid_keys` watches it read a block); what a key means here is data
-(dslint.yaml, a verdict for each); values are judged by DeepSpeed itself (`deepspeed_refuses`). Only those two import
-deepspeed. A test fails when a new DeepSpeed has a key without a verdict.
+DeepSpeed ignores keys it does not know at the top level, keys that do nothing at the stage chosen, and
+"auto". So: which keys exist comes from the installed DeepSpeed (`valid_keys` watches it read a block); what a
+key means here is data (dslint.yaml, a verdict for each); values are judged by DeepSpeed itself
+(`deepspeed_refuses`). Only those two import deepspeed. A test fails when a new DeepSpeed has a key without a
+verdict.
 """
 
 import logging
@@ -23,14 +24,26 @@ from inheritune.errors import UserError, nearest
 MICRO = "train_micro_batch_size_per_gpu"
 OWN_KEYS = ("activation_checkpointing", "compile")
 SIZE, SIZE_OR_NONE = Kind("elements", gt=0, le=10**12), Kind("elements", ge=0, le=2**63)
-NUMBERS = {f"zero_optimization.{key}": SIZE for key in ("reduce_bucket_size", "allgather_bucket_size", "sub_group_size")}
+NUMBERS = {
+    f"zero_optimization.{key}": SIZE
+    for key in ("reduce_bucket_size", "allgather_bucket_size", "sub_group_size")
+}
 NUMBERS |= {
     f"zero_optimization.{prefix}{key}": SIZE_OR_NONE
-    for key in ("prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold", "max_live_parameters",
-                "max_reuse_distance", "module_granularity_threshold")
+    for key in (
+        "prefetch_bucket_size",
+        "param_persistence_threshold",
+        "model_persistence_threshold",
+        "max_live_parameters",
+        "max_reuse_distance",
+        "module_granularity_threshold",
+    )
     for prefix in ("stage3_", "")
-}  # fmt: skip
-NUMBERS |= {f"zero_optimization.offload_param.{key}": SIZE_OR_NONE for key in ("buffer_count", "buffer_size", "max_in_cpu")}
+}
+NUMBERS |= {
+    f"zero_optimization.offload_param.{key}": SIZE_OR_NONE
+    for key in ("buffer_count", "buffer_size", "max_in_cpu")
+}
 NUMBERS |= {"zero_optimization.zero_hpz_partition_size": Kind("ranks", gt=0, le=10**6)}
 """Whole numbers of the JSON and what they may be."""
 VERDICTS = yaml.safe_load((Path(__file__).parent / "dslint.yaml").read_text(encoding="utf-8"))
@@ -38,7 +51,8 @@ VERDICTS = yaml.safe_load((Path(__file__).parent / "dslint.yaml").read_text(enco
 
 @dataclass(frozen=True)
 class Problem:
-    """`key`: path in the JSON, with dots; `severity`: a refused JSON trains nothing, a warning is logged once."""
+    """`key`: path in the JSON, with dots; `severity`: a refused JSON trains nothing, a warning is logged
+    once."""
 
     key: str
     severity: Literal["refuse", "warn"]
@@ -46,7 +60,8 @@ class Problem:
 
 
 def report(path: str | Path, problems: list[Problem]) -> list[str]:
-    """Sentences of the warnings. Raises UserError with every problem in one message if any of them is refused."""
+    """Sentences of the warnings. Raises UserError with every problem in one message if any of them is
+    refused."""
     refused = [problem.sentence for problem in problems if problem.severity == "refuse"]
     if refused:
         raise UserError(f"{path}: {refused[0]}" if len(refused) == 1 else "\n  ".join([f"{path}:", *refused]))
@@ -54,8 +69,9 @@ def report(path: str | Path, problems: list[Problem]) -> list[str]:
 
 
 def lint(settings: dict, model: Model, train: Train, ranks: int | None = None) -> list[Problem]:
-    """Every problem of the JSON `settings` (as parsed) for the experiment's `model` and `train`, on `ranks` GPUs if that
-    number is known. Memory is judged for the whole reference, of which the other runs are slices."""
+    """Every problem of the JSON `settings` (as parsed) for the experiment's `model` and `train`, on `ranks`
+    GPUs if that number is known. Memory is judged for the whole reference, of which the other runs are
+    slices."""
     values = {key: value for key, value in flatten(settings).items() if key.partition(".")[0] != "inheritune"}
     judges = (
         lambda: form(settings),
@@ -72,7 +88,8 @@ def lint(settings: dict, model: Model, train: Train, ranks: int | None = None) -
 
 
 def form(settings: dict) -> list[Problem]:
-    """What needs no DeepSpeed to see: keys of the experiment, our own block, "auto", the micro batch, the stage, time-outs."""
+    """What needs no DeepSpeed to see: keys of the experiment, our own block, "auto", the micro batch, the
+    stage, time-outs."""
 
     def refuse(key, sentence):
         found.append(Problem(key, "refuse", sentence))
@@ -98,12 +115,20 @@ def form(settings: dict) -> list[Problem]:
     zero = settings.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else None
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
-        key, got = ("zero_optimization.stage", stage) if isinstance(zero, dict) else ("zero_optimization", zero)
-        refuse(key, f'{key} (got {got!r}): write "zero_optimization": {{"stage": N}} with N one of 0, 1, 2, 3')
+        key, got = (
+            ("zero_optimization.stage", stage) if isinstance(zero, dict) else ("zero_optimization", zero)
+        )
+        refuse(
+            key, f'{key} (got {got!r}): write "zero_optimization": {{"stage": N}} with N one of 0, 1, 2, 3'
+        )
     told = {problem.key for problem in found}
     for key, value in flatten(settings).items():
         if value == "auto" and key not in told and key.partition(".")[0] not in told:
-            refuse(key, f"'{key}' is \"auto\", which only the Hugging Face Trainer fills in; give a value or leave the key out")
+            refuse(
+                key,
+                f"'{key}' is \"auto\", which only the Hugging Face Trainer fills in; give a value or leave "
+                f"the key out",
+            )
     return found
 
 
@@ -135,24 +160,32 @@ def flatten(block: dict, path: str = "") -> dict:
 
 
 def _unknown(block: dict, path: tuple = ()) -> list[Problem]:
-    """Keys that this DeepSpeed has removed, does not know or calls deprecated, and two spellings of one key."""
+    """Keys that this DeepSpeed has removed, does not know or calls deprecated, and two spellings of one
+    key."""
     from deepspeed.runtime import config
 
     zero = ("zero_optimization",)
     gone = {(): config._REMOVED_TOP_LEVEL_CONFIG_KEYS, zero: config._REMOVED_ZERO_CONFIG_KEYS}.get(path, {})
     valid = {key: what for key, what in valid_keys(path).items() if key not in gone}
     found: list[Problem] = []
-    for key, value in block.items() if valid else ():  # where nothing is valid is a value, or names of the user's own
+    for key, value in (
+        block.items() if valid else ()
+    ):  # where nothing is valid is a value, or names of the user's own
         name = ".".join((*path, key))
         canonical, deprecated = valid.get(key, (key, ""))
-        twin = next((other for other in block if other != key and valid.get(other, ("",))[0] == canonical), None)
+        twin = next(
+            (other for other in block if other != key and valid.get(other, ("",))[0] == canonical), None
+        )
         sentence = ""
         if key in gone:
             sentence = f"'{name}' is gone from DeepSpeed ({gone[key].partition('. ')[0]}); remove it"
         elif key not in valid:
             where = f"in '{'.'.join(path)}'" if path else "at the top level"
             home = "it belongs in 'zero_optimization'" if not path and key in valid_keys(zero) else ""
-            sentence = f"unknown key '{key}' {where}; {home or nearest(key, [*valid, *([] if path else ['inheritune'])])}"
+            sentence = (
+                f"unknown key '{key}' {where}; "
+                f"{home or nearest(key, [*valid, *([] if path else ['inheritune'])])}"
+            )
         elif deprecated:
             sentence = f"'{name}' is deprecated; write {deprecated} instead"
         elif twin and canonical != key:
@@ -191,8 +224,9 @@ _PROBE = "no such key"
 
 @cache
 def valid_keys(path: tuple = ()) -> dict[str, tuple[str, str]]:
-    """{spelling: (canonical name, what replaces it if it is deprecated)} of the keys that the installed DeepSpeed reads in the
-    block at `path` (() is the whole JSON), found by letting it read one; {} if nothing is read there by name."""
+    """{spelling: (canonical name, what replaces it if it is deprecated)} of the keys that the installed
+    DeepSpeed reads in the block at `path` (() is the whole JSON), found by letting it read one; {} if nothing
+    is read there by name."""
     from pydantic import ValidationError
 
     watched = _Watched({_PROBE: 0})
@@ -244,16 +278,25 @@ def deepspeed_refuses(settings: dict) -> list[Problem]:
 
     plain = {key: value for key, value in settings.items() if key != "inheritune"}
     errors = {name: _read({MICRO: 1, name: value}) for name, value in plain.items()}
-    errors = {name: error for name, error in errors.items() if error} or {"these keys together": _read({**plain})}
+    errors = {name: error for name, error in errors.items() if error} or {
+        "these keys together": _read({**plain})
+    }
     found = []
     for name, error in errors.items():
         for problem in error.errors() if isinstance(error, ValidationError) else ():
-            key, why = ".".join(map(str, (name, *problem["loc"]))), problem["msg"].removeprefix("Value error, ")
+            key, why = (
+                ".".join(map(str, (name, *problem["loc"]))),
+                problem["msg"].removeprefix("Value error, "),
+            )
             got = f" = {problem['input']!r}" if problem["loc"] else ""
-            found.append(Problem(key, "refuse", f"DeepSpeed refuses {key}{got}: {why}; correct it or leave it out"))
+            found.append(
+                Problem(key, "refuse", f"DeepSpeed refuses {key}{got}: {why}; correct it or leave it out")
+            )
         if error and not isinstance(error, ValidationError):
             got = f" = {settings[name]!r}" if name in settings else ""
-            found.append(Problem(name, "refuse", f"DeepSpeed refuses {name}{got}: {error}; correct it or leave it out"))
+            found.append(
+                Problem(name, "refuse", f"DeepSpeed refuses {name}{got}: {error}; correct it or leave it out")
+            )
     return found
 
 
@@ -261,7 +304,9 @@ def _by_rules(values: dict) -> list[Problem]:
     """The verdicts of dslint.yaml: keys that do nothing at this stage, and its rules."""
     stage = values.get("zero_optimization.stage", 0)
     zero = {f"zero_optimization.{key}": name for key, (name, _) in valid_keys(("zero_optimization",)).items()}
-    values = {f"zero_optimization.{zero[key]}" if key in zero else key: value for key, value in values.items()}
+    values = {
+        f"zero_optimization.{zero[key]}" if key in zero else key: value for key, value in values.items()
+    }
     found = []
     for rule in VERDICTS["rules"]:
         key = rule["key"]
@@ -271,14 +316,16 @@ def _by_rules(values: dict) -> list[Problem]:
             found.append(Problem(key, rule["severity"], sentence))
     for key, stages in VERDICTS["stages"].items():
         if key in values and stage not in stages and not any(p.key.startswith(key) for p in found):
-            sentence = f"'{key}' does nothing at ZeRO {stage} (only at {', '.join(map(str, stages))}); remove it"
+            sentence = (
+                f"'{key}' does nothing at ZeRO {stage} (only at {', '.join(map(str, stages))}); remove it"
+            )
             found.append(Problem(key, "warn", sentence))
     return found
 
 
 def _holds(rule: dict, values: dict) -> bool:
-    """Whether the rule's key has one of the values in `is` (any, without it; it is missing, with `absent`) and none of `isnt`,
-    the keys of `with` have theirs, and no key of `unless` has."""
+    """Whether the rule's key has one of the values in `is` (any, without it; it is missing, with `absent`)
+    and none of `isnt`, the keys of `with` have theirs, and no key of `unless` has."""
 
     def has(key, among):
         return key in values and (among is None or values[key] in among)
@@ -296,28 +343,44 @@ def _by_ranks(values: dict, ranks: int, model: Model) -> list[Problem]:
     second = values.get(f"{zero}zero_hpz_partition_size", 1)
     if isinstance(second, int) and second > 1 and (second >= ranks or ranks % second):
         severity = "warn" if second >= ranks else "refuse"
-        why = "keeps a second copy of the weights for nothing" if second >= ranks else "does not divide their number"
+        why = (
+            "keeps a second copy of the weights for nothing"
+            if second >= ranks
+            else "does not divide their number"
+        )
         got = f"'{zero}zero_hpz_partition_size' = {second} with {ranks} GPU(s) {why}"
         sentence = f"{got}; write the GPUs of one node of several, or remove it"
         found.append(Problem(f"{zero}zero_hpz_partition_size", severity, sentence))
-    blocks = {"offload_optimizer": 16, "offload_param": 4}  # bytes per parameter: master, two moments, gradient; weights
-    moved = {name: size for name, size in blocks.items() if values.get(f"{zero}{name}.device", "none") != "none"}
+    blocks = {
+        "offload_optimizer": 16,
+        "offload_param": 4,
+    }  # bytes per parameter: master, two moments, gradient; weights
+    moved = {
+        name: size for name, size in blocks.items() if values.get(f"{zero}{name}.device", "none") != "none"
+    }
     stage = values.get(f"{zero}stage", 0)
     if stage and ranks == 1 and not moved:
-        sentence = f"'{zero}stage' = {stage} on 1 GPU shards nothing and saves no memory; offload, or take zero0.json"
+        sentence = (
+            f"'{zero}stage' = {stage} on 1 GPU shards nothing and saves no memory; offload, or take "
+            f"zero0.json"
+        )
         found.append(Problem(f"{zero}stage", "warn", sentence))
     pinned = {name: size for name, size in moved.items() if values.get(f"{zero}{name}.pin_memory", True)}
     return found + (_by_memory(pinned, ranks, model) if pinned else [])
 
 
 def _by_memory(pinned: dict[str, int], ranks: int, model: Model) -> list[Problem]:
-    """Pinned host memory, `pinned` {block: bytes per parameter}, against the --mem of this job. (CUDA's pinned memory counts
-    there; `ulimit -l` does not bind it.)"""
+    """Pinned host memory, `pinned` {block: bytes per parameter}, against the --mem of this job. (CUDA's
+    pinned memory counts there; `ulimit -l` does not bind it.)"""
     from inheritune.models.architectures import count_parameters, hf_config
 
     allowed = environment.number("SLURM_MEM_PER_NODE") * 2**20  # of MiB; 0 is all of the node's
     here = environment.number("LOCAL_WORLD_SIZE") or min(ranks, 8)  # ranks of one host
-    need = sum(pinned.values()) * count_parameters(hf_config(model, model.layers)) * here / ranks if allowed else 0
+    need = (
+        sum(pinned.values()) * count_parameters(hf_config(model, model.layers)) * here / ranks
+        if allowed
+        else 0
+    )
     if need <= allowed:
         return []
     key = f"zero_optimization.{next(iter(pinned))}.pin_memory"
@@ -326,12 +389,15 @@ def _by_memory(pinned: dict[str, int], ranks: int, model: Model) -> list[Problem
 
 
 def _by_timeout() -> list[Problem]:
-    """DEEPSPEED_TIMEOUT, how long ranks wait for each other (dist.start: 60 minutes where it is not set). DeepSpeed cannot even
-    be imported where it is no number."""
+    """DEEPSPEED_TIMEOUT, how long ranks wait for each other (dist.start: 60 minutes where it is not set).
+    DeepSpeed cannot even be imported where it is no number."""
     key = "DEEPSPEED_TIMEOUT"
     try:
         patience = environment.number(key)
     except UserError as error:
         return [Problem(key, "refuse", str(error))]
-    short = f"{key}={patience} minutes: one slow save or evaluation ends the job on all ranks; set 60, or unset it"
+    short = (
+        f"{key}={patience} minutes: one slow save or evaluation ends the job on all ranks; set 60, or unset "
+        f"it"
+    )
     return [Problem(key, "warn", short)] if patience < 30 else []

@@ -1,7 +1,7 @@
 """The DeepSpeed engine: parameter groups, learning rate, the JSON, building the model and giving it weights.
 
-ds_configs/*.json hold what changes memory and speed. What changes the mathematics belongs to the experiment and is put in
-here; a JSON that sets it too is refused (dslint.py), so that each number has one home.
+ds_configs/*.json hold what changes memory and speed. What changes the mathematics belongs to the experiment
+and is put in here; a JSON that sets it too is refused (dslint.py), so that each number has one home.
 """
 
 import math
@@ -20,8 +20,8 @@ from inheritune.runtime.dist import all_sum, rank
 
 
 def load_json(path: str | Path) -> dict:
-    """A DeepSpeed JSON (comments allowed). Raises UserError if it is missing, malformed or sets what the experiment owns;
-    dslint.lint says the rest."""
+    """A DeepSpeed JSON (comments allowed). Raises UserError if it is missing, malformed or sets what the
+    experiment owns; dslint.lint says the rest."""
     import hjson
 
     file = resolve_path(str(path))
@@ -32,7 +32,11 @@ def load_json(path: str | Path) -> dict:
     text = read_text(file)
     try:
         settings = hjson.loads(text, object_pairs_hook=partial(refuse_twice, path))
-    except (ValueError, ArithmeticError, RecursionError) as error:  # hjson's own, and those of numbers such as 1e400
+    except (
+        ValueError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:  # hjson's own, and those of numbers such as 1e400
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path} must hold a JSON object, not {type(settings).__name__}")
@@ -41,14 +45,19 @@ def load_json(path: str | Path) -> dict:
 
 
 def deepspeed_config(settings: dict, train: Train, micro_batch: int, accumulation: int) -> dict:
-    """The whole configuration for `deepspeed.initialize`: the JSON's settings plus what the experiment owns."""
+    """The whole configuration for `deepspeed.initialize`: the JSON's settings plus what the experiment
+    owns."""
     config = {key: value for key, value in settings.items() if key != "inheritune"}
     config["train_micro_batch_size_per_gpu"] = micro_batch
     config["gradient_accumulation_steps"] = accumulation
     config["gradient_clipping"] = train.clip
     config["zero_allow_untested_optimizer"] = True
-    config["zero_force_ds_cpu_optimizer"] = False  # offload too takes torch's fused AdamW: nothing is compiled
-    config.setdefault("timers", {"throughput": {"enabled": False}})  # would wait for the GPU twice in each micro batch
+    config["zero_force_ds_cpu_optimizer"] = (
+        False  # offload too takes torch's fused AdamW: nothing is compiled
+    )
+    config.setdefault(
+        "timers", {"throughput": {"enabled": False}}
+    )  # would wait for the GPU twice in each micro batch
     if train.precision == "bf16_autocast":  # no module's gradients are summed over ranks in bf16
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     elif train.precision == "bf16":
@@ -62,13 +71,15 @@ def zero_stage(settings: dict) -> int:
 
 
 def resolve_precision(train: Train, device) -> Train:
-    """`train` with precision `auto` decided: bf16_autocast on a GPU, fp32 on the CPU (where bf16 products are slower)."""
+    """`train` with precision `auto` decided: bf16_autocast on a GPU, fp32 on the CPU (where bf16 products are
+    slower)."""
     chosen = "bf16_autocast" if device.type == "cuda" else "fp32"
     return train.model_copy(update={"precision": chosen}) if train.precision == "auto" else train
 
 
 def learning_rate(step: int, train: Train) -> float:
-    """Learning rate of step `step` (the first is 1): linear warm-up to lr, then cosine (or linear) to min_lr at the end."""
+    """Learning rate of step `step` (the first is 1): linear warm-up to lr, then cosine (or linear) to min_lr
+    at the end."""
     if step <= train.warmup_steps:
         return train.lr * step / train.warmup_steps
     if train.schedule == "constant" or train.steps == train.warmup_steps:
@@ -79,7 +90,8 @@ def learning_rate(step: int, train: Train) -> float:
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """AdamW's two groups: weights of linear layers are decayed, embeddings, a tied head, norms and biases are not."""
+    """AdamW's two groups: weights of linear layers are decayed, embeddings, a tied head, norms and biases are
+    not."""
     decayed = {id(p) for p in linear_weights(model).values()}
     trained = [p for p in model.parameters() if p.requires_grad]
     return [
@@ -89,8 +101,8 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 
 
 def start_engine(hf_config, weights, settings: dict, train: Train, micro_batch: int, accumulation: int):
-    """Build the model of `hf_config`, fill it from `weights` (sources.Source; None leaves it empty, for a checkpoint to
-    fill) and wrap it in a DeepSpeed engine. At ZeRO 3 no rank ever holds the whole model."""
+    """Build the model of `hf_config`, fill it from `weights` (sources.Source; None leaves it empty, for a
+    checkpoint to fill) and wrap it in a DeepSpeed engine. At ZeRO 3 no rank ever holds the whole model."""
     import deepspeed
 
     config = deepspeed_config(settings, train, micro_batch, accumulation)
@@ -120,10 +132,12 @@ def start_engine(hf_config, weights, settings: dict, train: Train, micro_batch: 
 
 
 def link_masters(zero) -> None:
-    """Let DeepSpeed find each parameter's master and moments where ZeRO 1 and 2 keep them under `round_robin_gradients`.
+    """Let DeepSpeed find each parameter's master and moments where ZeRO 1 and 2 keep them under
+    `round_robin_gradients`.
 
-    That key reorders the parameters of the flat vectors, but DeepSpeed 0.19.8 links them in their old order unless a vector
-    has padding: what is read or set by name (a resize, final/ of pure bf16) would be the numbers of other parameters."""
+    That key reorders the parameters of the flat vectors, but DeepSpeed 0.19.8 links them in their old order
+    unless a vector has padding: what is read or set by name (a resize, final/ of pure bf16) would be the
+    numbers of other parameters."""
     padding = zero.round_robin_bit16_padding
     zero.round_robin_bit16_padding = [[1] for _ in padding]  # so that it links by the true offsets
     zero._link_all_hp_params()
@@ -132,15 +146,17 @@ def link_masters(zero) -> None:
 
 
 def drop_secondary_copies(engine) -> None:
-    """Forget the copies of the weights that ZeRO 3 keeps inside a node (`zero_hpz_partition_size`): after loading a checkpoint
-    they are still those from before, and DeepSpeed 0.19.8 would train on them. The next forward makes them anew."""
+    """Forget the copies of the weights that ZeRO 3 keeps inside a node (`zero_hpz_partition_size`): after
+    loading a checkpoint they are still those from before, and DeepSpeed 0.19.8 would train on them. The next
+    forward makes them anew."""
     for parameter in engine.module.parameters():
         if getattr(parameter, "ds_secondary_tensor", None) is not None:
             parameter.ds_secondary_tensor = None
 
 
 def release_groups() -> None:
-    """End the process group of `zero_hpz_partition_size`, which DeepSpeed makes once per engine and refuses to make twice."""
+    """End the process group of `zero_hpz_partition_size`, which DeepSpeed makes once per engine and refuses
+    to make twice."""
     from deepspeed import comm
     from deepspeed.utils import groups
 
@@ -151,9 +167,11 @@ def release_groups() -> None:
 def compile_blocks(model: torch.nn.Module, backend="inductor") -> None:
     """torch.compile of each block, in place: torch.compile(block) would rename its parameters.
 
-    Blocks share their code, and torch compiles one code at most 8 times, then leaves it as it is without a word: too few
-    where each scales its attention by its depth, as the paper's GPT-2 does."""
-    torch._dynamo.config.recompile_limit = max(8, 4 * len(blocks(model)))  # training, validation, two shapes of batch
+    Blocks share their code, and torch compiles one code at most 8 times, then leaves it as it is without a
+    word: too few where each scales its attention by its depth, as the paper's GPT-2 does."""
+    torch._dynamo.config.recompile_limit = max(
+        8, 4 * len(blocks(model))
+    )  # training, validation, two shapes of batch
     for block in blocks(model):
         block.compile(backend=backend)
 
@@ -164,7 +182,8 @@ def blocks(model: torch.nn.Module) -> torch.nn.ModuleList:
 
 
 def fill(model: torch.nn.Module, weights, stage: int) -> None:
-    """Copy every parameter from `weights`, one at a time; at ZeRO 3 rank 0 reads and the others take their partitions."""
+    """Copy every parameter from `weights`, one at a time; at ZeRO 3 rank 0 reads and the others take their
+    partitions."""
     import deepspeed
 
     for name, parameter in model.named_parameters():
@@ -175,14 +194,18 @@ def fill(model: torch.nn.Module, weights, stage: int) -> None:
 
 
 def full_parameters(engine):
-    """Yield (name, fp32 CPU tensor) of every parameter, a tied one once, from the fp32 masters. Every rank must iterate;
-    all but rank 0 get None for the tensor. One parameter is whole at a time."""
+    """Yield (name, fp32 CPU tensor) of every parameter, a tied one once, from the fp32 masters. Every rank
+    must iterate; all but rank 0 get None for the tensor. One parameter is whole at a time."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
     partitioned = engine.zero_optimization_stage() == 3
     for name, parameter in engine.module.named_parameters():
-        master = safe_get_full_fp32_param(parameter) if parameter.dtype != torch.float32 and parameter.requires_grad else None
+        master = (
+            safe_get_full_fp32_param(parameter)
+            if parameter.dtype != torch.float32 and parameter.requires_grad
+            else None
+        )
         with deepspeed.zero.GatheredParameters([parameter], enabled=partitioned):
             value = parameter if master is None else master
             yield name, value.detach().float().cpu().clone() if rank() == 0 else None
@@ -194,22 +217,25 @@ def set_learning_rate(engine, lr: float) -> None:
 
 
 def gradient_norm(engine) -> float | None:
-    """Norm of the step's mean gradient before clipping, where DeepSpeed does not keep it (fp32 at ZeRO 0); call between
-    the last backward, which has averaged the gradients over ranks, and step().
+    """Norm of the step's mean gradient before clipping, where DeepSpeed does not keep it (fp32 at ZeRO 0);
+    call between the last backward, which has averaged the gradients over ranks, and step().
 
-    If it is not finite, step() will count a skipped step and leave weights and moments alone, as DeepSpeed sees to by itself
-    at ZeRO 1 to 3 (at ZeRO 0 its clipping would spread one nan over all weights)."""
+    If it is not finite, step() will count a skipped step and leave weights and moments alone, as DeepSpeed
+    sees to by itself at ZeRO 1 to 3 (at ZeRO 0 its clipping would spread one nan over all weights)."""
     if engine.zero_optimization_stage() > 0:
         return None
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
     norm, optimizer = float(torch.nn.utils.get_total_norm(gradients)), engine.optimizer
     optimizer.overflow = not math.isfinite(norm)  # read by DeepSpeed's engine after the step
-    optimizer.found_inf = torch.ones((), device=engine.device) if optimizer.overflow else None  # by torch's fused AdamW in it
+    optimizer.found_inf = (
+        torch.ones((), device=engine.device) if optimizer.overflow else None
+    )  # by torch's fused AdamW in it
     return norm
 
 
 def weights_are_finite(engine) -> bool:
-    """Whether no rank holds a weight that is nan or infinite; the same on every rank. One pass over this rank's weights."""
+    """Whether no rank holds a weight that is nan or infinite; the same on every rank. One pass over this
+    rank's weights."""
     held = []
     for parameter in engine.module.parameters():
         if (part := getattr(parameter, "ds_tensor", None)) is None:
@@ -228,13 +254,16 @@ def peak_flops(device) -> float | None:
 
 
 def held_bytes(engine) -> dict[str, int]:
-    """Bytes of this rank's {weights, masters, moments, gradients} as the engine holds them now, on whatever device.
+    """Bytes of this rank's {weights, masters, moments, gradients} as the engine holds them now, on whatever
+    device.
 
-    Gradients are those between the last backward and step(); a master that is the weight itself (ZeRO 0) counts as weight."""
+    Gradients are those between the last backward and step(); a master that is the weight itself (ZeRO 0)
+    counts as weight."""
     zero, stage = engine.optimizer, engine.zero_optimization_stage()
     inner = zero if stage == 0 else zero.optimizer
     held = (
-        (p.data, getattr(p, "ds_tensor", None), getattr(p, "ds_secondary_tensor", None)) for p in engine.module.parameters()
+        (p.data, getattr(p, "ds_tensor", None), getattr(p, "ds_secondary_tensor", None))
+        for p in engine.module.parameters()
     )
     weights = [tensor for tensors in held for tensor in tensors if tensor is not None]
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
@@ -245,16 +274,27 @@ def held_bytes(engine) -> dict[str, int]:
         gradients += [t for group in zero.averaged_gradients.values() for t in group or []]
         gradients += [master.grad for master in masters if master.grad is not None]  # offloaded
     moments = [t for state in inner.state.values() for t in state.values() if torch.is_tensor(t) and t.dim()]
-    parts = {"weights": weights, "masters": masters if stage else [], "moments": moments, "gradients": gradients}
-    return {what: sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in its}.values())
-            for what, its in parts.items()}  # fmt: skip
+    parts = {
+        "weights": weights,
+        "masters": masters if stage else [],
+        "moments": moments,
+        "gradients": gradients,
+    }
+    return {
+        what: sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in its}.values())
+        for what, its in parts.items()
+    }
 
 
 def peak_memory(device) -> dict[str, float]:
-    """Largest memory of this rank so far, in bytes: allocated and reserved on a GPU, and the process's resident memory."""
+    """Largest memory of this rank so far, in bytes: allocated and reserved on a GPU, and the process's
+    resident memory."""
     import resource
 
     peaks = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}  # Linux counts it in KiB
     if device.type == "cuda":
-        peaks |= {"allocated": torch.cuda.max_memory_allocated(device), "reserved": torch.cuda.max_memory_reserved(device)}
+        peaks |= {
+            "allocated": torch.cuda.max_memory_allocated(device),
+            "reserved": torch.cuda.max_memory_reserved(device),
+        }
     return peaks

@@ -1,14 +1,18 @@
 """Whether a run may resume under another DeepSpeed JSON, and how.
 
-A checkpoint of DeepSpeed stores weights and moments as flat vectors, and DeepSpeed loads them without comparing their
-order. Under a JSON that arranges parameters differently, each parameter would receive the numbers of another one. So each
-difference between the JSON that wrote a checkpoint and the one that reads it is looked up in dslint.yaml (`resume`):
+A checkpoint of DeepSpeed stores weights and moments as flat vectors, and DeepSpeed loads them without
+comparing their order. Under a JSON that arranges parameters differently, each parameter would receive the
+numbers of another one. So each difference between the JSON that wrote a checkpoint and the one that reads it
+is looked up in dslint.yaml (`resume`):
 
-    layout   the key decides how vectors are stored: the states are read parameter by parameter, as after a resize
-    kept     a test (tests/test_json_change.py) has shown that the vectors stay as they are: the states are loaded as stored
+    layout   the key decides how vectors are stored: the states are read parameter by parameter, as after a
+    resize
+    kept     a test (tests/test_json_change.py) has shown that the vectors stay as they are: the states are
+    loaded as stored
     else     the start is refused, and the key is named
 
-`describe_layout` is what a marker (COMPLETE) records for this. `find_changes` compares it with the JSON of a start.
+`describe_layout` is what a marker (COMPLETE) records for this. `find_changes` compares it with the JSON of a
+start.
 """
 
 from inheritune.engines import dslint
@@ -24,7 +28,8 @@ def describe_layout(settings: dict) -> dict:
     """Return what the marker of a checkpoint written under the DeepSpeed JSON `settings` records:
     {layout: {key: value}, deepspeed: the JSON, deepspeed_version}.
 
-    `layout` also holds the keys that were left at DeepSpeed's default: another version may have another default."""
+    `layout` also holds the keys that were left at DeepSpeed's default: another version may have another
+    default."""
     import deepspeed
 
     values, stage = fill_defaults(settings), zero_stage(settings)
@@ -34,7 +39,8 @@ def describe_layout(settings: dict) -> dict:
 
 
 def fill_defaults(settings: dict) -> dict:
-    """Return {path: value} of all keys of a DeepSpeed JSON, `zero_optimization` completed by DeepSpeed's defaults."""
+    """Return {path: value} of all keys of a DeepSpeed JSON, `zero_optimization` completed by DeepSpeed's
+    defaults."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     zero = DeepSpeedZeroConfig(**settings.get("zero_optimization", {})).model_dump(mode="json", by_alias=True)
@@ -43,18 +49,21 @@ def fill_defaults(settings: dict) -> dict:
 
 
 def _fill_if_known(settings: dict) -> dict:
-    """`fill_defaults` of a JSON that another version of DeepSpeed took: what this one does not know keeps its value."""
+    """`fill_defaults` of a JSON that another version of DeepSpeed took: what this one does not know keeps its
+    value."""
     from pydantic import ValidationError
 
     try:
         return fill_defaults(settings)
     except ValidationError:
-        return fill_defaults({}) | {k: v for k, v in dslint.flatten(settings).items() if not isinstance(v, dict)}
+        return fill_defaults({}) | {
+            k: v for k, v in dslint.flatten(settings).items() if not isinstance(v, dict)
+        }
 
 
 def find_changes(marker: dict, settings: dict, where: str) -> list[str]:
-    """Return the keys that `settings` changes against the JSON in `marker` (of the checkpoint `where`) and that decide how
-    vectors are stored. An empty list means that the checkpoint can be loaded as it is.
+    """Return the keys that `settings` changes against the JSON in `marker` (of the checkpoint `where`) and
+    that decide how vectors are stored. An empty list means that the checkpoint can be loaded as it is.
 
     Raises UserError naming a changed key of which this is not known."""
     import deepspeed
@@ -72,7 +81,8 @@ def find_changes(marker: dict, settings: dict, where: str) -> list[str]:
             changed += [key] * (key not in changed)
         elif not _is_kept(key, old, new):
             raise UserError(
-                f"{where} was written with {key} = {old}, the DeepSpeed JSON of this start has {new}; whether its stored "
+                f"{where} was written with {key} = {old}, the DeepSpeed JSON of this start has {new}; "
+                f"whether its stored "
                 f"states fit is not known: set {key} back, or finish the run under the JSON it began with"
             )
     if marker["deepspeed_version"] != deepspeed.__version__:

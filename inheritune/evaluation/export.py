@@ -1,9 +1,10 @@
-"""`export FOLDER --to D`: a finished run as a checkpoint for the world outside, with tokenizer and model card.
+"""`export FOLDER --to D`: a finished run as a checkpoint for the world outside, with tokenizer and model
+card.
 
 A run keeps the paper's parameterization, which few programs know: transformers 4 with SDPA ignores
-`scale_attn_by_inverse_layer_idx` without a word, vLLM refuses it. Here the scaling by layer goes into the query weights
-(W_Q / (layer + 1), flag off) and the rows that pad the vocabulary are cut off. The folder appears under its name only after
-the logits of the two were compared.
+`scale_attn_by_inverse_layer_idx` without a word, vLLM refuses it. Here the scaling by layer goes into the
+query weights (W_Q / (layer + 1), flag off) and the rows that pad the vocabulary are cut off. The folder
+appears under its name only after the logits of the two were compared.
 """
 
 import copy
@@ -30,25 +31,26 @@ from inheritune.models.writer import write_checkpoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.05}
-"""Largest difference of a logit, as a share of the largest logit where that is above 1. bf16 has 8 bits for a number: its
-bound only finds a broken export, and the card tells the difference."""
+"""Largest difference of a logit, as a share of the largest logit where that is above 1. bf16 has 8 bits for a
+number: its bound only finds a broken export, and the card tells the difference."""
 SCALED = "scale_attn_by_inverse_layer_idx"
 LICENCES = yaml.safe_load((Path(__file__).parent / "licences.yaml").read_text(encoding="utf-8"))
 
 
 def export(folder: str, to: str, dtype: str | None = None) -> None:
-    """Write the finished run in `folder` (a grown run: the stage that its DONE names) to the new folder `to`, in `dtype`
-    (fp32 or bf16; default: that of the model which the run started from).
+    """Write the finished run in `folder` (a grown run: the stage that its DONE names) to the new folder `to`,
+    in `dtype` (fp32 or bf16; default: that of the model which the run started from).
 
-    Raises UserError for an unfinished or damaged run, one without a tokenizer, an unknown dtype and a `to` that holds
-    something or cannot be written; then nothing is written."""
+    Raises UserError for an unfinished or damaged run, one without a tokenizer, an unknown dtype and a `to`
+    that holds something or cannot be written; then nothing is written."""
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"export: unknown dtype '{dtype}'; {nearest(dtype, DTYPES)}")
     out, run = resolve_output(to), finished(RunDir(folder))
     check_new_folder(out)
     if not any((run.final / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise UserError(
-            f"{run.final} holds no tokenizer (tokenizer.json or tokenizer.model); copy the files of the prepared data's "
+            f"{run.final} holds no tokenizer (tokenizer.json or tokenizer.model); copy the files of the "
+            f"prepared data's "
             f"tokenizer/ into it, and export again"
         )
     dtype = dtype or stated_dtype(run)
@@ -59,17 +61,24 @@ def export(folder: str, to: str, dtype: str | None = None) -> None:
     specs = {name: (shape, DTYPES[dtype]) for name, shape in tensor_shapes(config).items()}
     with replacing(out) as temporary:
         temporary.mkdir()
-        write_checkpoint(temporary, config, specs, lambda name: outside_tensor(source, config, name).to(DTYPES[dtype]))
+        write_checkpoint(
+            temporary, config, specs, lambda name: outside_tensor(source, config, name).to(DTYPES[dtype])
+        )
         copy_tokenizer(run.final, temporary, trained=True)
         opener, pad_token_id = open_as_others(temporary, tokenizer)
         settings = outside_settings(run, config, tokenizer, pad_token_id)
         write_json(temporary / "generation_config.json", settings, seal=False)
         compared = compare_logits(run.final, temporary, config.vocab_size)
         if not compared["difference"] <= TOLERANCE[dtype] * max(1.0, compared["largest"]):
-            raise RuntimeError(f"the export of {run.final} computes other logits ({compared}): nothing was written")
+            raise RuntimeError(
+                f"the export of {run.final} computes other logits ({compared}): nothing was written"
+            )
         write_text(temporary / "README.md", model_card(run, described, out.name, dtype, compared, opener))
     if opener != "AutoTokenizer":
-        print(f"AutoTokenizer gives other ids than the run was trained with: open it as README.md shows, by {opener}")
+        print(
+            f"AutoTokenizer gives other ids than the run was trained with: open it as README.md shows, by "
+            f"{opener}"
+        )
     print(
         f"wrote {out} in {dtype}: its logits differ by at most {compared['difference']:.1e} "
         f"(the largest is {compared['largest']:.1f})"
@@ -78,7 +87,8 @@ def export(folder: str, to: str, dtype: str | None = None) -> None:
 
 
 def stated_dtype(run: RunDir) -> str:
-    """The dtype of the model that the run started from, where an export can have it; else fp32, that of the run."""
+    """The dtype of the model that the run started from, where an export can have it; else fp32, that of the
+    run."""
     config = run.init / "config.json"
     described = read_json(config) if config.is_file() else {}
     stated = described.get("dtype") or described.get("torch_dtype")
@@ -89,15 +99,18 @@ def finished(run: RunDir) -> RunDir:
     """The run or stage whose final/ is meant by a run's folder. Raises UserError if there is none."""
     if not run.is_done():
         if RunDir(run.path.parent).is_done() and run.path.name == "final":
-            raise UserError(f"{run.path} holds the weights of a run; give the run's folder, {run.path.parent}")
+            raise UserError(
+                f"{run.path} holds the weights of a run; give the run's folder, {run.path.parent}"
+            )
         what = "is not finished (no DONE)" if run.experiment.is_file() or run.stages() else "is no run folder"
         raise UserError(f"{run.path} {what}; export takes runs/<experiment>/seed<k>/<run> of a finished run")
     return run.chosen()
 
 
 def outside_config(config, vocab_size: int, end_of_text: int):
-    """`config` for other programs: standard scaling, the tokenizer's vocabulary, and the `special_ids` of a text (in our
-    training `end_of_text` lies between any two texts). Biases held at zero keep their mark, which others ignore."""
+    """`config` for other programs: standard scaling, the tokenizer's vocabulary, and the `special_ids` of a
+    text (in our training `end_of_text` lies between any two texts). Biases held at zero keep their mark,
+    which others ignore."""
     config = copy.deepcopy(config)
     if getattr(config, SCALED, False):
         setattr(config, SCALED, False)
@@ -109,10 +122,11 @@ def outside_config(config, vocab_size: int, end_of_text: int):
 
 
 def special_ids(stated: dict, vocab_size: int, end_of_text: int) -> dict:
-    """{bos, eos and pad_token_id: id} of a trained model, from those that are `stated` for the model it started from.
+    """{bos, eos and pad_token_id: id} of a trained model, from those that are `stated` for the model it
+    started from.
 
-    Where that one ends a text otherwise than the run's data do, its ids are of another tokenizer: then `end_of_text`
-    begins and ends a text, and nothing pads it."""
+    Where that one ends a text otherwise than the run's data do, its ids are of another tokenizer: then
+    `end_of_text` begins and ends a text, and nothing pads it."""
     known = {key: _below(vocab_size, stated.get(key)) for key in SPECIAL_IDS}
     ends = known["eos_token_id"]
     if end_of_text not in (ends if isinstance(ends, list) else [ends]):
@@ -137,15 +151,18 @@ def outside_tensor(source: Source, config, name: str) -> torch.Tensor:
         is_padded = name in of_vocabulary and tensor.shape[0] == source.config.vocab_size
         return tensor[: config.vocab_size] if is_padded else tensor
     if getattr(source.config, SCALED, False) and inside[1] in ("attn.c_attn.weight", "attn.c_attn.bias"):
-        # GPT-2, the one family with this flag: inputs x outputs, the first `hidden_size` outputs are the queries
+        # GPT-2, the one family with this flag: inputs x outputs, the first `hidden_size` outputs are the
+        # queries
         tensor[..., : source.config.hidden_size] /= inside[0] + 1
     return tensor
 
 
 def outside_settings(run: RunDir, config, tokenizer: Tokenizer, pad_token_id: int | None) -> dict:
-    """generation_config.json of the outside form `config`: the settings of the model that the run started from, and which ids
-    begin, end and pad a text (`pad_token_id` is the tokenizer's own)."""
-    kept = [folder / "generation_config.json" for folder in (run.final, run.init)]  # older runs have it in init/ only
+    """generation_config.json of the outside form `config`: the settings of the model that the run started
+    from, and which ids begin, end and pad a text (`pad_token_id` is the tokenizer's own)."""
+    kept = [
+        folder / "generation_config.json" for folder in (run.final, run.init)
+    ]  # older runs have it in init/ only
     stated = next((read_json(path) for path in kept if path.is_file()), {})
     ids = {key: stated.get(key, getattr(config, key, None)) for key in SPECIAL_IDS}
     ids = special_ids(ids, config.vocab_size, tokenizer.end_of_text)
@@ -155,9 +172,11 @@ def outside_settings(run: RunDir, config, tokenizer: Tokenizer, pad_token_id: in
 
 
 def open_as_others(folder: Path, tokenizer: Tokenizer) -> tuple[str, int | None]:
-    """(class, id of its padding token) by which others open the tokenizer in `folder` with the ids of `tokenizer`.
+    """(class, id of its padding token) by which others open the tokenizer in `folder` with the ids of
+    `tokenizer`.
 
-    transformers 5 has AutoTokenizer take a class of its own for a few families (Qwen2Tokenizer), whatever the folder states."""
+    transformers 5 has AutoTokenizer take a class of its own for a few families (Qwen2Tokenizer), whatever the
+    folder states."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if not (folder / "tokenizer.json").is_file():  # tokens.py found no counterpart that gives its ids
@@ -165,7 +184,10 @@ def open_as_others(folder: Path, tokenizer: Tokenizer) -> tuple[str, int | None]
     code = Path(__file__).read_text(encoding="utf-8").splitlines(keepends=True)
     texts = [PROBE, "e\u0301 \u212b \ufb01 1000000000", *(line for line in code if "<" not in line)]
     expected = [ids.tolist() for ids in tokenizer.encode_batch(texts)]
-    for name, kind in {"AutoTokenizer": AutoTokenizer, "PreTrainedTokenizerFast": PreTrainedTokenizerFast}.items():
+    for name, kind in {
+        "AutoTokenizer": AutoTokenizer,
+        "PreTrainedTokenizerFast": PreTrainedTokenizerFast,
+    }.items():
         opened = kind.from_pretrained(folder)
         if opened(texts, add_special_tokens=False)["input_ids"] == expected:
             return name, opened.pad_token_id
@@ -173,8 +195,9 @@ def open_as_others(folder: Path, tokenizer: Tokenizer) -> tuple[str, int | None]
 
 
 def compare_logits(ours: Path, exported: Path, vocab_size: int) -> dict:
-    """Both checkpoints on the same two random sequences in fp32, ours by eager attention and the export by SDPA, as others
-    open it.  -> {"difference": largest |difference|, "largest": largest |logit|}, without the padding of the vocabulary"""
+    """Both checkpoints on the same two random sequences in fp32, ours by eager attention and the export by
+    SDPA, as others open it.  -> {"difference": largest |difference|, "largest": largest |logit|}, without the
+    padding of the vocabulary"""
     logits = []
     for folder, attention in ((ours, "eager"), (exported, "sdpa")):
         model = load_model(str(folder), attention=attention)  # one at a time in memory
@@ -186,20 +209,25 @@ def compare_logits(ours: Path, exported: Path, vocab_size: int) -> dict:
     return {"difference": float((logits[1] - logits[0]).abs().max()), "largest": float(logits[0].abs().max())}
 
 
-# --- the model card -------------------------------------------------------------------------------------------------------
+# --- the model card -----------------------------------------------------------------------------------------
 
 
 def parents(run: RunDir) -> dict[str, str | None]:
-    """{description: Hub id or None} of all that the run's first weights were copied from, the nearest first."""
+    """{description: Hub id or None} of all that the run's first weights were copied from, the nearest
+    first."""
     if not (run.init / MANIFEST).is_file():
         return {}
     manifest, found = read_json(run.init / MANIFEST), {}
     at_half = " at half width" * (manifest["kind"] == "half_width")
-    copied = f"layers {_ranges([layer for layer in manifest['layers'] if layer is not None])} (from 0){at_half}"
+    copied = (
+        f"layers {_ranges([layer for layer in manifest['layers'] if layer is not None])} (from 0){at_half}"
+    )
     for origin in [manifest] if "source" in manifest else [manifest["previous"], manifest["reference"]]:
         name, parent = origin["source"], RunDir(Path(origin["source"]).parent)
         if origin["revision"]:
-            found[f"[{name}](https://huggingface.co/{name}) at revision {origin['revision']}, {copied}"] = name
+            found[f"[{name}](https://huggingface.co/{name}) at revision {origin['revision']}, {copied}"] = (
+                name
+            )
         elif parent.experiment.is_file():
             described = read_yaml(parent.experiment)
             found[f"{_title(described)}, {copied}"] = None
@@ -242,12 +270,15 @@ prompt = torch.tensor([tokenizer.encode("The")])
 print(tokenizer.decode(model.generate(prompt, max_new_tokens=20)[0].tolist()))
 """,
 }
-SNIPPETS["PreTrainedTokenizerFast"] = SNIPPETS["AutoTokenizer"].replace("AutoTokenizer", "PreTrainedTokenizerFast")
+SNIPPETS["PreTrainedTokenizerFast"] = SNIPPETS["AutoTokenizer"].replace(
+    "AutoTokenizer", "PreTrainedTokenizerFast"
+)
 """The card's use of a model, by the class that opens its tokenizer with the run's ids."""
 
 
 def model_card(run: RunDir, described: dict, name: str, dtype: str, compared: dict, opener: str) -> str:
-    """README.md of the export: a YAML head as the Hub reads it, and what the model is, from the run's own JSON."""
+    """README.md of the export: a YAML head as the Hub reads it, and what the model is, from the run's own
+    JSON."""
     results, start = run.read_results(), run.read_starts("versions", "git_commit")[-1]
     data, train, lineage = described["data"], described["train"], parents(run)
     hub = [parent for parent in lineage.values() if parent]
@@ -259,9 +290,17 @@ def model_card(run: RunDir, described: dict, name: str, dtype: str, compared: di
     head |= {"datasets": [data["repo"]]} if data["repo"] else {}
     known = set(licences.values()) - {"unknown"}
     head |= {"license": known.pop().split()[0]} if len(known) == 1 else {}
-    rehearsal = "**REHEARSAL: every size was shrunk to try the code; this is no result.**\n\n" if described["rehearsal"] else ""
+    rehearsal = (
+        "**REHEARSAL: every size was shrunk to try the code; this is no result.**\n\n"
+        if described["rehearsal"]
+        else ""
+    )
     loss, gap = results["validation"], results.get("difference")
-    against = f"\n- Difference to run '{results['compared_with']}': {_interval(gap, '+.4f')}, paired by window" if gap else ""
+    against = (
+        f"\n- Difference to run '{results['compared_with']}': {_interval(gap, '+.4f')}, paired by window"
+        if gap
+        else ""
+    )
     versions = ", ".join(f"{library} {version}" for library, version in start["versions"].items())
     revision = f" at revision {data['revision']}" if data["revision"] else ""
     copied = "".join(f"\n- Parent: {parent}" for parent in lineage) or "\n- Parent: none, a random start"
@@ -302,7 +341,7 @@ trained weights' by at most {compared["difference"]:.1e} (the largest logit is {
 - data, {data_name}: {LICENCES["data"].get(data_name, "unknown")}
 
 As far as known, without warranty; choose the licence of this model in their light before publishing it.
-"""
+"""  # noqa: E501 - the text is written as it stands
 
 
 def run_scales(run: RunDir) -> bool:

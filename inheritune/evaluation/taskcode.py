@@ -40,7 +40,8 @@ def refuse_task_code(task_files: str | None, allowed: bool = False) -> None:
     if found:
         more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         raise UserError(
-            f"the task files in {folder} name code, which lm-eval would run: {'; '.join(found[:SHOWN])}{more}. "
+            f"the task files in {folder} name code, which lm-eval would run: "
+            f"{'; '.join(found[:SHOWN])}{more}. "
             f"Read it, and if you trust it, give --allow-task-code"
         )
 

@@ -26,34 +26,39 @@ MOST_BYTES = 1 << 16  # of a lock file that is read: ours have some hundred
 class Lock:
     """Keeps two jobs out of what is written at `path`; use as a context manager.
 
-    Every contender puts a file of its own, `.NAME.lock.<12 hex digits>`, beside `path` and looks for those of others: the
-    later of two sees the earlier and withdraws. A holder touches its file every `BEAT` seconds from a thread, so that a crash
-    frees the lock: at once where its process is certainly gone (processes.fate), after two silent beats where Slurm says that
-    its job has ended, after `SILENCE` seconds otherwise. (flock would not do: Lustre is often mounted without it.)"""
+    Every contender puts a file of its own, `.NAME.lock.<12 hex digits>`, beside `path` and looks for those of
+    others: the later of two sees the earlier and withdraws. A holder touches its file every `BEAT` seconds
+    from a thread, so that a crash frees the lock: at once where its process is certainly gone
+    (processes.fate), after two silent beats where Slurm says that its job has ended, after `SILENCE` seconds
+    otherwise. (flock would not do: Lustre is often mounted without it.)"""
 
     BEAT, SILENCE = 10.0, 180.0
 
-    def __init__(self, path: Path, asked_to_stop: Callable[[], str | None] = lambda: None, wait: float | None = None):
-        """`asked_to_stop` says why this process is asked to leave, or None. `wait`: seconds until UserError while another holds
-        the lock (None: $INHERITUNE_LOCK_WAIT, or 120)."""
+    def __init__(
+        self, path: Path, asked_to_stop: Callable[[], str | None] = lambda: None, wait: float | None = None
+    ):
+        """`asked_to_stop` says why this process is asked to leave, or None. `wait`: seconds until UserError
+        while another holds the lock (None: $INHERITUNE_LOCK_WAIT, or 120)."""
         self.path, self.asked_to_stop = path, asked_to_stop
         self.wait = environment.number("INHERITUNE_LOCK_WAIT") if wait is None else wait
         self.file = path.with_name(f".{path.name}.lock.{uuid.uuid4().hex[:12]}")
         self._released = threading.Event()
 
     def acquire(self) -> None:
-        """Take the lock, waiting for another holder. Raises UserError naming it when the wait is over, and if the folder cannot
-        be read or written; Stopped when this process is asked to leave while it waits."""
+        """Take the lock, waiting for another holder. Raises UserError naming it when the wait is over, and if
+        the folder cannot be read or written; Stopped when this process is asked to leave while it waits."""
         deadline, told = time.monotonic() + self.wait, False
         while (who := self._try()) is not None:
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"{self.path} is being written by {who}, still after {self.wait:.0f} s of waiting; let it finish, or stop "
+                    f"{self.path} is being written by {who}, still after {self.wait:.0f} s of waiting; let "
+                    f"it finish, or stop "
                     f"it first; nothing was changed"
                 )
             if why := self.asked_to_stop():
                 raise Stopped(
-                    f"stopped while waiting for {self.path}, which is being written by {who} ({why}); nothing was changed, and "
+                    f"stopped while waiting for {self.path}, which is being written by {who} ({why}); "
+                    f"nothing was changed, and "
                     f"the same command tries again"
                 )
             if not told:
@@ -75,7 +80,8 @@ class Lock:
         self.release()
 
     def lost(self) -> bool:
-        """Whether another job took this one for dead (after minutes without a beat) and may be writing here."""
+        """Whether another job took this one for dead (after minutes without a beat) and may be writing
+        here."""
         return not self.file.is_file()
 
     def _try(self) -> str | None:
@@ -83,7 +89,11 @@ class Lock:
         held = False
         try:
             now = self._announce()
-            others = [file for name, file in _lock_files(self.path.parent) if name == self.path.name and file != self.file]
+            others = [
+                file
+                for name, file in _lock_files(self.path.parent)
+                if name == self.path.name and file != self.file
+            ]
             who = next(filter(None, (self._look(file, now) for file in others)), None)
             held = who is None
         except OSError as error:
@@ -136,10 +146,11 @@ class Lock:
 
 
 def lock_holders(folder: Path) -> dict[str, dict]:
-    """{name: {host, pid, slurm, job, copied, silent: seconds since its last beat}} of the locks that are held in `folder`. A
-    holder that its file does not name has only `silent`.
+    """{name: {host, pid, slurm, job, copied, silent: seconds since its last beat}} of the locks that are held
+    in `folder`. A holder that its file does not name has only `silent`.
 
-    Only looks: Slurm is not asked, so a job that died on another machine passes for alive for `Lock.SILENCE` seconds."""
+    Only looks: Slurm is not asked, so a job that died on another machine passes for alive for `Lock.SILENCE`
+    seconds."""
     found = {}
     for name, file in _lock_files(folder):
         try:
@@ -170,8 +181,9 @@ def _lock_files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _read_holder(file: Path) -> dict:
-    """What a lock file says of its holder: {machine, pid, born, host, job, slurm, copied}, each only if it has the right form.
-    {} if the file is damaged, cannot be read, or is no file: nobody knows who holds it. Raises FileNotFoundError."""
+    """What a lock file says of its holder: {machine, pid, born, host, job, slurm, copied}, each only if it
+    has the right form. {} if the file is damaged, cannot be read, or is no file: nobody knows who holds it.
+    Raises FileNotFoundError."""
     try:
         facts = file.stat()
         if not stat.S_ISREG(facts.st_mode):
@@ -187,7 +199,11 @@ def _read_holder(file: Path) -> dict:
     texts = {key: said[key] for key in ("machine", "born", "host", "job") if _is_text(said.get(key))}
     holder = texts | ({"pid": said["pid"]} if type(said.get("pid")) is int else {})
     slurm = said.get("slurm")
-    if isinstance(slurm, list) and len(slurm) == 2 and all(_is_text(word) and re.fullmatch("[0-9]+", word) for word in slurm):
+    if (
+        isinstance(slurm, list)
+        and len(slurm) == 2
+        and all(_is_text(word) and re.fullmatch("[0-9]+", word) for word in slurm)
+    ):
         holder["slurm"] = slurm
     if said.get("inode", facts.st_ino) != facts.st_ino:
         holder.pop("machine", None)  # a copy: that process, if it lives, holds the lock of another folder
@@ -204,17 +220,20 @@ def _fate(holder: dict) -> str:
 
 
 def _take_away(file: Path) -> None:
-    """Remove the lock of a process that is gone. Raises UserError if that is not allowed: its owner could still come back."""
+    """Remove the lock of a process that is gone. Raises UserError if that is not allowed: its owner could
+    still come back."""
     try:
         file.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
-            f"{file} is a lock left behind that cannot be removed ({error.strerror}); have its owner delete it"
+            f"{file} is a lock left behind that cannot be removed ({error.strerror}); have its owner delete "
+            f"it"
         ) from None
 
 
 def describe_holder(holder: dict, file: Path | None = None) -> str:
-    """Who holds a lock, in words, as far as its file tells; `file`: to be named where it does not, or is a copy."""
+    """Who holds a lock, in words, as far as its file tells; `file`: to be named where it does not, or is a
+    copy."""
     if "pid" not in holder or "host" not in holder:
         return f"a process that its lock{f' file {file}' if file else ''} does not name"
     who = f"{holder.get('job') or 'process ' + str(holder['pid'])} on {holder['host']}"
@@ -229,11 +248,18 @@ def _job_ended(job: str, restarts: str) -> bool:
         return restarts != (os.environ.get("SLURM_RESTART_COUNT") or "0")  # an earlier start of our own job
     try:
         said = subprocess.run(
-            ["scontrol", "show", "job", "-o", job], capture_output=True, text=True, errors="replace", timeout=20, check=False
+            ["scontrol", "show", "job", "-o", job],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=20,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return False
-    shown = next((line for line in said.stdout.splitlines() if line.startswith(f"JobId={job} ")), "")  # not an array's others
+    shown = next(
+        (line for line in said.stdout.splitlines() if line.startswith(f"JobId={job} ")), ""
+    )  # not an array's others
     fields = dict(word.split("=", 1) for word in shown.split() if "=" in word)
     if said.returncode or "JobState" not in fields:
         return "Invalid job id" in said.stderr  # forgotten since it ended

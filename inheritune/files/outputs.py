@@ -1,4 +1,5 @@
-"""Where a verb writes what the user named (--out, --to): resolved, and refused before any work where it cannot be written."""
+"""Where a verb writes what the user named (--out, --to): resolved, and refused before any work where it
+cannot be written."""
 
 import os
 from pathlib import Path
@@ -7,22 +8,29 @@ from inheritune.errors import UserError
 
 
 def resolve_output(path: str | Path) -> Path:
-    """`path` as the place that is meant, links followed: what a link points to is written, the link stays as it is.
+    """`path` as the place that is meant, links followed: what a link points to is written, the link stays as
+    it is.
 
     Raises UserError for a link to nothing: it may lead to a disk that is not mounted."""
     given = Path(path).expanduser()
     for part in (given, *given.parents):
         if part.is_symlink() and not part.exists():
-            raise UserError(f"{part} is a link to {os.readlink(part)}, which does not exist; make that, or give another path")
+            raise UserError(
+                f"{part} is a link to {os.readlink(part)}, which does not exist; make that, or give another "
+                f"path"
+            )
     return given.resolve()
 
 
 def check_new_folder(folder: Path) -> None:
-    """Raises UserError if `folder`, resolved, cannot be made: it is a file, holds something, or is not to be replaced."""
+    """Raises UserError if `folder`, resolved, cannot be made: it is a file, holds something, or is not to be
+    replaced."""
     if folder.is_dir():
         if any(folder.iterdir()):
             raise UserError(f"{folder} already holds something; choose another folder, or delete it")
-        if folder == Path.cwd():  # a finished folder takes the place of the empty one: the shell would stand in nothing
+        if (
+            folder == Path.cwd()
+        ):  # a finished folder takes the place of the empty one: the shell would stand in nothing
             raise UserError(f"{folder} is the folder you are in; give the name of a new one")
         if os.path.ismount(folder):
             raise UserError(f"{folder} is where a disk is mounted; give the name of a new folder in it")

@@ -1,8 +1,9 @@
-"""Models: Hugging Face GPT-2 and Llama configurations of the paper's shapes, the architecture table, counts and FLOPs.
+"""Models: Hugging Face GPT-2 and Llama configurations of the paper's shapes, the architecture table, counts
+and FLOPs.
 
-The paper's GPT-2 (FACTS section 4) is a plain HF GPT-2 with `scale_attn_by_inverse_layer_idx` and with biases held at
-zero: its config carries `frozen_zero_biases`, which every slice of it inherits. A public GPT-2 lacks the mark and keeps
-its trainable biases and standard scaling.
+The paper's GPT-2 (FACTS section 4) is a plain HF GPT-2 with `scale_attn_by_inverse_layer_idx` and with biases
+held at zero: its config carries `frozen_zero_biases`, which every slice of it inherits. A public GPT-2 lacks
+the mark and keeps its trainable biases and standard scaling.
 """
 
 import copy
@@ -63,8 +64,8 @@ class Architecture:
         return int(index), rest
 
     def in_checkpoint(self, name: str, shape: Shape) -> dict[str, Shape]:
-        """{name: shape} of the checkpoint's tensors that the model's tensor `name` of `shape` is made of; one after the
-        other, their elements are its elements."""
+        """{name: shape} of the checkpoint's tensors that the model's tensor `name` of `shape` is made of; one
+        after the other, their elements are its elements."""
         inside = self.split_name(name)
         block, key = ("", name) if inside is None else (self.block.format(i=inside[0]), inside[1])
         names = self.published.get(key)
@@ -89,7 +90,8 @@ class Architecture:
                 if any(inside[1].startswith(prefix) for prefix in prefixes):
                     return "blocks", module
         raise UserError(
-            f"tensor {name} has no place in the architecture table of {self.name} (inheritune/models/architectures.yaml)"
+            f"tensor {name} has no place in the architecture table of {self.name} "
+            f"(inheritune/models/architectures.yaml)"
         )
 
 
@@ -101,8 +103,10 @@ def architecture(model_type: str) -> Architecture:
     """The table's row for a config's model_type. Raises UserError with the known families."""
     if model_type not in _TABLE:
         raise UserError(
-            f"model family '{model_type}' is not in the architecture table; known: {', '.join(sorted(_TABLE))}; "
-            f"to add one, describe its tensor names in inheritune/models/architectures.yaml, a few lines: README, 'Another "
+            f"model family '{model_type}' is not in the architecture table; known: "
+            f"{', '.join(sorted(_TABLE))}; "
+            f"to add one, describe its tensor names in inheritune/models/architectures.yaml, a few lines: "
+            f"README, 'Another "
             f"family'"
         )
     return Architecture(name=model_type, **_TABLE[model_type])
@@ -158,9 +162,9 @@ RATES = re.compile(r"^(?!summary_|classifier_|seq_|qa_).*(drop|jitter)")
 def clear_dropout(config) -> dict[str, float]:
     """Set the dropout rates of `config`, and of what it nests, to 0.  -> {key: rate} of those that were not
 
-    The paper trains without dropout, and so does every run: a loss must not depend on how ranks draw numbers. A source brings
-    rates of its own (transformers gives a GPT-2 0.1 where its config says nothing). Those of heads that are not a language
-    model's stay: nothing here uses them."""
+    The paper trains without dropout, and so does every run: a loss must not depend on how ranks draw numbers.
+    A source brings rates of its own (transformers gives a GPT-2 0.1 where its config says nothing). Those of
+    heads that are not a language model's stay: nothing here uses them."""
     cleared = {}
     for key, value in list(vars(config).items()):
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
@@ -172,10 +176,12 @@ def clear_dropout(config) -> dict[str, float]:
 
 
 def build(config, attention: str | None = None) -> torch.nn.Module:
-    """A model of `config` in fp32 whose weights are not initialized yet, biases frozen where the config says so.
+    """A model of `config` in fp32 whose weights are not initialized yet, biases frozen where the config says
+    so.
 
-    Built on the current default device; inside `deepspeed.zero.Init` its parameters are partitioned as they are made.
-    attention: transformers' name of an implementation; None is SDPA, where the family has it (Gemma 2 and Bloom do not)."""
+    Built on the current default device; inside `deepspeed.zero.Init` its parameters are partitioned as they
+    are made. attention: transformers' name of an implementation; None is SDPA, where the family has it (Gemma
+    2 and Bloom do not)."""
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -192,8 +198,8 @@ def build(config, attention: str | None = None) -> torch.nn.Module:
 
 
 def fuse_gelu(model: torch.nn.Module) -> None:
-    """Let one kernel compute the GELU that transformers writes out (gelu_new): the same function to rounding (1e-7 in fp32),
-    faster, and it keeps two tensors for backward instead of five."""
+    """Let one kernel compute the GELU that transformers writes out (gelu_new): the same function to rounding
+    (1e-7 in fp32), faster, and it keeps two tensors for backward instead of five."""
     from transformers.activations import GELUTanh, NewGELUActivation
 
     for parent in model.modules():
@@ -203,34 +209,47 @@ def fuse_gelu(model: torch.nn.Module) -> None:
 
 
 def model_shapes(config, where="the config") -> dict[str, Shape]:
-    """{name: shape} of every tensor of a model of `config`, in its order and under its names; a tied head is left out.
+    """{name: shape} of every tensor of a model of `config`, in its order and under its names; a tied head is
+    left out.
 
     Raises UserError (naming `where`) if no model can be built from the config."""
     try:
         with torch.device("meta"):
             state = build(config).state_dict()
     except Exception as error:  # transformers and torch raise many kinds for numbers that make no model
-        raise UserError(f"{where} describes no possible model: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(
+            f"{where} describes no possible model: {' '.join(str(error).split())[:300]}"
+        ) from None
     table = architecture(config.model_type)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if config.tie_word_embeddings:
-        shapes = {name: shape for name, shape in shapes.items() if table.head not in table.in_checkpoint(name, shape)}
+        shapes = {
+            name: shape
+            for name, shape in shapes.items()
+            if table.head not in table.in_checkpoint(name, shape)
+        }
     return shapes
 
 
 def tensor_shapes(config, where="the config") -> dict[str, Shape]:
-    """{name: shape} of every tensor of a checkpoint of `config`, in the model's order; a tied head is left out.
+    """{name: shape} of every tensor of a checkpoint of `config`, in the model's order; a tied head is left
+    out.
 
     Raises UserError as `model_shapes` does."""
     table, shapes = architecture(config.model_type), model_shapes(config, where)
-    return {piece: its for name, shape in shapes.items() for piece, its in table.in_checkpoint(name, shape).items()}
+    return {
+        piece: its
+        for name, shape in shapes.items()
+        for piece, its in table.in_checkpoint(name, shape).items()
+    }
 
 
 def load_config(path: Path):
-    """The transformers configuration in `path`, by the classes of transformers alone (code beside it is never run).
+    """The transformers configuration in `path`, by the classes of transformers alone (code beside it is never
+    run).
 
-    Raises UserError for a family outside the architecture table and for a model that is quantized, an encoder-decoder, or
-    of a class that transformers does not have."""
+    Raises UserError for a family outside the architecture table and for a model that is quantized, an
+    encoder-decoder, or of a class that transformers does not have."""
     import transformers
     from transformers import CONFIG_MAPPING
 
@@ -238,24 +257,40 @@ def load_config(path: Path):
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise UserError(f"{path} names no 'model_type'; it is not a Hugging Face model config")
     if raw.get("quantization_config") is not None:
-        raise UserError(f"{path} describes a quantized model (quantization_config); inherit from the unquantized weights")
+        raise UserError(
+            f"{path} describes a quantized model (quantization_config); inherit from the unquantized weights"
+        )
     if raw.get("is_encoder_decoder"):
-        raise UserError(f"{path} describes an encoder-decoder ({raw['model_type']}); only decoder-only models can be sliced")
+        raise UserError(
+            f"{path} describes an encoder-decoder ({raw['model_type']}); only decoder-only models can be "
+            f"sliced"
+        )
     named = raw.get("architectures")
-    foreign = [str(name) for name in (named if isinstance(named, list) else []) if not hasattr(transformers, str(name))]
-    if raw.pop("auto_map", None) and (foreign or raw["model_type"] not in CONFIG_MAPPING):  # else transformers has the code
+    foreign = [
+        str(name)
+        for name in (named if isinstance(named, list) else [])
+        if not hasattr(transformers, str(name))
+    ]
+    if raw.pop("auto_map", None) and (
+        foreign or raw["model_type"] not in CONFIG_MAPPING
+    ):  # else transformers has the code
         what = ", ".join(foreign) or raw["model_type"]
         raise UserError(
-            f"{path} needs code that comes with the model (auto_map: {what}), which is never run; only families "
+            f"{path} needs code that comes with the model (auto_map: {what}), which is never run; only "
+            f"families "
             f"of transformers itself can be sliced"
         )
     layers = raw.get(architecture(raw["model_type"]).layers, 1)
     if type(layers) is not int or not 1 <= layers <= MAX_LAYERS:  # building such a model would not end
-        raise UserError(f"{path} describes a model of {str(layers)[:50]} layers; 1 to {MAX_LAYERS} can be sliced")
+        raise UserError(
+            f"{path} describes a model of {str(layers)[:50]} layers; 1 to {MAX_LAYERS} can be sliced"
+        )
     try:
         return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     except Exception as error:  # transformers raises many kinds for a value that it did not expect
-        raise UserError(f"{path} is not a valid {raw['model_type']} config: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(
+            f"{path} is not a valid {raw['model_type']} config: {' '.join(str(error).split())[:300]}"
+        ) from None
 
 
 def write_config(path: Path, config, dtype: torch.dtype) -> None:
@@ -277,19 +312,23 @@ def takes_token_types(config) -> bool:
 
 
 def count_parameters(config) -> int:
-    """Trainable parameters, a tied head counted once, biases held at zero not counted (FACTS section 4); meta device."""
+    """Trainable parameters, a tied head counted once, biases held at zero not counted (FACTS section 4); meta
+    device."""
     with torch.device("meta"):
         model = build(config)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def flops_per_token(config, sequence_length: int) -> float:
-    """Training FLOPs (forward and backward) per token: 6 per matrix parameter plus 12 L d T for attention's two products.
+    """Training FLOPs (forward and backward) per token: 6 per matrix parameter plus 12 L d T for attention's
+    two products.
 
-    The count of PaLM (appendix B) and nanoGPT: full T x T attention, embeddings look-ups free, the head's product counted."""
+    The count of PaLM (appendix B) and nanoGPT: full T x T attention, embeddings look-ups free, the head's
+    product counted."""
     with torch.device("meta"):
         model = build(config)
-    # a token passes through some experts only, whose weights are three-dimensional: (experts, outputs, inputs)
+    # a token passes through some experts only, whose weights are three-dimensional: (experts, outputs,
+    # inputs)
     active = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_local_experts", 1)
     matrices = sum(p.numel() * (active if p.dim() == 3 else 1) for p in linear_weights(model).values())
     if config.tie_word_embeddings:  # linear_weights leaves the tied head to the embedding
@@ -300,15 +339,17 @@ def flops_per_token(config, sequence_length: int) -> float:
 
 
 def linear_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """{name: parameter} of the weights that are decayed: the matrices that multiply activations, a head tied to the
-    embedding left out (FACTS section 4: embeddings, the tied head and norms are not decayed)."""
+    """{name: parameter} of the weights that are decayed: the matrices that multiply activations, a head tied
+    to the embedding left out (FACTS section 4: embeddings, the tied head and norms are not decayed)."""
     embedding = model.get_input_embeddings().weight
     return {
         f"{name}.{key}": weight
         for name, module in model.named_modules()
-        if not isinstance(module, torch.nn.Embedding) and "Norm" not in type(module).__name__  # Cohere's are matrices too
+        if not isinstance(module, torch.nn.Embedding)
+        and "Norm" not in type(module).__name__  # Cohere's are matrices too
         for key, weight in module.named_parameters(recurse=False)
-        if len(getattr(weight, "ds_shape", weight.shape)) > 1 and weight is not embedding  # ZeRO 3 leaves weights flat
+        if len(getattr(weight, "ds_shape", weight.shape)) > 1
+        and weight is not embedding  # ZeRO 3 leaves weights flat
     }
 
 
@@ -317,8 +358,8 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def strip_wrappers(names: Iterable[str], where) -> list[str]:
-    """`names` of a checkpoint's tensors without what wrappers of the trained model put into them, and without the `module.`
-    of DistributedDataParallel where all names begin with it.
+    """`names` of a checkpoint's tensors without what wrappers of the trained model put into them, and without
+    the `module.` of DistributedDataParallel where all names begin with it.
 
     Raises UserError (naming `where`) if two tensors then have one name."""
     plain = [".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names]
@@ -326,18 +367,26 @@ def strip_wrappers(names: Iterable[str], where) -> list[str]:
         plain = [name.removeprefix("module.") for name in plain]
     twice = next((name for name, count in Counter(plain).items() if count > 1), None)
     if twice:
-        raise UserError(f"{where} holds {twice} both of a compiled or wrapped model and of a plain one; keep one of them")
+        raise UserError(
+            f"{where} holds {twice} both of a compiled or wrapped model and of a plain one; keep one of them"
+        )
     return plain
 
 
-INFINITY = {torch.float64: 0x7FF0 << 48, torch.float32: 0x7F80 << 16, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
+INFINITY = {
+    torch.float64: 0x7FF0 << 48,
+    torch.float32: 0x7F80 << 16,
+    torch.bfloat16: 0x7F80,
+    torch.float16: 0x7C00,
+}
 """The bits of inf in each dtype."""
 
 
 def count_not_finite(data, dtype: torch.dtype) -> int:
     """How many of the floats of `dtype` in the buffer `data` are nan or inf.
 
-    Their bits are at or above those of inf, of either sign: two maxima of integers find none at the speed of reading."""
+    Their bits are at or above those of inf, of either sign: two maxima of integers find none at the speed of
+    reading."""
     size, infinity = dtype.itemsize, INFINITY[dtype]
     bits, sign = np.frombuffer(data, f"u{size}"), 1 << (8 * size - 1)
     if not bits.size or (bits.view(f"i{size}").max() < infinity and bits.max() < sign + infinity):
@@ -351,14 +400,17 @@ def seeded(*parts) -> torch.Generator:
 
 
 def fresh_tensor(name: str, shape: Shape, config, seed: int) -> torch.Tensor:
-    """Initial fp32 value of one tensor, from a generator keyed by (seed, name, shape): norms one, biases zero, the rest
-    N(0, 0.02), for projections onto the residual stream N(0, 0.02 / sqrt(2 layers)) (FACTS section 4)."""
+    """Initial fp32 value of one tensor, from a generator keyed by (seed, name, shape): norms one, biases
+    zero, the rest N(0, 0.02), for projections onto the residual stream N(0, 0.02 / sqrt(2 layers)) (FACTS
+    section 4)."""
     table = architecture(config.model_type)
     if name.endswith(".bias"):
         return torch.zeros(shape)
     if len(shape) == 1 or "norm." in name:  # Cohere's norms of queries and keys are matrices
         return torch.full(shape, float(table.norm_weight))
-    std = getattr(config, "initializer_range", None) or getattr(config, "init_std", 0.02)  # init_std: OPT's word for it
+    std = getattr(config, "initializer_range", None) or getattr(
+        config, "init_std", 0.02
+    )  # init_std: OPT's word for it
     if any(name.endswith(suffix) for suffix in table.residual):
         std /= math.sqrt(2 * getattr(config, table.layers))
     return torch.randn(shape, generator=seeded(seed, name, tuple(shape))).mul_(std)

@@ -1,9 +1,10 @@
-"""Checkpoints on disk: lazy tensors from safetensors, .bin and DeepSpeed ZeRO files (writer.py is the way back).
+"""Checkpoints on disk: lazy tensors from safetensors, .bin and DeepSpeed ZeRO files (writer.py is the way
+back).
 
-`open_source(path)` reads headers only; `Source.tensor(name)` then reads that tensor's bytes and nothing else. All three
-kinds come down to one description: a tensor is a shape, a dtype and a few byte ranges (`Extent`) of files, one range in
-safetensors and .bin, one per rank and sub-group in a ZeRO checkpoint. Nothing is mapped into memory and nothing is
-unpickled freely.
+`open_source(path)` reads headers only; `Source.tensor(name)` then reads that tensor's bytes and nothing else.
+All three kinds come down to one description: a tensor is a shape, a dtype and a few byte ranges (`Extent`) of
+files, one range in safetensors and .bin, one per rank and sub-group in a ZeRO checkpoint. Nothing is mapped
+into memory and nothing is unpickled freely.
 """
 
 import json
@@ -43,7 +44,9 @@ COMMON_FILES = ["config.json", "generation_config.json", "adapter_config.json", 
 """Patterns of the files that are wanted beside the weights."""
 WEIGHTS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
-BLOCK_BYTES = 1 << 21  # of a tensor that is copied: half a megabyte to a few, a processor's cache, did equally well
+BLOCK_BYTES = (
+    1 << 21
+)  # of a tensor that is copied: half a megabyte to a few, a processor's cache, did equally well
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ class Stored:
 
 
 def cut(extents: list[Extent], start: int, count: int) -> tuple[Extent, ...]:
-    """Elements [start, start + count) of the concatenation of `extents`. Raises UserError if there are not so many."""
+    """Elements [start, start + count) of the concatenation of `extents`. Raises UserError if there are not so
+    many."""
     pieces, wanted = [], count
     for extent in extents:
         if wanted and start < extent.count:
@@ -77,11 +81,14 @@ def cut(extents: list[Extent], start: int, count: int) -> tuple[Extent, ...]:
         start = max(0, start - extent.count)
     if wanted:
         where = extents[0].file.parent if extents else "the checkpoint"
-        raise UserError(f"{where}: {wanted} elements of a parameter are missing; the checkpoint is incomplete, use another one")
+        raise UserError(
+            f"{where}: {wanted} elements of a parameter are missing; the checkpoint is incomplete, use "
+            f"another one"
+        )
     return tuple(pieces)
 
 
-# --- safetensors ----------------------------------------------------------------------------------------------------------
+# --- safetensors --------------------------------------------------------------------------------------------
 
 
 def read_safetensors(path: Path) -> dict[str, Stored]:
@@ -93,11 +100,16 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
         first = file.read(8)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else size
         if length > min(size - 8, MAX_HEADER_BYTES):  # before anything of that length is allocated
-            raise UserError(f"{path} is cut off or no safetensors file: {size} bytes, header of {length}; download it again")
+            raise UserError(
+                f"{path} is cut off or no safetensors file: {size} bytes, header of {length}; download it "
+                f"again"
+            )
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
+            entries = {
+                name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()
+            }
             entries = dict(sorted(entries.items(), key=lambda entry: entry[1][2:]))
             numbers_ok = all(
                 len(e) == 4 and type(e[0]) is str and all(type(n) is int and n >= 0 for n in (*e[1], *e[2:]))
@@ -112,18 +124,24 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
         dtype, count = DTYPES.get(code), math.prod(shape)
         if begin != position or end < begin or (dtype and end != begin + count * dtype.itemsize):
             raise UserError(f"{path} has a damaged safetensors header (tensor {name}); download it again")
-        stored[name] = Stored(shape, dtype, (Extent(path, 8 + length + begin, count, dtype),) if dtype else ())
+        stored[name] = Stored(
+            shape, dtype, (Extent(path, 8 + length + begin, count, dtype),) if dtype else ()
+        )
         position = end
     if size != 8 + length + position:
-        raise UserError(f"{path} has {size} bytes, its header describes {8 + length + position}: cut off; download it again")
+        raise UserError(
+            f"{path} has {size} bytes, its header describes {8 + length + position}: cut off; download it "
+            f"again"
+        )
     return stored
 
 
-# --- torch files ----------------------------------------------------------------------------------------------------------
+# --- torch files --------------------------------------------------------------------------------------------
 
 
 class _Plain:
-    """Stands in for a class of DeepSpeed's that a checkpoint names and we do not need: keeps its attributes, runs nothing."""
+    """Stands in for a class of DeepSpeed's that a checkpoint names and we do not need: keeps its attributes,
+    runs nothing."""
 
     def __init__(self, *arguments):
         self.arguments = arguments
@@ -133,7 +151,8 @@ ZeroStage = IntEnum("ZeroStage", {"disabled": 0, "optimizer_states": 1, "gradien
 
 
 def _read_member(kind: type, name: str) -> Enum:
-    """Stands in for `getattr` in a pickle: Python 3.11.0 to 3.11.3 write a member of an enum as getattr(its class, its name).
+    """Stands in for `getattr` in a pickle: Python 3.11.0 to 3.11.3 write a member of an enum as getattr(its
+    class, its name).
 
     Raises UnpicklingError for anything else, which would be a way to run code of the file's choice."""
     if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
@@ -141,8 +160,8 @@ def _read_member(kind: type, name: str) -> Enum:
     return kind[name]
 
 
-# DeepSpeed's optimizer shards name a few classes of its own. The unpickler gets stand-ins, so that no code of the file's
-# choice runs.
+# DeepSpeed's optimizer shards name a few classes of its own. The unpickler gets stand-ins, so that no code of
+# the file's choice runs.
 _STANDINS = [
     (type("LossScaler", (_Plain,), {}), "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (type("DynamicLossScaler", (_Plain,), {}), "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
@@ -154,14 +173,17 @@ _MEMBERS = (_read_member, "builtins.getattr")
 
 def deepspeed_classes() -> list:
     """Return DeepSpeed's own classes that its checkpoints name, for `torch.serialization.safe_globals`."""
-    return [getattr(import_module(name.rpartition(".")[0]), name.rpartition(".")[2]) for _, name in _STANDINS] + [_MEMBERS]
+    return [
+        getattr(import_module(name.rpartition(".")[0]), name.rpartition(".")[2]) for _, name in _STANDINS
+    ] + [_MEMBERS]
 
 
 def load_skeleton(path: Path, check: bool = False):
-    """The object in a torch file, its tensors without data (device meta) but knowing their place in the file; `check` reads it
-    all, for the checksums that its parts have as those of a zip archive.
+    """The object in a torch file, its tensors without data (device meta) but knowing their place in the file;
+    `check` reads it all, for the checksums that its parts have as those of a zip archive.
 
-    Raises UserError if the file is damaged, in the format of torch < 1.6, or asks for a class outside the allowed ones."""
+    Raises UserError if the file is damaged, in the format of torch < 1.6, or asks for a class outside the
+    allowed ones."""
     try:
         with torch.serialization.safe_globals([*_STANDINS, _MEMBERS]):
             loaded = torch.load(path, map_location="meta", weights_only=True)
@@ -171,11 +193,17 @@ def load_skeleton(path: Path, check: bool = False):
             if damaged := has_sums and archive.testzip():
                 raise ValueError(f"the checksum of {damaged} is wrong")
         return loaded
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError ... for one and the same damage
+    except (
+        Exception
+    ) as error:  # torch raises RuntimeError, UnpicklingError, EOFError ... for one and the same damage
         reason = " ".join(str(error).split())
         if unsafe := re.search(r"GLOBAL ([\w.]+)", reason):
-            raise UserError(f"{path} asks to run {unsafe[1]} while it is read, which is refused; use safetensors") from None
-        raise UserError(f"{path} cannot be read as a torch file ({reason[:150]}); cut off or damaged: copy it again") from None
+            raise UserError(
+                f"{path} asks to run {unsafe[1]} while it is read, which is refused; use safetensors"
+            ) from None
+        raise UserError(
+            f"{path} cannot be read as a torch file ({reason[:150]}); cut off or damaged: copy it again"
+        ) from None
 
 
 def _extent(path: Path, tensor: torch.Tensor) -> Extent:
@@ -183,7 +211,9 @@ def _extent(path: Path, tensor: torch.Tensor) -> Extent:
     place = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
     if place is None or not tensor.is_contiguous():
         what = "the format of torch before 1.6" if place is None else "a transposed tensor"
-        raise UserError(f"{path} holds {what}; open it with transformers and save it again with save_pretrained")
+        raise UserError(
+            f"{path} holds {what}; open it with transformers and save it again with save_pretrained"
+        )
     if tensor.dtype not in DTYPE_NAMES:
         raise UserError(f"{path} holds a tensor of {tensor.dtype}; only float weights can be sliced")
     return Extent(path, place + tensor.storage_offset() * tensor.element_size(), tensor.numel(), tensor.dtype)
@@ -198,10 +228,12 @@ def read_bin(path: Path) -> dict[str, Stored]:
     return {name: Stored(tuple(t.shape), t.dtype, (_extent(path, t),)) for name, t in floats.items()}
 
 
-# --- one folder of Hugging Face weights -----------------------------------------------------------------------------------
+# --- one folder of Hugging Face weights ---------------------------------------------------------------------
 
 
-def _read_folder(folder: Path, stem: str, suffix: str, read: Callable[[Path], dict[str, Stored]]) -> dict[str, Stored] | None:
+def _read_folder(
+    folder: Path, stem: str, suffix: str, read: Callable[[Path], dict[str, Stored]]
+) -> dict[str, Stored] | None:
     """Tensors of `stem`.`suffix`, or of the shards listed in its index; None if the folder has neither."""
     single, index = folder / f"{stem}{suffix}", folder / f"{stem}{suffix}.index.json"
     present = {p.name for p in folder.iterdir() if re.fullmatch(rf"{stem}(-\d+-of-\d+)?\{suffix}", p.name)}
@@ -217,28 +249,40 @@ def _read_folder(folder: Path, stem: str, suffix: str, read: Callable[[Path], di
         names = set(places.values())
         outside = sorted(name for name in names if Path(name).name != name or name in ("", ".", ".."))
         if outside:
-            raise UserError(f"{index} names '{outside[0]}', which is not a file of its own folder; do not use this checkpoint")
+            raise UserError(
+                f"{index} names '{outside[0]}', which is not a file of its own folder; do not use this "
+                f"checkpoint"
+            )
         missing = sorted(name for name in names if not (folder / name).is_file())
         if missing:
-            raise UserError(f"{folder} lacks {missing[0]} ({len(missing)} of {len(names)} shards missing); download it again")
+            raise UserError(
+                f"{folder} lacks {missing[0]} ({len(missing)} of {len(names)} shards missing); download it "
+                f"again"
+            )
     else:
         raise UserError(f"{folder} has shards ({min(present)}) but no {index.name}; download the index too")
     if present - names:
-        raise UserError(f"{folder / min(present - names)} is not listed in {index.name}: two checkpoints are mixed; remove one")
+        raise UserError(
+            f"{folder / min(present - names)} is not listed in {index.name}: two checkpoints are mixed; "
+            f"remove one"
+        )
     shards = {name: read(folder / name) for name in sorted(names)}
     if places is None:
         return shards[single.name]
     lost = [name for name, file in places.items() if name not in shards[file] and suffix == ".safetensors"]
     if lost:
-        raise UserError(f"tensor {lost[0]} is not in {places[lost[0]]}, where {index} looks for it; download both again")
+        raise UserError(
+            f"tensor {lost[0]} is not in {places[lost[0]]}, where {index} looks for it; download both again"
+        )
     return {name: shards[file][name] for name, file in places.items() if name in shards[file]}
 
 
-# --- DeepSpeed ------------------------------------------------------------------------------------------------------------
+# --- DeepSpeed ----------------------------------------------------------------------------------------------
 
 
 def _tag_folder(folder: Path) -> Path | None:
-    """The folder of DeepSpeed's files: `folder` or, one level down, the tag named by `latest` or the only one."""
+    """The folder of DeepSpeed's files: `folder` or, one level down, the tag named by `latest` or the only
+    one."""
     if any(folder.glob("[!.]*_model_states.pt")):
         return folder
     tags = [p for p in sorted(folder.iterdir()) if p.is_dir() and any(p.glob("[!.]*_model_states.pt"))]
@@ -248,10 +292,15 @@ def _tag_folder(folder: Path) -> Path | None:
     if (folder / "latest").is_file():
         latest = (folder / "latest").read_text(encoding="utf-8", errors="replace").strip()
         if latest not in [p.name for p in tags]:
-            raise UserError(f"{folder / 'latest'} names '{latest}', which holds no DeepSpeed files; give the tag's own folder")
+            raise UserError(
+                f"{folder / 'latest'} names '{latest}', which holds no DeepSpeed files; give the tag's own "
+                f"folder"
+            )
         return folder / latest
     if len(tags) > 1:
-        raise UserError(f"{folder} holds {len(tags)} DeepSpeed checkpoints, {tags[0].name} to {tags[-1].name}; name one")
+        raise UserError(
+            f"{folder} holds {len(tags)} DeepSpeed checkpoints, {tags[0].name} to {tags[-1].name}; name one"
+        )
     return tags[0] if tags else None
 
 
@@ -261,34 +310,48 @@ def _rank_files(folder: Path, kind: str) -> list[Path]:
     for path in folder.glob(f"*_{kind}_states.pt"):
         match = re.fullmatch(rf"(?:\w+_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_{kind}_states\.pt", path.name)
         if match and int(match[2]):
-            raise UserError(f"{path} belongs to a model split by tensor parallelism, which is not supported; export it first")
+            raise UserError(
+                f"{path} belongs to a model split by tensor parallelism, which is not supported; export it "
+                f"first"
+            )
         if match:
             ranks[int(match[1])] = path
     if sorted(ranks) != list(range(len(ranks))):
         gap = next(r for r in range(len(ranks)) if r not in ranks)
-        raise UserError(f"{folder} lacks the {kind} states of rank {gap}; the checkpoint is incomplete, use another one")
+        raise UserError(
+            f"{folder} lacks the {kind} states of rank {gap}; the checkpoint is incomplete, use another one"
+        )
     return [ranks[r] for r in range(len(ranks))]
 
 
 def read_deepspeed(folder: Path, what: str = "master", check: bool = False) -> dict[str, Stored]:
-    """The fp32 masters in a folder that `engine.save_checkpoint` wrote, ZeRO 0 to 3, any number of ranks; at ZeRO 1 to 3 also
-    (`what`) "exp_avg", "exp_avg_sq" and "step" of AdamW, of the trained parameters only.
+    """The fp32 masters in a folder that `engine.save_checkpoint` wrote, ZeRO 0 to 3, any number of ranks; at
+    ZeRO 1 to 3 also (`what`) "exp_avg", "exp_avg_sq" and "step" of AdamW, of the trained parameters only.
 
-    Frozen parameters have no master: at ZeRO 0 to 2 they lie in the module's state (DeepSpeed's own zero_to_fp32 loses
-    them at ZeRO 1), at ZeRO 3 in fragments. Raises UserError for missing ranks, tensor parallelism and lost masters."""
+    Frozen parameters have no master: at ZeRO 0 to 2 they lie in the module's state (DeepSpeed's own
+    zero_to_fp32 loses them at ZeRO 1), at ZeRO 3 in fragments. Raises UserError for missing ranks, tensor
+    parallelism and lost masters."""
     model_files = _rank_files(folder, "model") or [folder / "mp_rank_00_model_states.pt"]
     if not model_files[0].is_file():
-        raise UserError(f"{folder} lacks {model_files[0].name}; the checkpoint is incomplete, use another one")
+        raise UserError(
+            f"{folder} lacks {model_files[0].name}; the checkpoint is incomplete, use another one"
+        )
     models = [load_skeleton(path, check) for path in model_files]
     if not isinstance(models[0], dict) or not isinstance(models[0].get("module"), dict):
-        raise UserError(f"{model_files[0]} holds no whole model (pipeline parallelism is not supported); export it first")
+        raise UserError(
+            f"{model_files[0]} holds no whole model (pipeline parallelism is not supported); export it first"
+        )
     groups, n_ranks = models[0].get("param_shapes"), models[0].get("dp_world_size")
     whole = {n: t for n, t in models[0]["module"].items() if t.dtype in DTYPE_NAMES and t.numel()}
-    stored = {n: Stored(tuple(t.shape), torch.float32, (_extent(model_files[0], t),)) for n, t in whole.items()}
+    stored = {
+        n: Stored(tuple(t.shape), torch.float32, (_extent(model_files[0], t),)) for n, t in whole.items()
+    }
     if groups is None:  # ZeRO 0: the module itself is the master
         rounded = [name for name, tensor in whole.items() if tensor.element_size() < 4]
         if rounded:
-            raise UserError(f"{folder} holds {rounded[0]} in half precision without its fp32 master; inherit from final/")
+            raise UserError(
+                f"{folder} holds {rounded[0]} in half precision without its fp32 master; inherit from final/"
+            )
         return stored
 
     optim_files = _rank_files(folder, "optim")
@@ -296,17 +359,27 @@ def read_deepspeed(folder: Path, what: str = "master", check: bool = False) -> d
     stage = int(states[0].get("zero_stage", 1)) if states else 0
     for kind, files in (("optimizer", optim_files), ("model", model_files if stage == 3 else optim_files)):
         if len(files) != n_ranks:
-            raise UserError(f"{folder} has the {kind} states of {len(files)} ranks, but {n_ranks} saved it; use another one")
+            raise UserError(
+                f"{folder} has the {kind} states of {len(files)} ranks, but {n_ranks} saved it; use another "
+                f"one"
+            )
     key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
     if key not in states[0]:
         raise UserError(f"{folder} holds no fp32 masters ({key}); inherit from final/")
     vectors = [state[key] for state in states]
     if what != "master":
         kept = [state["optimizer_state_dict" if stage == 3 else "base_optimizer_state"] for state in states]
-        # one dict per flat group, in the order of the groups; a list of them where "elastic_checkpoint" is set
-        moments = [rank if isinstance(rank, list) else [rank["state"][g] for g in sorted(rank["state"])] for rank in kept]
+        # one dict per flat group, in the order of the groups; a list of them where "elastic_checkpoint" is
+        # set
+        moments = [
+            rank if isinstance(rank, list) else [rank["state"][g] for g in sorted(rank["state"])]
+            for rank in kept
+        ]
         if not all(rank and all(what in group for group in rank) for rank in moments):
-            raise UserError(f"{folder} holds no {what} of AdamW: it was saved before the first step, or by another optimizer")
+            raise UserError(
+                f"{folder} holds no {what} of AdamW: it was saved before the first step, or by another "
+                f"optimizer"
+            )
         if what == "step":  # one number per flat group, the same in all
             return {"step": Stored((), torch.float32, (_extent(optim_files[0], moments[0][0]["step"]),))}
         vectors = [[group[what] for group in rank] for rank in moments]
@@ -318,7 +391,9 @@ def read_deepspeed(folder: Path, what: str = "master", check: bool = False) -> d
     if stage == 3:
         trained = _stage_3({n: shape for group in groups for n, shape in group.items()}, parts, folder)
         fragments = [m["frozen_param_fragments"] or {} for m in models]
-        frozen = [[_extent(path, t) for t in f.values()] for path, f in zip(model_files, fragments, strict=True)]
+        frozen = [
+            [_extent(path, t) for t in f.values()] for path, f in zip(model_files, fragments, strict=True)
+        ]
         stored = trained | _stage_3(models[0]["frozen_param_shapes"] or {}, frozen, folder)
     else:
         stored |= _stages_1_and_2(groups, parts, states[0].get("param_alignment_paddings"))
@@ -326,7 +401,8 @@ def read_deepspeed(folder: Path, what: str = "master", check: bool = False) -> d
 
 
 def _stage_3(shapes: dict[str, Shape], parts: list[list[Extent]], folder: Path) -> dict[str, Stored]:
-    """Each parameter is cut into equal parts, the last one padded; a rank's parts follow each other through `parts[rank]`."""
+    """Each parameter is cut into equal parts, the last one padded; a rank's parts follow each other through
+    `parts[rank]`."""
     stored, position = {}, 0
     for name, shape in shapes.items():
         part = math.ceil(math.prod(shape) / len(parts))
@@ -334,12 +410,18 @@ def _stage_3(shapes: dict[str, Shape], parts: list[list[Extent]], folder: Path) 
         stored[name] = Stored(tuple(shape), torch.float32, cut(extents, 0, math.prod(shape)))
         position += part
     if any(sum(extent.count for extent in rank) != position for rank in parts):
-        raise UserError(f"{folder} is damaged: a rank's parts do not add up to {position} elements; use another checkpoint")
+        raise UserError(
+            f"{folder} is damaged: a rank's parts do not add up to {position} elements; use another "
+            f"checkpoint"
+        )
     return stored
 
 
-def _stages_1_and_2(groups: list[dict], parts: list[list[Extent]], paddings: list | None) -> dict[str, Stored]:
-    """Each parameter group is one vector, parameter after parameter; `parts[rank]` has one partition of each vector."""
+def _stages_1_and_2(
+    groups: list[dict], parts: list[list[Extent]], paddings: list | None
+) -> dict[str, Stored]:
+    """Each parameter group is one vector, parameter after parameter; `parts[rank]` has one partition of each
+    vector."""
     stored = {}
     for g, group in enumerate(groups):
         vector, position = [rank[g] for rank in parts], 0
@@ -349,18 +431,25 @@ def _stages_1_and_2(groups: list[dict], parts: list[list[Extent]], paddings: lis
     return stored
 
 
-# --- any source -----------------------------------------------------------------------------------------------------------
+# --- any source ---------------------------------------------------------------------------------------------
 
 
 class Source:
-    """A checkpoint whose tensors are read one by one, under the names of published checkpoints of its family; where the
-    model keeps several of them in one tensor (Mixtral's experts), or under another name, by the model's name too.
+    """A checkpoint whose tensors are read one by one, under the names of published checkpoints of its family;
+    where the model keeps several of them in one tensor (Mixtral's experts), or under another name, by the
+    model's name too.
 
-    origin: the folder's absolute path or the Hub id, with revision (the Hub's commit); kind: safetensors, bin or deepspeed;
-    folder: where the weights lie; config: the transformers configuration."""
+    origin: the folder's absolute path or the Hub id, with revision (the Hub's commit); kind: safetensors, bin
+    or deepspeed; folder: where the weights lie; config: the transformers configuration."""
 
     def __init__(
-        self, origin: str, revision: str | None, folder: Path, config_path: Path, kind: str, stored: dict[str, Stored]
+        self,
+        origin: str,
+        revision: str | None,
+        folder: Path,
+        config_path: Path,
+        kind: str,
+        stored: dict[str, Stored],
     ):
         self.origin, self.revision, self.kind = origin, revision, kind
         self.folder, self.config_path = folder, config_path
@@ -379,21 +468,32 @@ class Source:
         n = getattr(self.config, self.table.layers)
         if missing:
             raise UserError(
-                f"{folder} lacks tensor {missing[0]} (and {len(missing) - 1} more); {config_path} describes {n} layers"
+                f"{folder} lacks tensor {missing[0]} (and {len(missing) - 1} more); {config_path} describes "
+                f"{n} layers"
             )
         if extra:
-            raise UserError(f"{folder} holds {extra[0]} (and {len(extra) - 1} more), unknown to {config_path} of {n} layers")
+            raise UserError(
+                f"{folder} holds {extra[0]} (and {len(extra) - 1} more), unknown to {config_path} of {n} "
+                f"layers"
+            )
         for name, shape in shapes.items():
             if self._stored[name].dtype is None:
-                raise UserError(f"tensor {name} in {folder} is not of floats ({', '.join(DTYPES)}); use unquantized weights")
+                raise UserError(
+                    f"tensor {name} in {folder} is not of floats ({', '.join(DTYPES)}); use unquantized "
+                    f"weights"
+                )
             if self._stored[name].shape != shape:
                 where = f"tensor {name} in {folder / self.file_of(name)} has shape {self._stored[name].shape}"
-                raise UserError(f"{where}, but config.json implies {shape}; put the config of these weights beside them")
+                raise UserError(
+                    f"{where}, but config.json implies {shape}; put the config of these weights beside them"
+                )
         self._names = list(shapes)
         for name, (shape, its) in pieces.items():
             if name not in its:
                 parts = [self._stored[piece] for piece in its]
-                self._stored[name] = Stored(shape, parts[0].dtype, tuple(e for part in parts for e in part.extents))
+                self._stored[name] = Stored(
+                    shape, parts[0].dtype, tuple(e for part in parts for e in part.extents)
+                )
 
     def names(self) -> list[str]:
         """All tensors, in the model's order; a tied head is not listed (it is the token embedding)."""
@@ -414,15 +514,19 @@ class Source:
         return self._at(name).dtype
 
     def file_of(self, name: str) -> str:
-        """Name of the file with the tensor's bytes; of a tensor spread over ranks, the pattern of their names."""
+        """Name of the file with the tensor's bytes; of a tensor spread over ranks, the pattern of their
+        names."""
         files = sorted({extent.file.name for extent in self._at(name).extents})
         return files[0] if len(files) == 1 else re.sub(r"pp_rank_\d+", "pp_rank_*", files[0])
 
     def files(self) -> dict[str, dict]:
-        """{name: {bytes, mtime_ns}} of the weight files: what tells an unchanged source from one written anew."""
+        """{name: {bytes, mtime_ns}} of the weight files: what tells an unchanged source from one written
+        anew."""
         paths = sorted({extent.file for stored in self._stored.values() for extent in stored.extents})
         stats = {path: path.stat() for path in paths}
-        return {path.name: {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns} for path, stat in stats.items()}
+        return {
+            path.name: {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns} for path, stat in stats.items()
+        }
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor, read from its own bytes only. Raises UserError if the file has shrunk meanwhile."""
@@ -432,7 +536,10 @@ class Source:
         """`tensor(name)`. Raises UserError if it holds nan or inf, with which nothing can be computed."""
         tensor = self.tensor(name)
         if bad := count_not_finite(as_bytes(tensor), tensor.dtype):
-            raise UserError(f"{self.folder}: {describe_not_finite({name: bad})}; restore the checkpoint or use another one")
+            raise UserError(
+                f"{self.folder}: {describe_not_finite({name: bad})}; restore the checkpoint or use another "
+                f"one"
+            )
         return tensor
 
     def check_finite(self) -> None:
@@ -464,8 +571,8 @@ def read_tensor(stored: Stored) -> torch.Tensor:
 
 
 def read_blocks(stored: Stored) -> Iterator[memoryview]:
-    """A tensor's bytes as they are stored, block after block of whole elements in one small buffer: use each before asking for
-    the next.
+    """A tensor's bytes as they are stored, block after block of whole elements in one small buffer: use each
+    before asking for the next.
 
     A block that was just read is still in the processor's cache, where hashing and writing it cost little."""
     buffer = memoryview(bytearray(BLOCK_BYTES))
@@ -497,8 +604,9 @@ def as_bytes(tensor: torch.Tensor):
 
 
 def _named(stored: dict[str, Stored], table: Architecture, tied: bool, folder: Path) -> dict[str, Stored]:
-    """`stored` under full names: what wrappers of a model added taken off, the prefix added where it was left out, the head's
-    own name for it, buffers and a tied head dropped. Raises UserError where two tensors of one name differ."""
+    """`stored` under full names: what wrappers of a model added taken off, the prefix added where it was left
+    out, the head's own name for it, buffers and a tied head dropped. Raises UserError where two tensors of
+    one name differ."""
     outside = {name for names in table.parts.values() for name in names}
     renamed = {ours: names[0] for ours, names in table.published.items() if names[0] in outside}
     plain, named = strip_wrappers(stored, folder), {}
@@ -510,7 +618,8 @@ def _named(stored: dict[str, Stored], table: Architecture, tied: bool, folder: P
             other = named.setdefault(full, place)
             if not _same(other, place):
                 raise UserError(
-                    f"{folder}: {full} is stored under two names, with and without '{table.base_prefix}', and the two differ; "
+                    f"{folder}: {full} is stored under two names, with and without '{table.base_prefix}', "
+                    f"and the two differ; "
                     f"delete the wrong one"
                 )
     place = named.pop(table.head, None) if tied else None
@@ -518,7 +627,8 @@ def _named(stored: dict[str, Stored], table: Architecture, tied: bool, folder: P
         other = named.setdefault(table.embedding, place)
         if not _same(other, place):
             raise UserError(
-                f"{folder}: {table.head} and {table.embedding} differ; set tie_word_embeddings to false in config.json"
+                f"{folder}: {table.head} and {table.embedding} differ; set tie_word_embeddings to false in "
+                f"config.json"
             )
     return named
 
@@ -533,7 +643,8 @@ def _same(one: Stored, other: Stored) -> bool:
 
 
 def _split(stored: dict[str, Stored], pieces: dict[str, tuple[Shape, dict[str, Shape]]]) -> None:
-    """Replace the model's tensors in `stored` (a training checkpoint has them) by those of a published checkpoint.
+    """Replace the model's tensors in `stored` (a training checkpoint has them) by those of a published
+    checkpoint.
 
     `pieces` is {model's name: (shape, {name in checkpoints: shape})}."""
     for name, (shape, its) in pieces.items():
@@ -546,11 +657,13 @@ def _split(stored: dict[str, Stored], pieces: dict[str, tuple[Shape, dict[str, S
 
 
 def open_source(path_or_id: str | Path, revision: str | None = None, check: bool = True) -> Source:
-    """Open a folder of Hugging Face or DeepSpeed weights, or a Hub id (downloaded or from the cache), reading headers only.
+    """Open a folder of Hugging Face or DeepSpeed weights, or a Hub id (downloaded or from the cache), reading
+    headers only.
 
-    A folder of our own making is compared with its hashes (unless `check` is False: one rank did so for all), torch files with
-    their checksums. Raises UserError if there is no such folder or model, if files are missing, cut off, damaged, left over or
-    unsafe, or if the tensors are not those that the config describes."""
+    A folder of our own making is compared with its hashes (unless `check` is False: one rank did so for all),
+    torch files with their checksums. Raises UserError if there is no such folder or model, if files are
+    missing, cut off, damaged, left over or unsafe, or if the tensors are not those that the config
+    describes."""
     folder = Path(path_or_id).expanduser()
     if folder.is_file():
         raise UserError(f"source '{path_or_id}' is a file; give the folder that holds it and config.json")
@@ -559,7 +672,10 @@ def open_source(path_or_id: str | Path, revision: str | None = None, check: bool
         folder = download_model(str(path_or_id), revision)
         origin, commit = str(path_or_id), folder.name  # a snapshot's folder is called by its commit
     elif revision:
-        raise UserError(f"revision '{revision}' was given, but {folder} is a folder: only a Hub id has revisions; leave it out")
+        raise UserError(
+            f"revision '{revision}' was given, but {folder} is a folder: only a Hub id has revisions; leave "
+            f"it out"
+        )
     if check:
         rundir.check_own(folder)
     stored = _read_folder(folder, "model", ".safetensors", read_safetensors)
@@ -568,23 +684,40 @@ def open_source(path_or_id: str | Path, revision: str | None = None, check: bool
         kind, stored = "bin", _read_folder(folder, "pytorch_model", ".bin", read_bin)
     if stored is None and (tag := _tag_folder(folder)):
         kind, config_folder = "deepspeed", tag if (tag / "config.json").is_file() else folder
-        if folder.parent.name == "checkpoints" and folder.name.startswith("step_") and not (folder / "COMPLETE").is_file():
-            raise UserError(f"{folder} has no COMPLETE marker: its saving was interrupted; use an earlier checkpoint")
+        if (
+            folder.parent.name == "checkpoints"
+            and folder.name.startswith("step_")
+            and not (folder / "COMPLETE").is_file()
+        ):
+            raise UserError(
+                f"{folder} has no COMPLETE marker: its saving was interrupted; use an earlier checkpoint"
+            )
         try:  # of our own the hashes have been checked
             folder, stored = tag, read_deepspeed(tag, check=not (folder / "COMPLETE").is_file())
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             what = f"{type(error).__name__}: {error}"
-            raise UserError(f"{tag} does not hold what DeepSpeed's engine saves ({what}); use another checkpoint") from None
+            raise UserError(
+                f"{tag} does not hold what DeepSpeed's engine saves ({what}); use another checkpoint"
+            ) from None
     if stored is None and (folder / "adapter_config.json").is_file():
-        raise UserError(f"{folder} is an adapter without the model it adapts; merge it into its base model first")
+        raise UserError(
+            f"{folder} is an adapter without the model it adapts; merge it into its base model first"
+        )
     if stored is None:
         hint = f"; did you mean {folder / 'final'}?" if (folder / "final").is_dir() else ""
-        raise UserError(f"{folder} holds no weights (model.safetensors, pytorch_model.bin or a DeepSpeed checkpoint){hint}")
+        raise UserError(
+            f"{folder} holds no weights (model.safetensors, pytorch_model.bin or a DeepSpeed "
+            f"checkpoint){hint}"
+        )
     place = folder.resolve()
-    place = place.parent.parent if place.parent.name == "snapshots" else place  # the Hub's cache links to blobs/ beside them
+    place = (
+        place.parent.parent if place.parent.name == "snapshots" else place
+    )  # the Hub's cache links to blobs/ beside them
     for path in {extent.file for its in stored.values() for extent in its.extents}:
         if not path.resolve().is_relative_to(place):
-            raise UserError(f"{path} is a link to {path.resolve()}, outside its folder; put the file itself there")
+            raise UserError(
+                f"{path} is a link to {path.resolve()}, outside its folder; put the file itself there"
+            )
     return Source(origin, commit, folder, config_folder / "config.json", kind, stored)
 
 
@@ -594,7 +727,8 @@ def weight_patterns(stem: str, suffix: str) -> list[str]:
 
 
 def download_model(repo: str, revision: str | None) -> Path:
-    """The Hub's snapshot of `repo`: config, tokenizer and safetensors, or .bin where there are no safetensors.
+    """The Hub's snapshot of `repo`: config, tokenizer and safetensors, or .bin where there are no
+    safetensors.
 
     From the cache alone when HF_HUB_OFFLINE=1. Raises UserError if it can be had from neither."""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo) or repo.startswith("."):

@@ -1,4 +1,5 @@
-"""Hugging Face checkpoints, written tensor by tensor: in memory is one tensor of a shard at most (sources.py reads them)."""
+"""Hugging Face checkpoints, written tensor by tensor: in memory is one tensor of a shard at most (sources.py
+reads them)."""
 
 import json
 import math
@@ -21,10 +22,12 @@ Specs = dict[str, tuple[Shape, torch.dtype]]
 
 
 class CheckpointWriter:
-    """Writes a Hugging Face checkpoint tensor by tensor: every byte's place is known before the first one is written.
+    """Writes a Hugging Face checkpoint tensor by tensor: every byte's place is known before the first one is
+    written.
 
-    `specs` is {name: (shape, dtype)}; `add` is called in this order, or for each shard by a thread of its own. With
-    folder=None nothing is written, so that ranks other than 0 can take part in gathering the tensors with the same code."""
+    `specs` is {name: (shape, dtype)}; `add` is called in this order, or for each shard by a thread of its
+    own. With folder=None nothing is written, so that ranks other than 0 can take part in gathering the
+    tensors with the same code."""
 
     def __init__(self, folder: Path | None, config, specs: Specs, max_shard_bytes: int = 2 << 30):
         self.folder, self.config, self.specs = folder, config, specs
@@ -49,7 +52,11 @@ class CheckpointWriter:
         for name in self.shards[file]:
             shape, dtype = self.specs[name]
             end = position + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+            header[name] = {
+                "dtype": DTYPE_NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [position, end],
+            }
             position = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # data begins at a multiple of 8, as safetensors' own writer has it
@@ -70,8 +77,8 @@ class CheckpointWriter:
         self.files[file] = {"bytes": size, "xxh3": digest.hexdigest()}
 
     def add(self, name: str, tensor: torch.Tensor | Iterable[memoryview]) -> None:
-        """Append its shard's next tensor (CPU or GPU; its dtype and shape must be those announced), or blocks of its
-        bytes."""
+        """Append its shard's next tensor (CPU or GPU; its dtype and shape must be those announced), or blocks
+        of its bytes."""
         file = self._file_of[name]
         waiting = self._waiting[file]
         assert waiting and waiting[-1] == name, f"expected {waiting[-1:]}, got {name}"
@@ -93,14 +100,16 @@ class CheckpointWriter:
             digest.update(block)
             bad += count_not_finite(block, dtype)  # while it is in the processor's cache
             written += len(block)
-        assert written == math.prod(shape) * dtype.itemsize, f"{name}: {written} bytes, not {shape} of {dtype}"
+        assert written == math.prod(shape) * dtype.itemsize, (
+            f"{name}: {written} bytes, not {shape} of {dtype}"
+        )
         self.tensors[name] = {"file": file, "xxh3": digest.hexdigest(), "not_finite": bad}
         if not waiting:
             self._end(file)
 
     def close(self) -> dict:
-        """Write index and config; {"tensors": {name: {file, xxh3, not_finite}}, "files": {name: {bytes, xxh3}}} of what was
-        written; `not_finite` counts the values that are nan or inf."""
+        """Write index and config; {"tensors": {name: {file, xxh3, not_finite}}, "files": {name: {bytes,
+        xxh3}}} of what was written; `not_finite` counts the values that are nan or inf."""
         missing = [name for waiting in self._waiting.values() for name in waiting]
         assert not missing, f"{missing[-1]} was announced and never added"
         if self.folder is None:
@@ -109,14 +118,17 @@ class CheckpointWriter:
         index = {"metadata": {"total_size": total}, "weight_map": self._file_of}
         rundir.write_json(self.folder / "model.safetensors.index.json", index, seal=False)
         write_config(self.folder / "config.json", self.config, next(iter(self.specs.values()))[1])
-        files = {file: self.files[file] for file in self.shards}  # in this order, whichever thread ended first
+        files = {
+            file: self.files[file] for file in self.shards
+        }  # in this order, whichever thread ended first
         files |= rundir.hash_folder(self.folder, only=("model.safetensors.index.json", "config.json"))
         return {"tensors": {name: self.tensors[name] for name in self.specs}, "files": files}
 
 
 def write_checkpoint(folder: Path, config, specs: Specs, tensor_of: Callable, **options) -> dict:
-    """Write the tensors of `specs`, each asked of `tensor_of` (as `add` takes it) when its turn comes; the record of
-    CheckpointWriter.close. A few shards are written at a time: copying into the page cache takes a core each."""
+    """Write the tensors of `specs`, each asked of `tensor_of` (as `add` takes it) when its turn comes; the
+    record of CheckpointWriter.close. A few shards are written at a time: copying into the page cache takes a
+    core each."""
     writer, over = CheckpointWriter(folder, config, specs, **options), threading.Event()
 
     def write(shard: list[str]) -> None:

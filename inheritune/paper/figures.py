@@ -1,8 +1,8 @@
 """Figures: drawn from the JSON rows of finished runs and nothing else (no torch, no model, no log).
 
-`plot_attention(folder)` draws what `analyze` measured; the other functions take rows, so that several models share one
-figure. Rows labelled "...: paper" are the paper's, drawn thin and in the colour of ours. Rows count layers and heads from 0;
-the figures count from 1, as the paper's do. The same rows give the same bytes.
+`plot_attention(folder)` draws what `analyze` measured; the other functions take rows, so that several models
+share one figure. Rows labelled "...: paper" are the paper's, drawn thin and in the colour of ours. Rows count
+layers and heads from 0; the figures count from 1, as the paper's do. The same rows give the same bytes.
 """
 
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ from inheritune.paper.items import (
     row_curve,
     rows_like,
     shown_maps,
-)  # fmt: skip
+)
 from inheritune.paper.tables import entries, judge, paper_folder, validation_curve
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B")
@@ -54,21 +54,32 @@ def _styles(labels: list[str]) -> list[dict]:
 def canvas(path: Path, width: float, height: float, rehearsal: bool):
     """An empty figure of `width` x `height` inches, written as a PNG when the block ends.
 
-    matplotlib's defaults are restored around it, and the file carries no version or date: same numbers, same bytes. Words
-    are shown as they are: a label with two dollars is no formula."""
+    matplotlib's defaults are restored around it, and the file carries no version or date: same numbers, same
+    bytes. Words are shown as they are: a label with two dollars is no formula."""
     from matplotlib import patheffects, style
     from matplotlib.figure import Figure
 
     look = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
     with style.context(["default", look]):
-        figure = Figure(figsize=(width, height), layout="constrained")  # without pyplot: always the Agg canvas
+        figure = Figure(
+            figsize=(width, height), layout="constrained"
+        )  # without pyplot: always the Agg canvas
         yield figure
         if rehearsal:
             figure.text(
-                0.5, 0.5, "REHEARSAL", fontsize=min(8 * width, 13 * height), color="#B00000", alpha=0.18, rotation=25,
-                weight="bold", ha="center", va="center", zorder=10,
+                0.5,
+                0.5,
+                "REHEARSAL",
+                fontsize=min(8 * width, 13 * height),
+                color="#B00000",
+                alpha=0.18,
+                rotation=25,
+                weight="bold",
+                ha="center",
+                va="center",
+                zorder=10,
                 path_effects=[patheffects.withStroke(linewidth=2, foreground="white")],
-            )  # fmt: skip
+            )
         with replacing(Path(path)) as temporary:
             figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
 
@@ -93,8 +104,8 @@ def _legend(axes, n: int) -> None:
 
 
 def _per_layer(axes, lines: list[tuple[str, list[dict], str, str]]) -> None:
-    """One line with a band of one standard deviation per (label, layer rows, field, key); a row without a deviation, such
-    as one read off the paper's figures, has no band."""
+    """One line with a band of one standard deviation per (label, layer rows, field, key); a row without a
+    deviation, such as one read off the paper's figures, has no band."""
     styles = _styles([line[0] for line in lines])
     for index, (label, layers, field, key) in enumerate(lines):
         x = [row["layer"] + 1 for row in layers]
@@ -104,8 +115,10 @@ def _per_layer(axes, lines: list[tuple[str, list[dict], str, str]]) -> None:
             x,
             [max(1.0, m - s) for m, s in zip(y, std, strict=True)],
             [m + s for m, s in zip(y, std, strict=True)],
-            color=styles[index]["color"], alpha=0.15, linewidth=0,
-        )  # fmt: skip
+            color=styles[index]["color"],
+            alpha=0.15,
+            linewidth=0,
+        )
         axes.plot(x, y, marker=MARKERS[index % len(MARKERS)], markersize=4, label=label, **styles[index])
     last = max(row["layer"] + 1 for _, layers, _, _ in lines for row in layers)
     axes.set_xticks(_count_ticks(last))
@@ -119,15 +132,27 @@ def _per_layer(axes, lines: list[tuple[str, list[dict], str, str]]) -> None:
 def _mark_rank_one(axes) -> None:
     axes.axhline(1, color=REFERENCE_GREY, linewidth=1, linestyle=":")
     axes.annotate(
-        "rank 1 = lazy", (1, 1), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
-        fontsize=8, color=REFERENCE_GREY, va="center", annotation_clip=False,
-    )  # fmt: skip
+        "rank 1 = lazy",
+        (1, 1),
+        xycoords=("axes fraction", "data"),
+        xytext=(4, 0),
+        textcoords="offset points",
+        fontsize=8,
+        color=REFERENCE_GREY,
+        va="center",
+        annotation_clip=False,
+    )
 
 
 def plot_max_rank(
-    series: list[tuple[str, list[dict]]], path: Path, tau: str = MAIN, rehearsal: bool = False, title: str = ""
+    series: list[tuple[str, list[dict]]],
+    path: Path,
+    tau: str = MAIN,
+    rehearsal: bool = False,
+    title: str = "",
 ) -> None:
-    """MaxRank per layer, one line per (label, rows of attention.jsonl): the paper's Figures 1, 2a, 8, 13 and 15."""
+    """MaxRank per layer, one line per (label, rows of attention.jsonl): the paper's Figures 1, 2a, 8, 13 and
+    15."""
     with canvas(path, 7, 4, rehearsal) as figure:
         axes = figure.add_subplot()
         _per_layer(axes, [(label, _layers(rows), "max_rank", tau) for label, rows in series])
@@ -152,7 +177,11 @@ def plot_tau_ablation(rows: list[dict], path: Path, label: str = "", rehearsal: 
 
 
 def plot_avg_mass(
-    series: list[tuple[str, list[dict]]], path: Path, eta: str = MAIN, rehearsal: bool = False, title: str = ""
+    series: list[tuple[str, list[dict]]],
+    path: Path,
+    eta: str = MAIN,
+    rehearsal: bool = False,
+    title: str = "",
 ) -> None:
     """AvgMass per layer, one line per (label, rows): the paper's Figures 14 to 16."""
     with canvas(path, 7, 4, rehearsal) as figure:
@@ -164,28 +193,39 @@ def plot_avg_mass(
         _legend(axes, len(series))
 
 
-def plot_heat_map(rows: list[dict], path: Path, label: str = "", tau: str = MAIN, rehearsal: bool = False) -> None:
-    """Mean rank of every head (down) in every layer (across), red near 1 and green above: the paper's Figures 11, 21, 22.
+def plot_heat_map(
+    rows: list[dict], path: Path, label: str = "", tau: str = MAIN, rehearsal: bool = False
+) -> None:
+    """Mean rank of every head (down) in every layer (across), red near 1 and green above: the paper's Figures
+    11, 21, 22.
 
-    The colours also grow lighter with the rank, for colour-blind readers and grey prints; the scale is logarithmic."""
+    The colours also grow lighter with the rank, for colour-blind readers and grey prints; the scale is
+    logarithmic."""
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     layers = _layers(rows)
     n_heads, n_layers = max(len(row["rank"][tau]) for row in layers), len(layers)
     grid = [
-        [row["rank"][tau][head] if head < len(row["rank"][tau]) else float("nan") for row in layers] for head in range(n_heads)
+        [row["rank"][tau][head] if head < len(row["rank"][tau]) else float("nan") for row in layers]
+        for head in range(n_heads)
     ]
     top = max(2.0, max(max(row["rank"][tau]) for row in layers))
-    colors = LinearSegmentedColormap.from_list("rank", ["#67000D", "#CB181D", "#F16913", "#FDBE85", "#D9F0A3", "#ADE8B0"])
+    colors = LinearSegmentedColormap.from_list(
+        "rank", ["#67000D", "#CB181D", "#F16913", "#FDBE85", "#D9F0A3", "#ADE8B0"]
+    )
     cell = min(0.3, 7 / max(n_layers, n_heads))
     with canvas(path, max(4.0, cell * n_layers + 2), max(2.2, cell * n_heads + 1.2), rehearsal) as figure:
         axes = figure.add_subplot()
         image = axes.pcolormesh(
             [index + 0.5 for index in range(n_layers + 1)],
             [index + 0.5 for index in range(n_heads + 1)],
-            grid, cmap=colors, norm=LogNorm(1, top), edgecolors="white", linewidth=0.3,
-        )  # fmt: skip
+            grid,
+            cmap=colors,
+            norm=LogNorm(1, top),
+            edgecolors="white",
+            linewidth=0.3,
+        )
         axes.invert_yaxis()
         for axis, count in ((axes.xaxis, n_layers), (axes.yaxis, n_heads)):
             axis.set_major_locator(FixedLocator(_count_ticks(count)))
@@ -193,14 +233,16 @@ def plot_heat_map(rows: list[dict], path: Path, label: str = "", tau: str = MAIN
         axes.set_ylabel("head")
         axes.set_title("Mean rank of each head" + (f": {label}" if label else ""))
         bar = figure.colorbar(image, ax=axes, label=f"rank (τ = {float(tau):.2f})")
-        bar.ax.yaxis.set_major_locator(FixedLocator([tick for tick in (1, 2, 3, 5, 10, 20, 30, 50, 100) if tick <= top]))
+        bar.ax.yaxis.set_major_locator(
+            FixedLocator([tick for tick in (1, 2, 3, 5, 10, 20, 30, 50, 100) if tick <= top])
+        )
         bar.ax.yaxis.set_minor_locator(NullLocator())
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:g}"))
 
 
 def plot_attention_maps(rows: list[dict], path: Path, label: str = "", rehearsal: bool = False) -> None:
-    """The `map` rows side by side, with each head's rank: the paper's Figures 9 and 12, but causal (the paper shows maps
-    without the mask, which is not what the model computes)."""
+    """The `map` rows side by side, with each head's rank: the paper's Figures 9 and 12, but causal (the paper
+    shows maps without the mask, which is not what the model computes)."""
     maps = [row for row in rows if row["kind"] == "map"]
     if not maps:
         raise UserError("no attention maps to draw; give 'maps' to analyze")
@@ -215,7 +257,9 @@ def plot_attention_maps(rows: list[dict], path: Path, label: str = "", rehearsal
             axes.set_visible(True)
             image = axes.imshow(row["mean"], cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
             axes.set_title(
-                f"layer {row['layer'] + 1}, head {row['head'] + 1}\nrank {rank[row['layer']][row['head']]:.2f}", size=10
+                f"layer {row['layer'] + 1}, head {row['head'] + 1}\nrank "
+                f"{rank[row['layer']][row['head']]:.2f}",
+                size=10,
             )
             axes.set_xticks([0, len(row["mean"]) - 1], ["1", str(len(row["mean"]))])
             axes.set_yticks([0, len(row["mean"]) - 1], ["1", str(len(row["mean"]))])
@@ -224,7 +268,9 @@ def plot_attention_maps(rows: list[dict], path: Path, label: str = "", rehearsal
             axes.set_ylabel("query token", labelpad=-8)
         figure.colorbar(image, ax=grid.ravel().tolist(), label="attention", fraction=0.03)
         figure.suptitle("Attention maps" + (f": {label}" if label else ""))
-        figure.supxlabel(f"causal; mean of {maps[0]['sequences']} sequences, first {len(maps[0]['mean'])} tokens", size=8)
+        figure.supxlabel(
+            f"causal; mean of {maps[0]['sequences']} sequences, first {len(maps[0]['mean'])} tokens", size=8
+        )
 
 
 def plot_attention(folder: str | Path) -> list[Path]:
@@ -232,7 +278,10 @@ def plot_attention(folder: str | Path) -> list[Path]:
     run = RunDir(folder)
     rows = run.read_attention()
     if not rows:
-        raise UserError(f"{run.attention} is missing or empty; run 'python -m inheritune analyze --model M --data D' first")
+        raise UserError(
+            f"{run.attention} is missing or empty; run 'python -m inheritune analyze --model M --data D' "
+            f"first"
+        )
     header = rows[0]
     parts = Path(header["model"]).parts
     label = plot_label("/".join(parts[-2:]))
@@ -248,12 +297,15 @@ def plot_attention(folder: str | Path) -> list[Path]:
     return paths
 
 
-# --- losses ---------------------------------------------------------------------------------------------------------------
+# --- losses -------------------------------------------------------------------------------------------------
 
 
 def trailing_mean(values: list[float], count: int) -> list[float]:
     """Each value averaged with the up to `count` - 1 before it."""
-    return [sum(values[max(0, i + 1 - count) : i + 1]) / len(values[max(0, i + 1 - count) : i + 1]) for i in range(len(values))]
+    return [
+        sum(values[max(0, i + 1 - count) : i + 1]) / len(values[max(0, i + 1 - count) : i + 1])
+        for i in range(len(values))
+    ]
 
 
 def plot_loss_curves(
@@ -266,12 +318,13 @@ def plot_loss_curves(
     steps: tuple[int, int | None] = (0, None),
     what: str = "validation loss",
 ) -> None:
-    """Validation loss over steps, one line per (label, rows of metrics.jsonl); rows without `val_loss` are passed over.
+    """Validation loss over steps, one line per (label, rows of metrics.jsonl); rows without `val_loss` are
+    passed over.
 
-    The loss axis is logarithmic and begins where the steep start ends (a tenth of the longest run), as in the paper's
-    Figures 5 and 6; `reference_loss` is a dotted line to reach. `smooth` draws trailing means of that many evaluations (10
-    in the paper's Figure 5c), without those that would hold the first evaluation, the start; rows that say `smoothed` are
-    left as they are. `steps` are the first and the
+    The loss axis is logarithmic and begins where the steep start ends (a tenth of the longest run), as in the
+    paper's Figures 5 and 6; `reference_loss` is a dotted line to reach. `smooth` draws trailing means of that
+    many evaluations (10 in the paper's Figure 5c), without those that would hold the first evaluation, the
+    start; rows that say `smoothed` are left as they are. `steps` are the first and the
     last drawn. Tokens are a second axis if
     all runs share one batch size. The legend gives each run's last loss, not smoothed."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
@@ -284,13 +337,19 @@ def plot_loss_curves(
         window = 1 if rows[-1].get("smoothed") else smooth
         ys = trailing_mean([row["val_loss"] for row in rows], window)
         begin = window if 1 < window < len(rows) else 0
-        drawn = [i for i, row in enumerate(rows) if i >= begin and steps[0] <= row["step"] <= (steps[1] or row["step"])]
+        drawn = [
+            i
+            for i, row in enumerate(rows)
+            if i >= begin and steps[0] <= row["step"] <= (steps[1] or row["step"])
+        ]
         if drawn:  # a run in progress may not have come so far
             curves.append((label, [rows[i] for i in drawn], [ys[i] for i in drawn]))
     if not curves:
         raise UserError(f"no run has come to step {steps[0]} yet: nothing to draw in '{title}'")
     longest = max(rows[-1]["step"] for _, rows, _ in curves)
-    late = [y for _, rows, ys in curves for row, y in zip(rows, ys, strict=True) if row["step"] >= 0.1 * longest]
+    late = [
+        y for _, rows, ys in curves for row, y in zip(rows, ys, strict=True) if row["step"] >= 0.1 * longest
+    ]
     low = min(late + ([reference_loss] if reference_loss else []))
     high = max(late + ([reference_loss] if reference_loss else []))
     with canvas(path, 9, 4.4, rehearsal) as figure:
@@ -299,12 +358,17 @@ def plot_loss_curves(
         for index, (label, rows, ys) in enumerate(curves):
             few = len(rows) <= 25
             axes.plot(
-                [row["step"] for row in rows], ys,
-                marker=MARKERS[index % len(MARKERS)] if few else None, markersize=3.5,
-                label=f"{label} ({rows[-1]['val_loss']:.3f})", **styles[index],
-            )  # fmt: skip
+                [row["step"] for row in rows],
+                ys,
+                marker=MARKERS[index % len(MARKERS)] if few else None,
+                markersize=3.5,
+                label=f"{label} ({rows[-1]['val_loss']:.3f})",
+                **styles[index],
+            )
         if reference_loss is not None:
-            axes.axhline(reference_loss, color=REFERENCE_GREY, linestyle=":", label=f"reference ({reference_loss:.3f})")
+            axes.axhline(
+                reference_loss, color=REFERENCE_GREY, linestyle=":", label=f"reference ({reference_loss:.3f})"
+            )
         axes.set_yscale("log")
         axes.set_ylim(low * (low / high) ** 0.06, high * (high / low) ** 0.06 if high > low else high * 1.01)
         axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
@@ -316,24 +380,38 @@ def plot_loss_curves(
             FuncFormatter(lambda step, _: f"{step / 1000:g}K" if longest >= 10_000 and step else f"{step:g}")
         )
         axes.set_xlabel("step")
-        axes.set_ylabel(f"{what} (nats per token)" + (f"\ntrailing mean of {smooth} evaluations" if smooth > 1 else ""))
+        axes.set_ylabel(
+            f"{what} (nats per token)" + (f"\ntrailing mean of {smooth} evaluations" if smooth > 1 else "")
+        )
         axes.grid(color="#DDDDDD", linewidth=0.6)
         batches = {
-            round(rows[-1]["tokens"] / rows[-1]["step"]) for _, rows, _ in curves if rows[-1].get("tokens") and rows[-1]["step"]
+            round(rows[-1]["tokens"] / rows[-1]["step"])
+            for _, rows, _ in curves
+            if rows[-1].get("tokens") and rows[-1]["step"]
         }
         if len(batches) == 1:
-            unit, name = next((u, n) for u, n in ((1e9, "billion"), (1e6, "million"), (1, "")) if longest * min(batches) >= u)
+            unit, name = next(
+                (u, n)
+                for u, n in ((1e9, "billion"), (1e6, "million"), (1, ""))
+                if longest * min(batches) >= u
+            )
             per_step = min(batches) / unit
             second = axes.secondary_xaxis("top", functions=(lambda x: x * per_step, lambda x: x / per_step))
             second.set_xlabel(f"training tokens ({name})" if name else "training tokens")
             second.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axes.set_title(title)
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, title="run (last loss)", alignment="left")
+        axes.legend(
+            loc="upper left",
+            bbox_to_anchor=(1.01, 1),
+            frameon=False,
+            title="run (last loss)",
+            alignment="left",
+        )
 
 
 def figure(item: str, seed: int = 0, rehearse: bool | None = None) -> list[Path]:
-    """The verb: a figure of the paper; or loss curves of an experiment's finished runs, and rank and mass of those that were
-    analyzed, drawn into the seed's folder. Returns the paths.
+    """The verb: a figure of the paper; or loss curves of an experiment's finished runs, and rank and mass of
+    those that were analyzed, drawn into the seed's folder. Returns the paths.
 
     Raises UserError if no run is finished."""
     if item in item_names():
@@ -344,9 +422,13 @@ def figure(item: str, seed: int = 0, rehearse: bool | None = None) -> list[Path]
         raise UserError(f"no run of {experiment.name} (seed {seed}) is finished: nothing to draw")
     folder = found[0].folder.path.parent
     losses = [(_title(entry), validation_curve(entry.folder)) for entry in found]
-    plot_loss_curves(losses, folder / "loss.png", losses[0][1][-1]["val_loss"], rehearsal=experiment.rehearsal)
+    plot_loss_curves(
+        losses, folder / "loss.png", losses[0][1][-1]["val_loss"], rehearsal=experiment.rehearsal
+    )
     paths = [folder / "loss.png"]
-    analyzed = [(_title(entry), entry.folder.read_attention()) for entry in found if entry.folder.attention.is_file()]
+    analyzed = [
+        (_title(entry), entry.folder.read_attention()) for entry in found if entry.folder.attention.is_file()
+    ]
     if analyzed:
         plot_max_rank(analyzed, folder / "max_rank.png", rehearsal=experiment.rehearsal)
         plot_avg_mass(analyzed, folder / "avg_mass.png", rehearsal=experiment.rehearsal)
@@ -359,7 +441,8 @@ def _title(entry) -> str:
 
 
 def plot_cells(records: list[dict], path: Path, title: str, rehearsal: bool = False) -> None:
-    """A panel per column of a table of the paper, a line per model: the paper's number hollow, ours filled, with their noise.
+    """A panel per column of a table of the paper, a line per model: the paper's number hollow, ours filled,
+    with their noise.
 
     `records` are the rows of the table's CSV file; a cell without either number is left empty."""
     columns, models = ([*dict.fromkeys(record[key] for record in records)] for key in ("column", "row"))
@@ -367,29 +450,44 @@ def plot_cells(records: list[dict], path: Path, title: str, rehearsal: bool = Fa
         panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
         for axes, column in zip(panels, columns, strict=True):
             for side, noise, look in (
-                ("paper", "paper_noise", {"color": REFERENCE_GREY, "mfc": "white", "zorder": 4, "label": "paper"}),
+                (
+                    "paper",
+                    "paper_noise",
+                    {"color": REFERENCE_GREY, "mfc": "white", "zorder": 4, "label": "paper"},
+                ),
                 ("ours", "noise", {"color": COLORS[0], "label": "ours"}),
             ):
-                there = [record for record in records if record["column"] == column and record[side] not in ("", None)]
+                there = [
+                    record
+                    for record in records
+                    if record["column"] == column and record[side] not in ("", None)
+                ]
                 axes.errorbar(
-                    [float(record[side]) for record in there], [models.index(record["row"]) for record in there],
-                    xerr=[record[noise] or 0 for record in there], fmt="o", markersize=5, linewidth=1.2, **look,
-                )  # fmt: skip
+                    [float(record[side]) for record in there],
+                    [models.index(record["row"]) for record in there],
+                    xerr=[record[noise] or 0 for record in there],
+                    fmt="o",
+                    markersize=5,
+                    linewidth=1.2,
+                    **look,
+                )
             axes.set_yticks(range(len(models)), models)
             axes.set_ylim(len(models) - 0.5, -0.5)
             axes.set_xlabel(column)
             axes.grid(color="#DDDDDD", linewidth=0.6)
             axes.set_axisbelow(True)
         figure.suptitle(title, size=11)
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+        figure.legend(
+            *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False
+        )
 
 
-# --- figures of the paper -------------------------------------------------------------------------------------------------
+# --- figures of the paper -----------------------------------------------------------------------------------
 
 
 def paper_figure(name: str, seed: int = 0, rehearse: bool | None = None) -> list[Path]:
-    """Draw each panel of a figure of the paper that has something to show, ours and the paper's; print which rows are not run,
-    the curve check and the footnotes. Returns the paths."""
+    """Draw each panel of a figure of the paper that has something to show, ours and the paper's; print which
+    rows are not run, the curve check and the footnotes. Returns the paths."""
     item = load_item(name)
     if not item.panels:
         raise UserError(f"{name} is a table; use: python -m inheritune table {name}")
@@ -410,7 +508,9 @@ def _of(row: Row, experiments: dict[str, Experiment]) -> tuple[Experiment, str]:
     return experiments[name], run
 
 
-def _attention_panel(panel: Panel, experiments: dict[str, Experiment], seed: int, path: Path, small: bool) -> bool:
+def _attention_panel(
+    panel: Panel, experiments: dict[str, Experiment], seed: int, path: Path, small: bool
+) -> bool:
     """Draw what `analyze` left of the panel's rows; False if there is nothing."""
     field, series = {"max_rank": "max_rank", "mass": "avg_mass"}.get(panel.kind), []
     for row in panel.rows:
@@ -418,7 +518,8 @@ def _attention_panel(panel: Panel, experiments: dict[str, Experiment], seed: int
         rows = attention_of(folder, row).read_attention() if folder else []
         if rows and rows[0].get("rehearsal", False) != small:
             raise UserError(
-                f"{attention_of(folder, row).attention} is a rehearsal's, not a result; delete it and analyze the model again"
+                f"{attention_of(folder, row).attention} is a rehearsal's, not a result; delete it and "
+                f"analyze the model again"
             )
         if panel.kind == "maps":  # only those that the paper shows
             wanted = shown_maps(_of(row, experiments)[0], row)
@@ -428,12 +529,17 @@ def _attention_panel(panel: Panel, experiments: dict[str, Experiment], seed: int
         series += [(row.label, rows)] if rows else []
         if field and row.file and not small:
             points = rows_like(row.file, row.match)
-            layers = [{"kind": "layer", "layer": int(p["layer"]) - 1, field: {MAIN: float(p[row.value])}} for p in points]
+            layers = [
+                {"kind": "layer", "layer": int(p["layer"]) - 1, field: {MAIN: float(p[row.value])}}
+                for p in points
+            ]
             series.append((row.label + PAPER, layers))
     if not series:
         return False
     if field:
-        (plot_max_rank if panel.kind == "max_rank" else plot_avg_mass)(series, path, rehearsal=small, title=panel.title)
+        (plot_max_rank if panel.kind == "max_rank" else plot_avg_mass)(
+            series, path, rehearsal=small, title=panel.title
+        )
     else:
         plot = {"taus": plot_tau_ablation, "heat": plot_heat_map, "maps": plot_attention_maps}[panel.kind]
         plot(series[0][1], path, panel.title, rehearsal=small)
@@ -441,32 +547,40 @@ def _attention_panel(panel: Panel, experiments: dict[str, Experiment], seed: int
 
 
 def _loss_panel(panel: Panel, experiments: dict[str, Experiment], seed: int, path: Path, small: bool) -> bool:
-    """Draw the loss curves of the panel's rows, runs in progress too, and the paper's; False if there is nothing."""
+    """Draw the loss curves of the panel's rows, runs in progress too, and the paper's; False if there is
+    nothing."""
     series = []
     for row in panel.rows:
         experiment, run = _of(row, experiments)
         folder = RunDir.of(experiment, run, seed)
         folder = folder.stage(row.stage) if row.stage else folder
-        folder.read_results() if folder.results.is_file() else None  # names a record that is not the finished run's
+        # names a record that is not the finished run's
+        folder.read_results() if folder.results.is_file() else None
         rows = curve_rows(read_jsonl(folder.metrics), panel.loss)
         curve = {} if small else row_curve(row, panel.loss)
         read_off = bool(row.file) and not small  # from a figure, whose curves are smoothed
         if read_off:
-            curve = {int(p["step"]): float(p[row.value]) for p in rows_like(row.file, row.match) if p[row.value]}
+            curve = {
+                int(p["step"]): float(p[row.value]) for p in rows_like(row.file, row.match) if p[row.value]
+            }
         print(f"{panel.title}, {row.label}: {curve_check(rows, curve)}")
         theirs = [{"step": step, "val_loss": loss, "smoothed": read_off} for step, loss in curve.items()]
-        series += [(label, points) for label, points in ((row.label, rows), (row.label + PAPER, theirs)) if points]
+        series += [
+            (label, points) for label, points in ((row.label, rows), (row.label + PAPER, theirs)) if points
+        ]
     if not series:
         return False
     what = "training loss" if panel.loss == "train_loss" else "validation loss"
     steps = (0, None) if small else (panel.from_step, panel.to_step)
-    plot_loss_curves(series, path, title=panel.title, smooth=panel.smooth, rehearsal=small, steps=steps, what=what)
+    plot_loss_curves(
+        series, path, title=panel.title, smooth=panel.smooth, rehearsal=small, steps=steps, what=what
+    )
     return True
 
 
 def curve_rows(rows: list[dict], loss: str) -> list[dict]:
-    """The evaluations of a metrics.jsonl; for `train_loss` with the mean training loss since the one before in place of the
-    validation loss."""
+    """The evaluations of a metrics.jsonl; for `train_loss` with the mean training loss since the one before
+    in place of the validation loss."""
     if loss == "val_loss":
         return [row for row in rows if "val_loss" in row]
     found, since = [], []
@@ -490,4 +604,7 @@ def curve_check(rows: list[dict], curve: dict[int, float]) -> str:
     verdict = {"better": "below the curve", "worse": "above the curve"}.get(
         judge(ours - theirs, [noise], 0.0, higher_is_better=False), "on the curve"
     )
-    return f"step {step:,}: ours {ours:.4f}, the paper {theirs:.4f}, {ours - theirs:+.4f} (±{2 * noise:.4f}): {verdict}"
+    return (
+        f"step {step:,}: ours {ours:.4f}, the paper {theirs:.4f}, {ours - theirs:+.4f} (±{2 * noise:.4f}): "
+        f"{verdict}"
+    )

@@ -1,5 +1,5 @@
-"""The paper's tables and figures as data: recipes/paper/items.yaml says what each shows, the CSV files beside it hold the
-paper's numbers, curves.yaml says which of its logs belongs to which run.
+"""The paper's tables and figures as data: recipes/paper/items.yaml says what each shows, the CSV files beside
+it hold the paper's numbers, curves.yaml says which of its logs belongs to which run.
 
 `load_item("table5")` reads one, `missing(item, ...)` says what has to be run before it can be drawn.
 """
@@ -15,7 +15,16 @@ from typing import Annotated, Literal
 import yaml
 
 from inheritune.config import values
-from inheritune.config.experiment import RECIPES, Experiment, Layers, Steps, Strict, load_experiment, rehearsal_count, validate
+from inheritune.config.experiment import (
+    RECIPES,
+    Experiment,
+    Layers,
+    Steps,
+    Strict,
+    load_experiment,
+    rehearsal_count,
+    validate,
+)
 from inheritune.errors import UserError, nearest
 from inheritune.files.rundir import RunDir, beside, data_dir, find_weights
 
@@ -23,8 +32,8 @@ PAPER = RECIPES / "paper"
 
 
 class Published(Strict):
-    """A number of the paper: column `value` of the row of `file` whose columns are as `match` says. A table's row, its
-    column and the table itself name parts of it."""
+    """A number of the paper: column `value` of the row of `file` whose columns are as `match` says. A table's
+    row, its column and the table itself name parts of it."""
 
     file: str | None = None
     match: dict[str, str] = {}
@@ -38,7 +47,8 @@ class Row(Published):
 
     label: str
     run: str | None = None
-    """EXPERIMENT/RUN (an experiment in a folder of recipes/ has a slash itself); none: shown as published, not run here."""
+    """EXPERIMENT/RUN (an experiment in a folder of recipes/ has a slash itself); none: shown as published,
+    not run here."""
     stage: Annotated[int, values.STAGE] | None = None
     """Stage of a grown run (default: the one it chose)."""
     kept: Annotated[int, values.CHECKPOINTS] | None = None
@@ -52,7 +62,8 @@ class Row(Published):
 
 
 class Column(Published):
-    """A measure. `metric`: validation, parameters, tasks.NAME.METRIC (results.json), or none: only published."""
+    """A measure. `metric`: validation, parameters, tasks.NAME.METRIC (results.json), or none: only
+    published."""
 
     label: str
     metric: str | None = None
@@ -63,7 +74,8 @@ class Column(Published):
 
 
 class Panel(Strict):
-    """One plot of a figure. kind: max_rank, taus, mass, heat, maps (attention.jsonl), or loss (metrics.jsonl)."""
+    """One plot of a figure. kind: max_rank, taus, mass, heat, maps (attention.jsonl), or loss
+    (metrics.jsonl)."""
 
     kind: Literal["max_rank", "taus", "mass", "heat", "maps", "loss"]
     title: str
@@ -98,7 +110,11 @@ class Item(Published):
 
 @functools.cache
 def _raw_items() -> dict:
-    return {k: v for k, v in yaml.safe_load((PAPER / "items.yaml").read_text(encoding="utf-8")).items() if k[0] != "."}
+    return {
+        k: v
+        for k, v in yaml.safe_load((PAPER / "items.yaml").read_text(encoding="utf-8")).items()
+        if k[0] != "."
+    }
 
 
 def item_names() -> list[str]:
@@ -106,13 +122,14 @@ def item_names() -> list[str]:
 
 
 def load_item(name: str) -> Item:
-    """The item called `name` (table5, fig03 ...). Raises UserError for an unknown one, or if its data is malformed."""
+    """The item called `name` (table5, fig03 ...). Raises UserError for an unknown one, or if its data is
+    malformed."""
     if name not in _raw_items():
         raise UserError(f"no table or figure '{name}'; {nearest(name, _raw_items())}")
     return validate(Item, _raw_items()[name], f"{PAPER / 'items.yaml'}, {name}")
 
 
-# --- what the paper says --------------------------------------------------------------------------------------------------
+# --- what the paper says ------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -132,12 +149,17 @@ def published(item: Published, row: Row, column: Column) -> dict[str, str]:
 
     Raises UserError if the definitions do not name exactly one row of the CSV file."""
     match = {**item.match, **column.match, **row.match}
-    file, value, stderr = (getattr(column, k) or getattr(row, k) or getattr(item, k) for k in ("file", "value", "stderr"))
+    file, value, stderr = (
+        getattr(column, k) or getattr(row, k) or getattr(item, k) for k in ("file", "value", "stderr")
+    )
     if not (file and value and match) or not row.match and not row.value:
         return {}
     found = rows_like(file, match)
     if len(found) != 1:
-        raise UserError(f"{len(found)} rows of recipes/paper/{file} have {match} (row '{row.label}'); items.yaml must name one")
+        raise UserError(
+            f"{len(found)} rows of recipes/paper/{file} have {match} (row '{row.label}'); items.yaml must "
+            f"name one"
+        )
     facts = {"value": found[0][value], "stderr": found[0].get(stderr, "") if stderr else ""}
     return facts | {key: found[0][key] for key in ("source", "provenance")} if facts["value"] else {}
 
@@ -145,17 +167,22 @@ def published(item: Published, row: Row, column: Column) -> dict[str, str]:
 @functools.cache
 def _published_points() -> dict[str, dict[int, dict]]:
     points = defaultdict(dict)
-    for row in read_csv("curves_reference_val_loss.csv"):  # a repeated step stands after its first occurrence, and counts
+    for row in read_csv(
+        "curves_reference_val_loss.csv"
+    ):  # a repeated step stands after its first occurrence, and counts
         points[row["run"]][int(row["step"])] = {key: float(row[key]) for key in ("train_loss", "val_loss")}
     return points
 
 
 def published_curves(experiment: str, loss: str = "val_loss") -> dict[str, dict]:
-    """{run: {layers, or "all": {step: loss}}} of the paper's logs for the runs of the experiment of that name."""
+    """{run: {layers, or "all": {step: loss}}} of the paper's logs for the runs of the experiment of that
+    name."""
     names = yaml.safe_load((PAPER / "curves.yaml").read_text(encoding="utf-8")).get(experiment, {})
     by_layers = {run: value if isinstance(value, dict) else {"all": value} for run, value in names.items()}
     return {
-        run: {n: {step: row[loss] for step, row in _published_points()[log].items()} for n, log in value.items()}
+        run: {
+            n: {step: row[loss] for step, row in _published_points()[log].items()} for n, log in value.items()
+        }
         for run, value in by_layers.items()
     }
 
@@ -168,7 +195,10 @@ def curve_of(curves: dict, run: str, layers: int) -> dict[int, float]:
 
 def published_loss(curve: dict[int, float], step: int) -> float | None:
     """The curve at `step`, linear between its points; None outside it."""
-    before, after = max((s for s in curve if s <= step), default=None), min((s for s in curve if s >= step), default=None)
+    before, after = (
+        max((s for s in curve if s <= step), default=None),
+        min((s for s in curve if s >= step), default=None),
+    )
     if before is None or after is None:
         return None
     share = (step - before) / (after - before) if after > before else 0.0
@@ -198,12 +228,13 @@ def last_ten(curve: dict[int, float]) -> tuple[float, float, float]:
     return values[-1], statistics.mean(values), statistics.stdev(values)
 
 
-# --- what has to be run ---------------------------------------------------------------------------------------------------
+# --- what has to be run -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Step:
-    """One thing to run: `verb` of prepare, train, grow, evaluate, analyze; `after`: numbers, from 1, of the steps before."""
+    """One thing to run: `verb` of prepare, train, grow, evaluate, analyze; `after`: numbers, from 1, of the
+    steps before."""
 
     verb: str
     experiment: str
@@ -217,9 +248,13 @@ class Step:
 
 
 def missing(item: Item, experiments: dict[str, Experiment], have: Callable[..., bool]) -> list[Step]:
-    """What is still to be run for `item`, in order: data, runs with the runs they start from and are compared with, then
-    scores and attention. `have(verb, experiment, run, row)` says what is there (pure)."""
-    steps, numbers, preparing = [], {}, {}  # preparing: data folder -> the experiment that makes it for all that share it
+    """What is still to be run for `item`, in order: data, runs with the runs they start from and are compared
+    with, then scores and attention. `have(verb, experiment, run, row)` says what is there (pure)."""
+    steps, numbers, preparing = (
+        [],
+        {},
+        {},
+    )  # preparing: data folder -> the experiment that makes it for all that share it
 
     def need(key: tuple, there: bool, before: list, options: str = "") -> int | None:
         """Number of the step that makes `key` = (verb, experiment, run); None if it is there already."""
@@ -240,15 +275,28 @@ def missing(item: Item, experiments: dict[str, Experiment], have: Callable[..., 
             return [data(name)]
         if have("train", name, run, None):
             return []
-        others = [other for other in (*(s for s, _ in spec.sources()), experiment.reference_of(spec)) if other]
-        before = [step for other in others if other in experiment.runs and other != run for step in trained(name, other)]
+        others = [
+            other for other in (*(s for s, _ in spec.sources()), experiment.reference_of(spec)) if other
+        ]
+        before = [
+            step
+            for other in others
+            if other in experiment.runs and other != run
+            for step in trained(name, other)
+        ]
         return [need(("grow" if spec.grow else "train", name, run), False, [data(name), *before])]
 
-    metrics = {metric for column in item.columns.values() for metric in (column.metric, *column.mean) if metric}
+    metrics = {
+        metric for column in item.columns.values() for metric in (column.metric, *column.mean) if metric
+    }
     rows = [(None, row) for row in item.rows if metrics - {"parameters"}]
-    rows = [(kind, row) for kind, row in rows + [(p.kind, row) for p in item.panels for row in p.rows] if row.run]
+    rows = [
+        (kind, row) for kind, row in rows + [(p.kind, row) for p in item.panels for row in p.rows] if row.run
+    ]
     names = [row.run.rsplit("/", 1) for _, row in rows]
-    names.sort(key=lambda name: bool(experiments[name[0]].run(name[1]).grow))  # what is trained in one start comes together
+    names.sort(
+        key=lambda name: bool(experiments[name[0]].run(name[1]).grow)
+    )  # what is trained in one start comes together
     before = {f"{name}/{run}": trained(name, run) for name, run in names}
     for kind, row in rows:
         (name, run), ready = row.run.rsplit("/", 1), before[row.run]
@@ -270,7 +318,8 @@ def weights_name(experiment: Experiment, row: Row) -> str:
 
 
 def shown_maps(experiment: Experiment, row: Row) -> list[tuple[int, int]]:
-    """(layer, head), from 0, of the row's maps; in a rehearsal those of the small model that lie at the same depth."""
+    """(layer, head), from 0, of the row's maps; in a rehearsal those of the small model that lie at the same
+    depth."""
     pairs = [(layer - 1, head - 1) for layer, head in row.maps]
     if experiment.rehearsal:
         pairs = [(rehearsal_count(layer + 1) - 1, head % experiment.model.heads) for layer, head in pairs]
@@ -278,8 +327,11 @@ def shown_maps(experiment: Experiment, row: Row) -> list[tuple[int, int]]:
 
 
 def load_experiments(item: Item, rehearse=None) -> dict[str, Experiment]:
-    """{name: experiment} of all that the item's rows run or read. Raises UserError for an unknown experiment or run."""
-    names = {name for row in item.models() if row.run for name in (row.run.rpartition("/")[0], row.data) if name}
+    """{name: experiment} of all that the item's rows run or read. Raises UserError for an unknown experiment
+    or run."""
+    names = {
+        name for row in item.models() if row.run for name in (row.run.rpartition("/")[0], row.data) if name
+    }
     found = {name: load_experiment(name, rehearse) for name in sorted(names)}
     for row in (row for row in item.models() if row.run):
         found[row.run.rpartition("/")[0]].run(row.run.rpartition("/")[2])
@@ -288,7 +340,12 @@ def load_experiments(item: Item, rehearse=None) -> dict[str, Experiment]:
 
 def on_disk(item: Item, experiments: dict[str, Experiment], seed: int) -> Callable[..., bool]:
     """The `have` of `missing`, from the folders under $INHERITUNE_ROOT."""
-    metrics = {m for column in item.columns.values() for m in (column.metric or "", *column.mean) if m.startswith("tasks.")}
+    metrics = {
+        m
+        for column in item.columns.values()
+        for m in (column.metric or "", *column.mean)
+        if m.startswith("tasks.")
+    }
 
     def have(verb: str, name: str, run: str, row: Row | None) -> bool:
         experiment = experiments[name]
@@ -296,7 +353,9 @@ def on_disk(item: Item, experiments: dict[str, Experiment], seed: int) -> Callab
             return (data_dir(experiment) / "manifest.json").is_file()
         if verb == "train":
             return RunDir.of(experiment, run, seed).is_done()
-        if (folder := model_folder(experiment, row, seed)) is None:  # growth that is over has no further stage to look at
+        if (
+            folder := model_folder(experiment, row, seed)
+        ) is None:  # growth that is over has no further stage to look at
             return RunDir.of(experiment, run, seed).is_done()
         if verb == "analyze":
             rows = attention_of(folder, row).read_attention()
@@ -309,7 +368,8 @@ def on_disk(item: Item, experiments: dict[str, Experiment], seed: int) -> Callab
 
 
 def model_folder(experiment: Experiment, row: Row, seed: int) -> RunDir | None:
-    """The folder with the results of the row's run, stage, kept weights or model of others; None if it is not finished."""
+    """The folder with the results of the row's run, stage, kept weights or model of others; None if it is not
+    finished."""
     name = row.run.rpartition("/")[2]
     if experiment.run(name).init.external:
         return RunDir.of(experiment, name, seed)
@@ -326,4 +386,8 @@ def score(results: dict, metric: str) -> dict | None:
     """{score, stderr, n, task, version, shots} of metric tasks.NAME.METRIC in a results.json, or None."""
     _, task, name = metric.split(".")
     found = results.get("tasks", {}).get(task, {})
-    return {**found[name], **{key: found.get(key) for key in ("n", "task", "version", "shots")}} if name in found else None
+    return (
+        {**found[name], **{key: found.get(key) for key in ("n", "task", "version", "shots")}}
+        if name in found
+        else None
+    )

@@ -1,8 +1,8 @@
 """`table ITEM`: results as a table, from the JSON of finished runs only.
 
-ITEM is a table of the paper (paper.py): each cell shows the paper's number, ours, the difference, the noise of both and a
-verdict. Or an experiment: its `paper` section names the rows, the first of which is the reference; a grown run gives one row
-per stage. Printed as Markdown, and written as Markdown, CSV and LaTeX.
+ITEM is a table of the paper (paper.py): each cell shows the paper's number, ours, the difference, the noise
+of both and a verdict. Or an experiment: its `paper` section names the rows, the first of which is the
+reference; a grown run gives one row per stage. Printed as Markdown, and written as Markdown, CSV and LaTeX.
 """
 
 import csv
@@ -34,12 +34,19 @@ from inheritune.paper.items import (
     published,
     row_curve,
     score,
-)  # fmt: skip
+)
 
 COLUMNS = (
-    "model", "layers", "parameters", "steps", "validation loss (95% interval)", "difference to the reference (95% interval)",
-    "steps to the reference's loss", "tokens/s", "training FLOPs",
-)  # fmt: skip
+    "model",
+    "layers",
+    "parameters",
+    "steps",
+    "validation loss (95% interval)",
+    "difference to the reference (95% interval)",
+    "steps to the reference's loss",
+    "tokens/s",
+    "training FLOPs",
+)
 
 
 @dataclass(frozen=True)
@@ -122,8 +129,8 @@ def make_table(experiment: Experiment, found: list[Entry]) -> list[list[str]]:
 
 
 def verdict(experiment: Experiment, found: list[Entry]) -> str:
-    """What was found, in words, whichever way it came out: the first grown run's last stage against the reference, and
-    against the random starts."""
+    """What was found, in words, whichever way it came out: the first grown run's last stage against the
+    reference, and against the random starts."""
     grower = next((row.run for row in experiment.paper if experiment.run(row.run).grow), None)
     grown = [entry for entry in found if entry.results["run"] == grower]
     if not grown:
@@ -153,47 +160,62 @@ def verdict(experiment: Experiment, found: list[Entry]) -> str:
 
 
 NOTE = (
-    "One seed. Intervals are 95% over the {n} fixed validation windows, differences are paired by window; they do not cover "
+    "One seed. Intervals are 95% over the {n} fixed validation windows, differences are paired by window; "
+    "they do not cover "
     "the choice of seeds."
 )
 
 
 def table(item: str, seed: int = 0, rehearse=None, missing: bool = False) -> tuple | None:
-    """Print the table of a paper item or of an experiment, and write it as .md, .csv and .tex beside the runs; `missing`:
-    print what has to be run before, one `verb experiment run after options` a line (`after`: the lines it waits for).
+    """Print the table of a paper item or of an experiment, and write it as .md, .csv and .tex beside the
+    runs; `missing`: print what has to be run before, one `verb experiment run after options` a line (`after`:
+    the lines it waits for).
 
-    Raises UserError for an unknown item, runs of different data in one column, and a rehearsal in a table of results."""
+    Raises UserError for an unknown item, runs of different data in one column, and a rehearsal in a table of
+    results."""
     if item in item_names():
         return paper_item(item, seed, rehearse, missing)
     experiment = load_experiment(item, rehearse)
     found = entries(experiment, seed)
     if not found or found[0].label != experiment.paper[0].label:
         raise UserError(
-            f"no table yet: run '{experiment.paper[0].run}' of {experiment.name} (seed {seed}) is not finished; train it first"
+            f"no table yet: run '{experiment.paper[0].run}' of {experiment.name} (seed {seed}) is not "
+            f"finished; train it first"
         )
     title = f"{'REHEARSAL ' if experiment.rehearsal else ''}{experiment.name}, seed {seed}"
     cells, n = make_table(experiment, found), found[0].results["validation"]["n"]
-    columns, notes, name = list(COLUMNS), [NOTE.format(n=n), verdict(experiment, found)], f"the table of {experiment.name}"
+    columns, notes, name = (
+        list(COLUMNS),
+        [NOTE.format(n=n), verdict(experiment, found)],
+        f"the table of {experiment.name}",
+    )
     for key, task in experiment.evaluate.tasks.items():
         scores = [measure(entry.results, f"tasks.{key}.{task.metrics[0]}") for entry in found]
         if any(score.measured for score in scores):
             columns.append(f"{key}, {task.metrics[0]}")
-            refuse_mixture(columns[-1], name, [(entry.label, score) for entry, score in zip(found, scores, strict=True)])
+            refuse_mixture(
+                columns[-1], name, [(entry.label, score) for entry, score in zip(found, scores, strict=True)]
+            )
             cells = [[*row, score.own(2)] for row, score in zip(cells, scores, strict=True)]
     records = [dict(zip(columns, row, strict=True)) for row in cells]
     write_table(RunDir.of(experiment, "table", seed).path, title, columns, cells, notes, records)
 
 
-def write_table(stem: Path, title: str, headers: list[str], cells: list[list[str]], notes: list[str], records: list) -> None:
-    """Print a table as Markdown and write stem.md, stem.tex and, from `records` (one per number), stem.csv. The title, the
-    headers and the first cell of a row are words, escaped here; the other cells are numbers, and notes are Markdown."""
+def write_table(
+    stem: Path, title: str, headers: list[str], cells: list[list[str]], notes: list[str], records: list
+) -> None:
+    """Print a table as Markdown and write stem.md, stem.tex and, from `records` (one per number), stem.csv.
+    The title, the headers and the first cell of a row are words, escaped here; the other cells are numbers,
+    and notes are Markdown."""
     words = [[markdown(row[0]), *row[1:]] for row in cells]
     text = tabulate(words, headers=list(map(markdown, headers)), tablefmt="github", disable_numparse=True)
     page = "\n\n".join([markdown(title), text, *notes]) + "\n"
     write_text(stem.with_suffix(".md"), page)
     plain = [[latex(row[0]), *(cell.replace("**", "") for cell in row[1:])] for row in cells]
     below = [f"% {latex(line)}" for line in [title, *notes]]
-    text = tabulate(plain, headers=list(map(latex, headers)), tablefmt="latex_booktabs", disable_numparse=True)
+    text = tabulate(
+        plain, headers=list(map(latex, headers)), tablefmt="latex_booktabs", disable_numparse=True
+    )
     write_text(stem.with_suffix(".tex"), "\n".join([*below, text]) + "\n")
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
@@ -203,15 +225,19 @@ def write_table(stem: Path, title: str, headers: list[str], cells: list[list[str
     print(page)
 
 
-# --- tables of the paper ----------------------------------------------------------------------------------------------------
+# --- tables of the paper ------------------------------------------------------------------------------------
 
 NOT_RUN = "not run"
 PUBLISHED = "as published"
 PAPER_NOTE = (
-    "A cell is paper ± noise / ours ± noise: difference, verdict. Verdicts: matches (less than one unit of the paper's last "
-    "printed digit), within noise (|difference| at most twice the root of both noises' squares), better, worse, not run; as "
-    "published: not run here. The paper's noise is the deviation of its log's last ten evaluations, its standard error, or "
-    "that of n questions; ours, the standard error over windows or questions. One seed: no noise covers the choice of seeds. "
+    "A cell is paper ± noise / ours ± noise: difference, verdict. Verdicts: matches (less than one unit of "
+    "the paper's last "
+    "printed digit), within noise (|difference| at most twice the root of both noises' squares), better, "
+    "worse, not run; as "
+    "published: not run here. The paper's noise is the deviation of its log's last ten evaluations, its "
+    "standard error, or "
+    "that of n questions; ours, the standard error over windows or questions. One seed: no noise covers the "
+    "choice of seeds. "
     "Losses are compared with the log's last value, which the paper cut (not rounded) to two digits."
 )
 COSTS = ("training FLOPs (all rounds)", "with its sources", "tokens to the reference's loss (all rounds)")
@@ -291,20 +317,25 @@ def measure(results: dict, metric: str) -> Cell:
     """Our side of a cell from a results.json; empty if it is not there."""
     if metric == "validation" and "validation" in results:
         loss, data = results["validation"], f"the data {results['data_fingerprint']}"
-        return Cell(ours=loss["mean"], noise=(loss["high"] - loss["low"]) / 2 / 1.96, ours_n=loss["n"], measured=data)
+        return Cell(
+            ours=loss["mean"], noise=(loss["high"] - loss["low"]) / 2 / 1.96, ours_n=loss["n"], measured=data
+        )
     found = score(results, metric) if metric.startswith("tasks.") else None
     if not found:
         return Cell()
     unit = 100 if metric.rpartition(".")[2].startswith("acc") else 1
     with_what = f"version {found['version']} of task {found['task']} with {found['shots']} examples"
     return Cell(
-        ours=unit * found["score"], noise=unit * found["stderr"] if found["stderr"] is not None else None, ours_n=found["n"],
+        ours=unit * found["score"],
+        noise=unit * found["stderr"] if found["stderr"] is not None else None,
+        ours_n=found["n"],
         measured=with_what,
-    )  # fmt: skip
+    )
 
 
 def refuse_mixture(column: str, table: str, cells: list[tuple[str, Cell]]) -> None:
-    """Raise UserError if two (row, cell) of a column were measured on other data, or with another version of a task."""
+    """Raise UserError if two (row, cell) of a column were measured on other data, or with another version of
+    a task."""
     measured = {}
     for label, cell in cells:
         if cell.measured:
@@ -323,7 +354,11 @@ def mean_of(cells: list[Cell]) -> Cell:
         return Cell()
     noises = [cell.noise or 0.0 for cell in cells]
     noise = math.sqrt(sum(noise**2 for noise in noises)) / len(cells)
-    return Cell(ours=statistics.mean(cell.ours for cell in cells), noise=noise, measured=", ".join(c.measured for c in cells))
+    return Cell(
+        ours=statistics.mean(cell.ours for cell in cells),
+        noise=noise,
+        measured=", ".join(c.measured for c in cells),
+    )
 
 
 def make_cell(item: Item, row: Row, column: Column, experiments: dict[str, Experiment], seed: int) -> Cell:
@@ -335,12 +370,17 @@ def make_cell(item: Item, row: Row, column: Column, experiments: dict[str, Exper
         results = folder.read_results() if folder and folder.results.is_file() else {}
         if results and bool(results.get("rehearsal")) != experiments[name].rehearsal:
             raise UserError(
-                f"{row.run} ({row.label}) is a rehearsal, not a result, in the folder of the real run; delete it there"
+                f"{row.run} ({row.label}) is a rehearsal, not a result, in the folder of the real run; "
+                f"delete it there"
             )
     if metric == "parameters" and row.run:
         cell = Cell(ours=parameters(row))
     else:
-        cell = mean_of([measure(results, part) for part in column.mean]) if column.mean else measure(results, metric)
+        cell = (
+            mean_of([measure(results, part) for part in column.mean])
+            if column.mean
+            else measure(results, metric)
+        )
     facts = published(item, row, column)
     cell.paper, cell.n = facts.get("value", ""), column.n
     cell.source, cell.provenance = facts.get("source", ""), facts.get("provenance", "")
@@ -353,14 +393,20 @@ def make_cell(item: Item, row: Row, column: Column, experiments: dict[str, Exper
         cell.paper_noise = float(stderr)
     elif column.n and metric.rpartition(".")[2].startswith("acc") and cell.paper:
         share = float(cell.paper) / 100
-        cell.paper_noise = 100 * math.sqrt(share * (1 - share) / column.n)  # gives the standard errors of Table 7
+        cell.paper_noise = 100 * math.sqrt(
+            share * (1 - share) / column.n
+        )  # gives the standard errors of Table 7
     if not row.run or not (metric or column.mean):
         cell.state = PUBLISHED if metric or column.mean else ""
     elif cell.difference is not None:
         unit = 10.0 ** -len(cell.paper.partition(".")[2]) if cell.paper else 0.0
         higher = metric.rpartition(".")[2].startswith("acc") or bool(column.mean and ".acc" in column.mean[0])
         cell.state = judge(cell.difference, [cell.paper_noise, cell.noise], unit, higher)
-        cell.state = f"REHEARSAL ({cell.state})" if experiments[name].rehearsal and metric != "parameters" else cell.state
+        cell.state = (
+            f"REHEARSAL ({cell.state})"
+            if experiments[name].rehearsal and metric != "parameters"
+            else cell.state
+        )
     return cell
 
 
@@ -368,19 +414,25 @@ def parameters(row: Row) -> int:
     """Parameters of a row's model at full size."""
     from inheritune.models.architectures import count_parameters, hf_config
 
-    return count_parameters(hf_config(load_experiment(row.run.rpartition("/")[0], rehearse=False).model, layers_of_row(row)))
+    return count_parameters(
+        hf_config(load_experiment(row.run.rpartition("/")[0], rehearse=False).model, layers_of_row(row))
+    )
 
 
 def rounds(folder: RunDir, spec: Run) -> list[RunDir]:
-    """The folders of the rounds of growth up to the one in `folder`; of a run that does not grow, only `folder`."""
+    """The folders of the rounds of growth up to the one in `folder`; of a run that does not grow, only
+    `folder`."""
     if not spec.grow:
         return [folder]
-    return [RunDir(folder.path.parent).stage(number + 1) for number in range(int(folder.path.name.removeprefix("stage")))]
+    return [
+        RunDir(folder.path.parent).stage(number + 1)
+        for number in range(int(folder.path.name.removeprefix("stage")))
+    ]
 
 
 def training_cost(experiment: Experiment, run: str, row: Row, seed: int) -> tuple[float, float | None] | None:
-    """(FLOPs of all rounds up to the row's stage or kept weights, and with those of the runs it starts or learns from); None
-    if not run, the second None where one of these is not of this file."""
+    """(FLOPs of all rounds up to the row's stage or kept weights, and with those of the runs it starts or
+    learns from); None if not run, the second None where one of these is not of this file."""
     spec = experiment.run(run)
     folder = model_folder(experiment, row.model_copy(update={"kept": None}), seed)
     if spec.init.external or folder is None:
@@ -393,11 +445,14 @@ def training_cost(experiment: Experiment, run: str, row: Row, seed: int) -> tupl
         else None
         for source in dict(spec.sources())
     ]
-    return own, None if any(cost is None or cost[1] is None for cost in sources) else own + sum(cost[1] for cost in sources)
+    return own, None if any(cost is None or cost[1] is None for cost in sources) else own + sum(
+        cost[1] for cost in sources
+    )
 
 
 def tokens_to_reference(experiment: Experiment, run: str, row: Row, seed: int) -> str:
-    """Training tokens until the curve is at or below the reference's last value, earlier rounds counted, as a cell."""
+    """Training tokens until the curve is at or below the reference's last value, earlier rounds counted, as a
+    cell."""
     spec, folder = experiment.run(run), model_folder(experiment, row, seed)
     reference = experiment.reference_of(spec) or (run if spec.init.random else None)
     curve = validation_curve(RunDir.of(experiment, reference, seed)) if reference and folder else None
@@ -434,7 +489,9 @@ def highlight_version_1(item: Item, cells: dict[tuple[int, str], Cell]) -> None:
     for (index, key), cell in cells.items():
         if item.rows[index].group == "ours":
             own = {side: getattr(cell, side) for side in ("paper", "ours")}
-            cell.bold = tuple(number not in ("", None) and is_high(side, key, float(number)) for side, number in own.items())
+            cell.bold = tuple(
+                number not in ("", None) and is_high(side, key, float(number)) for side, number in own.items()
+            )
 
 
 def paper_item(name: str, seed: int = 0, rehearse=None, only_missing: bool = False) -> tuple | None:
@@ -447,15 +504,26 @@ def paper_item(name: str, seed: int = 0, rehearse=None, only_missing: bool = Fal
         return None
     if not item.columns:
         raise UserError(f"{name} is a figure; use: python -m inheritune figure {name}")
-    cells = {(i, key): make_cell(item, row, column, experiments, seed)
-             for i, row in enumerate(item.rows) for key, column in item.columns.items()}  # fmt: skip
+    cells = {
+        (i, key): make_cell(item, row, column, experiments, seed)
+        for i, row in enumerate(item.rows)
+        for key, column in item.columns.items()
+    }
     for key, column in item.columns.items():
-        refuse_mixture(column.label, name, [(row.label, cells[index, key]) for index, row in enumerate(item.rows)])
+        refuse_mixture(
+            column.label, name, [(row.label, cells[index, key]) for index, row in enumerate(item.rows)]
+        )
     if item.highlight == "version_1":
         highlight_version_1(item, cells)
-    trained = any(column.metric not in (None, "parameters") or column.mean for column in item.columns.values())
+    trained = any(
+        column.metric not in (None, "parameters") or column.mean for column in item.columns.values()
+    )
     logs = any(cell.log for cell in cells.values())
-    headers = ["model", *(column.label for column in item.columns.values()), *(["paper's log: last; last ten"] if logs else [])]
+    headers = [
+        "model",
+        *(column.label for column in item.columns.values()),
+        *(["paper's log: last; last ten"] if logs else []),
+    ]
     headers += COSTS if trained else ()
     shown, records = [], []
     for index, row in enumerate(item.rows):
@@ -465,7 +533,13 @@ def paper_item(name: str, seed: int = 0, rehearse=None, only_missing: bool = Fal
         shown[-1] += [f"{log[0]:.4f}; {log[1]:.4f}±{log[2]:.4f}" if log else ""] if logs else []
         shown[-1] += spent if trained else []
         for key, column in item.columns.items():
-            where = {"item": name, "row": row.label, "run": row.run, "stage": row.stage, "column": column.label}
+            where = {
+                "item": name,
+                "row": row.label,
+                "run": row.run,
+                "stage": row.stage,
+                "column": column.label,
+            }
             records.append({**where, **cells[index, key].record(), **dict(zip(COSTS, spent, strict=True))})
     small = any(experiment.rehearsal for experiment in experiments.values())
     stem = paper_folder(small, seed) / name

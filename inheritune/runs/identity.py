@@ -1,8 +1,9 @@
 """Whether what lies in a run's folder belongs to the run that is asked for.
 
-A folder may hold the start of a model that the experiment no longer describes, a checkpoint that was copied from another
-run, or stages that were grown under other settings. Each would train on without an error, as another run than its
-experiment.yaml says. So a checkpoint's marker names its run (`describe_run`), and every start compares.
+A folder may hold the start of a model that the experiment no longer describes, a checkpoint that was copied
+from another run, or stages that were grown under other settings. Each would train on without an error, as
+another run than its experiment.yaml says. So a checkpoint's marker names its run (`describe_run`), and every
+start compares.
 """
 
 import json
@@ -18,7 +19,8 @@ from inheritune.models.surgery import INCIDENTAL, half_config
 from inheritune.runs.job import Job
 
 GROWN_FURTHER = ("run.grow.max_layers", "run.grow.margin")
-"""Keys that may change between two stages: how far growth may go, and when it ends. No stage is another for it."""
+"""Keys that may change between two stages: how far growth may go, and when it ends. No stage is another for
+it."""
 
 UNRESOLVED = ("train.precision",)
 """Keys that may be `auto` before the device is known."""
@@ -33,48 +35,61 @@ def find_differences(before, now, path: str = "") -> list[tuple[str, object, obj
     """Return (key path, old, new) wherever two nested dicts differ."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = [*before, *(key for key in now if key not in before)]
-        return [d for key in keys for d in find_differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))]
+        return [
+            d
+            for key in keys
+            for d in find_differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
+        ]
     return [] if before == now else [(path, before, now)]
 
 
-def find_changes_of_run(before: dict, now: dict, free: tuple[str, ...] = ()) -> list[tuple[str, object, object]]:
+def find_changes_of_run(
+    before: dict, now: dict, free: tuple[str, ...] = ()
+) -> list[tuple[str, object, object]]:
     """Return the differences that make another run: all but those of RESUMABLE_KEYS and `free`."""
     changes = find_differences(before, now)
     return [c for c in changes if c[0].removeprefix("train.") not in RESUMABLE_KEYS and c[0] not in free]
 
 
-def find_changes_since(file: Path, job: Job, train: Train, free: tuple[str, ...] = ()) -> list[tuple[str, object, object]]:
-    """Return `find_changes_of_run` from `file`, the experiment.yaml of a run, to `job` (`train` resolved); none without it."""
+def find_changes_since(
+    file: Path, job: Job, train: Train, free: tuple[str, ...] = ()
+) -> list[tuple[str, object, object]]:
+    """Return `find_changes_of_run` from `file`, the experiment.yaml of a run, to `job` (`train` resolved);
+    none without it."""
     if not file.is_file():
         return []
     return find_changes_of_run(read_yaml(file), yaml.safe_load(yaml.safe_dump(job.resolved(train))), free)
 
 
 def check_begun(job: Job, train: Train, free: tuple[str, ...] = ()) -> None:
-    """Raises UserError if the run's folder was begun under another experiment than `job` has now, but for the keys `free`."""
+    """Raises UserError if the run's folder was begun under another experiment than `job` has now, but for the
+    keys `free`."""
     if changes := find_changes_since(job.dir.experiment, job, train, free):
         key, old, new = changes[0]
         raise UserError(
-            f"{job.dir.path} was started with {key} = {old}, now it is {new}; go back to it, or start a run of another name"
+            f"{job.dir.path} was started with {key} = {old}, now it is {new}; go back to it, or start a run "
+            f"of another name"
         )
 
 
 def check_checkpoint(job: Job, train: Train, data_fingerprint: str, step: int) -> None:
-    """Raises UserError if checkpoint `step` was written by another run than `job`. Markers of older versions name none."""
+    """Raises UserError if checkpoint `step` was written by another run than `job`. Markers of older versions
+    name none."""
     folder = job.dir.checkpoint(step)
     before = read_json(folder / "COMPLETE").get("run")
     changes = find_changes_of_run(before, describe_run(job, train, data_fingerprint)) if before else []
     if changes:
         key, old, new = changes[0]
         raise UserError(
-            f"checkpoint {folder} is of another run: {key} is {old} there and {new} here; move it away, or go back to that "
+            f"checkpoint {folder} is of another run: {key} is {old} there and {new} here; move it away, or "
+            f"go back to that "
             f"value"
         )
 
 
 def is_kept(folder: Path, run: dict) -> bool:
-    """Return whether `folder` holds weights that the run described by `run` kept. Those of an earlier attempt, under other
-    settings, are none of it."""
+    """Return whether `folder` holds weights that the run described by `run` kept. Those of an earlier
+    attempt, under other settings, are none of it."""
     marker = folder / "COMPLETE"
     before = read_json(marker).get("run") if marker.is_file() else None
     return bool(before) and not find_changes_of_run(before, run)
@@ -91,39 +106,49 @@ def check_stages_before(job: Job, train: Train) -> None:
     if changes:
         key, old, new = changes[0]
         raise UserError(
-            f"stage 1 of {job.root.path} was trained with {key} = {old}, now it is {new}; go back to it, or grow a run of "
+            f"stage 1 of {job.root.path} was trained with {key} = {old}, now it is {new}; go back to it, or "
+            f"grow a run of "
             f"another name"
         )
 
 
 def describe_origin(job: Job) -> dict[str, str]:
-    """Return {run: hash of its weights} of the finished runs, of the same file, that the job's start is copied from."""
+    """Return {run: hash of its weights} of the finished runs, of the same file, that the job's start is
+    copied from."""
     copied, origin, weights = job.run.init.copied, {}, None
     if copied and copied.source in job.experiment.runs:
         weights = find_weights(job.experiment, copied.source, job.seed)
     if weights is not None:
         origin[copied.source] = beside(weights).weights_hash()
-    if job.stage and job.stage > 1 and job.run.grow.from_ == "previous" and job.root.stage(job.stage - 1).is_done():
+    if (
+        job.stage
+        and job.stage > 1
+        and job.run.grow.from_ == "previous"
+        and job.root.stage(job.stage - 1).is_done()
+    ):
         origin[f"{job.name}/stage{job.stage - 1}"] = job.root.stage(job.stage - 1).weights_hash()
     return origin
 
 
 def check_origin(job: Job, before: dict[str, str]) -> None:
-    """Raises UserError if a run that the job's start was copied from (`before`, of describe_origin then) has other weights by
-    now, with which the result would be compared. One that is gone is no other."""
+    """Raises UserError if a run that the job's start was copied from (`before`, of describe_origin then) has
+    other weights by now, with which the result would be compared. One that is gone is no other."""
     now = describe_origin(job)
     for name, weights in before.items():
         if now.get(name, weights) != weights:
             raise UserError(
-                f"{job.root.path} was started from weights of run '{name}', which has been trained anew since; restore those, "
+                f"{job.root.path} was started from weights of run '{name}', which has been trained anew "
+                f"since; restore those, "
                 f"or move {job.root.path} away, so that it starts from the new ones"
             )
 
 
 def check_start_model(job: Job, config, folder) -> None:
-    """Raises UserError if the start in `folder`, of configuration `config`, is not the model that the experiment describes.
+    """Raises UserError if the start in `folder`, of configuration `config`, is not the model that the
+    experiment describes.
 
-    Only where the experiment decides the shape: a random start, and what comes from a run of the same file."""
+    Only where the experiment decides the shape: a random start, and what comes from a run of the same
+    file."""
     copied = job.run.init.copied
     if copied and copied.source not in job.experiment.runs:
         return
@@ -131,18 +156,22 @@ def check_start_model(job: Job, config, folder) -> None:
     if job.run.init.half_width:
         wanted = half_config(wanted)
     stored, asked = ({k: v for k, v in c.to_dict().items() if k not in INCIDENTAL} for c in (config, wanted))
-    changes = find_differences(json.loads(json.dumps(stored, default=str)), json.loads(json.dumps(asked, default=str)))
+    changes = find_differences(
+        json.loads(json.dumps(stored, default=str)), json.loads(json.dumps(asked, default=str))
+    )
     changes = [c for c in changes if c[0] in asked]
     if changes:
         key, old, new = changes[0]
         raise UserError(
-            f"{folder} holds another model than {job.experiment.name} describes: its {key} is {old}, the experiment's {new}; "
+            f"{folder} holds another model than {job.experiment.name} describes: its {key} is {old}, the "
+            f"experiment's {new}; "
             f"go back to that, or delete the folder if it is left from before, or name the experiment anew"
         )
 
 
 def describe_change_since(run_dir: RunDir, job: Job) -> str:
-    """Return a sentence that says in what the experiment has changed since the finished run in `run_dir` was trained, or ""."""
+    """Return a sentence that says in what the experiment has changed since the finished run in `run_dir` was
+    trained, or ""."""
     changes = find_changes_since(run_dir.experiment, job, job.settings, UNRESOLVED)
     if not changes:
         return ""

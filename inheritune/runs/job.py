@@ -41,16 +41,22 @@ class Job:
         return f"{mark}{self.experiment.name}/{self.name}{stage} seed {self.seed}"
 
     def depths(self) -> list[int]:
-        """Return the layers of each stage of a grown run. Raises UserError if `stage` is none of them, or the run has none."""
+        """Return the layers of each stage of a grown run. Raises UserError if `stage` is none of them, or the
+        run has none."""
         if not self.run.grow:
-            raise UserError(f"run '{self.name}' has no 'grow' section, so it has no stage {self.stage}; leave out --stage")
+            raise UserError(
+                f"run '{self.name}' has no 'grow' section, so it has no stage {self.stage}; leave out --stage"
+            )
         depths = self.run.grow.depths(self.run.init.inherit.layers, self.experiment.model.layers)
         if self.stage and self.stage > len(depths):
-            raise UserError(f"run '{self.name}' has stages 1 to {len(depths)} ({depths} layers), no stage {self.stage}")
+            raise UserError(
+                f"run '{self.name}' has stages 1 to {len(depths)} ({depths} layers), no stage {self.stage}"
+            )
         return depths
 
     def resolved(self, train: Train) -> dict:
-        """What experiment.yaml of the run folder holds: everything that decides this run, its `train` as resolved."""
+        """What experiment.yaml of the run folder holds: everything that decides this run, its `train` as
+        resolved."""
         return {
             "experiment": self.experiment.name,
             "rehearsal": self.experiment.rehearsal,

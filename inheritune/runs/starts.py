@@ -19,7 +19,9 @@ def prepare_start(job: Job):
     if (folder / "inherited.json").is_file():
         if job.dir.experiment.is_file() or job.dir.complete_checkpoints():
             return folder
-        rundir.remove(folder)  # of a start that was refused or killed before the run began: asked for otherwise, perhaps
+        rundir.remove(
+            folder
+        )  # of a start that was refused or killed before the run began: asked for otherwise, perhaps
     source, revision = source_of(job, copied.source, copied.revision)
     if job.run.init.half_width:
         halve(source, folder, revision)
@@ -34,7 +36,8 @@ def prepare_start(job: Job):
             before = job.root.stage(job.stage - 1)
             if not before.is_done():
                 raise UserError(
-                    f"stage {job.stage} continues stage {job.stage - 1}, which is not finished; train that one first"
+                    f"stage {job.stage} continues stage {job.stage - 1}, which is not finished; train that "
+                    f"one first"
                 )
             extend(before.final, source, depths[job.stage - 2], depths[job.stage - 1], folder)
             return folder
@@ -52,10 +55,12 @@ def random_start(job: Job, layers: int):
 
 
 def source_of(job: Job, source: str, revision: str | None) -> tuple[str, str | None]:
-    """(path or id, revision) of a model that a run copies or learns from. Raises UserError if it is a run of the file that is
-    not finished."""
+    """(path or id, revision) of a model that a run copies or learns from. Raises UserError if it is a run of
+    the file that is not finished."""
     if source in job.experiment.runs:
         return str(finished_weights(job.experiment, source, job.seed)), None
-    if job.experiment.rehearsal:  # a public model has not the rehearsal's size: a random one of that size stands in for it
+    if (
+        job.experiment.rehearsal
+    ):  # a public model has not the rehearsal's size: a random one of that size stands in for it
         return str(random_start(job, job.experiment.model.layers)), None
     return source, revision

@@ -1,7 +1,9 @@
-"""Ranks: joining the process group under srun, torchrun, `deepspeed`, mpirun or plainly (launcher.py), the few collectives that
-are used, and what ranks tell their job's script: a file that says there is more to do, a file with the cause of a failure.
+"""Ranks: joining the process group under srun, torchrun, `deepspeed`, mpirun or plainly (launcher.py), the
+few collectives that are used, and what ranks tell their job's script: a file that says there is more to do, a
+file with the cause of a failure.
 
-Nothing here needs a compiler: DeepSpeed's shared-memory CPU collective, the one op it would build at start, is turned off.
+Nothing here needs a compiler: DeepSpeed's shared-memory CPU collective, the one op it would build at start,
+is turned off.
 """
 
 import errno
@@ -40,24 +42,35 @@ UNUSABLE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EIO, e
 
 
 def limit_error(error: Exception) -> NodeError | None:
-    """What to tell if `error` says that memory, open files or the disk are used up or that a file cannot be used, else None."""
+    """What to tell if `error` says that memory, open files or the disk are used up or that a file cannot be
+    used, else None."""
     if isinstance(error, OSError) and error.errno == errno.EROFS and error.filename:
         return NodeError(str(disk_error(error, path_of(error, root()))))
     if isinstance(error, OSError) and error.filename and (problem := root_problem(error)):
         return NodeError(str(problem))
-    if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename:  # wherever met: it is the user's affair
-        return NodeError(f"{error.filename} cannot be used ({error.strerror}): see its owner and mode, or restore it")
+    if (
+        isinstance(error, OSError) and error.errno in UNUSABLE and error.filename
+    ):  # wherever met: it is the user's affair
+        return NodeError(
+            f"{error.filename} cannot be used ({error.strerror}): see its owner and mode, or restore it"
+        )
     words = "" if isinstance(error, UserError) else str(error).partition("\n")[0]
     if "No usable temporary directory" in words:  # said by tempfile, at any library's import
-        return NodeError("no folder for temporary files can be written (/tmp, /var/tmp); set TMPDIR to one that can")
+        return NodeError(
+            "no folder for temporary files can be written (/tmp, /var/tmp); set TMPDIR to one that can"
+        )
     if "Too many open files" in words:
         return NodeError(f"{words}; allow more, as in: ulimit -n 4096")
-    if any(os.strerror(code) in words for code in FULL):  # also said by the tokenizers' Rust, which raises plain Exceptions
+    if any(
+        os.strerror(code) in words for code in FULL
+    ):  # also said by the tokenizers' Rust, which raises plain Exceptions
         return NodeError(str(disk_error(OSError(FULL[0], words), path_of(error, fullest_place()))))
     signs = ("allocate memory", "out of memory", "start new thread", "failed to map segment")
     if isinstance(error, MemoryError) or any(sign in words for sign in signs):
         what = f"out of memory ({words or type(error).__name__})"
-        return NodeError(f"{what}; ask for more (--mem, ulimit -v) or use less (ds_configs/README.md; prepare --workers 1)")
+        return NodeError(
+            f"{what}; ask for more (--mem, ulimit -v) or use less (ds_configs/README.md; prepare --workers 1)"
+        )
     return None
 
 
@@ -98,8 +111,8 @@ def start() -> None:
 
 
 def _import_muon() -> None:
-    """DeepSpeed's engine imports its Muon at every start, whose decorators would load torch's compiler: seconds, for an
-    optimizer that no run uses. Imported here first, undecorated, it costs nothing."""
+    """DeepSpeed's engine imports its Muon at every start, whose decorators would load torch's compiler:
+    seconds, for an optimizer that no run uses. Imported here first, undecorated, it costs nothing."""
     from deepspeed.runtime import compiler
 
     usual, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
@@ -115,11 +128,13 @@ def patience_s() -> float:
 
 
 RENDEZVOUS_S = 600
-"""How long ranks wait for each other at the start, as torchrun's do: the slowest node's import of torch from a shared disk."""
+"""How long ranks wait for each other at the start, as torchrun's do: the slowest node's import of torch from
+a shared disk."""
 
 
 VERDICT, GO = "verdict", "go"
-"""What the first to know it says at the store: all are here, or the signal by which a rank was asked to leave."""
+"""What the first to know it says at the store: all are here, or the signal by which a rank was asked to
+leave."""
 TRY = timedelta(seconds=5)
 """How long a rank tries to reach the store before it looks whether it is asked to leave."""
 
@@ -128,8 +143,8 @@ _store = None  # where the ranks met: key and value, and no collective
 
 
 def _meet(launch: Launch) -> None:
-    """Join torch's process group, and prove it by one sum over all ranks. Raises NodeError naming the missing nodes,
-    Stopped where a rank is asked to leave while they wait."""
+    """Join torch's process group, and prove it by one sum over all ranks. Raises NodeError naming the missing
+    nodes, Stopped where a rank is asked to leave while they wait."""
     import torch
     from torch.distributed import distributed_c10d
 
@@ -151,18 +166,24 @@ def _meet(launch: Launch) -> None:
         else:  # a little longer than rank 0, which knows who is missing
             _wait_for_rank0(store, RENDEZVOUS_S + 30)
     except torch.distributed.DistError as error:
-        raise NodeError(f"cannot meet the other ranks at {address}:{port} ({str(error).splitlines()[0]})") from None
+        raise NodeError(
+            f"cannot meet the other ranks at {address}:{port} ({str(error).splitlines()[0]})"
+        ) from None
     devices = [store.get(f"device {r}") for r in range(world())]
     twin = devices.index(devices[rank()])
     if twin != rank():  # NCCL's own words for it are "invalid usage"
         raise NodeError(
-            f"ranks {twin} and {rank()} share one GPU on {node()}: start one task per GPU, without --ntasks-per-gpu (or set "
+            f"ranks {twin} and {rank()} share one GPU on {node()}: start one task per GPU, without "
+            f"--ntasks-per-gpu (or set "
             f"DS_ACCELERATOR=cpu)"
         )
     patience = timedelta(seconds=patience_s())
-    # DeepSpeed makes groups of its own and names no limit: NCCL's 10 minutes would come before the watchdog's word
+    # DeepSpeed makes groups of its own and names no limit: NCCL's 10 minutes would come before the watchdog's
+    # word
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = patience
-    torch.distributed.init_process_group(backend, store=store, rank=rank(), world_size=world(), timeout=patience)
+    torch.distributed.init_process_group(
+        backend, store=store, rank=rank(), world_size=world(), timeout=patience
+    )
     done = threading.Event()
 
     def give_up():  # a sum that hangs cannot be called off: end this rank, and srun ends the others
@@ -181,7 +202,9 @@ def _meet(launch: Launch) -> None:
     store.set(f"summed {rank()}", "")
     done.set()
     if got != expected:
-        raise NodeError(f"the sum of the ranks is {got} instead of {expected}: the network or a GPU is broken")
+        raise NodeError(
+            f"the sum of the ranks is {got} instead of {expected}: the network or a GPU is broken"
+        )
 
 
 def _device_name() -> str:
@@ -193,10 +216,12 @@ def _device_name() -> str:
 
 
 def _open_store(address: str, port: int, local: bool = False):
-    """The ranks' store, held by rank 0 on the address at which the ranks look for it, and no other. The port follows from job
-    and step, so that one that was just requeued may still hold it for a moment: then it is tried again for a while.
+    """The ranks' store, held by rank 0 on the address at which the ranks look for it, and no other. The port
+    follows from job and step, so that one that was just requeued may still hold it for a moment: then it is
+    tried again for a while.
 
-    Raises torch's DistError, NodeError if the port stays in use, Stopped where this rank is asked to leave meanwhile."""
+    Raises torch's DistError, NodeError if the port stays in use, Stopped where this rank is asked to leave
+    meanwhile."""
     import torch
 
     wait = timedelta(seconds=RENDEZVOUS_S)
@@ -210,16 +235,23 @@ def _open_store(address: str, port: int, local: bool = False):
             break
         except OSError as error:
             if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
-                raise NodeError(f"cannot listen for the other ranks at {address}:{port} ({error.strerror})") from None
+                raise NodeError(
+                    f"cannot listen for the other ranks at {address}:{port} ({error.strerror})"
+                ) from None
             time.sleep(1)
-    own = server.getsockname()[0]  # rank 0 reaches its own store there, whatever the network makes of its name
+    own = server.getsockname()[
+        0
+    ]  # rank 0 reaches its own store there, whatever the network makes of its name
     own = LOOPBACK if own in ("::", "0.0.0.0") else own
-    return torch.distributed.TCPStore(own, port, world(), True, wait, wait_for_workers=False, master_listen_fd=server.detach())
+    return torch.distributed.TCPStore(
+        own, port, world(), True, wait, wait_for_workers=False, master_listen_fd=server.detach()
+    )
 
 
 def _reach_store(address: str, port: int, wait: timedelta):
-    """The store that rank 0 holds, asked for anew every few seconds: a signal is not answered within one try, which is a call
-    of C. Raises torch's DistError where it is not reached in time, Stopped where this rank is asked to leave meanwhile."""
+    """The store that rank 0 holds, asked for anew every few seconds: a signal is not answered within one try,
+    which is a call of C. Raises torch's DistError where it is not reached in time, Stopped where this rank is
+    asked to leave meanwhile."""
     import torch
 
     deadline = time.monotonic() + wait.total_seconds()
@@ -236,17 +268,21 @@ def _reach_store(address: str, port: int, wait: timedelta):
 
 
 def _bind(address: str, port: int, local: bool) -> socket.socket:
-    """A socket that listens on this machine's interface of the name or address `address` only: who else can reach the store
-    may read and change it. On all interfaces where that cannot be told: a name that stands for a service in front of this
-    machine, or that only this machine takes for its loopback. Raises OSError.
+    """A socket that listens on this machine's interface of the name or address `address` only: who else can
+    reach the store may read and change it. On all interfaces where that cannot be told: a name that stands
+    for a service in front of this machine, or that only this machine takes for its loopback. Raises OSError.
 
     (torchrun holds a store of its own, which listens on all interfaces.)"""
     try:
         found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
     except socket.gaierror:
         found = []
-    for family, *_, place in sorted(found, key=lambda one: one[0] != socket.AF_INET):  # which every other rank can reach
-        if ipaddress.ip_address(place[0].partition("%")[0]).is_loopback and not (local or place[0] == address):
+    for family, *_, place in sorted(
+        found, key=lambda one: one[0] != socket.AF_INET
+    ):  # which every other rank can reach
+        if ipaddress.ip_address(place[0].partition("%")[0]).is_loopback and not (
+            local or place[0] == address
+        ):
             continue
         try:
             return socket.create_server(place[:2], family=family)
@@ -254,7 +290,9 @@ def _bind(address: str, port: int, local: bool) -> socket.socket:
             if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                 raise
     both = socket.has_dualstack_ipv6()
-    return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
+    return socket.create_server(
+        ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both
+    )
 
 
 def _stay_on_this_machine() -> None:
@@ -265,8 +303,8 @@ def _stay_on_this_machine() -> None:
 
 
 def _wait_for_all(store) -> None:
-    """Raises NodeError naming the ranks (with their nodes, where Slurm tells) that do not arrive in time, Stopped where any
-    rank is asked to leave meanwhile."""
+    """Raises NodeError naming the ranks (with their nodes, where Slurm tells) that do not arrive in time,
+    Stopped where any rank is asked to leave meanwhile."""
     deadline = time.monotonic() + RENDEZVOUS_S
     missing = list(range(world()))
     while missing:
@@ -277,13 +315,15 @@ def _wait_for_all(store) -> None:
             per_node = max(1, world() // max(1, len(hosts)))  # tasks are laid out node by node
             where = sorted({hosts[min(r // per_node, len(hosts) - 1)] for r in missing}) if hosts else []
             names = f" on {', '.join(where)}" if where else ""
-            raise NodeError(f"rank(s) {missing}{names} did not arrive at the rendezvous within {RENDEZVOUS_S} s")
+            raise NodeError(
+                f"rank(s) {missing}{names} did not arrive at the rendezvous within {RENDEZVOUS_S} s"
+            )
         time.sleep(0.05)
 
 
 def _wait_for_rank0(store, limit_s: float) -> None:
-    """Raises torch's DistError if rank 0 does not say in time that all are here, Stopped as `_wait_for_all` does. (The store's
-    own wait is one call of C, in which no signal is answered.)"""
+    """Raises torch's DistError if rank 0 does not say in time that all are here, Stopped as `_wait_for_all`
+    does. (The store's own wait is one call of C, in which no signal is answered.)"""
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
         _leave_if_asked(store)
@@ -294,8 +334,9 @@ def _wait_for_rank0(store, limit_s: float) -> None:
 
 
 def _leave_if_asked(store=None) -> None:
-    """Raises Stopped if this rank, or another that has come to `store`, is asked to leave: nothing has begun that could be
-    saved, and those that stayed would wait for this one. Not so once all are here: then they agree on it at their next look."""
+    """Raises Stopped if this rank, or another that has come to `store`, is asked to leave: nothing has begun
+    that could be saved, and those that stayed would wait for this one. Not so once all are here: then they
+    agree on it at their next look."""
     why = asked_to_stop() if world() > 1 else None  # one alone meets at once
     if store is not None:
         if why:
@@ -318,22 +359,32 @@ def _slurm_hosts() -> list[str]:
     try:
         asked = ["scontrol", "show", "hostnames", nodes]
         return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20).stdout.split()
-    except (OSError, subprocess.SubprocessError):  # then the ranks that are missing are named without their nodes
+    except (
+        OSError,
+        subprocess.SubprocessError,
+    ):  # then the ranks that are missing are named without their nodes
         return []
 
 
 def preflight(folder: Path) -> str:
-    """Compare what the ranks see before anything costs time: room in /dev/shm, `folder` (the prepared data) on every node.
+    """Compare what the ranks see before anything costs time: room in /dev/shm, `folder` (the prepared data)
+    on every node.
     -> one line for the log. Raises UserError naming the nodes that are wrong."""
     cuda = device().type == "cuda"
     shm = shutil.disk_usage("/dev/shm").free if os.access("/dev/shm", os.W_OK) else 0
     seen = gather({"node": node(), "shm": shm, "data": (folder / "manifest.json").is_file()})
     problems = []
     for facts in seen:
-        if not facts["data"] and any(other["data"] for other in seen):  # nowhere: it is not prepared, which is said later
-            problems.append(f"{facts['node']} does not see {folder}: put INHERITUNE_ROOT on a disk that all nodes share")
+        if not facts["data"] and any(
+            other["data"] for other in seen
+        ):  # nowhere: it is not prepared, which is said later
+            problems.append(
+                f"{facts['node']} does not see {folder}: put INHERITUNE_ROOT on a disk that all nodes share"
+            )
         if cuda and world() > 1 and facts["shm"] < 64 << 20:
-            problems.append(f"{facts['node']} has {facts['shm'] >> 20} MB free in /dev/shm, NCCL needs 64 MB or more")
+            problems.append(
+                f"{facts['node']} has {facts['shm'] >> 20} MB free in /dev/shm, NCCL needs 64 MB or more"
+            )
     if problems:
         raise UserError("; ".join(dict.fromkeys(problems)))
     nodes = len({facts["node"] for facts in seen})
@@ -342,16 +393,17 @@ def preflight(folder: Path) -> str:
     return f"preflight: {world()} rank(s) on {nodes} node(s), a device each, a sum over all works, {room}"
 
 
-# --- a rank that hangs ---------------------------------------------------------------------------------------------------
+# --- a rank that hangs --------------------------------------------------------------------------------------
 
 
 class Watchdog:
-    """Ends a job that no longer gets on, with the stack of every rank in the log and a sentence that says which rank lags;
-    a context manager.
+    """Ends a job that no longer gets on, with the stack of every rank in the log and a sentence that says
+    which rank lags; a context manager.
 
-    The work says `at` which place it has come to; all ranks come to the same places in the same order. A rank that stays at
-    one for `limit_s` seconds prints the stacks of its threads, hears how far the others are, and leaves with exit code 1. A
-    thread counts its own looks, not the clock: a job that Slurm suspended for an hour has not hung for an hour."""
+    The work says `at` which place it has come to; all ranks come to the same places in the same order. A rank
+    that stays at one for `limit_s` seconds prints the stacks of its threads, hears how far the others are,
+    and leaves with exit code 1. A thread counts its own looks, not the clock: a job that Slurm suspended for
+    an hour has not hung for an hour."""
 
     LOOKS = 10
 
@@ -373,7 +425,8 @@ class Watchdog:
     def _watch(self) -> None:
         seen, looks = -1, 0
         while not self._over.wait(self.limit_s / self.LOOKS):
-            # if something keeps the interpreter to itself, this thread does not run either, but that one of C does
+            # if something keeps the interpreter to itself, this thread does not run either, but that one of C
+            # does
             faulthandler.dump_traceback_later(self.limit_s)
             looks, seen = looks + 1 if self.passed == seen else 0, self.passed
             if looks == self.LOOKS:
@@ -381,9 +434,18 @@ class Watchdog:
 
     def _end(self) -> None:
         """Say what this rank does; the first that still speaks says for all who lags. Never returns."""
-        stacks = [traceback.format_stack(f) for t, f in sys._current_frames().items() if t != threading.get_ident()]
-        said = f"{node()} (rank {rank()}) has been at '{self.place}' for {self.limit_s:.0f} s; the stacks of its threads:"
-        print("\n".join([f"inheritune: {said}", *("".join(stack) for stack in stacks)]), file=sys.stderr, flush=True)
+        stacks = [
+            traceback.format_stack(f) for t, f in sys._current_frames().items() if t != threading.get_ident()
+        ]
+        said = (
+            f"{node()} (rank {rank()}) has been at '{self.place}' for {self.limit_s:.0f} s; the stacks of "
+            f"its threads:"
+        )
+        print(
+            "\n".join([f"inheritune: {said}", *("".join(stack) for stack in stacks)]),
+            file=sys.stderr,
+            flush=True,
+        )
         try:
             reports = self._reports()
             if rank() == min(reports):
@@ -396,7 +458,8 @@ class Watchdog:
             os._exit(1)
 
     def _reports(self) -> dict[int, tuple[int, str]]:
-        """{rank: (places passed, the last of them)} of those that hang too; waits a little for all to say so."""
+        """{rank: (places passed, the last of them)} of those that hang too; waits a little for all to say
+        so."""
         _store.set(f"hangs {rank()}", json.dumps([self.passed, self.place]))
         keys, deadline = {r: f"hangs {r}" for r in range(world())}, time.monotonic() + self.limit_s / 5
         while time.monotonic() < deadline and not _store.check(list(keys.values())):
@@ -405,18 +468,22 @@ class Watchdog:
 
 
 def who_lags(reports: dict[int, tuple[int, str]], nodes: dict[int, str]) -> str:
-    """A sentence from {rank: (places passed, the last of them)} of the ranks that hang and still answer, and {rank: node} of
-    all: those that do not answer lag, or else those that have passed fewer places than others."""
+    """A sentence from {rank: (places passed, the last of them)} of the ranks that hang and still answer, and
+    {rank: node} of all: those that do not answer lag, or else those that have passed fewer places than
+    others."""
     silent, least = [r for r in nodes if r not in reports], min(reports.values())
     late = silent or [r for r, report in reports.items() if report[0] == least[0]]
     if len(late) == len(nodes):
-        return f"no progress: all ranks are at '{least[1]}' (their stacks are above): a collective, a GPU or a disk hangs"
+        return (
+            f"no progress: all ranks are at '{least[1]}' (their stacks are above): a collective, a GPU or a "
+            f"disk hangs"
+        )
     whose = f"rank {', '.join(map(str, late))} on {', '.join(sorted({nodes[r] for r in late}))}"
     how = "does not answer" if silent else f"is still at '{least[1]}'"
     return f"no progress: {whose} {how}, the others wait at '{max(reports.values())[1]}' (stacks above)"
 
 
-# --- what a job and its ranks tell each other ---------------------------------------------------------------------------
+# --- what a job and its ranks tell each other ---------------------------------------------------------------
 
 
 def agree(reason: str | None) -> str | None:
@@ -431,28 +498,32 @@ def agree(reason: str | None) -> str | None:
 
 
 def tell_run(folder: Path) -> None:
-    """Tell `status` which run folder this job works on ($INHERITUNE_JOB/run, relative to $INHERITUNE_ROOT)."""
+    """Tell `status` which run folder this job works on ($INHERITUNE_JOB/run, relative to
+    $INHERITUNE_ROOT)."""
     if rank() == 0:
         _tell("run", f"{folder.relative_to(root())}\n")
 
 
 def tell_stopped(stop: Stopped) -> None:
-    """Tell the job's script ($INHERITUNE_JOB, slurm/job.sh) that this start has saved and stopped with work left, which the
-    script goes on with ("more") or leaves to the person who asked for the stop ("stopped"). Raises UserError if it cannot be
-    told: it would take the work for finished."""
+    """Tell the job's script ($INHERITUNE_JOB, slurm/job.sh) that this start has saved and stopped with work
+    left, which the script goes on with ("more") or leaves to the person who asked for the stop ("stopped").
+    Raises UserError if it cannot be told: it would take the work for finished."""
     try:
         _tell("more" if stop.again else "stopped", f"{stop}\n")
     except OSError as error:
-        raise UserError(f"{stop}; but {error.filename} cannot be written ({error.strerror}), so the job stops here") from None
+        raise UserError(
+            f"{stop}; but {error.filename} cannot be written ({error.strerror}), so the job stops here"
+        ) from None
 
 
 def tell_failure(sentence: str, code: int = 1) -> None:
-    """Tell the job's script why this rank failed, and its exit code (srun may report that of a task it ended because of
-    this one); the first to fail is the cause, the others only lose their peer."""
+    """Tell the job's script why this rank failed, and its exit code (srun may report that of a task it ended
+    because of this one); the first to fail is the cause, the others only lose their peer."""
     line = sentence.strip().partition("\n")[0].rstrip(".")
     try:
         _tell("failure", f"{node()} rank {rank()}: {line}\n{code}\n", mode="x")
-    except OSError:  # another was first, or the disk is full: the sentence is in the log, and the exit code tells of a failure
+    # another was first, or the disk is full: the sentence is in the log, and the exit code tells of a failure
+    except OSError:
         return
 
 
@@ -487,7 +558,9 @@ def device():
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
-        if torch.cuda.device_count() == 1:  # a GPU of each task's own: DeepSpeed would take the one of this number
+        if (
+            torch.cuda.device_count() == 1
+        ):  # a GPU of each task's own: DeepSpeed would take the one of this number
             os.environ["LOCAL_RANK"] = "0"
         return torch.device("cuda", find_launch(os.environ).local_rank)
     unused = unused_gpu(torch.__version__, torch.version.cuda)
@@ -507,7 +580,9 @@ def unused_gpu(torch_version: str, torch_cuda: str | None) -> str | None:
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not shutil.which("nvidia-smi"):
         return None
     try:
-        report = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False, timeout=SMI_PATIENCE_S)
+        report = subprocess.run(
+            ["nvidia-smi"], capture_output=True, text=True, check=False, timeout=SMI_PATIENCE_S
+        )
     except subprocess.TimeoutExpired:
         hangs = f"nvidia-smi does not answer within {SMI_PATIENCE_S} s, so the GPU's driver hangs"
         return f"{hangs}; restart this machine, or set {CPU_ONLY}"
@@ -520,7 +595,8 @@ def unused_gpu(torch_version: str, torch_cuda: str | None) -> str | None:
     newest = cuda.group(1) if cuda else "unknown"
     return (
         f"this machine has a GPU (driver {driver.group(1)}, CUDA up to {newest}), but torch {torch_version} "
-        f"(built for {'CUDA ' + torch_cuda if torch_cuda else 'the CPU only'}) cannot use it; install the same torch from "
+        f"(built for {'CUDA ' + torch_cuda if torch_cuda else 'the CPU only'}) cannot use it; install the "
+        f"same torch from "
         f"PyTorch's wheel index cu{newest.replace('.', '')} or the nearest below it, or set {CPU_ONLY}"
     )
 

@@ -1,8 +1,9 @@
-"""What started this process: the variables by which a launcher tells its processes who they are, read in one place.
+"""What started this process: the variables by which a launcher tells its processes who they are, read in one
+place.
 
-Understood are torch's five (torchrun, `deepspeed`, `--procs`, a Kubernetes operator), srun's, and mpirun's together with
-MASTER_ADDR and MASTER_PORT. A launch is understood whole or refused: a process that guesses trains alone, beside others that
-do the same. Nothing here asks the network, Slurm or torch.
+Understood are torch's five (torchrun, `deepspeed`, `--procs`, a Kubernetes operator), srun's, and mpirun's
+together with MASTER_ADDR and MASTER_PORT. A launch is understood whole or refused: a process that guesses
+trains alone, beside others that do the same. Nothing here asks the network, Slurm or torch.
 """
 
 import os
@@ -28,7 +29,8 @@ JOINING = ("train", "evaluate")
 
 
 def script(name: str) -> str:
-    """The words of a shell that start slurm/NAME.sh from the current folder: by its short name within the checkout."""
+    """The words of a shell that start slurm/NAME.sh from the current folder: by its short name within the
+    checkout."""
     own = REPOSITORY / "slurm" / f"{name}.sh"
     here = os.path.relpath(own) if os.path.realpath(os.curdir) == os.path.realpath(REPOSITORY) else own
     return f"bash {shlex.quote(str(here))}"
@@ -72,7 +74,8 @@ class Scheme:
     local_world: str
 
 
-# mpirun comes first: within a Slurm job it starts its processes through srun, whose own variables then count its daemons
+# mpirun comes first: within a Slurm job it starts its processes through srun, whose own variables then count
+# its daemons
 SCHEMES = (
     Scheme("mpirun", *(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))),
     Scheme("mpirun", *(f"MV2_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))),
@@ -84,7 +87,8 @@ SCHEMES = (
 def read_launch(environment: Mapping[str, str]) -> Launch:
     """Return the launch that `environment` names, ALONE if it names none.
 
-    Raises UserError, with what is set and what is missing or wrong, for a set that is not whole or contradicts itself."""
+    Raises UserError, with what is set and what is missing or wrong, for a set that is not whole or
+    contradicts itself."""
     given = [name for name in RANKS + MEETING if name in environment]
     if all(name in environment for name in NEEDED):
         return _of_torch(environment)
@@ -109,16 +113,19 @@ def find_launch(environment: Mapping[str, str]) -> Launch:
 
 
 def count_processes(verb: str, procs: int | None, environment: Mapping[str, str]) -> int:
-    """Return how many processes `verb` has to start on this machine for its flag --procs (None: not given); 1 is this one.
+    """Return how many processes `verb` has to start on this machine for its flag --procs (None: not given); 1
+    is this one.
 
-    Raises UserError where the launch in `environment` cannot be understood, or does not fit the verb or the flag."""
+    Raises UserError where the launch in `environment` cannot be understood, or does not fit the verb or the
+    flag."""
     if verb not in (*JOINING, "grow"):
         _check_alone(verb, find_launch(environment))
         return 1
     launch = read_launch(environment)
     if procs is not None and environment.get("INHERITUNE_LAUNCH") and in_batch_script(environment):
         raise UserError(
-            f"--procs {procs} is given, but this job starts its ranks with '{environment['INHERITUNE_LAUNCH']}'; leave out "
+            f"--procs {procs} is given, but this job starts its ranks with "
+            f"'{environment['INHERITUNE_LAUNCH']}'; leave out "
             f"--procs, and ask for another number when you submit the job (GPUS=N, or TASKS=N on CPUs)"
         )
     if verb == "grow":
@@ -127,19 +134,28 @@ def count_processes(verb: str, procs: int | None, environment: Mapping[str, str]
     if launch.world == 1:
         return procs or 1
     if procs not in (None, launch.world):
-        raise UserError(f"--procs {procs} is given, but {launch.by} has started {launch.world} ranks; leave out one of the two")
+        raise UserError(
+            f"--procs {procs} is given, but {launch.by} has started {launch.world} ranks; leave out one of "
+            f"the two"
+        )
     return 1
 
 
 def in_batch_script(environment: Mapping[str, str]) -> bool:
-    """Return whether this process runs in the script of a Slurm job, next to srun, and not in one of srun's tasks."""
+    """Return whether this process runs in the script of a Slurm job, next to srun, and not in one of srun's
+    tasks."""
     return bool(environment.get("SLURM_JOB_ID")) and not environment.get("SLURM_STEP_NUM_TASKS")
 
 
 def without_launch(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return `environment` for a process that is started anew: without what torch's launchers have set for this one."""
+    """Return `environment` for a process that is started anew: without what torch's launchers have set for
+    this one."""
     own = {*RANKS, *MEETING, *TORCHRUN, *DEEPSPEED}
-    return {name: value for name, value in environment.items() if name not in own and not name.startswith("TORCHELASTIC_")}
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in own and not name.startswith("TORCHELASTIC_")
+    }
 
 
 def first_host(nodes: str) -> str:
@@ -153,21 +169,31 @@ def _check_alone(verb: str, launch: Launch) -> None:
         return
     own = "starts the ranks of its steps itself (--procs N)" if verb == "grow" else "runs as one process"
     raise UserError(
-        f"{verb} {own}, but {launch.by} has started it {launch.world} times; start it once, as with srun --ntasks=1"
+        f"{verb} {own}, but {launch.by} has started it {launch.world} times; start it once, as with srun "
+        f"--ntasks=1"
     )
 
 
 def _of_torch(environment: Mapping[str, str]) -> Launch:
     rank, world, local_rank = _read_ranks(environment, *RANKS)
     address, port = _read_place(environment)
-    counts = [environment.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")]  # torchrun's, and DeepSpeed's
+    counts = [
+        environment.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+    ]  # torchrun's, and DeepSpeed's
     local = world == 1 or str(world) in counts
-    return Launch(rank, world, local_rank, address, port, local, f"a launcher ({_shown(RANKS[:2], environment)})")
+    return Launch(
+        rank, world, local_rank, address, port, local, f"a launcher ({_shown(RANKS[:2], environment)})"
+    )
 
 
 def _is_used(scheme: Scheme, environment: Mapping[str, str]) -> bool:
-    """Whether a launcher of this kind started several processes. PMI_... alone may also be srun's (--mpi=pmi2)."""
-    of_srun = scheme.world == "PMI_SIZE" and "MPI_LOCALRANKID" not in environment and "SLURM_STEP_NUM_TASKS" in environment
+    """Whether a launcher of this kind started several processes. PMI_... alone may also be srun's
+    (--mpi=pmi2)."""
+    of_srun = (
+        scheme.world == "PMI_SIZE"
+        and "MPI_LOCALRANKID" not in environment
+        and "SLURM_STEP_NUM_TASKS" in environment
+    )
     return environment.get(scheme.world) not in (None, "", "1") and not of_srun
 
 
@@ -195,57 +221,71 @@ def _check_there(scheme: Scheme, names: Iterable[str], environment: Mapping[str,
     if missing:
         example = "; as in: mpirun -x MASTER_ADDR=node1 -x MASTER_PORT=29500" if missing[0] in MEETING else ""
         raise UserError(
-            f"the environment has {scheme.by}'s {_shown([scheme.world], environment)} but not {_listed(missing)}; set what is "
+            f"the environment has {scheme.by}'s {_shown([scheme.world], environment)} but not "
+            f"{_listed(missing)}; set what is "
             f"missing for every process, or run 'unset {scheme.world}' to start one process{example}"
         )
 
 
 def _check_same(scheme: Scheme, environment: Mapping[str, str], told: dict[str, int]) -> None:
-    """Raises UserError if torch's variables name other ranks than the scheme does. A rank without WORLD_SIZE is refused even
-    if it is the same: RANK=0, left over in the environment of all tasks, is right for the first of them."""
+    """Raises UserError if torch's variables name other ranks than the scheme does. A rank without WORLD_SIZE
+    is refused even if it is the same: RANK=0, left over in the environment of all tasks, is right for the
+    first of them."""
     given = [name for name in RANKS if name in environment]
     other = [name for name in given if environment[name] != str(told[name])]
     if other or (given and "WORLD_SIZE" not in given):
         names = (scheme.rank, scheme.world, scheme.local_rank)
         raise UserError(
-            f"the environment has {_shown(given, environment)} beside {scheme.by}'s {_shown(names, environment)}; run "
+            f"the environment has {_shown(given, environment)} beside {scheme.by}'s "
+            f"{_shown(names, environment)}; run "
             f"'unset {' '.join(given)}', or set {_listed(NEEDED)} for every process"
         )
 
 
 def _place_of_step(environment: Mapping[str, str], local: bool) -> tuple[str, int]:
-    """Where the tasks of an srun line meet. The port follows from job and step: two jobs on one node do not meet."""
+    """Where the tasks of an srun line meet. The port follows from job and step: two jobs on one node do not
+    meet."""
     if all(name in environment for name in MEETING):
         return _read_place(environment)
     job = _read_number(environment, "SLURM_JOB_ID", 0)
     step = _read_number(environment, "SLURM_STEP_ID", 0) if environment.get("SLURM_STEP_ID") else 0
     host = LOOPBACK if local else first_host(environment["SLURM_STEP_NODELIST"])
-    return _read_place({"MASTER_ADDR": host, "MASTER_PORT": str(20000 + (job * 61 + step) % 20000), **environment})
+    return _read_place(
+        {"MASTER_ADDR": host, "MASTER_PORT": str(20000 + (job * 61 + step) % 20000), **environment}
+    )
 
 
 def _read_place(environment: Mapping[str, str]) -> tuple[str, int]:
     """(address, port) of MASTER_ADDR and MASTER_PORT."""
     address = environment["MASTER_ADDR"]
     if address.split() != [address]:
-        raise UserError(f"{_shown(['MASTER_ADDR'], environment)} is no name or address of a machine; name that of rank 0")
+        raise UserError(
+            f"{_shown(['MASTER_ADDR'], environment)} is no name or address of a machine; name that of rank 0"
+        )
     return address, _read_number(environment, "MASTER_PORT", 1, 65535)
 
 
-def _read_ranks(environment: Mapping[str, str], rank: str, world: str, local_rank: str) -> tuple[int, int, int]:
-    """Values of the three variables. Raises UserError for one that is no number, or a rank that does not exist."""
+def _read_ranks(
+    environment: Mapping[str, str], rank: str, world: str, local_rank: str
+) -> tuple[int, int, int]:
+    """Values of the three variables. Raises UserError for one that is no number, or a rank that does not
+    exist."""
     size = _read_number(environment, world, 1)
     of = f" of {world}={size}"
     local = _read_number(environment, local_rank, 0, size - 1, of) if local_rank in environment else 0
     return _read_number(environment, rank, 0, size - 1, of), size, local
 
 
-def _read_number(environment: Mapping[str, str], name: str, least: int, most: int | None = None, of: str = "") -> int:
+def _read_number(
+    environment: Mapping[str, str], name: str, least: int, most: int | None = None, of: str = ""
+) -> int:
     value = environment[name]
     if re.fullmatch("[0-9]{1,12}", value) and least <= int(value) and (most is None or int(value) <= most):
         return int(value)
     wanted = f"from {least} up" if most is None else f"from {least} to {most}"
     raise UserError(
-        f"the environment has {_shown([name], environment)}, which must be a whole number {wanted}{of}; correct the launch, or "
+        f"the environment has {_shown([name], environment)}, which must be a whole number {wanted}{of}; "
+        f"correct the launch, or "
         f"run 'unset {' '.join(n for n in RANKS + MEETING if n in environment) or name}' to start one process"
     )
 

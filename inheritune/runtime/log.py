@@ -1,4 +1,5 @@
-"""What a run says: rank 0's log, on the terminal and in train.log, and progress bars. Nothing reads a log to learn a number."""
+"""What a run says: rank 0's log, on the terminal and in train.log, and progress bars. Nothing reads a log to
+learn a number."""
 
 import logging
 import sys
@@ -31,4 +32,13 @@ def setup(run_dir: RunDir | None = None) -> None:
 def progress(steps=None, desc: str = "", unit: str = "it", **options) -> tqdm:
     """A tqdm bar on rank 0's terminal; nothing in a log file, where lines of the logger tell the progress."""
     hidden = True if rank() else None  # None: tqdm hides itself where there is no terminal
-    return tqdm(steps, desc=desc, unit=unit, leave=False, disable=hidden, mininterval=0.5, dynamic_ncols=True, **options)
+    return tqdm(
+        steps,
+        desc=desc,
+        unit=unit,
+        leave=False,
+        disable=hidden,
+        mininterval=0.5,
+        dynamic_ncols=True,
+        **options,
+    )

@@ -3,9 +3,9 @@
     SIGUSR1            the time limit is near (slurm/job.sh)         SIGHUP   the terminal went away
     SIGTERM            preemption, scancel, kill                     SIGINT   Ctrl-C
 
-`listen` collects them in `asked`, and the work looks there between two steps. A second Ctrl-C leaves at once. A terminal sends
-Ctrl-C to everything that it runs, `launch` and its ranks alike; so where something else started this process and decides what
-comes after it (`is_supervised`), that one answers the second.
+`listen` collects them in `asked`, and the work looks there between two steps. A second Ctrl-C leaves at once.
+A terminal sends Ctrl-C to everything that it runs, `launch` and its ranks alike; so where something else
+started this process and decides what comes after it (`is_supervised`), that one answers the second.
 """
 
 import ctypes
@@ -19,12 +19,13 @@ from contextlib import contextmanager
 from inheritune.runtime.launcher import find_launch
 
 INTERRUPTED = 128 + signal.SIGINT
-"""Exit code of a process that Ctrl-C ended, as a shell shows it. Also after a saved stop: a script must not continue with its
-next line as if the work were done."""
+"""Exit code of a process that Ctrl-C ended, as a shell shows it. Also after a saved stop: a script must not
+continue with its next line as if the work were done."""
 
 SAVE = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 ONE_PRESS_S = 0.3
-"""Signals closer than this are one Ctrl-C: `timeout` and others pass on what the terminal has sent to all already."""
+"""Signals closer than this are one Ctrl-C: `timeout` and others pass on what the terminal has sent to all
+already."""
 
 SAVING = "Ctrl-C: saving, then stopping; a second Ctrl-C stops at once and loses what is not saved"
 STOPPING = "Ctrl-C: stopping"
@@ -43,8 +44,8 @@ _saying, _said = threading.Lock(), []
 
 
 def listen() -> None:
-    """Let the signals of SAVE ask this process to save and leave, from now on. Call first of all: without a handler a signal to
-    the job step ends the process, whatever it is doing."""
+    """Let the signals of SAVE ask this process to save and leave, from now on. Call first of all: without a
+    handler a signal to the job step ends the process, whatever it is doing."""
     _watch_interrupts(SAVING)
     for number in SAVE:
         # what was ignored at the start stays so: nohup's SIGHUP, the SIGINT of a shell's background job
@@ -54,7 +55,8 @@ def listen() -> None:
 
 
 def raise_interrupts() -> None:
-    """Let Ctrl-C raise KeyboardInterrupt, so that temporary files are removed on the way out; a second one leaves at once."""
+    """Let Ctrl-C raise KeyboardInterrupt, so that temporary files are removed on the way out; a second one
+    leaves at once."""
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         _watch_interrupts(STOPPING)
         signal.signal(signal.SIGINT, _raise_once)
@@ -69,7 +71,8 @@ def _raise_once(number: int, _) -> None:
 
 
 def asked_to_stop() -> str | None:
-    """Return the first signal that this process got since `listen`, or None; `dist.agree` makes it one answer for all ranks."""
+    """Return the first signal that this process got since `listen`, or None; `dist.agree` makes it one answer
+    for all ranks."""
     return asked[0] if asked else None
 
 
@@ -79,9 +82,11 @@ def is_interrupted() -> bool:
 
 
 def is_supervised() -> bool:
-    """Return whether another process decides what comes after this one: `launch`, a launcher of several ranks, a job's
-    script."""
-    return bool(os.environ.get(CHILD) or os.environ.get("INHERITUNE_JOB")) or find_launch(os.environ).world > 1
+    """Return whether another process decides what comes after this one: `launch`, a launcher of several
+    ranks, a job's script."""
+    return (
+        bool(os.environ.get(CHILD) or os.environ.get("INHERITUNE_JOB")) or find_launch(os.environ).world > 1
+    )
 
 
 @contextmanager
@@ -102,7 +107,8 @@ def ignore() -> None:
 
 
 def leave_interrupted() -> None:
-    """End this process as SIGINT ends one that does not listen to it: a shell then also ends the loop or script around it."""
+    """End this process as SIGINT ends one that does not listen to it: a shell then also ends the loop or
+    script around it."""
     # signal.signal is for the main thread only, which may be inside a library for minutes
     ctypes.CDLL(None).signal(int(signal.SIGINT), None)  # SIG_DFL
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
@@ -111,8 +117,8 @@ def leave_interrupted() -> None:
 
 
 def _watch_interrupts(sentence: str) -> None:
-    """Answer Ctrl-C from a thread: Python runs a handler only after the library call that the main thread is in. The first is
-    answered with `sentence`, a second ends the process."""
+    """Answer Ctrl-C from a thread: Python runs a handler only after the library call that the main thread is
+    in. The first is answered with `sentence`, a second ends the process."""
     global _watch
     if _watch is not None or is_supervised():
         return

@@ -1,5 +1,5 @@
-"""Standard input, output and error as a program needs them that runs for days: a terminal that goes away, a closed pipe, a full
-disk or a letter that cannot be shown never stops the work.
+"""Standard input, output and error as a program needs them that runs for days: a terminal that goes away, a
+closed pipe, a full disk or a letter that cannot be shown never stops the work.
 """
 
 import errno
@@ -13,7 +13,8 @@ lost: dict[str, OSError] = {}
 
 
 class Output(io.FileIO):
-    """A standard stream that never fails: what cannot be written is thrown away, by other writers of this process too."""
+    """A standard stream that never fails: what cannot be written is thrown away, by other writers of this
+    process too."""
 
     def __init__(self, number: int, name: str):
         super().__init__(number, "w", closefd=False)
@@ -21,7 +22,9 @@ class Output(io.FileIO):
 
     def write(self, data) -> int:
         try:
-            while (written := super().write(data)) is None:  # some terminals are shared in the mode that does not wait
+            while (
+                written := super().write(data)
+            ) is None:  # some terminals are shared in the mode that does not wait
                 select.select([], [self], [], 1)
             return written
         except OSError as error:
@@ -43,22 +46,25 @@ def guard() -> None:
         if old is not None:
             old.flush()
         text = io.TextIOWrapper(
-            io.BufferedWriter(Output(number, name)), encoding=encoding, errors="replace" if number == 1 else "backslashreplace",
+            io.BufferedWriter(Output(number, name)),
+            encoding=encoding,
+            errors="replace" if number == 1 else "backslashreplace",
             line_buffering=number == 2 or old is not None and (old.line_buffering or old.write_through),
-        )  # fmt: skip
+        )
         setattr(sys, name, text)
 
 
 def unwritten() -> OSError | None:
-    """Return why standard output could not be written, or None. That a reader has enough (`| head -1`) is no error."""
+    """Return why standard output could not be written, or None. That a reader has enough (`| head -1`) is no
+    error."""
     sys.stdout.flush()
     error = lost.get("stdout")
     return None if error is None or error.errno == errno.EPIPE else error
 
 
 def _open_closed(number: int) -> None:
-    """Give a stream that was closed at the start (`>&-`) its number back: the next file opened would get it, and with it what
-    libraries print."""
+    """Give a stream that was closed at the start (`>&-`) its number back: the next file opened would get it,
+    and with it what libraries print."""
     try:
         os.fstat(number)
     except OSError:

@@ -1,1 +1,2 @@
-"""Training: the loop, validation, distillation, and the record of a run (metrics.jsonl, W&B, provenance.json)."""
+"""Training: the loop, validation, distillation, and the record of a run (metrics.jsonl, W&B,
+provenance.json)."""

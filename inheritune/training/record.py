@@ -23,7 +23,16 @@ from xxhash import xxh3_64_intdigest
 
 from inheritune.config.experiment import REPOSITORY, Experiment, read_yaml
 from inheritune.errors import UserError
-from inheritune.files.rundir import RunDir, read_json, read_jsonl, replacing, root, sync_file, write_json, write_text
+from inheritune.files.rundir import (
+    RunDir,
+    read_json,
+    read_jsonl,
+    replacing,
+    root,
+    sync_file,
+    write_json,
+    write_text,
+)
 from inheritune.runtime.dist import world
 from inheritune.runtime.log import logger, progress
 
@@ -35,11 +44,12 @@ SPIKE_SIGMAS, SPIKE_ROWS = 7, 100
 class Metrics:
     """Rank 0's writer of metrics.jsonl: one row per logged step (`loss` ...) or evaluation (`val_loss`).
 
-    A run that resumes at `step` (-1: from nothing) goes on with the rows that its checkpoint keeps; those after them are moved
-    to metrics.discarded.jsonl: nothing has two rows.
+    A run that resumes at `step` (-1: from nothing) goes on with the rows that its checkpoint keeps; those
+    after them are moved to metrics.discarded.jsonl: nothing has two rows.
 
-    A loss that lies SPIKE_SIGMAS standard deviations or more above the mean of the last SPIKE_ROWS logged ones gets a warning
-    and `spike`, how many (OLMo 2's measure of stability, arXiv 2501.00656, over fewer rows). It is only reported."""
+    A loss that lies SPIKE_SIGMAS standard deviations or more above the mean of the last SPIKE_ROWS logged
+    ones gets a warning and `spike`, how many (OLMo 2's measure of stability, arXiv 2501.00656, over fewer
+    rows). It is only reported."""
 
     def __init__(self, run_dir: RunDir, step: int, mirror=None):
         kept, known, losses = RunDir(run_dir.checkpoint(step)).metrics, set(), deque(maxlen=SPIKE_ROWS)
@@ -63,7 +73,8 @@ class Metrics:
         self._to_mirror("log", row)
 
     def _to_mirror(self, method: str, *arguments) -> None:
-        """W&B never stops a run: where it fails, also by an error of its own process, the run goes on without it."""
+        """W&B never stops a run: where it fails, also by an error of its own process, the run goes on without
+        it."""
         try:
             if self._mirror is not None:
                 getattr(self._mirror, method)(*arguments)
@@ -79,9 +90,14 @@ class Metrics:
         if sigmas < SPIKE_SIGMAS:
             return {}
         logger.warning(
-            "step %d: the loss %.3f is %.0f standard deviations above the mean %.3f of the last %d logged; training goes on",
-            row["step"], row["loss"], sigmas, mean, len(self._losses),
-        )  # fmt: skip
+            "step %d: the loss %.3f is %.0f standard deviations above the mean %.3f of the last %d logged; "
+            "training goes on",
+            row["step"],
+            row["loss"],
+            sigmas,
+            mean,
+            len(self._losses),
+        )
         return {"spike": round(sigmas, 1)}
 
     def sync(self) -> None:
@@ -101,8 +117,9 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
 
 
 def _discard(run_dir: RunDir, known: set[int]) -> None:
-    """Add the rows of metrics.jsonl that are not `known` (the hashes of their lines) to metrics.discarded.jsonl. None is added
-    twice, however often a start is killed between this and the writing of metrics.jsonl."""
+    """Add the rows of metrics.jsonl that are not `known` (the hashes of their lines) to
+    metrics.discarded.jsonl. None is added twice, however often a start is killed between this and the writing
+    of metrics.jsonl."""
     try:
         rest = [line for line in _whole_lines(run_dir.metrics) if xxh3_64_intdigest(line) not in known]
     except OSError as error:
@@ -136,16 +153,25 @@ def start_wandb(run_dir: RunDir, experiment: Experiment, run: str, mode: str, pr
 
     try:
         return _open_wandb(
-            run_dir, f"{experiment.name}/{run}", experiment.model_dump(mode="json"), experiment.rehearsal, mode, project, 60
+            run_dir,
+            f"{experiment.name}/{run}",
+            experiment.model_dump(mode="json"),
+            experiment.rehearsal,
+            mode,
+            project,
+            60,
         )
     except (wandb.errors.Error, OSError) as error:
         logger.warning("W&B could not start (%s); the run goes on, metrics.jsonl is the record", error)
         return None
 
 
-def _open_wandb(run_dir: RunDir, name: str, config: dict, rehearsal: bool, mode: str, project: str, patience_s: int = 0):
-    """The W&B run of this folder, new or continued. What has not reached W&B `patience_s` after its end (0: for ever) stays on
-    disk only: a job near its time limit must not wait for a network. Raises what W&B raises."""
+def _open_wandb(
+    run_dir: RunDir, name: str, config: dict, rehearsal: bool, mode: str, project: str, patience_s: int = 0
+):
+    """The W&B run of this folder, new or continued. What has not reached W&B `patience_s` after its end (0:
+    for ever) stays on disk only: a job near its time limit must not wait for a network. Raises what W&B
+    raises."""
     import wandb
 
     if not run_dir.wandb_id.is_file():
@@ -161,26 +187,35 @@ def _open_wandb(run_dir: RunDir, name: str, config: dict, rehearsal: bool, mode:
         tags=["rehearsal"] if rehearsal else None,
         settings=wandb.Settings(silent=True, finish_timeout=patience_s),
     )
-    mirror.define_metric("*", step_metric="step")  # rows are told apart by our step: a resumed run may log one again
+    mirror.define_metric(
+        "*", step_metric="step"
+    )  # rows are told apart by our step: a resumed run may log one again
     return mirror
 
 
 def sync(folder: str) -> None:
-    """Send the rows of a run folder's metrics.jsonl, those that an earlier sync did not, to its one W&B run, from a machine
-    with internet. Offline segments are not looked at: metrics.jsonl is the record, and it holds no row twice.
+    """Send the rows of a run folder's metrics.jsonl, those that an earlier sync did not, to its one W&B run,
+    from a machine with internet. Offline segments are not looked at: metrics.jsonl is the record, and it
+    holds no row twice.
 
     Raises UserError if `folder` is no run folder, and if W&B knows no account here or cannot be reached."""
     run_dir = RunDir(folder)
     stages = [f"stage{number}" for number in run_dir.stages() if run_dir.stage(number).metrics.is_file()]
     if stages and not run_dir.metrics.is_file():
         raise UserError(
-            f"{folder} is a grown run, whose stages are runs of their own ({', '.join(stages)}); sync {folder}/stage1"
+            f"{folder} is a grown run, whose stages are runs of their own ({', '.join(stages)}); sync "
+            f"{folder}/stage1"
         )
     if not (run_dir.metrics.is_file() and run_dir.experiment.is_file()):
-        raise UserError(f"{folder} is no run folder (no metrics.jsonl and experiment.yaml); runs lie under {root() / 'runs'}")
+        raise UserError(
+            f"{folder} is no run folder (no metrics.jsonl and experiment.yaml); runs lie under "
+            f"{root() / 'runs'}"
+        )
     mode = os.environ.get("WANDB_MODE") or "online"
     if mode not in ("online", "offline"):
-        raise UserError(f"WANDB_MODE is '{mode}', so there is nothing to sync to; unset it, or use offline or online")
+        raise UserError(
+            f"WANDB_MODE is '{mode}', so there is nothing to sync to; unset it, or use offline or online"
+        )
     described, marker = read_yaml(run_dir.experiment), run_dir.path / "wandb_synced.json"
     rows = read_jsonl(run_dir.metrics)
     synced = read_json(marker) if marker.is_file() and run_dir.wandb_id.is_file() else None
@@ -192,18 +227,25 @@ def sync(folder: str) -> None:
     import wandb
 
     if mode == "online" and not wandb.login(prompt=False, verify=False):
-        raise UserError("W&B knows no account on this machine: run 'wandb login', or set WANDB_API_KEY, and sync again")
+        raise UserError(
+            "W&B knows no account on this machine: run 'wandb login', or set WANDB_API_KEY, and sync again"
+        )
     name = f"{described['experiment']}/{described['run_name']}"
     try:
-        mirror = _open_wandb(run_dir, name, described, described["rehearsal"], mode, described["train"]["wandb_project"])
+        mirror = _open_wandb(
+            run_dir, name, described, described["rehearsal"], mode, described["train"]["wandb_project"]
+        )
         for row in progress(new, desc="syncing", unit="row"):
             mirror.log(row)
         mirror.finish()
     except wandb.errors.AuthenticationError as error:
-        raise UserError(f"W&B refuses this machine's account ({_one_line(error)}): run 'wandb login --relogin'") from None
+        raise UserError(
+            f"W&B refuses this machine's account ({_one_line(error)}): run 'wandb login --relogin'"
+        ) from None
     except (wandb.errors.Error, OSError) as error:
         raise UserError(
-            f"W&B cannot be reached ({_one_line(error)}); sync where there is internet, or with WANDB_MODE=offline into a "
+            f"W&B cannot be reached ({_one_line(error)}); sync where there is internet, or with "
+            f"WANDB_MODE=offline into a "
             f"segment that 'wandb sync' can send later"
         ) from None
     write_json(marker, {"mode": mode, "rows": len(rows), "last_step": rows[-1]["step"]})
@@ -212,8 +254,8 @@ def sync(folder: str) -> None:
 
 
 def _unsynced(rows: list[dict], synced: dict | None) -> list[dict]:
-    """The rows after those that an earlier sync sent. A run that went back to a checkpoint since then has other rows at its
-    end: of these, the steps that are new (W&B cannot take back what it has)."""
+    """The rows after those that an earlier sync sent. A run that went back to a checkpoint since then has
+    other rows at its end: of these, the steps that are new (W&B cannot take back what it has)."""
     if synced is None:
         return rows
     count = synced["rows"]
@@ -227,7 +269,8 @@ def _one_line(error: Exception) -> str:
 
 
 def record_provenance(run_dir: RunDir, **facts) -> None:
-    """Add this start of the run to provenance.json: when, where, which code and versions, and `facts` (data, parents)."""
+    """Add this start of the run to provenance.json: when, where, which code and versions, and `facts` (data,
+    parents)."""
     starts = run_dir.read_starts() if run_dir.provenance.is_file() else []
     starts.append(
         {
@@ -248,7 +291,8 @@ def record_provenance(run_dir: RunDir, **facts) -> None:
 
 
 class StartClock:
-    """Seconds of a start by part: from the beginning of the process, or of a later job in it, to the end of the first step."""
+    """Seconds of a start by part: from the beginning of the process, or of a later job in it, to the end of
+    the first step."""
 
     def __init__(self, first: bool):
         self.parts: dict[str, float] = {}
@@ -272,8 +316,9 @@ class StartClock:
 
 
 def git_commit() -> str | None:
-    """Commit of the repository, with '+changes' where files differ from it; None outside a git checkout, without git, or where
-    git refuses or does not answer (a checkout that another user owns, a network disk that hangs)."""
+    """Commit of the repository, with '+changes' where files differ from it; None outside a git checkout,
+    without git, or where git refuses or does not answer (a checkout that another user owns, a network disk
+    that hangs)."""
     head = _git("rev-parse", "HEAD")
     if head is None:
         return None
@@ -281,10 +326,13 @@ def git_commit() -> str | None:
 
 
 def _git(*words: str) -> str | None:
-    """What git says of the repository, None if it fails. It takes no lock: others may be working in the checkout."""
+    """What git says of the repository, None if it fails. It takes no lock: others may be working in the
+    checkout."""
     command = ["git", "--no-optional-locks", *words]
     try:
-        said = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=GIT_PATIENCE_S)
+        said = subprocess.run(
+            command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=GIT_PATIENCE_S
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return None if said.returncode else said.stdout.strip()

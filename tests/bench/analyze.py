@@ -1,8 +1,10 @@
-"""Rank and column mass of every head: the code of the `analyze` verb beside output_attentions with an SVD of each map.
+"""Rank and column mass of every head: the code of the `analyze` verb beside output_attentions with an SVD of
+each map.
 
-The model is loaded before the clock starts. The limit is the forward pass alone, of the same attention form (eager, which is
-what makes maps at all) and of the fused one. Every contestant that has ranks writes them down, and they must be equal. The
-SVDs, which find ranks only and no masses, take minutes: they have a case of fewer sequences for themselves.
+The model is loaded before the clock starts. The limit is the forward pass alone, of the same attention form
+(eager, which is what makes maps at all) and of the fused one. Every contestant that has ranks writes them
+down, and they must be equal. The SVDs, which find ranks only and no masses, take minutes: they have a case of
+fewer sequences for themselves.
 """
 
 import json
@@ -43,7 +45,9 @@ def ours(work: dict, folder: Path) -> dict:
     model, _ = loaded(work, folder)
     measures.load_model = lambda *_: model
     with clock() as measured:
-        rows = measures.analyze(str(folder / work["key"]), Tokens(folder / "tokens", "val"), work["sequences"], work["length"])
+        rows = measures.analyze(
+            str(folder / work["key"]), Tokens(folder / "tokens", "val"), work["sequences"], work["length"]
+        )
     ranks = [row["rank"]["0.9"] for row in rows if row["kind"] == "layer"]  # (L, H), means over the sequences
     (folder / "ranks_ours.json").write_text(json.dumps(ranks))
     return measured
@@ -64,7 +68,8 @@ def batched(work: dict, folder: Path) -> dict:
 
 
 def by_maps(work: dict, folder: Path, spectra: Callable) -> dict:
-    """Ranks from the maps that the model returns. `spectra`: (N, H, T, T) of a layer -> singular values (N, H, T)."""
+    """Ranks from the maps that the model returns. `spectra`: (N, H, T, T) of a layer -> singular values (N,
+    H, T)."""
     import torch
 
     model, windows = loaded(work, folder)
@@ -104,7 +109,11 @@ def forward_fused(work: dict, folder: Path) -> dict:
 
 def case(name: str, model: dict, sequences: int, length: int = 100) -> Case:
     work = {"key": "model", "model": model, "sequences": sequences, "length": length}
-    contestants = {"ours": ours, "limit: forward pass": forward, "limit: forward pass, fused attention": forward_fused}
+    contestants = {
+        "ours": ours,
+        "limit: forward pass": forward,
+        "limit: forward pass, fused attention": forward_fused,
+    }
     goals = [
         Goal("time of the forward pass", 1.3, over("ours", "limit: forward pass")),
         Goal("CPU time of the forward pass", None, over("ours", "limit: forward pass", key="cpu_seconds")),
@@ -114,17 +123,27 @@ def case(name: str, model: dict, sequences: int, length: int = 100) -> Case:
 
 def svd_case(name: str, model: dict, sequences: int, length: int = 100) -> Case:
     work = {"key": "model", "model": model, "sequences": sequences, "length": length}
-    contestants = {"ours": ours, "output_attentions, svd by head": by_svd, "output_attentions, batched svdvals": batched}
+    contestants = {
+        "ours": ours,
+        "output_attentions, svd by head": by_svd,
+        "output_attentions, batched svdvals": batched,
+    }
 
     def apart(name):
-        return lambda turns: [turn["heads_that_differ"] for turn in turns[name] if "heads_that_differ" in turn]
+        return lambda turns: [
+            turn["heads_that_differ"] for turn in turns[name] if "heads_that_differ" in turn
+        ]
 
     goals = [
         Goal("time of svd by head", 1.0, over("ours", "output_attentions, svd by head")),
         Goal("time of batched svdvals", 1.0, over("ours", "output_attentions, batched svdvals")),
         Goal("heads whose k* differs, svd by head", 0, apart("output_attentions, svd by head")),
         Goal("heads whose k* differs, batched svdvals", 0, apart("output_attentions, batched svdvals")),
-        Goal("memory of output_attentions", 1.0, over("ours", "output_attentions, batched svdvals", key="peak_mb")),
+        Goal(
+            "memory of output_attentions",
+            1.0,
+            over("ours", "output_attentions, batched svdvals", key="peak_mb"),
+        ),
     ]
     rare = ("output_attentions, svd by head", "output_attentions, batched svdvals")
     return Case(name, work, contestants, goals, setup, rare)
@@ -132,7 +151,14 @@ def svd_case(name: str, model: dict, sequences: int, length: int = 100) -> Case:
 
 def cases(size: str) -> list[Case]:
     if size == "small":
-        model = {"size": "gpt2_tiny", "layers": 2, "width": 64, "heads": 4, "positions": 128, "vocab_size": 2048}
+        model = {
+            "size": "gpt2_tiny",
+            "layers": 2,
+            "width": 64,
+            "heads": 4,
+            "positions": 128,
+            "vocab_size": 2048,
+        }
         return [case("a toy, N = 4, T = 100", model, 4), svd_case("a toy by SVD, N = 4, T = 100", model, 4)]
     medium = {"size": "gpt2_medium"}
     return [

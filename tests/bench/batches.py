@@ -1,7 +1,9 @@
-"""Reading one step's batch: ours beside nanoGPT's loader and a DataLoader over an Arrow file of the datasets library.
+"""Reading one step's batch: ours beside nanoGPT's loader and a DataLoader over an Arrow file of the datasets
+library.
 
-The limit is a copy in memory of the same bytes. A goal sets the time beside that of a training step of the smallest paper model
-on eight GPUs at 40% of the H100's rate, of which each rank reads an eighth of the batch."""
+The limit is a copy in memory of the same bytes. A goal sets the time beside that of a training step of the
+smallest paper model on eight GPUs at 40% of the H100's rate, of which each rank reads an eighth of the
+batch."""
 
 import itertools
 import os
@@ -20,7 +22,9 @@ def setup(work: dict, folder) -> None:
 
     tokens = np.fromfile(folder / "tokens" / "train_00000.bin", "<u2")
     rows = tokens[: len(tokens) // work["length"] * work["length"]].reshape(-1, work["length"])
-    features = Features({"input_ids": Sequence(Value("int64"))})  # what DataLoader code needs: torch has no 16-bit index
+    features = Features(
+        {"input_ids": Sequence(Value("int64"))}
+    )  # what DataLoader code needs: torch has no 16-bit index
     made = Dataset.from_generator(
         lambda: ({"input_ids": row} for row in rows), features=features, cache_dir=str(folder / "cache")
     )
@@ -54,13 +58,16 @@ def ours(work: dict, folder) -> dict:
 
     from inheritune.data.batches import Order, Share, Tokens, read_share
 
-    order = Order(Tokens(folder / "tokens", "train"), "random_windows", work["length"], work["sequences"], seed=0)
+    order = Order(
+        Tokens(folder / "tokens", "train"), "random_windows", work["length"], work["sequences"], seed=0
+    )
     share = Share.of(work["sequences"], 0, 1, work["sequences"])
     return timed(lambda step: [torch.from_numpy(part) for part in read_share(order, step, share)], work)
 
 
 def nanogpt(work: dict, folder) -> dict:
-    """get_batch of nanoGPT's train.py: the file is mapped anew for each batch, two stacks of int64 windows."""
+    """get_batch of nanoGPT's train.py: the file is mapped anew for each batch, two stacks of int64
+    windows."""
     import torch
 
     def get_batch(_):
@@ -74,13 +81,16 @@ def nanogpt(work: dict, folder) -> dict:
 
 
 def arrow(work: dict, folder, workers: int = 0) -> dict:
-    """A shuffled DataLoader over rows of token ids in an Arrow file, in torch's format; `workers` processes read ahead."""
+    """A shuffled DataLoader over rows of token ids in an Arrow file, in torch's format; `workers` processes
+    read ahead."""
     import torch
     from datasets import load_from_disk
 
     rows = load_from_disk(str(folder / "arrow")).with_format("torch")
     options = {"num_workers": workers, "persistent_workers": workers > 0}
-    loader = torch.utils.data.DataLoader(rows, batch_size=work["sequences"], shuffle=True, drop_last=True, **options)
+    loader = torch.utils.data.DataLoader(
+        rows, batch_size=work["sequences"], shuffle=True, drop_last=True, **options
+    )
     batches = (batch for _ in itertools.count() for batch in loader)  # epoch after epoch
     return timed(lambda _: next(batches), work)
 
@@ -102,7 +112,11 @@ def cases(size: str) -> list[Case]:
     contestants |= {"DataLoader over Arrow, a worker per core": arrow_ahead, "limit: memory copy": copy}
     goals = [
         Goal("time of nanoGPT's loader", 1 / 5, over("ours", "nanoGPT")),
-        Goal("time of the DataLoader with workers", None, over("ours", "DataLoader over Arrow, a worker per core")),
+        Goal(
+            "time of the DataLoader with workers",
+            None,
+            over("ours", "DataLoader over Arrow, a worker per core"),
+        ),
         Goal("part of a training step on H100s", 0.01, values("ours", "part_of_step")),
         Goal("time of a memory copy (no goal)", None, over("ours", "limit: memory copy")),
     ]

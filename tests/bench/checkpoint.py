@@ -1,7 +1,8 @@
-"""Saving a checkpoint: checkpoint.save (marker, hashes, generators) beside DeepSpeed's own synchronous save of the same engine.
+"""Saving a checkpoint: checkpoint.save (marker, hashes, generators) beside DeepSpeed's own synchronous save
+of the same engine.
 
-DeepSpeed flushes nothing, ours every file before its marker, so DeepSpeed's save is there also with a flush of each file. The
-limits are a plain write of as many bytes to the same disk, and that with a flush.
+DeepSpeed flushes nothing, ours every file before its marker, so DeepSpeed's save is there also with a flush
+of each file. The limits are a plain write of as many bytes to the same disk, and that with a flush.
 """
 
 import json
@@ -63,7 +64,9 @@ def ours(work: dict, folder: Path) -> dict:
     with clock() as measured:
         checkpoint.save(engine, run_dir, {"step": 1}, settings, keep_last=2, run={})
     files = [file for file in run_dir.path.rglob("*") if file.is_file()]
-    dist.on_rank0((folder / f"{work['key']}.bytes").write_text, str(sum(file.stat().st_size for file in files)))
+    dist.on_rank0(
+        (folder / f"{work['key']}.bytes").write_text, str(sum(file.stat().st_size for file in files))
+    )
     dist.stop()
     return measured | {"gb": sum(file.stat().st_size for file in files) / 1e9}
 
@@ -119,7 +122,11 @@ def case(name: str, model: dict, stage: int, ranks: int) -> Case:
     }
     goals = [
         Goal("time of DeepSpeed's save", 1.0, over("ours", "DeepSpeed's save_checkpoint")),
-        Goal("time of DeepSpeed's save with a flush, as ours", 1.0, over("ours", "DeepSpeed's save_checkpoint, fsync")),
+        Goal(
+            "time of DeepSpeed's save with a flush, as ours",
+            1.0,
+            over("ours", "DeepSpeed's save_checkpoint, fsync"),
+        ),
         Goal("time of a plain write", None, over("ours", "limit: write")),
         Goal("GB written", None, values("ours", "gb")),
     ]
@@ -131,7 +138,10 @@ def cases(size: str) -> list[Case]:
         toy = {"size": "gpt2_tiny", "layers": 2, "width": 64, "heads": 4, "positions": 64, "vocab_size": 512}
         return [case("toy, ZeRO 1, one rank", toy, 1, 1), case("toy, ZeRO 3, two ranks", toy, 3, 2)]
     small = {"size": "gpt2_small"}
-    return [case("GPT-2 124M, ZeRO 1, one rank", small, 1, 1), case("GPT-2 124M, ZeRO 3, two ranks", small, 3, 2)]
+    return [
+        case("GPT-2 124M, ZeRO 1, one rank", small, 1, 1),
+        case("GPT-2 124M, ZeRO 3, two ranks", small, 3, 2),
+    ]
 
 
 if __name__ == "__main__":

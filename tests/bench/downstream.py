@@ -1,7 +1,9 @@
-"""Downstream scores: `evaluate --model` beside the `lm_eval` command with its defaults, on the same tasks and checkpoint.
+"""Downstream scores: `evaluate --model` beside the `lm_eval` command with its defaults, on the same tasks and
+checkpoint.
 
-The tasks are the rehearsal's (multiple choice, a last word, whole texts), their documents repeated; both programs load the
-model once for all of them, and both must give the same scores. Times are those of whole processes.
+The tasks are the rehearsal's (multiple choice, a last word, whole texts), their documents repeated; both
+programs load the model once for all of them, and both must give the same scores. Times are those of whole
+processes.
 """
 
 import json
@@ -33,7 +35,9 @@ def setup(work: dict, folder: Path) -> None:
     rows = [json.loads(documents[number % len(documents)]) for number in range(work["documents"])]
     for number, row in enumerate(rows):  # equal requests would be answered once
         row["question"], row["text"] = f"{number}. {row['question']}", f"{number}. {row['text']}"
-    (place / "tasks" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (place / "tasks" / "test.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     train = {
         "steps": 1,
         "batch_tokens": 64,
@@ -44,9 +48,13 @@ def setup(work: dict, folder: Path) -> None:
         "final_windows": 2,
     }
     path = write_experiment(
-        place, {"sequence_length": 64, "name": "downstream"}, model=work["model"], train=train,
-        runs={"reference": {"init": "random"}}, evaluate={"tasks": TASKS, "task_files": str(place / "tasks")},
-    )  # fmt: skip
+        place,
+        {"sequence_length": 64, "name": "downstream"},
+        model=work["model"],
+        train=train,
+        runs={"reference": {"init": "random"}},
+        evaluate={"tasks": TASKS, "task_files": str(place / "tasks")},
+    )
     experiment = load_experiment(str(path))
     write_tokens(data_dir(experiment), 1000, 1000, 300)
     write_random(hf_config(experiment.model), place / "model", seed=0)
@@ -61,9 +69,19 @@ def ours(work: dict, folder: Path) -> dict:
     place = folder / "downstream"
     (place / "ours.json").unlink(missing_ok=True)
     with clock() as measured:
-        verb("evaluate", place / "downstream.yaml", "--model", place / "model", "--out", place / "ours.json", **OFFLINE)
+        verb(
+            "evaluate",
+            place / "downstream.yaml",
+            "--model",
+            place / "model",
+            "--out",
+            place / "ours.json",
+            **OFFLINE,
+        )
     rows = json.loads((place / "ours.json").read_text())["tasks"]
-    return measured | {f"score_{name}": rows[name][task["metrics"][0]]["score"] for name, task in TASKS.items()}
+    return measured | {
+        f"score_{name}": rows[name][task["metrics"][0]]["score"] for name, task in TASKS.items()
+    }
 
 
 def lm_eval(work: dict, folder: Path, *more) -> dict:
@@ -73,7 +91,9 @@ def lm_eval(work: dict, folder: Path, *more) -> dict:
     with clock() as measured:
         run(*command, **OFFLINE)
     rows = lm_eval_results(place / "theirs")["results"]
-    return measured | {f"score_{name}": rows[its["task"]][f"{its['metrics'][0]},none"] for name, its in TASKS.items()}
+    return measured | {
+        f"score_{name}": rows[its["task"]][f"{its['metrics'][0]},none"] for name, its in TASKS.items()
+    }
 
 
 def lm_eval_batched(work: dict, folder: Path) -> dict:
@@ -88,14 +108,29 @@ def scores_apart(turns: dict) -> list[float]:
 def cases(size: str) -> list[Case]:
     model = {"size": "gpt2_tiny", "layers": 2, "width": 64, "heads": 4, "positions": 256, "vocab_size": 320}
     if size != "small":
-        model = {"size": "gpt2_small", "layers": 6, "width": 384, "heads": 6, "positions": 256, "vocab_size": 320}
+        model = {
+            "size": "gpt2_small",
+            "layers": 6,
+            "width": 384,
+            "heads": 6,
+            "positions": 256,
+            "vocab_size": 320,
+        }
     work = {"model": model, "documents": 16 if size == "small" else 400}
     goals = [
         Goal("time of the lm_eval command with its defaults", None, over("ours", "lm_eval command")),
-        Goal("time of the faster of the two", 1.0, over("ours", "lm_eval command", "lm_eval command, --batch_size 16")),
+        Goal(
+            "time of the faster of the two",
+            1.0,
+            over("ours", "lm_eval command", "lm_eval command, --batch_size 16"),
+        ),
         Goal("largest difference of a score", 1e-4, scores_apart),
     ]
-    contestants = {"ours": ours, "lm_eval command": lm_eval, "lm_eval command, --batch_size 16": lm_eval_batched}
+    contestants = {
+        "ours": ours,
+        "lm_eval command": lm_eval,
+        "lm_eval command, --batch_size 16": lm_eval_batched,
+    }
     return [Case(f"three tasks of {work['documents']} documents", work, contestants, goals, setup)]
 
 

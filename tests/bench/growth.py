@@ -1,9 +1,10 @@
-"""How cost grows: ours alone at four sizes of a training step, prepare, inherit and analyze, and one plot (growth.png).
+"""How cost grows: ours alone at four sizes of a training step, prepare, inherit and analyze, and one plot
+(growth.png).
 
     python tests/bench/growth.py [--size small|full]
 
-The exponent is that of cost ~ size^b, fitted to the medians; memory is the largest process's. Size is counted in FLOPs per
-step, bytes of text, bytes of the result, and attention maps (sequences x layers x heads)."""
+The exponent is that of cost ~ size^b, fitted to the medians; memory is the largest process's. Size is counted
+in FLOPs per step, bytes of text, bytes of the result, and attention maps (sequences x layers x heads)."""
 
 import sys
 
@@ -39,7 +40,9 @@ def cases(size: str) -> list[Case]:
         made = inherit.case("", shape, layers, (1 << 22) if small else (2 << 30))
         found.append(only_ours(made, f"inherit {layers} layers", made.work["bytes"]))
     for sequences in (2, 4, 6, 8) if small else (25, 50, 100, 200):
-        model = {"size": "gpt2_tiny", "positions": 128, "vocab_size": 2048} if small else {"size": "gpt2_small"}
+        model = (
+            {"size": "gpt2_tiny", "positions": 128, "vocab_size": 2048} if small else {"size": "gpt2_small"}
+        )
         layers, heads = (8, 4) if small else (12, 12)
         made = analyze.case("", model, sequences)
         found.append(only_ours(made, f"analyze {sequences} sequences", sequences * layers * heads))
@@ -47,8 +50,11 @@ def cases(size: str) -> list[Case]:
 
 
 PARTS = {
-    "train step": "FLOPs of a step", "prepare": "bytes of text", "inherit": "bytes of the result", "analyze": "attention maps"
-}  # fmt: skip
+    "train step": "FLOPs of a step",
+    "prepare": "bytes of text",
+    "inherit": "bytes of the result",
+    "analyze": "attention maps",
+}
 
 
 def curves(results: list[dict]) -> dict[str, dict]:
@@ -71,7 +77,9 @@ def table(results: list[dict]) -> str:
     rows = []
     for part, its in curves(results).items():
         for size, seconds, peaks in zip(its["sizes"], its["seconds"], its["peak_mb"], strict=True):
-            rows.append([part, f"{size:.3g} {PARTS[part]}", spread(seconds), spread(peaks), f"{its['exponent']:.2f}"])
+            rows.append(
+                [part, f"{size:.3g} {PARTS[part]}", spread(seconds), spread(peaks), f"{its['exponent']:.2f}"]
+            )
     return markdown(["part", "size", "seconds", "peak MB", "exponent of all four"], rows)
 
 
@@ -85,13 +93,23 @@ def plot(results: list[dict], path) -> None:
     figure, axes = pyplot.subplots(1, 4, figsize=(13, 3.2))
     for axis, (part, its) in zip(axes, curves(results).items(), strict=False):
         medians = [np.median(one) for one in its["seconds"]]
-        ends = [[m - min(one) for m, one in zip(medians, its["seconds"], strict=True)],
-                [max(one) - m for m, one in zip(medians, its["seconds"], strict=True)]]  # fmt: skip
+        ends = [
+            [m - min(one) for m, one in zip(medians, its["seconds"], strict=True)],
+            [max(one) - m for m, one in zip(medians, its["seconds"], strict=True)],
+        ]
         axis.errorbar(its["sizes"], medians, yerr=ends, marker="o", label="seconds", color="C0")
-        axis.plot(its["sizes"], [np.median(one) / 1000 for one in its["peak_mb"]], marker="s", color="C1", label="peak GB")
+        axis.plot(
+            its["sizes"],
+            [np.median(one) / 1000 for one in its["peak_mb"]],
+            marker="s",
+            color="C1",
+            label="peak GB",
+        )
         axis.set(xscale="log", yscale="log", xlabel=PARTS[part], title=f"{part}: size^{its['exponent']:.2f}")
         axis.xaxis.set_minor_locator(NullLocator())
-        axis.set_xticks(its["sizes"], [f"{size:.1e}".replace("e+0", "e").replace("e+", "e") for size in its["sizes"]])
+        axis.set_xticks(
+            its["sizes"], [f"{size:.1e}".replace("e+0", "e").replace("e+", "e") for size in its["sizes"]]
+        )
         axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
             which(FormatStrFormatter("%g"))

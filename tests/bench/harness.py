@@ -1,14 +1,16 @@
-"""What the benchmarks share: contestants take turns, each in a process of its own, on the same work; their ratios are printed.
+"""What the benchmarks share: contestants take turns, each in a process of its own, on the same work; their
+ratios are printed.
 
 A benchmark is a file of this folder with `cases(size)` and, at its end, `main(__file__, cases)`:
 
     python tests/bench/batches.py [--size small|full|gpu] [--case WORDS] [--turns N] [--folder D] [--out F]
 
-A contestant is a function (work, folder) -> dict | None: what it measured (`seconds`, `cpu_seconds`, ...) or None, and then
-the time of the whole call counts. Turn 1 runs A, B, C, turn 2 C, B, A, turn 3 B, C, A, turn 4 A, C, B and so on, so that a
-machine whose speed drifts is fair to all, and what one leaves behind (memory, caches) does not always reach the same one; a
-ratio is taken within a turn. Peak memory is that of the largest process of a turn, as the kernel counts it; what contestants
-read is made in a process of its own, because the kernel counts a starting process's memory towards the new one.
+A contestant is a function (work, folder) -> dict | None: what it measured (`seconds`, `cpu_seconds`, ...) or
+None, and then the time of the whole call counts. Turn 1 runs A, B, C, turn 2 C, B, A, turn 3 B, C, A, turn 4
+A, C, B and so on, so that a machine whose speed drifts is fair to all, and what one leaves behind (memory,
+caches) does not always reach the same one; a ratio is taken within a turn. Peak memory is that of the largest
+process of a turn, as the kernel counts it; what contestants read is made in a process of its own, because the
+kernel counts a starting process's memory towards the new one.
 """
 
 import argparse
@@ -44,8 +46,8 @@ Turns = dict[str, list[dict]]
 
 @dataclass(frozen=True)
 class Goal:
-    """`value` of the turns (a number for each turn that has it) is to be at most `at_most` in the median; None: only shown.
-    `of`: the contestant that is profiled where the goal is missed (default: the first)."""
+    """`value` of the turns (a number for each turn that has it) is to be at most `at_most` in the median;
+    None: only shown. `of`: the contestant that is profiled where the goal is missed (default: the first)."""
 
     what: str
     at_most: float | None
@@ -55,7 +57,8 @@ class Goal:
 
 @dataclass(frozen=True)
 class Case:
-    """Contestants on one piece of work. `setup` makes what they read, once; those in `rare` run in the first turn only."""
+    """Contestants on one piece of work. `setup` makes what they read, once; those in `rare` run in the first
+    turn only."""
 
     name: str
     work: dict
@@ -78,7 +81,11 @@ def over(ours: str, *theirs: str, key: str = "seconds") -> Callable[[Turns], lis
 
     def ratios(turns: Turns) -> list[float]:
         rows = zip(turns[ours], *(turns[name] for name in theirs), strict=False)
-        return [a[key] / min(b[key] for b in others) for a, *others in rows if key in a and all(b.get(key) for b in others)]
+        return [
+            a[key] / min(b[key] for b in others)
+            for a, *others in rows
+            if key in a and all(b.get(key) for b in others)
+        ]
 
     return ratios
 
@@ -86,13 +93,14 @@ def over(ours: str, *theirs: str, key: str = "seconds") -> Callable[[Turns], lis
 profiling = False
 """Whether this process is one that is to say where its time goes."""
 _profiler = None
-"""Python's or torch's profiler in a process that is to say where its time goes; it runs while a `clock` does."""
+"""Python's or torch's profiler in a process that is to say where its time goes; it runs while a `clock`
+does."""
 
 
 @contextmanager
 def clock():
-    """Times the block: yields a dict that then holds `seconds` (wall) and `cpu_seconds` (this process, its threads and those
-    of its children that have ended)."""
+    """Times the block: yields a dict that then holds `seconds` (wall) and `cpu_seconds` (this process, its
+    threads and those of its children that have ended)."""
 
     def cpu():
         used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -118,7 +126,9 @@ def run(*words, **environment) -> str:
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, words[:4]))} ... failed: {(done.stdout + done.stderr)[-1500:]}")
+        raise RuntimeError(
+            f"{' '.join(map(str, words[:4]))} ... failed: {(done.stdout + done.stderr)[-1500:]}"
+        )
     return done.stdout
 
 
@@ -135,15 +145,22 @@ def verb(*words, **environment) -> None:
 
 
 def write_tokens(folder: Path, train: int, val: int, vocabulary: int, shard: int = 100_000_000) -> None:
-    """A prepared data folder of tokens that a model can learn something from (a random walk over the vocabulary)."""
+    """A prepared data folder of tokens that a model can learn something from (a random walk over the
+    vocabulary)."""
     from inheritune.files.rundir import write_json
 
     (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
     counts = {"train": train, "val": val}
-    sizes = {split: [min(shard, count - first) for first in range(0, count, shard)] for split, count in counts.items()}
+    sizes = {
+        split: [min(shard, count - first) for first in range(0, count, shard)]
+        for split, count in counts.items()
+    }
     splits = write_shards(folder, sizes, vocabulary)
     tokenizer = {"vocab_size": vocabulary}
-    write_json(folder / "manifest.json", {"fingerprint": "bench", "dtype": "<u2", "splits": splits, "tokenizer": tokenizer})
+    write_json(
+        folder / "manifest.json",
+        {"fingerprint": "bench", "dtype": "<u2", "splits": splits, "tokenizer": tokenizer},
+    )
 
 
 def write_experiment(folder: Path, data: dict | None = None, **sections) -> Path:
@@ -159,7 +176,7 @@ def write_experiment(folder: Path, data: dict | None = None, **sections) -> Path
     return path
 
 
-# --- running --------------------------------------------------------------------------------------------------------------
+# --- running ------------------------------------------------------------------------------------------------
 
 
 def main(file: str, cases: Callable[[str], list[Case]]) -> None:
@@ -168,9 +185,15 @@ def main(file: str, cases: Callable[[str], list[Case]]) -> None:
     parser.add_argument("--size", default="full", choices=("small", "full", "gpu"))
     parser.add_argument("--case", help="only cases whose name contains these words")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--folder", help="where inputs and outputs lie (a fast disk); default: a temporary folder")
-    parser.add_argument("--out", help="JSON of results; default: results/ beside this file, for --size small nowhere")
-    parser.add_argument("--turn", help=argparse.SUPPRESS)  # one contestant, in the process that main started for it
+    parser.add_argument(
+        "--folder", help="where inputs and outputs lie (a fast disk); default: a temporary folder"
+    )
+    parser.add_argument(
+        "--out", help="JSON of results; default: results/ beside this file, for --size small nowhere"
+    )
+    parser.add_argument(
+        "--turn", help=argparse.SUPPRESS
+    )  # one contestant, in the process that main started for it
     parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     chosen = [case for case in cases(options.size) if not options.case or options.case in case.name]
@@ -184,7 +207,11 @@ def main(file: str, cases: Callable[[str], list[Case]]) -> None:
     folder = Path(options.folder or temporary)
     try:
         for case in chosen:
-            result = {"part": Path(file).stem, "size": options.size, **_take_turns(file, case, folder, options)}
+            result = {
+                "part": Path(file).stem,
+                "size": options.size,
+                **_take_turns(file, case, folder, options),
+            }
             print(describe(result), flush=True)
             _store(Path(out), result) if out else None
     finally:
@@ -240,12 +267,17 @@ def _profile_lines(profiler, by_torch: bool) -> list[str]:
 def _take_turns(file: str, case: Case, folder: Path, options) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     os.environ |= {"INHERITUNE_ROOT": str(folder / "root"), "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     print(f"== {Path(file).stem}: {case.name}", flush=True)
     if case.setup:
         made = _start(file, case, SETUP, folder, options.size)
         if "error" in made:
-            raise SystemExit(f"{Path(file).stem}: {case.name}: what the contestants read could not be made: {made['error']}")
+            raise SystemExit(
+                f"{Path(file).stem}: {case.name}: what the contestants read could not be made: "
+                f"{made['error']}"
+            )
     turns: Turns = {name: [] for name in case.contestants}
     names, load = list(case.contestants), os.getloadavg()[0]
     for number in range(options.turns):
@@ -257,8 +289,12 @@ def _take_turns(file: str, case: Case, folder: Path, options) -> dict:
             print(f"   turn {number + 1} {name}: {_short(turns[name][-1])}", flush=True)
     goals = [_judge(goal, turns) for goal in case.goals]
     missed = [goal for goal in goals if goal["met"] is False]
-    to_profile = dict.fromkeys(next((goal.of for goal in case.goals if goal.what == one["what"]), "") for one in missed)
-    profile = [line for name in to_profile for line in _profiled(file, case, name or names[0], folder, options.size)] or None
+    to_profile = dict.fromkeys(
+        next((goal.of for goal in case.goals if goal.what == one["what"]), "") for one in missed
+    )
+    profile = [
+        line for name in to_profile for line in _profiled(file, case, name or names[0], folder, options.size)
+    ] or None
     return {
         "case": case.name,
         "work": {key: value for key, value in case.work.items() if not str(key).startswith("_")},
@@ -273,7 +309,10 @@ def _take_turns(file: str, case: Case, folder: Path, options) -> dict:
 
 def _profiled(file: str, case: Case, name: str, folder: Path, size: str) -> list[str]:
     """Where the time of a contestant goes, a line each; nothing if it can't be said."""
-    return [f"{name}:", *_start(file, case, name, folder, size, "--profile").get("profile", ["(it could not be profiled)"])]
+    return [
+        f"{name}:",
+        *_start(file, case, name, folder, size, "--profile").get("profile", ["(it could not be profiled)"]),
+    ]
 
 
 PATIENCE_S = 3600
@@ -282,20 +321,35 @@ SETUP = "make what the contestants read"
 
 
 def _start(file: str, case: Case, name: str, folder: Path, size: str, *more: str) -> dict:
-    """One turn of a contestant in a fresh process (one for each rank): what it measured, with `peak_mb`; `error` if it
-    failed."""
+    """One turn of a contestant in a fresh process (one for each rank): what it measured, with `peak_mb`;
+    `error` if it failed."""
     if case.ranks > 1 and name == SETUP:
         case = replace(case, ranks=1)
     visible = (
-        {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(case.ranks)))} if "CUDA_VISIBLE_DEVICES" not in os.environ else {}
+        {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(case.ranks)))}
+        if "CUDA_VISIBLE_DEVICES" not in os.environ
+        else {}
     )
-    command = [sys.executable, file, f"--turn={name}", "--case", case.name, "--size", size, "--folder", str(folder), *more]
+    command = [
+        sys.executable,
+        file,
+        f"--turn={name}",
+        "--case",
+        case.name,
+        "--size",
+        size,
+        "--folder",
+        str(folder),
+        *more,
+    ]
     if case.ranks > 1:
         from inheritune.runtime.dist import free_port
 
         shared = {"WORLD_SIZE": str(case.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         shared["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // case.ranks))
-        environments = [os.environ | visible | shared | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(case.ranks)]
+        environments = [
+            os.environ | visible | shared | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(case.ranks)
+        ]
     else:
         environments = [os.environ | visible]  # HF Trainer would take every GPU that it sees
     with tempfile.TemporaryDirectory() as said:
@@ -303,7 +357,9 @@ def _start(file: str, case: Case, name: str, folder: Path, size: str, *more: str
         for rank, environment in enumerate(environments):
             with open(Path(said) / f"{rank}", "w") as output:
                 started.append(
-                    subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY)
+                    subprocess.Popen(
+                        command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY
+                    )
                 )
         ended = _wait(started)
         texts = [(Path(said) / f"{rank}").read_text(errors="replace") for rank in range(len(started))]
@@ -318,7 +374,8 @@ def _start(file: str, case: Case, name: str, folder: Path, size: str, *more: str
 
 
 def _wait(started: list[subprocess.Popen]) -> list[tuple]:
-    """(pid, status, usage) of each process, in order; where one fails or takes too long, the others are killed."""
+    """(pid, status, usage) of each process, in order; where one fails or takes too long, the others are
+    killed."""
     ended, until = {}, time.monotonic() + PATIENCE_S
     while len(ended) < len(started):
         for process in started:
@@ -334,8 +391,12 @@ def _wait(started: list[subprocess.Popen]) -> list[tuple]:
 
 def _last_words(texts: list[str], folder: Path) -> str:
     """The last line of the first process that ends in an error, without names of this machine."""
-    lines = [line for text in texts for line in text.splitlines() if line.strip() and not line.startswith(MARK)]
-    said = next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exit|Exception|Interrupt)\b", line)), "")
+    lines = [
+        line for text in texts for line in text.splitlines() if line.strip() and not line.startswith(MARK)
+    ]
+    said = next(
+        (line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exit|Exception|Interrupt)\b", line)), ""
+    )
     said = said or (lines or ["it said nothing"])[-1]
     for ours in (folder, REPOSITORY, sys.prefix, sys.base_prefix, Path.home()):
         said = said.replace(str(ours), "...")
@@ -350,7 +411,13 @@ def _judge(goal: Goal, turns: Turns) -> dict:
     except (IndexError, KeyError):
         measured = []
     if not measured:
-        return {"what": goal.what, "at_most": goal.at_most, "values": [], "met": None, "lacks": sorted(failed)}
+        return {
+            "what": goal.what,
+            "at_most": goal.at_most,
+            "values": [],
+            "met": None,
+            "lacks": sorted(failed),
+        }
     return {
         "what": goal.what,
         "at_most": goal.at_most and round(goal.at_most, 4),
@@ -365,7 +432,16 @@ def machine() -> dict:
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     named = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
     versions = {}
-    for name in ("torch", "deepspeed", "transformers", "accelerate", "datasets", "tiktoken", "tokenizers", "lm-eval"):
+    for name in (
+        "torch",
+        "deepspeed",
+        "transformers",
+        "accelerate",
+        "datasets",
+        "tiktoken",
+        "tokenizers",
+        "lm-eval",
+    ):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
@@ -373,7 +449,11 @@ def machine() -> dict:
     gpu = ""
     if shutil.which("nvidia-smi"):
         asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        gpu = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip().replace("\n", ", ")
+        gpu = (
+            subprocess.run(asked, capture_output=True, text=True, check=False)
+            .stdout.strip()
+            .replace("\n", ", ")
+        )
     from inheritune.training.record import git_commit
 
     return {
@@ -387,7 +467,7 @@ def machine() -> dict:
     }
 
 
-# --- showing --------------------------------------------------------------------------------------------------------------
+# --- showing ------------------------------------------------------------------------------------------------
 
 
 def spread(numbers: list[float]) -> str:
@@ -404,7 +484,8 @@ def _short(turn: dict) -> str:
 
 
 def table_of(results: list[dict]) -> str:
-    """Every contestant of the results, in Markdown; what only a GPU has is a column where there is such a number."""
+    """Every contestant of the results, in Markdown; what only a GPU has is a column where there is such a
+    number."""
     turns = [turn for result in results for its in result["turns"].values() for turn in its]
     columns = {key: head for key, head in COLUMNS.items() if any(key in turn for turn in turns)}
     rows = [row for result in results for row in rows_of(result, columns)]
@@ -417,7 +498,11 @@ def rows_of(result: dict, columns: dict) -> list[list[str]]:
     for name, turns in result["turns"].items():
         measured = [turn for turn in turns if "seconds" in turn]
         found = [[turn[key] for turn in measured if turn.get(key) is not None] for key in columns]
-        cells = [spread(numbers) if numbers else "" for numbers in found] if measured else ["failed"] + [""] * (len(found) - 1)
+        cells = (
+            [spread(numbers) if numbers else "" for numbers in found]
+            if measured
+            else ["failed"] + [""] * (len(found) - 1)
+        )
         rows.append([first, name, *cells])
         first = ""
     return rows
@@ -426,7 +511,9 @@ def rows_of(result: dict, columns: dict) -> list[list[str]]:
 def goal_rows(result: dict) -> list[list[str]]:
     rows = []
     for goal in result["goals"]:
-        measured = spread(goal["values"]) if goal["values"] else f"not measured (no {', '.join(goal['lacks'])})"
+        measured = (
+            spread(goal["values"]) if goal["values"] else f"not measured (no {', '.join(goal['lacks'])})"
+        )
         bound = "" if goal["at_most"] is None else f"{goal['at_most']:.3g}"
         verdict = {True: "met", False: "missed", None: ""}[goal["met"]]
         rows.append([f"{result['part']}: {result['case']}", goal["what"], bound, measured, verdict])

@@ -1,9 +1,11 @@
-"""The first half of a sharded checkpoint's layers: the `inherit` verb beside from_pretrained + save_pretrained and mergekit.
+"""The first half of a sharded checkpoint's layers: the `inherit` verb beside from_pretrained +
+save_pretrained and mergekit.
 
-The source is made on disk: OpenLLaMA-3B's shape in bf16, 6.9 GB in shards of 2 GB, in the page cache when a turn begins. The
-limit is `cp` of as many bytes as the result has; ours also hashes and flushes every file, so `cp` with an xxh3-128 of what it
-wrote and a flush is there too. transformers and mergekit neither hash nor flush. mergekit
-(passthrough) is taken from $BENCH_MERGEKIT, a folder that run.sh fills by pip; without it the row is missing.
+The source is made on disk: OpenLLaMA-3B's shape in bf16, 6.9 GB in shards of 2 GB, in the page cache when a
+turn begins. The limit is `cp` of as many bytes as the result has; ours also hashes and flushes every file, so
+`cp` with an xxh3-128 of what it wrote and a flush is there too. transformers and mergekit neither hash nor
+flush. mergekit (passthrough) is taken from $BENCH_MERGEKIT, a folder that run.sh fills by pip; without it the
+row is missing.
 """
 
 import os
@@ -42,11 +44,14 @@ def setup(work: dict, folder: Path) -> None:
 
 
 def target(folder: Path) -> Path:
-    """An empty place for the result, the source in the page cache, nothing waiting to be written, and free memory that was
-    written before: a virtual machine may have to ask its host for other pages, which would take longer than to write them."""
+    """An empty place for the result, the source in the page cache, nothing waiting to be written, and free
+    memory that was written before: a virtual machine may have to ask its host for other pages, which would
+    take longer than to write them."""
     shutil.rmtree(folder / "target", ignore_errors=True)
     with open(folder / "pages", "wb") as pages:
-        for _ in range(0, sum(file.stat().st_size for file in (folder / "source").glob("*.safetensors")), 2 << 24):
+        for _ in range(
+            0, sum(file.stat().st_size for file in (folder / "source").glob("*.safetensors")), 2 << 24
+        ):
             pages.write(bytes(1 << 24))  # half as many bytes as the source has
     (folder / "pages").unlink()
     for file in (folder / "source").glob("*.safetensors"):
@@ -94,14 +99,22 @@ dtype: bfloat16
 
 
 def mergekit(work: dict, folder: Path) -> dict:
-    """mergekit-yaml, passthrough, with --lazy-unpickle as its README has it for little memory; shards of 1B numbers, 2 GB."""
+    """mergekit-yaml, passthrough, with --lazy-unpickle as its README has it for little memory; shards of 1B
+    numbers, 2 GB."""
     package = Path(os.environ.get("BENCH_MERGEKIT") or "")
     if not (package / "mergekit").is_dir():
         raise SystemExit("no mergekit: set BENCH_MERGEKIT to a folder that holds it (run.sh does)")
     out = target(folder)
     (folder / "merge.yaml").write_text(MERGE.format(source=folder / "source", layers=work["layers"]))
     path = os.pathsep.join([os.environ["PYTHONPATH"], str(package)])
-    command = [sys.executable, "-m", "mergekit.scripts.run_yaml", folder / "merge.yaml", out, "--no-copy-tokenizer"]
+    command = [
+        sys.executable,
+        "-m",
+        "mergekit.scripts.run_yaml",
+        folder / "merge.yaml",
+        out,
+        "--no-copy-tokenizer",
+    ]
     with clock() as measured:
         run(*command, "--lazy-unpickle", "--allow-crimes", "--out-shard-size", "1B", PYTHONPATH=path)
     return measured | size_of(out)

@@ -1,8 +1,10 @@
-"""Pieces of a training step on a CPU, each beside another way to do it: where the step's time goes, and what was tried.
+"""Pieces of a training step on a CPU, each beside another way to do it: where the step's time goes, and what
+was tried.
 
-The product that an MLP begins with, by torch's own choice of library and by oneDNN; the head with the loss, ours, torch's and
-one that takes a few tokens at a time through head, loss and both gradients, so that the logits are never whole (as Liger's
-kernel on a GPU); what ZeRO 3 and DistributedDataParallel send for one step.
+The product that an MLP begins with, by torch's own choice of library and by oneDNN; the head with the loss,
+ours, torch's and one that takes a few tokens at a time through head, loss and both gradients, so that the
+logits are never whole (as Liger's kernel on a GPU); what ZeRO 3 and DistributedDataParallel send for one
+step.
 """
 
 import torch
@@ -21,7 +23,7 @@ def timed(call) -> dict:
     return {key: value / MANY for key, value in measured.items()}
 
 
-# --- the product ----------------------------------------------------------------------------------------------------------
+# --- the product --------------------------------------------------------------------------------------------
 
 
 def factors(work: dict):
@@ -41,7 +43,7 @@ def onednn(work: dict, folder) -> dict:
     return timed(lambda: product(x, weight, None, "none", [], "")) | {"apart": float(apart)}
 
 
-# --- head and loss --------------------------------------------------------------------------------------------------------
+# --- head and loss ------------------------------------------------------------------------------------------
 
 
 def head(work: dict, loss_of) -> dict:
@@ -76,7 +78,9 @@ def head_in_chunks(work: dict, folder) -> dict:
 
     def step():
         gradient, of_weight, total = torch.empty_like(from_below), torch.zeros_like(weight), 0.0
-        for x, y, out in zip(*(each.split(work["chunk"]) for each in (from_below, targets, gradient)), strict=True):
+        for x, y, out in zip(
+            *(each.split(work["chunk"]) for each in (from_below, targets, gradient)), strict=True
+        ):
             logits = x @ weight.T
             sums = logits.logsumexp(dim=1)
             total += (sums - logits.gather(1, y[:, None])[:, 0]).sum().item()
@@ -99,7 +103,7 @@ def head_products(work: dict, folder) -> dict:
     return timed(step)
 
 
-# --- what ranks send ------------------------------------------------------------------------------------------------------
+# --- what ranks send ----------------------------------------------------------------------------------------
 
 
 def sent(work: dict, exchange) -> dict:
@@ -134,7 +138,7 @@ def ddp(work: dict, folder) -> dict:
     return sent(work, lambda bucket, world: torch.distributed.all_reduce(bucket))
 
 
-# --- cases ----------------------------------------------------------------------------------------------------------------
+# --- cases --------------------------------------------------------------------------------------------------
 
 
 def losses_apart(turns: dict) -> list[float]:
@@ -143,17 +147,23 @@ def losses_apart(turns: dict) -> list[float]:
 
 
 def cases(size: str) -> list[Case]:
-    tokens, width, vocabulary, elements = (64, 64, 512, 1 << 20) if size == "small" else (1024, 768, 50257, 123_600_000)
+    tokens, width, vocabulary, elements = (
+        (64, 64, 512, 1 << 20) if size == "small" else (1024, 768, 50257, 123_600_000)
+    )
     product = {"tokens": tokens, "width": width, "outputs": 4 * width}
     heads = {"tokens": tokens, "width": width, "outputs": vocabulary, "chunk": 128}
     ways = {"ours": head_ours, "torch's cross-entropy": head_torchs, "in chunks": head_in_chunks}
     return [
         Case(
-            "the MLP's first product, fp32", product, {"torch": torchs, "oneDNN": onednn},
+            "the MLP's first product, fp32",
+            product,
+            {"torch": torchs, "oneDNN": onednn},
             [Goal("time of oneDNN's", None, over("torch", "oneDNN"))],
         ),
         Case(
-            "head and loss, fp32", heads, {**ways, "limit: their three products": head_products},
+            "head and loss, fp32",
+            heads,
+            {**ways, "limit: their three products": head_products},
             [
                 Goal("time of torch's cross-entropy", None, over("ours", "torch's cross-entropy")),
                 Goal("time of the one in chunks", None, over("ours", "in chunks")),
@@ -162,11 +172,13 @@ def cases(size: str) -> list[Case]:
             ],
         ),
         Case(
-            "what two ranks send in a step, fp32", {"elements": elements, "bucket": elements // 16 // 2 * 2},
+            "what two ranks send in a step, fp32",
+            {"elements": elements, "bucket": elements // 16 // 2 * 2},
             {"ZeRO 3": zero3, "DistributedDataParallel": ddp},
-            [Goal("time of DistributedDataParallel's", None, over("ZeRO 3", "DistributedDataParallel"))], ranks=2,
+            [Goal("time of DistributedDataParallel's", None, over("ZeRO 3", "DistributedDataParallel"))],
+            ranks=2,
         ),
-    ]  # fmt: skip
+    ]
 
 
 if __name__ == "__main__":

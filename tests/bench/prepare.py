@@ -1,8 +1,10 @@
-"""Documents to token files: the `prepare` verb beside nanoGPT's prepare.py (datasets.map, tiktoken) and the tokenizers library.
+"""Documents to token files: the `prepare` verb beside nanoGPT's prepare.py (datasets.map, tiktoken) and the
+tokenizers library.
 
-The documents are the text of Python's standard library, repeated, in parquet files as OpenWebText has them. Every contestant
-reads them, splits them, and writes the ids as uint16; the limit is tiktoken (or sentencepiece) alone on all cores, the texts in
-memory and the processes started. Times of the verb and of the scripts are those of whole processes.
+The documents are the text of Python's standard library, repeated, in parquet files as OpenWebText has them.
+Every contestant reads them, splits them, and writes the ids as uint16; the limit is tiktoken (or
+sentencepiece) alone on all cores, the texts in memory and the processes started. Times of the verb and of the
+scripts are those of whole processes.
 """
 
 import multiprocessing
@@ -65,15 +67,21 @@ def setup(work: dict, folder: Path) -> None:
 
 
 def train_sentencepiece(path: Path, vocabulary: int) -> None:
-    """A BPE model with byte fallback, trained on 4 MB of the standard library (its size, not its quality, is what matters)."""
+    """A BPE model with byte fallback, trained on 4 MB of the standard library (its size, not its quality, is
+    what matters)."""
     import sentencepiece
 
     library = Path(os.__file__).parent
     text = "\n".join(file.read_text(errors="ignore") for file in sorted(library.glob("*.py")))[:4_000_000]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text.splitlines()), model_prefix=str(path.with_suffix("")), vocab_size=vocabulary,
-        model_type="bpe", byte_fallback=True, minloglevel=2, hard_vocab_limit=False,
-    )  # fmt: skip
+        sentence_iterator=iter(text.splitlines()),
+        model_prefix=str(path.with_suffix("")),
+        vocab_size=vocabulary,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
 
 
 def tokenizer_of(work: dict, folder: Path):
@@ -81,7 +89,11 @@ def tokenizer_of(work: dict, folder: Path):
     from inheritune.data.tokens import Gpt2Tokenizer, SentencePieceTokenizer
 
     place = folder / work["key"] / "tokenizer"
-    return SentencePieceTokenizer("bench", folder=place) if work["kind"] == "sentencepiece" else Gpt2Tokenizer(place)
+    return (
+        SentencePieceTokenizer("bench", folder=place)
+        if work["kind"] == "sentencepiece"
+        else Gpt2Tokenizer(place)
+    )
 
 
 def ours(work: dict, folder: Path) -> dict:
@@ -97,8 +109,8 @@ def ours(work: dict, folder: Path) -> dict:
 
 
 def nanogpt(work: dict, folder: Path, batched: bool = False) -> dict:
-    """data/openwebtext/prepare.py of nanoGPT on the same files: map with one process per core, then 1,024 writes. `batched`:
-    with map's own batches, which the library's documentation calls the fast way."""
+    """data/openwebtext/prepare.py of nanoGPT on the same files: map with one process per core, then 1,024
+    writes. `batched`: with map's own batches, which the library's documentation calls the fast way."""
     cache = folder / work["key"] / "cache"
     shutil.rmtree(cache, ignore_errors=True)
     with clock() as measured:
@@ -125,10 +137,14 @@ def nanogpt(work: dict, folder: Path, batched: bool = False) -> dict:
             rows = [[*encode(text), end] for text in examples["text"]]
             return {"ids": rows, "len": [len(row) for row in rows]}
 
-        tokenized = split.map(process_batch if batched else process, batched=batched, remove_columns=["text"], num_proc=CORES)
+        tokenized = split.map(
+            process_batch if batched else process, batched=batched, remove_columns=["text"], num_proc=CORES
+        )
         for name, its in tokenized.items():
             total = np.sum(its["len"], dtype=np.uint64)
-            out = np.memmap(folder / work["key"] / f"{name}.bin", dtype=np.uint16, mode="w+", shape=(int(total),))
+            out = np.memmap(
+                folder / work["key"] / f"{name}.bin", dtype=np.uint16, mode="w+", shape=(int(total),)
+            )
             first, batches = 0, min(1024, len(its))
             for index in range(batches):
                 batch = its.shard(num_shards=batches, index=index, contiguous=True).with_format("numpy")
@@ -144,20 +160,28 @@ def nanogpt_batched(work: dict, folder: Path) -> dict:
 
 
 def encode_one(work: dict, folder: Path):
-    """text -> ids, by tiktoken's encode_ordinary or sentencepiece's encode, as nanoGPT and its like call them."""
+    """text -> ids, by tiktoken's encode_ordinary or sentencepiece's encode, as nanoGPT and its like call
+    them."""
     if work["kind"] == "sentencepiece":
         import sentencepiece
 
-        return sentencepiece.SentencePieceProcessor(model_file=str(folder / work["key"] / "tokenizer.model")).encode
+        return sentencepiece.SentencePieceProcessor(
+            model_file=str(folder / work["key"] / "tokenizer.model")
+        ).encode
     import tiktoken
 
     ours = tokenizer_of(work, folder)._encoding  # its ranks, under tiktoken's own name for the same
-    return tiktoken.Encoding("bench", pat_str=ours._pat_str, mergeable_ranks=ours._mergeable_ranks,
-                             special_tokens=ours._special_tokens).encode_ordinary  # fmt: skip
+    return tiktoken.Encoding(
+        "bench",
+        pat_str=ours._pat_str,
+        mergeable_ranks=ours._mergeable_ranks,
+        special_tokens=ours._special_tokens,
+    ).encode_ordinary
 
 
 def hf_tokenizers(work: dict, folder: Path) -> dict:
-    """encode_batch of the tokenizers library on all cores, a thousand documents at a time, and the same files written."""
+    """encode_batch of the tokenizers library on all cores, a thousand documents at a time, and the same files
+    written."""
     with clock() as measured:
         import pyarrow.parquet as pq
         from tokenizers import Tokenizer
@@ -187,12 +211,15 @@ def limit(work: dict, folder: Path) -> dict:
     import pyarrow.parquet as pq
 
     texts = [
-        t for f in sorted((folder / work["key"] / "documents").glob("*.parquet")) for t in pq.read_table(f)["text"].to_pylist()
+        t
+        for f in sorted((folder / work["key"] / "documents").glob("*.parquet"))
+        for t in pq.read_table(f)["text"].to_pylist()
     ]
     context = multiprocessing.get_context("fork")
     ready, go, seconds = context.Semaphore(0), context.Event(), context.Queue()
     processes = [
-        context.Process(target=_encode_all, args=(texts[i::CORES], work, folder, ready, go, seconds)) for i in range(CORES)
+        context.Process(target=_encode_all, args=(texts[i::CORES], work, folder, ready, go, seconds))
+        for i in range(CORES)
     ]
     for process in processes:
         process.start()
@@ -207,13 +234,21 @@ def limit(work: dict, folder: Path) -> dict:
 
 def case(kind: str, mb: float, **more) -> Case:
     alone = f"limit: {'tiktoken' if kind == 'gpt2' else 'sentencepiece'} alone"
-    contestants = {"ours": ours, "datasets.map, as nanoGPT": nanogpt, "datasets.map, batched": nanogpt_batched}
+    contestants = {
+        "ours": ours,
+        "datasets.map, as nanoGPT": nanogpt,
+        "datasets.map, batched": nanogpt_batched,
+    }
     contestants |= {"tokenizers batch": hf_tokenizers, alone: limit}
     goals = [
         Goal("time of the encoder alone on all cores", 1 / 0.9, over("ours", alone)),
         Goal("CPU time of the encoder alone", None, over("ours", alone, key="cpu_seconds")),
         Goal("time of datasets.map, as nanoGPT", None, over("ours", "datasets.map, as nanoGPT")),
-        Goal("time of the faster datasets.map", 1 / 2, over("ours", "datasets.map, as nanoGPT", "datasets.map, batched")),
+        Goal(
+            "time of the faster datasets.map",
+            1 / 2,
+            over("ours", "datasets.map, as nanoGPT", "datasets.map, batched"),
+        ),
         Goal("time of the tokenizers batch call", 1.0, over("ours", "tokenizers batch")),
         Goal("peak MB of a process", None, values("ours", "peak_mb")),
     ]

@@ -1,7 +1,8 @@
-"""Start-up: `--help`, `check`, `plan`, and a resumed run from the start of its process to the end of its first step.
+"""Start-up: `--help`, `check`, `plan`, and a resumed run from the start of its process to the end of its
+first step.
 
-Beside the resume: importing torch, transformers and DeepSpeed, and reading and hashing the checkpoint's bytes, which no resume
-can do without.
+Beside the resume: importing torch, transformers and DeepSpeed, and reading and hashing the checkpoint's
+bytes, which no resume can do without.
 """
 
 import json
@@ -36,8 +37,21 @@ def setup(work: dict, folder: Path) -> None:
     settings = place / "ds.json"
     place.mkdir(parents=True)
     settings.write_text(json.dumps({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}))
-    train = {"steps": 1000, "batch_tokens": 64, "warmup_steps": 1, "lr": 3e-4, "precision": "fp32", "eval_every": 1000}
-    train |= {"eval_windows": 2, "final_windows": 2, "log_every": 1, "checkpoint_every": 1000, "deepspeed": str(settings)}
+    train = {
+        "steps": 1000,
+        "batch_tokens": 64,
+        "warmup_steps": 1,
+        "lr": 3e-4,
+        "precision": "fp32",
+        "eval_every": 1000,
+    }
+    train |= {
+        "eval_windows": 2,
+        "final_windows": 2,
+        "log_every": 1,
+        "checkpoint_every": 1000,
+        "deepspeed": str(settings),
+    }
     path = write_experiment(
         place,
         {"sequence_length": 64, "name": "resume"},
@@ -85,7 +99,10 @@ def resumed(work: dict, folder: Path) -> dict:
     from inheritune.engines import checkpoint
     from inheritune.training import loop as training
 
-    stamps, originals = {"imports_s": since_start()}, (training.start_engine, checkpoint.restore, checkpoint.find)
+    stamps, originals = (
+        {"imports_s": since_start()},
+        (training.start_engine, checkpoint.restore, checkpoint.find),
+    )
 
     def stamped(name, function):
         def call(*arguments):
@@ -100,14 +117,19 @@ def resumed(work: dict, folder: Path) -> dict:
         raise FirstStep
 
     training.start_engine = stamped("engine_s", originals[0])
-    checkpoint.restore, checkpoint.find = stamped("restore_s", originals[1]), stamped("hashes_s", originals[2])
+    checkpoint.restore, checkpoint.find = (
+        stamped("restore_s", originals[1]),
+        stamped("hashes_s", originals[2]),
+    )
     training.Trainer._log_step = first
     try:
         with _profiler or nullcontext():
             training.train(str(folder / "resume" / "resume.yaml"), "reference")
     except FirstStep:
         stamps["seconds"] = since_start()
-    stamps["rest_s"] = stamps["seconds"] - sum(stamps[f"{part}_s"] for part in ("imports", "engine", "restore", "hashes"))
+    stamps["rest_s"] = stamps["seconds"] - sum(
+        stamps[f"{part}_s"] for part in ("imports", "engine", "restore", "hashes")
+    )
     return stamps
 
 
@@ -128,7 +150,9 @@ def read(work: dict, folder: Path) -> dict:
     from inheritune.files.rundir import RunDir, hash_file
 
     run_dir = RunDir.of(load_experiment(str(folder / "resume" / "resume.yaml")), "reference")
-    files = [file for file in run_dir.checkpoint(run_dir.complete_checkpoints()[-1]).rglob("*") if file.is_file()]
+    files = [
+        file for file in run_dir.checkpoint(run_dir.complete_checkpoints()[-1]).rglob("*") if file.is_file()
+    ]
     with clock() as measured:
         for file in files:
             hash_file(file)
@@ -145,10 +169,13 @@ def cases(size: str) -> list[Case]:
     return [
         Case("verbs without work, gpt2_xl_owt", {"experiment": "gpt2_xl_owt"}, instant, goals),
         Case(
-            "resume of " + ("a toy" if size == "small" else "GPT-2 124M") + " to its first step", {"model": model},
-            {"ours": resumed, "imports alone": imports, "limit: reading the checkpoint": read}, loading, setup,
+            "resume of " + ("a toy" if size == "small" else "GPT-2 124M") + " to its first step",
+            {"model": model},
+            {"ours": resumed, "imports alone": imports, "limit: reading the checkpoint": read},
+            loading,
+            setup,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def beside_loading(turns: dict) -> list[float]:

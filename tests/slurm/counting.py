@@ -1,9 +1,12 @@
-"""Stands for the training program in the tests of the job scripts: counts steps, saves and stops when it is asked to.
+"""Stands for the training program in the tests of the job scripts: counts steps, saves and stops when it is
+asked to.
 
     counting.py FOLDER STEPS          one rank of srun's: 0.1 s a step, its count kept in FOLDER/rank<r>
-    counting.py FOLDER STEPS --slot   what `grow` is on the batch host: starts the ranks with $INHERITUNE_LAUNCH, passes USR1 on
+    counting.py FOLDER STEPS --slot   what `grow` is on the batch host: starts the ranks with
+    $INHERITUNE_LAUNCH, passes USR1 on
 
-COUNTING_FAILS: "killed" (rank 1 gets SIGKILL at step 5), "mistake" (exit code 2), "crash" (exit code 1 with a cause).
+COUNTING_FAILS: "killed" (rank 1 gets SIGKILL at step 5), "mistake" (exit code 2), "crash" (exit code 1 with a
+cause).
 """
 
 import os
@@ -41,7 +44,8 @@ def count() -> int:
             return code
         time.sleep(60)  # srun ends this task when the other leaves, and reports 143
     # a rank that says it counts speaks for all: each can be asked to stop by now
-    start = f"listens-{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', 0)}-{os.environ['SLURM_STEP_ID']}"
+    job, restart = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", 0)
+    start = f"listens-{job}-{restart}-{os.environ['SLURM_STEP_ID']}"
     messages = Path(os.environ["INHERITUNE_JOB"])
     (messages / f"{start}-{rank}").touch()
     while len(list(messages.glob(f"{start}-*"))) < int(os.environ["SLURM_STEP_NUM_TASKS"]):
