@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fork_server import ForkServer
 from random_shards import write_shards
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -291,17 +292,20 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def run_verb(*words, check=True, procs=1, **environment) -> subprocess.CompletedProcess:
-    """`python -m inheritune WORDS` as a user runs it; with check, a failure shows what it printed."""
+_FORKS = ForkServer()
+
+
+def run_verb(*words, check=True, procs=1, fresh=False, **environment) -> subprocess.CompletedProcess:
+    """`python -m inheritune WORDS` as a user runs it; with check, a failure shows what it printed. It is
+    forked from a process that has imported already, unless `fresh` or its environment asks for a start of
+    Python."""
     words = [str(w) for w in words] + (["--procs", str(procs)] if procs > 1 else [])
-    done = subprocess.run(
-        [sys.executable, "-m", "inheritune", *words],
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        env={**os.environ, **{k: str(v) for k, v in environment.items()}},
-        check=False,
-    )
+    whole = {**os.environ, **{k: str(v) for k, v in environment.items()}}
+    if not fresh and _FORKS.takes(whole):
+        done = _FORKS.run(words, REPOSITORY, whole)
+    else:
+        command = [sys.executable, "-m", "inheritune", *words]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=whole, check=False)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
