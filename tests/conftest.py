@@ -20,9 +20,9 @@ from random_shards import write_shards
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # these tests are about the code, not about a GPU that may be there
-os.environ["PYTHONPATH"] = str(
-    REPOSITORY
-)  # for the programs that the tests start, wherever pytest itself is started from
+PLACES = [REPOSITORY, REPOSITORY / "tests", REPOSITORY / "tests" / "support"]
+# for the programs that the tests start, wherever pytest itself is started from
+os.environ["PYTHONPATH"] = os.pathsep.join(map(str, PLACES))
 if (
     signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 ):  # as in the background of a script, from where programs inherit it

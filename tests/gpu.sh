@@ -6,7 +6,7 @@
 #
 # Slices: facts, runs (bf16 training at ZeRO 1 and 3), resume (stopped by a signal), resize (ZeRO 1 to 3, and to one GPU where
 # there are several), memory (measured peaks beside `plan`), bench_medium, bench_large, bench_xl24, bench_llama13 (a training step
-# beside a plain compiled loop and HF Trainer: tests/bench/train_step.py). The summary, for a report, is $GPU_OUT/summary.md.
+# beside a plain compiled loop and HF Trainer: benchmarks/train_step.py). The summary, for a report, is $GPU_OUT/summary.md.
 #   GPU_OUT=folder      where all of it lies (default: gpu_results under $INHERITUNE_ROOT, or here); delete it to begin anew
 #   GPUS=N GPU_TURNS=1  GPUs to use (default: all), turns of the benchmark
 set -euo pipefail
@@ -95,7 +95,7 @@ slice_memory() {
 }
 bench_case() {
   if [ "$on_cpu" = 1 ]; then set -- small "toy, one rank"; else set -- gpu "$1"; fi
-  BENCH_GPUS=$GPUS python tests/bench/train_step.py --size "$1" --case "$2" --turns "${GPU_TURNS:-1}" --out "$bench"
+  BENCH_GPUS=$GPUS python benchmarks/train_step.py --size "$1" --case "$2" --turns "${GPU_TURNS:-1}" --out "$bench"
 }
 slice_bench_medium() { bench_case "GPT-2 Medium"; }
 slice_bench_large() { bench_case "GPT-2 Large"; }
@@ -117,5 +117,5 @@ for slice in "${slices[@]}"; do
   if [ "$code" -eq 0 ]; then echo "$((SECONDS - started)) s" > "$GPU_OUT/$slice.done"; else failed+=("$slice"); fi
 done
 say "summary: $GPU_OUT/summary.md"
-python tests/gpu_summary.py "$experiment" | tee "$GPU_OUT/summary.md"
+python tools/gpu_summary.py "$experiment" | tee "$GPU_OUT/summary.md"
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]} (logs in $GPU_OUT; the same command tries them again)" >&2; exit 1; }

@@ -7,8 +7,8 @@ is looked up in dslint.yaml (`resume`):
 
     layout   the key decides how vectors are stored: the states are read parameter by parameter, as after a
     resize
-    kept     a test (tests/test_json_change.py) has shown that the vectors stay as they are: the states are
-    loaded as stored
+    kept     a test (tests/integration/test_json_change.py) has shown that the vectors stay as they are: the
+    states are loaded as stored
     else     the start is refused, and the key is named
 
 `describe_layout` is what a marker (COMPLETE) records for this. `find_changes` compares it with the JSON of a

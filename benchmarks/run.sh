@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Every benchmark, ours and what a user would take instead in turns, and the tables of benchmarks/README.md.
+#   bash benchmarks/run.sh [--size small] [--turns N]      hours on two cores; --size small: minutes, nothing is kept
+#   PARTS="batches prepare" bash benchmarks/run.sh          only these
+#   BENCH_FOLDER=/fast/disk bash benchmarks/run.sh          where inputs and outputs lie (20 GB; default: a temporary folder)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=recipes/setup.sh
+source recipes/setup.sh
+setup_environment tests/requirements.txt
+export INHERITUNE_GPT2_BPE="${INHERITUNE_GPT2_BPE:-${INHERITUNE_ROOT:-$PWD}/data/gpt2-bpe}"
+bash tests/fetch_gpt2_bpe.sh "$INHERITUNE_GPT2_BPE"
+parts=${PARTS:-batches startup downstream checkpoint analyze inherit prepare train_step pieces growth}
+work=$(mktemp -d "${BENCH_FOLDER:-${TMPDIR:-/tmp}}/inheritune_bench.XXXXXX")
+trap 'rm -rf "$work"' EXIT
+
+# mergekit beside the environment, not in it: two packages that requirements.txt lacks; its other needs are there
+export BENCH_MERGEKIT=${BENCH_MERGEKIT:-$work/mergekit}
+case " $parts " in
+  *" inherit "*)
+    [ -d "$BENCH_MERGEKIT" ] ||
+      python -m pip install --quiet --no-deps --target "$BENCH_MERGEKIT" mergekit==0.1.5 immutables==0.21 ||
+      echo "mergekit could not be installed: its row is left out"
+    ;;
+esac
+
+failed=''
+for part in $parts; do
+  python "benchmarks/$part.py" --folder "$work/$part" "$@" || failed+=" $part"
+  rm -rf "${work:?}/$part"
+done
+python benchmarks/report.py
+[ -z "$failed" ] || { echo "these parts failed:$failed" >&2 && exit 1; }

@@ -1,0 +1,574 @@
+"""The job scripts of slurm/ on a real Slurm: submitting, finding themselves, stopping, going on, failing.
+
+counting.py stands for the training program where only the script's own doings are looked at.
+"""
+
+import inspect
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from slurm_cluster import REPOSITORY, cluster, session_cluster, slurm  # noqa: F401
+
+from inheritune.cli import Verbs
+from inheritune.config.experiment import load_experiment
+from inheritune.files.rundir import RunDir
+
+SCRIPTS = sorted(
+    p for p in (REPOSITORY / "slurm").glob("*.sh") if p.name not in ("job.sh", "site.sh", "fetch.sh")
+)
+COUNTING = REPOSITORY / "tests" / "support" / "slurm" / "counting.sh"
+PROFILES = {
+    "8 GPUs a node": {"LAB_GPUS": 8},
+    "4 GPUs a node": {"LAB_NODES": 4, "LAB_GPUS": 4},
+    "typed GPUs": {"LAB_NODES": 4, "LAB_GPUS": 4, "LAB_GPU_TYPE": "h200", "SITE_GPU_TYPE": "h200"},
+    "no requeue": {"LAB_GPUS": 8, "LAB_REQUEUE": 0, "SITE_REQUEUE": "no"},
+    "one big shared node": {"LAB_NODES": 1, "LAB_GPUS": 16, "LAB_CPUS": 256, "LAB_MEM": 2048000},
+}
+
+
+def words_of(script: Path) -> list[str]:
+    """Arguments that a generic script needs; the others need none."""
+    generic = {"train": ["small", "reference"], "grow": ["small", "grown"], "analyze": ["gpt2", "small"]}
+    return generic.get(script.stem, ["small"] if script.stem in ("baselines", "evaluate", "prepare") else [])
+
+
+# --- submitting ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_script_is_accepted(profile):
+    knobs = PROFILES[profile]
+    site = {name: value for name, value in knobs.items() if name.startswith("SITE_")}
+    with cluster(**knobs) as here:
+
+        def submit(script):
+            here.run("sbatch", "--test-only", script, *words_of(script))
+            # an array's length is given: the experiment's file is not what is tested here
+            printed = here.run("bash", script, *words_of(script), "--dry-run", ARRAY="1-3%1", **site)
+            line = printed.splitlines()[0]
+            here.run(*shlex.split(line.replace("sbatch ", "sbatch --test-only ", 1)))
+            return line
+
+        with ThreadPoolExecutor(4) as pool:
+            lines = dict(zip((s.stem for s in SCRIPTS), pool.map(submit, SCRIPTS), strict=True))
+        assert len(lines) > 30
+        assert "No jobs" in here.run("scontrol", "show", "jobs")
+    assert not any("ntasks-per-gpu" in line for line in lines.values())
+    shape = re.search(r"--nodes=\d+ --gpus-per-node=\S+", lines["gpt2_xl_growth"])[0]
+    assert (
+        shape
+        == {
+            "8 GPUs a node": "--nodes=2 --gpus-per-node=8",
+            "4 GPUs a node": "--nodes=4 --gpus-per-node=4",
+            "typed GPUs": "--nodes=4 --gpus-per-node=h200:4",
+            "no requeue": "--nodes=2 --gpus-per-node=8",
+            "one big shared node": "--nodes=1 --gpus-per-node=16",
+        }[profile]
+    )
+    assert ("--no-requeue" in lines["gpt2_xl_growth"]) == (profile == "no requeue")
+    assert "gpus" not in lines["prepare"]
+
+
+def test_headers_have_the_shape_that_the_readme_tells():
+    for script in SCRIPTS:
+        header = "\n".join(line for line in script.read_text().splitlines() if line.startswith("#SBATCH"))
+        assert "--signal=B:USR1@300 --requeue --open-mode=append" in header, script
+        assert f"--job-name={script.stem} " in header and "--nodes=1 " in header, script
+        assert "ntasks-per-gpu" not in header, script
+        assert os.access(script, os.X_OK), script
+
+
+def test_the_readme_names_every_script():
+    text = (REPOSITORY / "slurm" / "README.md").read_text()
+    named = set(re.findall(r"`(\w+\.sh)`", text)) | set(re.findall(r"bash slurm/(\w+\.sh)", text))
+    for name in re.findall(r"`(\w+)_\{(\w+(?:,\w+)*)\}\.sh`", text):
+        named |= {f"{name[0]}_{kind}.sh" for kind in name[1].split(",")}
+    assert named - {"X.sh"} == {p.name for p in (REPOSITORY / "slurm").glob("*.sh")}
+    assert all((REPOSITORY / "slurm" / target).exists() for target in re.findall(r"\]\(([^)#:]+)\)", text))
+
+
+def test_site_file_serves_a_login_shell(slurm):  # noqa: F811
+    """Sourced, it exports what sbatch reads; a value that is set wins over the guess."""
+    shown = slurm.run(
+        "bash", "-c", f"source {REPOSITORY}/slurm/site.sh; env", SITE_ACCOUNT="mine", SITE_CPUS_PER_GPU=3
+    )
+    wanted = {
+        "ACCOUNT": "mine",
+        "GPUS_PER_NODE": "4",
+        "CPUS_PER_GPU": "3",
+        "MEM_PER_GPU": "115200M",
+        "TIMELIMIT": "24:00:00",
+        "SIGNAL": "B:USR1@300",
+    }
+    have = dict(re.findall(r"^SBATCH_(\w+)=(.*)", shown, re.MULTILINE))
+    assert wanted.items() <= have.items()
+    assert "PARTITION" not in have  # the default partition has GPUs: nothing to ask for
+    slurm.run(
+        "bash", "-c", f"source {REPOSITORY}/slurm/site.sh; sbatch --test-only {REPOSITORY}/slurm/train.sh a b"
+    )
+    # what it exported must not give GPUs to a job that asks for none
+    rehearsal = (
+        f"source {REPOSITORY}/slurm/site.sh; REHEARSE=1 bash {REPOSITORY}/slurm/train.sh a b --dry-run"
+    )
+    line = slurm.run("bash", "-c", rehearsal).splitlines()[0]
+    assert line.startswith("env -u SBATCH_") and "-u SBATCH_GPUS_PER_NODE " in line
+
+
+def test_site_file_finds_the_partition_with_gpus(tmp_path):
+    extra = tmp_path / "extra.conf"
+    extra.write_text(
+        "PartitionName=cpu Nodes=127.0.0.9 Default=YES State=UP MaxTime=60\n"
+        "NodeName=127.0.0.9 NodeHostname=nowhere NodeAddr=127.0.0.1 Port=1 CPUs=4 "
+        "RealMemory=8000 State=UNKNOWN\n"
+        "PartitionName=short Nodes=127.0.0.2 MaxTime=02:00:00 State=UP\n"
+    )
+    with cluster(LAB_EXTRA=extra, LAB_PARTITIONS="gpus") as here:
+        ask = f"source {REPOSITORY}/slurm/site.sh; env | grep SBATCH"
+        guessed = here.run("bash", "-c", ask)
+        assert "SBATCH_PARTITION=gpus" in guessed and "SBATCH_TIMELIMIT=24:00:00" in guessed
+        assert "SBATCH_TIMELIMIT=120" in here.run("bash", "-c", ask, SITE_PARTITION="short")
+        assert "SBATCH_TIMELIMIT=120" in here.run("bash", "-c", ask, SITE_PARTITION="cpu,short")
+        # a job without GPUs is not sent to the partition that was guessed for those with
+        for more, partition in (
+            ({}, None),
+            ({"SITE_CPU_PARTITION": "cpu"}, "cpu"),
+            ({"SITE_PARTITION": "gpus"}, "gpus"),
+        ):
+            line = here.run(
+                "bash", COUNTING, "a", 2, "--dry-run", REHEARSE=1, SITE_CONSTRAINT="big", **more
+            ).splitlines()[0]
+            assert re.findall(r"--partition=(\S+)", line) == [partition] * bool(partition)
+            assert ("--constraint" in line) == (partition != "cpu")
+        prepare = f"bash {REPOSITORY}/slurm/prepare.sh small --dry-run"
+        for before in ("", f"source {REPOSITORY}/slurm/site.sh; "):
+            # nor does it ask for that one's time, which may be longer
+            line = here.run("bash", "-c", before + prepare).splitlines()[0]
+            assert "--partition" not in line and "--time" not in line
+            assert "--time=30 " in here.run("bash", "-c", before + prepare, SITE_TIME=30).splitlines()[0]
+            assert "--partition=gpus " in here.run("bash", "-c", f"{before}bash {COUNTING} a 2 --dry-run")
+
+
+def test_plain_sbatch_finds_the_repository_from_any_folder(slurm, tmp_path):  # noqa: F811
+    """In a job $0 is a copy in a spool folder. The last line of a failed log names the cause and the line to
+    paste."""
+    job = slurm.run(
+        "sbatch",
+        "--parsable",
+        "--array=1",
+        "--output",
+        tmp_path / "log",
+        REPOSITORY / "slurm" / "evaluate.sh",
+        "no such $(touch pwned)",
+        cwd=tmp_path,
+    )
+    (record,) = slurm.wait(job)
+    log = (tmp_path / "log").read_text()
+    assert record["ExitCode"] == "2:0", log
+    assert "no experiment 'no such $(touch pwned)'" in log
+    assert log.splitlines()[-1].endswith(
+        f"submit again: bash {REPOSITORY}/slurm/evaluate.sh 'no such $(touch pwned)'"
+    )
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_mistakes_at_submission_are_one_sentence(slurm, tmp_path):  # noqa: F811
+    """Nothing is submitted, and the exit code is not 0."""
+    script = REPOSITORY / "slurm" / "baselines.sh"
+    assert "no experiment 'nosuch'" in slurm.run("bash", script, "nosuch", check=False)
+    assert "usage: bash" in slurm.run("bash", script, check=False)
+    nowhere = tmp_path / "slurm.conf"
+    nowhere.touch()  # not a missing one, for which Slurm's commands wait a minute
+    elsewhere = slurm.run(
+        "bash", REPOSITORY / "slurm" / "train.sh", "a", "b", check=False, SLURM_CONF=nowhere
+    )
+    assert (
+        elsewhere.startswith("inheritune: this is no login node of a Slurm cluster")
+        and elsewhere.count("\n") == 0
+    )
+    assert not slurm.run("squeue", "-h")
+
+
+def test_baselines_of_baselines_wait(slurm, own_root):  # noqa: F811
+    """Each other run is a task of one array."""
+    script = REPOSITORY / "slurm" / "gpt2_medium_baselines.sh"
+    printed = slurm.run("bash", script, "--", "--hold")
+    first, stacking, long = re.findall(r"^submitted job (\d+)$", printed, re.MULTILINE)
+    names = slurm.run(
+        "python", REPOSITORY / "slurm" / "runs.py", "gpt2_medium_owt", "baselines", PYTHONPATH=REPOSITORY
+    ).split()
+    number = {name: position for position, name in enumerate(names, 1)}
+    waits = {"stacking": "stacking_half", "inheritune_18_200k_50k": "reference_200k_50k"}
+    for job, (run, source) in zip((stacking, long), waits.items(), strict=True):
+        (record,) = slurm.records(job)
+        assert record["ArrayTaskId"] == str(number[run])
+        assert record["Dependency"].startswith(f"afterok:{first}_{number[source]}(")
+    alone = sorted(int(line) for line in slurm.run("squeue", "-h", "-r", "-j", first, "-o", "%K").split())
+    assert alone == sorted(set(number.values()) - {number[run] for run in waits})
+    assert "queued already" in slurm.run("bash", script) and len(
+        slurm.run("squeue", "-h", "-r").splitlines()
+    ) == len(names)
+    assert f"--dependency=afterok:JOB_{number['stacking_half']} " in slurm.run("bash", script, "--dry-run")
+
+
+def test_a_module_that_is_loaded_again_does_not_hide_the_environment(slurm, tmp_path):  # noqa: F811
+    """Lmod reloads a module that the submitting shell had loaded, whose Python then goes before the active
+    environment's; and the shell that sbatch wraps a command in may drop the function `module`."""
+    (tmp_path / "init").mkdir(), (tmp_path / "bin").mkdir()
+    (tmp_path / "init" / "bash").write_text(f"module() {{ echo loads $2; PATH={tmp_path}/bin:$PATH; }}\n")
+    (tmp_path / "bin" / "python").write_text("#!/bin/bash\necho the Python of the module >&2\nexit 1\n")
+    (tmp_path / "bin" / "python").chmod(0o755)
+    job = slurm.submit(
+        COUNTING,
+        tmp_path / "a",
+        2,
+        VIRTUAL_ENV=sys.prefix,
+        SITE_MODULES="python/3.11",
+        MODULESHOME=tmp_path,
+        LMOD_PKG="",
+        CONDA_DEFAULT_ENV="base",
+    )
+    (record,) = slurm.wait(job)
+    assert record["JobState"] == "COMPLETED" and "loads python/3.11" in slurm.log(job), slurm.logs()
+
+
+def test_a_controller_that_does_not_answer_is_asked_again(slurm, tmp_path):  # noqa: F811
+    """Neither the start of a job nor its requeue fails for it."""
+    (tmp_path / "bin").mkdir(), (tmp_path / "calls").mkdir()
+    stub, first = tmp_path / "bin" / "scontrol", f"[ -e {tmp_path}/calls/$2 ]"
+    stub.write_text(f"""#!/bin/bash
+[ $1 != show ] || {first} || {{ touch {tmp_path}/calls/$2; exit 1; }}
+exec {shutil.which("scontrol")} "$@"
+""")
+    stub.chmod(0o755)
+    job = slurm.submit(COUNTING, tmp_path / "a", 30, PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
+    slurm.wait_for_log(job, "rank 3 counts from 0")
+    (tmp_path / "calls" / "job").unlink()
+    slurm.ask_to_stop(job)
+    (record,) = slurm.wait(job)
+    assert (
+        record["JobState"] == "COMPLETED" and record["Restarts"] == "1" and counted(tmp_path / "a") == {30}
+    ), slurm.logs()
+    assert {path.name for path in (tmp_path / "calls").iterdir()} == {"job", "hostnames"}
+
+
+def test_names_are_data(slurm, tmp_path):  # noqa: F811
+    folder = tmp_path / "it's $(touch pwned) `touch pwned` & a name"
+    job = slurm.submit(COUNTING, folder, 3, cwd=tmp_path)
+    (record,) = slurm.wait(job)
+    assert record["JobState"] == "COMPLETED", slurm.logs()
+    assert (folder / "DONE").exists() and not list(tmp_path.rglob("pwned"))
+
+
+def test_a_second_submission_is_told(slurm, tmp_path):  # noqa: F811
+    job = slurm.submit(COUNTING, tmp_path / "a", 3, "--", "--hold")
+    assert f"not submitted: a job of this name is queued already ({job} PENDING)" in slurm.run(
+        "bash", COUNTING, tmp_path / "a", 3
+    )
+    assert "submitted job" in slurm.run("bash", COUNTING, tmp_path / "a", 3, "--", "--hold", FORCE=1)
+
+
+@pytest.mark.parametrize("gpus", [4, 0])
+def test_rehearsal_asks_for_no_gpu(gpus, tmp_path):
+    with cluster(LAB_GPUS=gpus) as here:
+        job = here.submit(COUNTING, tmp_path / "a", 2, REHEARSE=1, NODES=2)
+        (record,) = here.wait(job)
+        assert record["JobState"] == "COMPLETED" and "gpu" not in record["TRES"], here.logs()
+        assert "REHEARSAL" in here.log(job) and "2 task(s) of 1 CPU(s)" in here.log(job)
+        assert {p.name for p in (tmp_path / "a").iterdir()} == {"rank0", "rank1", "DONE"}
+        if not gpus:
+            assert "sinfo shows no GPU" in here.run("bash", COUNTING, tmp_path / "b", 2, check=False)
+
+
+def test_prepare_rehearses_for_real(slurm, small, own_root):  # noqa: F811
+    job = slurm.submit(REPOSITORY / "slurm" / "prepare.sh", small, REHEARSE=1)
+    (record,) = slurm.wait(job, timeout=120)
+    assert record["JobState"] == "COMPLETED", slurm.logs()
+    assert "'bash" not in slurm.log(job) and slurm.log(job).splitlines()[-1].endswith("finished")
+
+
+def test_a_job_whose_run_has_a_stop_file_says_so_last(slurm, small, own_root):  # noqa: F811
+    run = RunDir.of(load_experiment(small), "reference")
+    run.path.mkdir(parents=True)
+    run.stop.touch()
+    job = slurm.submit(REPOSITORY / "slurm" / "train.sh", small, "reference", TASKS=1, NODES=1)
+    (record,) = slurm.wait(job, timeout=120)
+    assert record["JobState"] == "COMPLETED" and not run.is_done(), slurm.logs()
+    last = slurm.log(job).splitlines()[-1]
+    assert "stopped, not finished:" in last and f"{run.stop} is there; delete it to go on" in last, (
+        slurm.logs()
+    )
+
+
+def test_a_job_without_gpus_and_unequal_nodes_are_refused(slurm, tmp_path):  # noqa: F811
+    wrap = shlex.join(["bash", str(COUNTING), str(tmp_path / "a"), "2"])
+    unequal = slurm.run("sbatch", "--parsable", "-o", tmp_path / "1", "--nodes=2", "--gpus=3", "--wrap", wrap)
+    none = slurm.run("sbatch", "--parsable", "-o", tmp_path / "2", "--nodes=2", "--wrap", wrap)
+    assert [r["ExitCode"] for r in slurm.wait(unequal, none)] == ["2:0", "2:0"]
+    assert "unequal numbers of GPUs (127.0.0.2: 2, 127.0.0.3: 1)" in (tmp_path / "1").read_text()
+    assert "has no GPU" in (tmp_path / "2").read_text()
+
+
+# --- stopping and going on ----------------------------------------------------------------------------------
+
+
+def counted(folder: Path) -> set[int]:
+    return {int(path.read_text()) for path in folder.glob("rank*")}
+
+
+def test_usr1_saves_and_the_job_requeues_itself(slurm, tmp_path):  # noqa: F811
+    job = slurm.submit(COUNTING, tmp_path / "a", 30, GPUS=8)
+    slurm.wait_for_log(job, "rank 7 counts from 0")
+    slurm.ask_to_stop(job)
+    slurm.wait_for_log(job, "requeued as restart 1")
+    assert "stopped at" in slurm.log(job) and not (tmp_path / "a" / "DONE").exists()
+    (record,) = slurm.wait(job)
+    log = slurm.log(job)
+    assert record["JobState"] == "COMPLETED" and record["Restarts"] == "1", log
+    assert "restart 1 on" in log and counted(tmp_path / "a") == {30}
+    assert log.count("rank 7 counts from 0") == 1  # the second run did not begin anew
+
+
+def test_a_site_without_requeue_gets_a_new_job_of_the_same_shape(slurm, tmp_path):  # noqa: F811
+    job = slurm.submit(
+        COUNTING, tmp_path / "a b", 30, "--", "--time=7", "--comment=x", SITE_REQUEUE="no", GPUS=8
+    )
+    slurm.wait_for_log(job, "rank 7 counts from 0")
+    behind = slurm.submit(COUNTING, tmp_path / "behind", 2, "--", f"--dependency=afterok:{job}")
+    slurm.ask_to_stop(job)
+    (first,) = slurm.wait(job)
+    then = re.search(r"does not requeue; job (\d+) goes on", slurm.log(job))[1]
+    (second,) = slurm.wait(then)
+    (last,) = slurm.wait(behind)  # of the work's end, not of its first job's
+    assert last["JobState"] == "COMPLETED" and last["StartTime"] >= second["EndTime"], slurm.logs()
+    assert first["Restarts"] == "0" and second["JobState"] == "COMPLETED", slurm.logs()
+    same = ("JobName", "NumNodes", "NumCPUs", "TRES", "TimeLimit", "Partition", "TresPerNode", "StdOut")
+    assert {key: first[key] for key in same} == {key: second[key] for key in same}
+    assert "restart 1 on" in slurm.log(then) and counted(tmp_path / "a b") == {30}
+    assert "should wait for" not in slurm.log(job)
+
+
+def test_what_waits_for_an_array_of_slots_waits_for_the_job_that_goes_on(slurm, tmp_path):  # noqa: F811
+    """Where the site does not requeue, its last slot submits a job behind itself."""
+    array = slurm.submit(COUNTING, tmp_path / "a", 30, SITE_REQUEUE="no", COUNTING_SLOTS=1, ARRAY="1-1%1")
+    slurm.wait_for_log(f"{array}_1", "rank 3 counts from 0")
+    behind = slurm.submit(COUNTING, tmp_path / "behind", 2, "--", f"--dependency=afterany:{array}")
+    slurm.ask_to_stop(f"{array}_1")
+    slurm.wait(array)
+    then = re.search(r"does not requeue; job (\d+) goes on", slurm.logs())[1]
+    (last,) = slurm.wait(behind)
+    ((second,), log) = slurm.wait(then), slurm.logs()
+    assert last["JobState"] == second["JobState"] == "COMPLETED" and last["StartTime"] >= second["EndTime"], (
+        log
+    )
+    assert counted(tmp_path / "a") == {30} and "should wait for" not in log
+
+
+def test_a_refused_submission_of_baselines_fails(slurm, own_root):  # noqa: F811
+    script = REPOSITORY / "slurm" / "gpt2_medium_baselines.sh"
+    printed = slurm.run("bash", "-c", f"bash {script} -- --partition=nowhere; echo ends with $?", check=False)
+    assert (
+        printed.endswith("ends with 1") and "invalid partition" in printed and "submitted job" not in printed
+    )
+
+
+def test_a_requeue_from_outside_comes_back_once(slurm, tmp_path):  # noqa: F811
+    job = slurm.submit(COUNTING, tmp_path / "a", 30)
+    slurm.wait_for_log(job, "rank 3 counts from 0")
+    slurm.run("scontrol", "requeue", job)
+    slurm.wait_for_log(job, "cancelled or requeued from outside")
+    (record,) = slurm.wait(job)
+    assert record["JobState"] == "COMPLETED" and record["Restarts"] == "1", slurm.log(job)
+    assert "SIGTERM" in slurm.log(job) and counted(tmp_path / "a") == {30}
+
+
+def test_a_cancelled_job_stays_cancelled(slurm, tmp_path):  # noqa: F811
+    job = slurm.submit(COUNTING, tmp_path / "a", 100)
+    slurm.wait_for_log(job, "rank 3 counts from 0")
+    slurm.run("scancel", job)
+    (record,) = slurm.wait(job)
+    assert record["JobState"] == "CANCELLED" and record["Restarts"] == "0", slurm.log(job)
+    assert "cancelled or requeued from outside; to go on: bash" in slurm.log(job).splitlines()[-1]
+    assert len(counted(tmp_path / "a")) and max(counted(tmp_path / "a")) < 100  # but saved
+
+
+def test_restarts_are_capped(slurm, tmp_path):  # noqa: F811
+    job = slurm.submit(COUNTING, tmp_path / "a", 100, MAX_RESTARTS=0)
+    slurm.wait_for_log(job, "rank 3 counts from 0")
+    slurm.ask_to_stop(job)
+    (record,) = slurm.wait(job)
+    assert record["ExitCode"] == "1:0" and "all that MAX_RESTARTS allows" in slurm.log(job).splitlines()[-1]
+
+
+def test_a_preempted_job_comes_back(tmp_path):
+    """At preemption the tasks get TERM and save; a job whose step then ends with 0 would count as finished
+    (Slurm 22.05)."""
+    extra = tmp_path / "preempt.conf"
+    extra.write_text(
+        "PreemptType=preempt/partition_prio\nPreemptMode=REQUEUE\n"
+        "PartitionName=low Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=8 State=UP\n"
+        "PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP\n"
+    )
+    with cluster(LAB_EXTRA=extra) as here:
+        job = here.submit(COUNTING, tmp_path / "a", 40, SITE_PARTITION="low")
+        here.wait_for_log(job, "rank 3 counts from 0")
+        here.run(
+            "sbatch",
+            "--partition=high",
+            "--nodes=2",
+            "--exclusive",
+            "--output=/dev/null",
+            "--wrap",
+            "sleep 1",
+        )
+        (record,) = here.wait(job)
+        assert record["JobState"] == "COMPLETED" and int(record["Restarts"]) >= 1, here.log(job)
+        assert "by SIGTERM" in here.log(job) and counted(tmp_path / "a") == {40}
+        assert here.log(job).count("counts from 0") == 4
+
+
+def test_a_lost_node_brings_the_job_back(tmp_path):
+    with cluster() as here:
+        job = here.submit(COUNTING, tmp_path / "a", 30, "--", "--nodelist=127.0.0.2")
+        here.wait_for_log(job, "rank 3 counts from 0")
+        here.run("scontrol", "update", "nodename=127.0.0.2", "state=down", "reason=test")
+        here.until(lambda: here.records(job)[0]["JobState"] == "PENDING")
+        here.until(
+            lambda: not here.run("pgrep", "-f", tmp_path / "a", check=False)
+        )  # the lost node's processes are gone
+
+        def back() -> bool:
+            """As a person would: the node is put to use again, and a job that it could not start meanwhile is
+            released."""
+            here.run(
+                "scontrol", "update", "nodename=127.0.0.2", "state=resume", check=False
+            )  # it may be back by itself
+            here.run("scontrol", "release", job, check=False)
+            return here.records(job)[0]["JobState"] not in ("PENDING", "CONFIGURING")
+
+        here.until(back)
+        (record,) = here.wait(job)
+        assert record["JobState"] == "COMPLETED" and int(record["Restarts"]) >= 1, here.log(job)
+        assert counted(tmp_path / "a") == {30}
+
+
+@pytest.mark.slow
+def test_the_time_limit_asks_first(slurm, tmp_path):  # noqa: F811
+    """Slurm looks at limits every 30 s: with one minute and 40 s of lead the signal comes after 20 to 50
+    s."""
+    job = slurm.submit(COUNTING, tmp_path / "a", 550, SITE_TIME=1, SITE_LEAD=40)
+    (record,) = slurm.wait(job, timeout=200)
+    assert record["JobState"] == "COMPLETED" and int(record["Restarts"]) >= 1, slurm.log(job)
+    assert (
+        "stopped at" in slurm.log(job) and "by SIGUSR1" in slurm.log(job) and counted(tmp_path / "a") == {550}
+    )
+
+
+# --- failing ------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_task_fails_the_job_with_its_cause(slurm, tmp_path):  # noqa: F811
+    job = slurm.submit(COUNTING, tmp_path / "a", 50, COUNTING_FAILS="killed")
+    (record,) = slurm.wait(job)
+    last = slurm.log(job).splitlines()[-1]
+    assert record["JobState"] == "FAILED" and record["ExitCode"] == "137:0"
+    assert "killed by signal 9 (out of memory?) on one of the nodes 127.0.0." in last
+    assert last.endswith(f"goes on from the last checkpoint: bash {COUNTING} {tmp_path}/a 50")
+
+
+# --- arrays of slots ----------------------------------------------------------------------------------------
+
+
+def states(slurm, job) -> dict[str, str]:  # noqa: F811
+    return {record["ArrayTaskId"]: record["JobState"] for record in slurm.records(job)}
+
+
+def test_the_next_slot_goes_on_and_surplus_ones_end_at_once(slurm, tmp_path):  # noqa: F811
+    job = slurm.submit(COUNTING, tmp_path / "a", 20, COUNTING_SLOTS=1)
+    slurm.wait_for_log(f"{job}_1", "rank 3 counts from 0")
+    slurm.ask_to_stop(f"{job}_1")
+    records = slurm.wait(job)
+    assert {r["JobState"] for r in records} == {"COMPLETED"} and {r["Restarts"] for r in records} == {"0"}, (
+        slurm.logs()
+    )
+    assert "the next slot of the array goes on" in slurm.log(f"{job}_1")
+    assert "nothing is left to do" not in slurm.log(f"{job}_2") and "nothing is left to do" in slurm.log(
+        f"{job}_3"
+    )
+    assert counted(tmp_path / "a") == {20}
+
+
+def test_the_last_slot_requeues_itself_alone(slurm, tmp_path):  # noqa: F811
+    """The last task of an array has the array's own id: what is said of it must not reach the others."""
+    job = slurm.submit(COUNTING, tmp_path / "a", 30, COUNTING_SLOTS=1, ARRAY="1-2%1")
+    for task in "12":
+        slurm.wait_for_log(f"{job}_{task}", "rank 3 counts from")
+        slurm.ask_to_stop(f"{job}_{task}")
+    records = slurm.wait(job)
+    assert {(r["ArrayTaskId"], r["JobState"], r["Restarts"]) for r in records} == {
+        ("1", "COMPLETED", "0"),
+        ("2", "COMPLETED", "1"),
+    }
+    assert counted(tmp_path / "a") == {30}
+
+
+def test_a_chain_of_jobs_does_what_an_array_does(slurm, tmp_path):  # noqa: F811
+    first = slurm.submit(COUNTING, tmp_path / "a", 10, COUNTING_SLOTS=1, ARRAY="no")
+    behind = f"--dependency=afterany:{first}"
+    second = slurm.submit(COUNTING, tmp_path / "a", 10, "--", behind, COUNTING_SLOTS=1, ARRAY="no", FORCE=1)
+    assert [r["JobState"] for r in slurm.wait(first, second)] == ["COMPLETED", "COMPLETED"], slurm.logs()
+    assert counted(tmp_path / "a") == {10} and "nothing is left to do" in slurm.log(second)
+
+
+def test_a_mistake_stops_the_rest_of_the_array(slurm, tmp_path):  # noqa: F811
+    job = slurm.submit(COUNTING, tmp_path / "a", 20, COUNTING_SLOTS=1, COUNTING_FAILS="mistake")
+    slurm.wait(job)
+    assert set(states(slurm, job).values()) == {"FAILED", "CANCELLED"}, slurm.logs()
+    last = slurm.log(f"{job}_1").splitlines()[-1]
+    assert "FAILED (code 2): 127.0.0.2 rank 0: the loss is not a number; mend that, then submit again" in last
+
+
+def test_the_same_crash_twice_stops_the_array_and_another_slot_is_told_why(slurm, tmp_path):  # noqa: F811
+    job = slurm.submit(COUNTING, tmp_path / "a", 20, COUNTING_SLOTS=1, COUNTING_FAILS="crash")
+    slurm.wait(job)
+    assert [states(slurm, job).get(t) for t in "12"] == ["FAILED", "FAILED"] and "CANCELLED" in states(
+        slurm, job
+    ).values()
+    assert "the rest of the array was cancelled" not in slurm.log(f"{job}_1")
+    assert "the rest of the array was cancelled" in slurm.log(f"{job}_2")
+    slurm.run("scontrol", "requeue", f"{job}_1")  # as a slot that starts in spite of all
+    slurm.until(
+        lambda: "this array was stopped: 127.0.0.2 rank 0: the loss is not a number" in slurm.log(f"{job}_1")
+    )
+    slurm.wait(job)
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "line"),
+    [
+        ("prepare.sh", ["small"], "prepare EXPERIMENT [--workers N]"),
+        ("analyze.sh", ["model", "small"], "analyze --model MODEL --data EXPERIMENT"),
+        ("evaluate.sh", ["small", "--run", "reference"], "evaluate EXPERIMENT --run RUN [--procs N]"),
+        ("grow.sh", ["small", "grown"], "grow EXPERIMENT --run RUN [--procs N]"),
+        ("train.sh", ["small", "reference"], "train EXPERIMENT --run RUN [--procs N]"),
+    ],
+)
+def test_without_slurm_the_line_that_does_the_same_is_told(tmp_path, script, words, line):
+    (tmp_path / "sinfo").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "sinfo").chmod(0o755)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    environment["PATH"] = f"{tmp_path}{os.pathsep}{environment['PATH']}"
+    command = ["bash", str(REPOSITORY / "slurm" / script), *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and done.stderr.strip().endswith(
+        f"without Slurm: python -m inheritune {line}"
+    ), done.stderr
+    flags = {flag for flag in ("--workers", "--procs", "--model", "--data", "--run") if flag in line}
+    function = getattr(Verbs, line.split()[0])
+    assert {flag[2:] for flag in flags} <= set(inspect.signature(function).parameters)

@@ -1,0 +1,111 @@
+"""One rank of `train` that meets a real fault; started by test_faults.py.
+
+python tests/support/fault_worker.py EXPERIMENT RUN KIND@STEP:RANK, where KIND is
+    loss     the loss of one micro batch of that step is infinite, its gradient is not
+    losses   the loss of every micro batch from that step on is infinite
+    weight   one weight of this rank becomes nan before that step, and stays so until it is loaded again
+    unsaved  one weight becomes nan between that step and its checkpoint
+    slow     whatever this rank brings to disk, at any step, takes half a second per file more
+    sleep, stopped, held   in that step this rank sleeps for ever, is stopped from outside, keeps the
+    interpreter to itself
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+
+from inheritune import cli as program
+from inheritune.runtime import dist
+from inheritune.training import loop as train
+from inheritune.training import validate
+
+HANGS = ("sleep", "stopped", "held")
+START_S, HANG_S, LOOKS = 1500.0, 10.0, 500  # the watch is strict only from that step on
+
+experiment, run, when = sys.argv[1:]
+kind, _, place = when.partition("@")
+step, _, who = place.partition(":")
+engine, watch, due = None, None, False
+
+
+def spoil_a_weight() -> None:
+    parameter = next(iter(engine.module.parameters()))
+    for held in {
+        parameter,
+        getattr(parameter, "ds_tensor", parameter),
+    }:  # at ZeRO 3 its part, and the whole
+        held.data.view(-1)[:1] = float("nan")
+
+
+def hang() -> None:
+    print(f"struck: {when}", flush=True)
+    if kind == "sleep":
+        time.sleep(1000)
+    elif kind == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    else:
+        time.sleep(START_S / LOOKS + 1)  # until the watch has become strict
+        ctypes.PyDLL(None).sleep(1000)  # unlike CDLL it does not let other threads run
+
+
+def wrap(module, name: str, before=None, after=None) -> None:
+    """Call before(*arguments) ahead of module.name, and put after(its result) in the place of its result."""
+    original = getattr(module, name)
+
+    def wrapped(*args, **kwargs):
+        if before:
+            before(*args)
+        result = original(*args, **kwargs)
+        return after(result) if after else result
+
+    setattr(module, name, wrapped)
+
+
+def at_step(order, number: int, share) -> None:
+    global due
+    if watch and number == int(step) - 1:
+        watch.limit_s = HANG_S
+    due = (number >= int(step) - 1 if kind == "losses" else number == int(step) - 1) and dist.rank() == int(
+        who
+    )
+    if due and kind == "weight":
+        spoil_a_weight()
+    elif due and kind in HANGS:
+        hang()
+
+
+def keep_engine(result):
+    global engine
+    engine = result
+    return result
+
+
+def keep_watch(result):
+    global watch
+    watch = result
+    result.limit_s, result.LOOKS = START_S, LOOKS
+    return result
+
+
+def spoil_the_loss(losses):
+    global due
+    struck, due = due and kind in ("loss", "losses"), due and kind == "losses"
+    return losses + float("inf") if struck else losses  # a sum's gradient is 1: only the loss shows it
+
+
+wrap(train, "start_engine", after=keep_engine)
+wrap(train, "read_share", before=at_step)
+wrap(validate, "token_losses", after=spoil_the_loss)
+if kind == "unsaved":
+    wrap(
+        train,
+        "weights_are_finite",
+        before=lambda engine: spoil_a_weight() if engine.global_steps == int(step) else None,
+    )
+elif kind == "slow":
+    wrap(os, "fsync", before=lambda file: time.sleep(0.5) if dist.rank() == int(who) else None)
+elif kind in HANGS:
+    wrap(dist, "Watchdog", after=keep_watch)
+program.leave(program.main(["train", experiment, "--run", run]))

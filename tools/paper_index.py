@@ -1,0 +1,73 @@
+"""Writes the index of the paper's tables and figures into recipes/README.md, from recipes/paper/items.yaml
+and the arithmetic of `plan`: python tools/paper_index.py. A test says when it is stale."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from planned_tables import span
+from written import filled, markdown
+
+from inheritune.config.experiment import RECIPES
+from inheritune.paper.items import Item, load_experiments, load_item, missing
+from inheritune.planning import plan as planning
+
+FILE = RECIPES / "README.md"
+
+
+def items_of(script: Path) -> list[Item]:
+    """The items that a script's last line names."""
+    names = script.read_text(encoding="utf-8").splitlines()[-1].partition('paper_item.sh" ')[2].split()
+    return [load_item(name) for name in names]
+
+
+def models_of(items: list[Item]) -> dict[tuple, dict]:
+    """{(experiment, run, stage): plan} of every model that the items need, those that they start from too; of
+    a grown run the rounds up to the last that is shown."""
+    found = {}
+    for item in items:
+        experiments = load_experiments(item, rehearse=False)
+        shown = {}
+        for row in item.models():
+            shown[row.run] = max(row.stage or 1, shown.get(row.run, 1))
+        for step in missing(item, experiments, lambda *_: False):
+            if step.verb in ("train", "grow"):
+                for facts in planning.plan_experiment(experiments[step.experiment], step.run):
+                    if (facts["stage"] or 1) <= shown.get(f"{step.experiment}/{step.run}", 1):
+                        found[step.experiment, step.run, facts["stage"]] = facts
+    return found
+
+
+def row(script: Path) -> list:
+    items = items_of(script)
+    names = [item.title.partition(":" if item.title[:4] in ("Tabl", "Figu") else " (")[0] for item in items]
+    models = models_of(items)
+    runs = sorted({r.run.rpartition("/")[0] for item in items for r in item.models() if r.run})
+    hours, tokens = (sum(facts[key] for facts in models.values()) for key in ("gpu_hours", "tokens"))
+    work = [len(models), span([hours]), span([tokens / 1e9])] if models else ["", "", ""]
+    said = [
+        "; ".join(dict.fromkeys(filter(None, texts)))
+        for texts in zip(*((i.reports, i.differs) for i in items), strict=True)
+    ]
+    return ["; ".join(names), f"[{script.name}]({script.name})", ", ".join(runs), *work, *said]
+
+
+def document() -> str:
+    """recipes/README.md with a current index."""
+    scripts = sorted(RECIPES.glob("table*.sh")) + sorted(RECIPES.glob("fig*.sh"))
+    heads = [
+        "paper",
+        "script",
+        "runs of",
+        "models",
+        "GPU-hours",
+        "B tokens",
+        "the paper reports",
+        "what differs",
+    ]
+    made = markdown(heads, [row(script) for script in scripts])
+    return filled(FILE.read_text(encoding="utf-8"), "tools/paper_index.py", made)
+
+
+if __name__ == "__main__":
+    FILE.write_text(document(), encoding="utf-8")

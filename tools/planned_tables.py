@@ -1,0 +1,123 @@
+"""Writes the tables that `plan` gives into the documents: python tools/planned_tables.py. A test says when
+they are stale.
+
+They are for the H100 (80 GB) at 40% of its bf16 rate, with the DeepSpeed JSON that each experiment names."""
+
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from written import filled, markdown
+
+from inheritune.config.experiment import RECIPES, REPOSITORY, load_experiment
+from inheritune.engines.engine import load_json
+from inheritune.planning import plan as planning
+
+SIZES = [
+    ("gpt2_small_owt", 12),
+    ("gpt2_medium_owt", 24),
+    ("gpt2_large_owt", 36),
+    ("gpt2_xl_owt", 24),
+    ("gpt2_xl_owt", 48),
+]
+SIZES += [("openllama_3b_1b", 13), ("openllama_7b", 6), ("llama2_7b", 7)]
+
+
+def span(values: list[float]) -> str:
+    """'38' or '38 to 47', rounded to what a reader needs."""
+    ends = [f"{value:,.0f}" if value >= 10 else f"{value:.1f}" for value in (min(values), max(values))]
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
+
+
+def experiments() -> dict[str, list[dict]]:
+    """{experiment: plans on 8 GPUs}, the quickstart left out, the one whose reference or only run is cheapest
+    first."""
+    names = [path.stem for path in RECIPES.glob("*.yaml") if path.stem != "quickstart"]
+    plans = {name: planning.plan_experiment(load_experiment(name)) for name in names}
+    return dict(sorted(plans.items(), key=lambda item: (item[1][0]["gpu_hours"], item[0])))
+
+
+def recipes_table() -> str:
+    rows = []
+    for name, plans in experiments().items():
+        grown = [facts["gpu_hours"] for facts in plans if facts["stage"] and facts["run"] == "inheritune"]
+        rows.append(
+            [
+                name,
+                f"{plans[0]['run']} {span([plans[0]['gpu_hours']])}",
+                span(grown) if grown else "",
+                f"{sum(facts['gpu_hours'] for facts in plans):,.0f}",
+                span([facts["peak"] / 1e9 for facts in plans]),
+                f"{sum(facts['disk'] for facts in plans) / 1e9:,.0f}",
+            ]
+        )
+    heads = ["experiment", "first run", "a stage of growth", "every run", "GB per GPU of 8", "GB of disk"]
+    return markdown(heads, rows)
+
+
+def slurm_table() -> str:
+    """Per experiment its scripts of slurm/, the GPUs that they ask for, and GPU-hours."""
+    rows = []
+    for name, plans in experiments().items():
+        asked = {}
+        for script in sorted((REPOSITORY / "slurm").glob("*.sh")):
+            found = re.search(rf"GPUS:-(\d+)\}} \w+ {name}\b", script.read_text(encoding="utf-8"))
+            if found:
+                asked[script.stem.rpartition("_")] = int(found[1])
+        stem = next(iter(asked))[0]
+        kinds = [
+            kind for kind in ("reference", "stage1", "growth", "baselines") if (stem, "_", kind) in asked
+        ]
+        scripts = f"`{stem}_{kinds[0]}.sh`" if len(kinds) == 1 else f"`{stem}_{{{','.join(kinds)}}}.sh`"
+        first = plans[0]
+        stages = [facts for facts in plans if facts["stage"] and facts["run"] == "inheritune"]
+        hours = f"{first['run']} ({first['layers']} layers) {span([first['gpu_hours']])}"
+        if stages:
+            depths = ", ".join(str(facts["layers"]) for facts in stages)
+            hours += f"; stages of {depths} layers " + ", ".join(
+                span([facts["gpu_hours"]]) for facts in stages
+            )
+        rows.append([scripts, max(asked.values()), hours, f"`{name}`"])
+    return markdown(["script", "GPUs", "GPU-hours of each job", "runs of"], rows)
+
+
+def memory_table() -> str:
+    """Planned peak of the paper's sizes under each JSON, on 1 and 8 GPUs."""
+    files = sorted(p.name for p in (REPOSITORY / "ds_configs").glob("*.json") if not p.name.startswith("cpu"))
+    rows = []
+    for name, layers in SIZES:
+        experiment = load_experiment(name)
+        for gpus in (1, 8):
+            row = [f"{experiment.model.size}, {layers} layers", f"{gpus}"]
+            for file in files:
+                settings, length = load_json(f"ds_configs/{file}"), experiment.data.sequence_length
+                peaks = [
+                    planning.memory(experiment.model, layers, its, experiment.train, gpus, length)["peak"]
+                    / 1e9
+                    for its in (
+                        settings,
+                        planning.changed(settings, {"inheritune.activation_checkpointing": True}),
+                    )
+                ]
+                row.append(f"{peaks[0]:.0f} ({peaks[1]:.0f})")
+            rows.append(row)
+    return markdown(["model", "GPUs", *(file.removesuffix(".json") for file in files)], rows)
+
+
+def documents() -> dict[Path, str]:
+    """{file: its text with current tables}."""
+    texts = {}
+    for folder, made in (
+        ("ds_configs", memory_table()),
+        ("recipes", recipes_table()),
+        ("slurm", slurm_table()),
+    ):
+        file = REPOSITORY / folder / "README.md"
+        texts[file] = filled(file.read_text(encoding="utf-8"), "tools/planned_tables.py", made)
+    return texts
+
+
+if __name__ == "__main__":
+    for path, text in documents().items():
+        path.write_text(text, encoding="utf-8")
