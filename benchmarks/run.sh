@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=recipes/setup.sh
 source recipes/setup.sh
-setup_environment tests/requirements.txt
+setup_environment dev
 export INHERITUNE_GPT2_BPE="${INHERITUNE_GPT2_BPE:-${INHERITUNE_ROOT:-$PWD}/data/gpt2-bpe}"
 bash tests/fetch_gpt2_bpe.sh "$INHERITUNE_GPT2_BPE"
 parts=${PARTS:-batches startup downstream checkpoint analyze inherit prepare train_step pieces growth}

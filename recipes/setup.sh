@@ -1,4 +1,5 @@
-# Sourced by quickstart.sh and tests/run.sh: an environment with requirements.txt (and the files given as arguments).
+# Sourced by quickstart.sh, tests/run.sh and slurm/job.sh: an environment in which this checkout is installed (pip install -e),
+# with the versions of requirements.txt as constraints.
 #   An active virtual or conda environment is used as it is. Otherwise .venv is made once, under $INHERITUNE_ROOT (a scratch
 #   file system) or in the repository, and reused for as long as the requirements stay the same.
 # shellcheck shell=bash
@@ -6,16 +7,18 @@ set -euo pipefail
 umask o-w # what is run or loaded again is never for everyone to write
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
 
+# setup_environment [EXTRA]: EXTRA is a name of pyproject.toml's optional dependencies (dev).
 setup_environment() {
-  local venv wanted files=("$repository/requirements.txt" "$@") options=()
+  local venv wanted ready extra=${1:-} files=("$repository/requirements.txt") pins=("$repository/requirements.txt" "$repository/tests/requirements.txt")
+  if [ "$extra" = dev ]; then files=("${pins[@]}"); fi
   if [ -n "${VIRTUAL_ENV:-}" ] || [ -n "${CONDA_PREFIX:-}" ]; then
-    python - "${files[@]}" <<'PY' || exit 2
-import importlib.metadata as m, re, sys
-lines = [line.split("#")[0].strip() for path in sys.argv[1:] for line in open(path)]
+    python - "$repository" "$extra" "${files[@]}" <<'PY' || exit 2
+import importlib.metadata as m, os, re, shlex, sys
+repository, extra, *files = sys.argv[1:]
+lines = [line.split("#")[0].strip() for path in files for line in open(path)]
 wrong = []
-for name, pin in (re.match(r"([\w.-]+)(?:\[.*?\])?==(\S+)", line).groups() for line in lines if line):
+for name, pin in (re.match(r"([\w.-]+)==(\S+)", line).groups() for line in lines if line):
     try:
         have = m.version(name).split("+")[0]
     except m.PackageNotFoundError:
@@ -24,9 +27,18 @@ for name, pin in (re.match(r"([\w.-]+)(?:\[.*?\])?==(\S+)", line).groups() for l
         wrong.append(f"{name}=={pin} ({have})")
     elif have != pin:
         print(f"note: the active environment has {name} {have}, this repository is tested with {pin}")
+sys.path = [place for place in sys.path if place]  # not the current folder
+try:
+    import inheritune
+    here = os.path.dirname(os.path.dirname(os.path.realpath(inheritune.__file__)))
+    if here != os.path.realpath(repository):
+        print(f"note: the active environment has this package from {here}, not from {repository}")
+except ImportError:
+    wrong.append("this package")
 if wrong:
-    sys.exit(f"the active environment {sys.prefix} lacks {', '.join(wrong)}; install them with "
-             f"'pip install {' '.join('-r ' + p for p in sys.argv[1:])}', or deactivate it and a .venv is made for you")
+    what = shlex.quote(repository + (f"[{extra}]" if extra else ""))
+    sys.exit(f"the active environment {sys.prefix} lacks {', '.join(wrong)}; install them with 'pip install "
+             f"{' '.join('-c ' + shlex.quote(path) for path in files)} -e {what}', or deactivate it and a .venv is made for you")
 PY
     return
   fi
@@ -35,13 +47,13 @@ PY
     exit 2
   }
   venv="${INHERITUNE_ROOT:-$repository}/.venv"
-  wanted=$(cat "${files[@]}" | cksum | tr ' ' -)
-  if [ ! -f "$venv/ready-$wanted" ]; then
+  wanted=$(cat "$repository/pyproject.toml" "${pins[@]}" <(echo "$repository") | cksum | tr ' ' -)
+  ready=$venv/ready-$wanted${extra:+-$extra}
+  if [ ! -f "$ready" ] && { [ -n "$extra" ] || [ ! -f "$ready-dev" ]; }; then
     echo "Setting up $venv (once; 2 to 4 minutes, about 2 GB) ..."
     [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
-    for file in "${files[@]}"; do options+=(-r "$file"); done
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${options[@]}"
-    touch "$venv/ready-$wanted"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${pins[@]/#/--constraint=}" --editable "$repository${extra:+[$extra]}"
+    touch "$ready"
   fi
   # shellcheck disable=SC1091
   source "$venv/bin/activate"

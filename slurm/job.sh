@@ -157,7 +157,8 @@ load_software() {
     esac
     [ -f "$SITE_APPTAINER" ] || refuse "SITE_APPTAINER is $SITE_APPTAINER, which is not there; make it with: cd $(quoted "$repository") && apptainer build $(quoted "$SITE_APPTAINER") slurm/inheritune.def"
     mkdir -p "$INHERITUNE_ROOT" ${HF_HOME:+"$HF_HOME"} # what is not there can't be bound
-    # the tasks run in the image; what starts them (check, grow) runs outside it, next to srun
+    # the tasks run in the image; what starts them (check, grow) runs outside it, next to srun. Neither has this package
+    export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
     python3 -c 'import fire, pydantic, xxhash, yaml' 2> /dev/null ||
       refuse "python3 on $(hostname) needs pydantic, PyYAML, fire and xxhash beside the image: python3 -m pip install --user pydantic PyYAML fire xxhash"
   else

@@ -13,7 +13,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=recipes/setup.sh
 source recipes/setup.sh
-python3 -c 'import torch, deepspeed, transformers, fire, xxhash' 2> /dev/null || setup_environment tests/requirements.txt
+python3 -c 'import torch, deepspeed, transformers, fire, xxhash' 2> /dev/null || setup_environment dev
 python() { command python3 "$@"; }
 
 on_cpu=${GPU_SH_ON_CPU:-0}

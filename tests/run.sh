@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=recipes/setup.sh
 source recipes/setup.sh
-setup_environment tests/requirements.txt
+setup_environment dev
 bpe=${INHERITUNE_ROOT:-$PWD}/data/gpt2-bpe
 export INHERITUNE_GPT2_BPE="${INHERITUNE_GPT2_BPE:-$bpe}"
 bash tests/fetch_gpt2_bpe.sh "$INHERITUNE_GPT2_BPE" || echo "the tests of the gpt2 tokenizer are skipped: its ranks could not be fetched"
