@@ -18,11 +18,11 @@ BATCH = 20  # of attention.analyze
 
 
 def setup(work: dict, folder: Path) -> None:
-    from inheritune.config.experiment import Model
-    from inheritune.models.architectures import hf_config
+    from inheritune.config.sections import Model
+    from inheritune.models.networks import build_config
     from inheritune.models.surgery import write_random
 
-    config = hf_config(Model(**work["model"]))
+    config = build_config(Model(**work["model"]))
     write_random(config, folder / work["key"], seed=0)
     write_tokens(folder / "tokens", 1000, 40 * work["length"] * work["sequences"], 2000)
 
@@ -45,7 +45,7 @@ def ours(work: dict, folder: Path) -> dict:
     model, _ = loaded(work, folder)
     measures.load_model = lambda *_: model
     with clock() as measured:
-        rows = measures.analyze(
+        rows = measures.measure_model(
             str(folder / work["key"]), Tokens(folder / "tokens", "val"), work["sequences"], work["length"]
         )
     ranks = [row["rank"]["0.9"] for row in rows if row["kind"] == "layer"]  # (L, H), means over the sequences

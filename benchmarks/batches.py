@@ -45,11 +45,16 @@ def timed(step, work: dict) -> dict:
 
 def step_s(work: dict) -> float:
     """Seconds of the GPU training step that a rank reads `work["sequences"]` for."""
-    from inheritune.config.experiment import GPUS, Model
-    from inheritune.planning.plan import flops_per_token
+    from inheritune.config.catalog import GPU_SPECS
+    from inheritune.config.sections import Model
+    from inheritune.models.sizes import predict_flops_per_token
 
-    flops = flops_per_token(Model(size="gpt2_small"), 12, work["length"]) * work["sequences"] * work["length"]
-    return flops / (0.4 * GPUS["H100"]["tflops"] * 1e12)
+    flops = (
+        predict_flops_per_token(Model(size="gpt2_small"), 12, work["length"])
+        * work["sequences"]
+        * work["length"]
+    )
+    return flops / (0.4 * GPU_SPECS["H100"]["tflops"] * 1e12)
 
 
 def ours(work: dict, folder) -> dict:

@@ -1,4 +1,4 @@
-"""Saving a checkpoint: checkpoint.save (marker, hashes, generators) beside DeepSpeed's own synchronous save
+"""Saving a checkpoint (checkpoint.save_checkpoint: marker, hashes, generators) beside DeepSpeed's own save
 of the same engine.
 
 DeepSpeed flushes nothing, ours every file before its marker, so DeepSpeed's save is there also with a flush
@@ -14,28 +14,28 @@ from harness import Case, Goal, clock, main, over, run, values
 
 
 def setup(work: dict, folder: Path) -> None:
-    from inheritune.config.experiment import Model
-    from inheritune.models.architectures import hf_config
+    from inheritune.config.sections import Model
+    from inheritune.models.networks import build_config
     from inheritune.models.surgery import write_random
 
-    write_random(hf_config(Model(**work["model"])), folder / work["key"], seed=0)
+    write_random(build_config(Model(**work["model"])), folder / work["key"], seed=0)
 
 
 def engine_of(work: dict, folder: Path):
     """(engine after one step on a few tokens, its DeepSpeed settings): masters and moments are there."""
     import torch
 
-    from inheritune.config.experiment import Train
+    from inheritune.config.sections import Train
     from inheritune.engines.engine import start_engine
     from inheritune.models.sources import open_source
     from inheritune.runtime import dist
 
-    dist.start()
+    dist.init_distributed()
     source = open_source(str(folder / work["key"]))
     settings = {"zero_optimization": work["zero"]}
     train = Train(steps=10, batch_tokens=8 * work["ranks"], lr=1e-4, warmup_steps=0, precision="fp32")
     engine = start_engine(source.config, source, settings, train, 1, 1)
-    ids = torch.arange(8, device=dist.device())[None]
+    ids = torch.arange(8, device=dist.get_device())[None]
     engine.backward(engine(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).mean())
     engine.step()
     return engine, settings
@@ -50,7 +50,7 @@ def empty(folder: Path) -> Path:
         (folder / "saved").mkdir()
         os.sync()
 
-    dist.on_rank0(clear)
+    dist.run_on_rank0(clear)
     return folder / "saved"
 
 
@@ -62,17 +62,17 @@ def ours(work: dict, folder: Path) -> dict:
     engine, settings = engine_of(work, folder)
     run_dir = RunDir(empty(folder))
     with clock() as measured:
-        checkpoint.save(engine, run_dir, {"step": 1}, settings, keep_last=2, run={})
+        checkpoint.save_checkpoint(engine, run_dir, {"step": 1}, settings, keep_last=2, run={})
     files = [file for file in run_dir.path.rglob("*") if file.is_file()]
-    dist.on_rank0(
+    dist.run_on_rank0(
         (folder / f"{work['key']}.bytes").write_text, str(sum(file.stat().st_size for file in files))
     )
-    dist.stop()
+    dist.leave_group()
     return measured | {"gb": sum(file.stat().st_size for file in files) / 1e9}
 
 
 def deepspeed(work: dict, folder: Path, flush: bool = False) -> dict:
-    from inheritune.files.rundir import flush as to_disk
+    from inheritune.files.writing import sync_path as to_disk
     from inheritune.runtime import dist
 
     engine, _ = engine_of(work, folder)
@@ -80,10 +80,10 @@ def deepspeed(work: dict, folder: Path, flush: bool = False) -> dict:
     with clock() as measured:
         engine.save_checkpoint(str(place), tag="deepspeed", client_state={"run": {"step": 1}})
         dist.barrier()
-        for file in sorted(place.rglob("*.pt"))[dist.rank() :: dist.world()] if flush else ():
+        for file in sorted(place.rglob("*.pt"))[dist.get_rank() :: dist.get_world_size()] if flush else ():
             to_disk(file)
         dist.barrier()
-    dist.stop()
+    dist.leave_group()
     return measured | {"gb": sum(file.stat().st_size for file in place.rglob("*.pt")) / 1e9}
 
 

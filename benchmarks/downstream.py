@@ -22,10 +22,11 @@ TASKS = {
 
 
 def setup(work: dict, folder: Path) -> None:
-    from inheritune.config.experiment import RECIPES, load_experiment
-    from inheritune.data.tokens import train_bpe
-    from inheritune.files.rundir import data_dir
-    from inheritune.models.architectures import hf_config
+    from inheritune.config.experiment import load_experiment
+    from inheritune.config.paths import RECIPES
+    from inheritune.data.bpe_training import train_bpe
+    from inheritune.files.rundir import get_data_dir
+    from inheritune.models.networks import build_config
     from inheritune.models.surgery import write_random
 
     place = folder / "downstream"
@@ -56,10 +57,10 @@ def setup(work: dict, folder: Path) -> None:
         evaluate={"tasks": TASKS, "task_files": str(place / "tasks")},
     )
     experiment = load_experiment(str(path))
-    write_tokens(data_dir(experiment), 1000, 1000, 300)
-    write_random(hf_config(experiment.model), place / "model", seed=0)
+    write_tokens(get_data_dir(experiment), 1000, 1000, 300)
+    write_random(build_config(experiment.model), place / "model", seed=0)
     train_bpe("bpe:300", [Path(os.__file__).read_text()] * 2, place / "model")
-    shutil.copytree(place / "model", data_dir(experiment) / "tokenizer", dirs_exist_ok=True)
+    shutil.copytree(place / "model", get_data_dir(experiment) / "tokenizer", dirs_exist_ok=True)
 
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}

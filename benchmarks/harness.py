@@ -147,7 +147,7 @@ def verb(*words, **environment) -> None:
 def write_tokens(folder: Path, train: int, val: int, vocabulary: int, shard: int = 100_000_000) -> None:
     """A prepared data folder of tokens that a model can learn something from (a random walk over the
     vocabulary)."""
-    from inheritune.files.rundir import write_json
+    from inheritune.files.json_files import write_json
 
     (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
     counts = {"train": train, "val": val}
@@ -343,9 +343,13 @@ def _start(file: str, case: Case, name: str, folder: Path, size: str, *more: str
         *more,
     ]
     if case.ranks > 1:
-        from inheritune.runtime.dist import free_port
+        from inheritune.runtime.rendezvous import find_free_port
 
-        shared = {"WORLD_SIZE": str(case.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        shared = {
+            "WORLD_SIZE": str(case.ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(find_free_port()),
+        }
         shared["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // case.ranks))
         environments = [
             os.environ | visible | shared | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(case.ranks)
@@ -454,7 +458,7 @@ def machine() -> dict:
             .stdout.strip()
             .replace("\n", ", ")
         )
-    from inheritune.training.record import git_commit
+    from inheritune.training.provenance import git_commit
 
     return {
         "cpu": named[0] if named else platform.processor(),

@@ -20,15 +20,15 @@ def setup(work: dict, folder: Path) -> None:
     """A checkpoint of random numbers, the same in all blocks (bytes are bytes to all contestants)."""
     import torch
 
-    from inheritune.config.experiment import Model
-    from inheritune.models.architectures import hf_config, tensor_shapes
+    from inheritune.config.sections import Model
+    from inheritune.models.networks import build_config, list_checkpoint_shapes
     from inheritune.models.writer import write_checkpoint
 
     source = folder / "source"
     if source.is_dir():
         return
-    config, made = hf_config(Model(**work["model"])), {}
-    specs = {name: (shape, torch.bfloat16) for name, shape in tensor_shapes(config).items()}
+    config, made = build_config(Model(**work["model"])), {}
+    specs = {name: (shape, torch.bfloat16) for name, shape in list_checkpoint_shapes(config).items()}
 
     def tensor_of(name: str):
         shape = specs[name][0]
@@ -140,10 +140,11 @@ def copy(work: dict, folder: Path, safe: bool = False) -> dict:
     with clock() as measured:
         run("cp", "--reflink=never", half, out / "half")
         if safe:
-            from inheritune.files.rundir import flush, hash_file
+            from inheritune.files.markers import hash_file
+            from inheritune.files.writing import sync_path
 
             hash_file(out / "half")
-            flush(out / "half")
+            sync_path(out / "half")
     return measured | {"gb": (out / "half").stat().st_size / 1e9}
 
 
@@ -152,11 +153,11 @@ def copy_safe(work: dict, folder: Path) -> dict:
 
 
 def case(name: str, model: dict, layers: int, shard_bytes: int) -> Case:
-    from inheritune.config.experiment import Model
-    from inheritune.planning.plan import tensors
+    from inheritune.config.sections import Model
+    from inheritune.models.sizes import list_parameters
 
     work = {"model": model, "layers": layers, "shard_bytes": shard_bytes}
-    work["bytes"] = 2 * sum(tensor.numel for tensor in tensors(Model(**model), layers))
+    work["bytes"] = 2 * sum(tensor.numel for tensor in list_parameters(Model(**model), layers))
     contestants = {"ours": ours, "transformers": transformers, "mergekit passthrough": mergekit}
     contestants |= {"limit: cp": copy, "limit: cp, xxh3-128, fsync": copy_safe}
     goals = [

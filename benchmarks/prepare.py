@@ -26,9 +26,10 @@ def setup(work: dict, folder: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from inheritune.config.experiment import Data, load_experiment
-    from inheritune.data.documents import Source, Unusable, parse, read_batches
-    from inheritune.data.tokens import load_tokenizer
+    from inheritune.config.experiment import load_experiment
+    from inheritune.config.sections import Data
+    from inheritune.data.documents import Corpus, UnusableDocument, batch_documents, extract_text
+    from inheritune.data.tokenizer_loading import load_tokenizer
 
     place = folder / work["key"]
     shutil.rmtree(place, ignore_errors=True)
@@ -39,12 +40,12 @@ def setup(work: dict, folder: Path) -> None:
     about = {"name": "bench", "tokenizer": "gpt2", "validation": {"fraction": 0.0005}}
     about |= {"tokenizer": str(place / "tokenizer.model")} if sentencepiece else {}
     embedded = Data(**about, source="embedded", sequence_length=128, sampling="one_pass")
-    source, texts, size = Source(embedded, place / "unused"), [], 0
+    source, texts, size = Corpus(embedded, place / "unused"), [], 0
     for group in source.groups:
-        for batch in read_batches(source, group, (0, 0), 1 << 20):
+        for batch in batch_documents(source, group, (0, 0), 1 << 20):
             for raw in batch.raws:
-                with suppress(Unusable):  # an empty file
-                    texts.append(parse(batch.kind, raw, "text"))
+                with suppress(UnusableDocument):  # an empty file
+                    texts.append(extract_text(batch.kind, raw, "text"))
     rows = []
     while size < work["mb"] * 1e6:
         for text in texts:
@@ -86,7 +87,8 @@ def train_sentencepiece(path: Path, vocabulary: int) -> None:
 
 def tokenizer_of(work: dict, folder: Path):
     """The tokenizer as inheritune.data.tokens opens it: tiktoken or sentencepiece."""
-    from inheritune.data.tokens import Gpt2Tokenizer, SentencePieceTokenizer
+    from inheritune.data.gpt2_tokenizer import Gpt2Tokenizer
+    from inheritune.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
     place = folder / work["key"] / "tokenizer"
     return (
@@ -98,13 +100,13 @@ def tokenizer_of(work: dict, folder: Path):
 
 def ours(work: dict, folder: Path) -> dict:
     from inheritune.config.experiment import load_experiment
-    from inheritune.files.rundir import data_dir
+    from inheritune.files.rundir import get_data_dir
 
     path = str(folder / work["key"] / f"{work['key']}.yaml")
-    shutil.rmtree(data_dir(load_experiment(path)), ignore_errors=True)
+    shutil.rmtree(get_data_dir(load_experiment(path)), ignore_errors=True)
     with clock() as measured:
         verb("prepare", path)
-    tokens = sum(file.stat().st_size for file in data_dir(load_experiment(path)).glob("*.bin")) / 2
+    tokens = sum(file.stat().st_size for file in get_data_dir(load_experiment(path)).glob("*.bin")) / 2
     return measured | {"tokens": tokens}
 
 

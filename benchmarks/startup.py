@@ -30,7 +30,7 @@ def setup(work: dict, folder: Path) -> None:
     from harness import run, sys
 
     from inheritune.config.experiment import load_experiment
-    from inheritune.files.rundir import data_dir
+    from inheritune.files.rundir import get_data_dir
 
     place = folder / "resume"
     shutil.rmtree(place, ignore_errors=True)
@@ -60,7 +60,7 @@ def setup(work: dict, folder: Path) -> None:
         runs={"reference": {"init": "random"}},
     )
     experiment = load_experiment(str(path))
-    write_tokens(data_dir(experiment), 100_000, 1000, experiment.model.vocab_size)
+    write_tokens(get_data_dir(experiment), 100_000, 1000, experiment.model.vocab_size)
     run(sys.executable, "-c", STOP, path)
 
 
@@ -72,11 +72,11 @@ from inheritune.training import loop as train
 log_step = train.Trainer._log_step
 def stop_at_two(self, state, *rest):
     log_step(self, state, *rest)
-    signals.asked.append("benchmark") if state["step"] == 2 else None
+    signals.received.append("benchmark") if state["step"] == 2 else None
 train.Trainer._log_step = stop_at_two
 try:
     train.train(sys.argv[1], "reference")
-except dist.Stopped:
+except Stopped:
     pass
 """
 
@@ -101,7 +101,7 @@ def resumed(work: dict, folder: Path) -> dict:
 
     stamps, originals = (
         {"imports_s": since_start()},
-        (training.start_engine, checkpoint.restore, checkpoint.find),
+        (training.start_engine, checkpoint.restore_checkpoint, checkpoint.find_newest_checkpoint),
     )
 
     def stamped(name, function):
@@ -117,7 +117,7 @@ def resumed(work: dict, folder: Path) -> dict:
         raise FirstStep
 
     training.start_engine = stamped("engine_s", originals[0])
-    checkpoint.restore, checkpoint.find = (
+    checkpoint.restore_checkpoint, checkpoint.find_newest_checkpoint = (
         stamped("restore_s", originals[1]),
         stamped("hashes_s", originals[2]),
     )
@@ -147,7 +147,8 @@ def read(work: dict, folder: Path) -> dict:
     import torch
 
     from inheritune.config.experiment import load_experiment
-    from inheritune.files.rundir import RunDir, hash_file
+    from inheritune.files.markers import hash_file
+    from inheritune.files.rundir import RunDir
 
     run_dir = RunDir.of(load_experiment(str(folder / "resume" / "resume.yaml")), "reference")
     files = [

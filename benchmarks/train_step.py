@@ -29,8 +29,8 @@ def setup(work: dict, folder: Path) -> None:
     """The experiment with its DeepSpeed JSON and data, and for the others the same start and windows."""
     from inheritune.config.experiment import load_experiment
     from inheritune.data.batches import Order, Tokens
-    from inheritune.files.rundir import data_dir
-    from inheritune.models.architectures import hf_config
+    from inheritune.files.rundir import get_data_dir
+    from inheritune.models.networks import build_config
     from inheritune.models.surgery import write_random
 
     place = folder / work["key"]
@@ -67,10 +67,10 @@ def setup(work: dict, folder: Path) -> None:
         runs=runs,
     )
     experiment = load_experiment(str(path))
-    write_tokens(data_dir(experiment), 2_000_000, 4 * work["length"], experiment.model.vocab_size)
-    write_random(hf_config(experiment.model), place / "start", seed=0)
+    write_tokens(get_data_dir(experiment), 2_000_000, 4 * work["length"], experiment.model.vocab_size)
+    write_random(build_config(experiment.model), place / "start", seed=0)
     order = Order(
-        Tokens(data_dir(experiment), "train"), "random_windows", work["length"], work["sequences"], seed=0
+        Tokens(get_data_dir(experiment), "train"), "random_windows", work["length"], work["sequences"], seed=0
     )
     rows = [
         [order.tokens.read(int(s), work["length"] + 1) for s in order.starts(step)]
@@ -107,23 +107,23 @@ def rates(work: dict, seconds: float) -> dict:
     (MFU); memory."""
     import torch
 
-    from inheritune.engines.engine import peak_flops, peak_memory
+    from inheritune.engines.memory import find_peak_flops, measure_peak_memory
 
     tokens = work["sequences"] * work["length"]
     found = {"tokens_per_s": tokens / seconds, "tflops": step_flops(work) / seconds / 1e12 / work["ranks"]}
     if torch.cuda.is_available():
-        peak = peak_flops(torch.device("cuda", 0))
+        peak = find_peak_flops(torch.device("cuda", 0))
         found |= {"mfu": found["tflops"] * 1e12 / peak} if peak else {}
-        found["gpu_gb"] = peak_memory(torch.device("cuda", 0))["allocated"] / 1e9
+        found["gpu_gb"] = measure_peak_memory(torch.device("cuda", 0))["allocated"] / 1e9
     return found
 
 
 def step_flops(work: dict) -> float:
-    from inheritune.config.experiment import Model
-    from inheritune.planning.plan import flops_per_token
+    from inheritune.config.sections import Model
+    from inheritune.models.sizes import predict_flops_per_token
 
     model = Model(**work["model"])
-    return flops_per_token(model, model.layers, work["length"]) * work["sequences"] * work["length"]
+    return predict_flops_per_token(model, model.layers, work["length"]) * work["sequences"] * work["length"]
 
 
 # --- ours ---------------------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def ours(work: dict, folder: Path, run: str = "ours") -> dict:
     training.Trainer._log_step = log_and_stamp
     with _profiler or nullcontext():
         training.train(path, run)
-    if dist.rank() == 0:  # the next turn trains it again
+    if dist.get_rank() == 0:  # the next turn trains it again
         shutil.rmtree(RunDir.of(load_experiment(path), run).path)
     return stamps.result(work)
 
@@ -368,7 +368,7 @@ def trainer(work: dict, folder: Path, deepspeed: dict | None = None) -> dict:
 def trainer_deepspeed(work: dict, folder: Path) -> dict:
     from inheritune.runtime import dist
 
-    dist.start()  # joins a group of one, and keeps DeepSpeed from compiling its CPU collective
+    dist.init_distributed()  # joins a group of one, and keeps DeepSpeed from compiling its CPU collective
     batches = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     settings = {
         "zero_optimization": work["zero"],
@@ -390,7 +390,7 @@ def limit(work: dict, folder: Path) -> dict:
     products."""
     import torch
 
-    from inheritune.config.experiment import Model
+    from inheritune.config.sections import Model
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0)) if cuda else torch.device("cpu")
@@ -439,9 +439,9 @@ def losses_apart(name: str):
 def cpu_case(
     name: str, key: str, model: dict, length: int, sequences: int, steps: int, ranks: int = 1
 ) -> Case:
-    from inheritune.engines.engine import load_json
+    from inheritune.engines.deepspeed_json import load_deepspeed_json
 
-    zero = {"stage": 0} if ranks == 1 else load_json("ds_configs/cpu.json")["zero_optimization"]
+    zero = {"stage": 0} if ranks == 1 else load_deepspeed_json("ds_configs/cpu.json")["zero_optimization"]
     work = {
         "key": key,
         "model": model,

@@ -1,4 +1,4 @@
-"""The program's start: `python -m inheritune`, and the command `inheritune`."""
+"""The start of the program: `python -m inheritune`, and the command `inheritune`."""
 
 import signal
 
@@ -6,9 +6,8 @@ import signal
 def start() -> None:
     """Run the command line."""
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        )  # Ctrl-C before a verb has begun: nothing to save, and no traceback
+        # before a verb has begun, Ctrl-C has nothing to save and needs no traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     from inheritune.cli import run_command
 
     run_command()

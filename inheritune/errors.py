@@ -1,30 +1,33 @@
-"""A mistake of the user, and the words that help to mend it."""
+"""Errors that end a command without a traceback, and words for their messages."""
 
 import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A user's mistake: printed as one sentence without a traceback, exit code 2."""
+    """A user error: printed as one sentence without a traceback; exit code 2."""
 
 
 class Stopped(Exception):
-    """The work was saved before its end because a signal or a STOP file asked for it: exit code 0. `again`:
-    there is more to do, and a job's script may go on with it (not after a STOP file, which is a person's)."""
+    """A signal or a STOP file stopped the command early, with its work saved; exit code 0.
+
+    `again`: there is more to do, and the job's script may run the same command again. False after a STOP
+    file, which a user made."""
 
     def __init__(self, message: str, again: bool = True):
         super().__init__(message)
         self.again = again
 
 
-def nearest(name: str, valid) -> str:
-    """The end of a sentence that refuses `name`: the closest valid name, or all of them."""
-    valid = [str(v) for v in valid]
-    close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
+def suggest_name(name: object, valid: Iterable[object]) -> str:
+    """Return the end of a sentence that refuses `name`: the closest valid name, or all of them."""
+    known = [str(v) for v in valid]
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     if close:
         return f"did you mean '{close[0]}'?"
-    return "valid names: " + ", ".join(sorted(valid)) if valid else "nothing is valid here"
+    return "valid names: " + ", ".join(sorted(known)) if known else "nothing is valid here"
 
 
-def first_line(error: Exception) -> str:
-    """Return what a library's error says, without the lines that only its own developers need."""
+def summarize_error(error: Exception) -> str:
+    """Return the first line of a library's error message; the rest is for the library's developers."""
     return str(error).strip().partition("\n")[0]

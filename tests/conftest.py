@@ -238,7 +238,7 @@ def write_tokens(
     folder: Path, train_shards=(3000, 2500, 1500), val_tokens=1200, vocab=300, fingerprint="tiny"
 ) -> Path:
     """A prepared data folder with random tokens, in the form that `prepare` leaves."""
-    from inheritune.data.tokens import train_bpe
+    from inheritune.data.bpe_training import train_bpe
 
     (folder / "tokenizer").mkdir(parents=True)
     train_bpe("bpe:300", [Path(__file__).read_text()], folder / "tokenizer")
@@ -257,10 +257,10 @@ def write_tokens(
 def small(tmp_path, own_root):
     """Path of a small experiment whose data is prepared (random tokens)."""
     from inheritune.config.experiment import load_experiment
-    from inheritune.files.rundir import data_dir
+    from inheritune.files.rundir import get_data_dir
 
     path = write_experiment(tmp_path / "recipes", experiment_dict())
-    write_tokens(data_dir(load_experiment(path)))
+    write_tokens(get_data_dir(load_experiment(path)))
     return path
 
 
@@ -268,20 +268,20 @@ def write_lone_run(folder: Path, settings: dict, model: dict | None = None, **tr
     """An experiment whose only run is `reference`, its data prepared, with the DeepSpeed JSON `settings`; its
     path."""
     from inheritune.config.experiment import load_experiment
-    from inheritune.files.rundir import data_dir
+    from inheritune.files.rundir import get_data_dir
 
     (folder / "ds.json").write_text(json.dumps(settings))
     raw = experiment_dict(paper=[], runs={"reference": {"init": "random"}})
     raw["model"] |= model or {}
     raw["train"] |= {"deepspeed": str(folder / "ds.json"), **train}
     path = write_experiment(folder, raw)
-    write_tokens(data_dir(load_experiment(path)))
+    write_tokens(get_data_dir(load_experiment(path)))
     return path
 
 
 def last_step(run) -> int:
     """The last step in the record of a run folder; 0 if there is none."""
-    from inheritune.files.rundir import read_jsonl
+    from inheritune.files.json_files import read_jsonl
 
     return max((row["step"] for row in read_jsonl(run.metrics)), default=0)
 

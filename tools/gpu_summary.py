@@ -12,7 +12,8 @@ from harness import describe, machine
 from written import markdown
 
 from inheritune.config.experiment import load_experiment
-from inheritune.files.rundir import RunDir, read_json, read_jsonl
+from inheritune.files.json_files import read_json, read_jsonl
+from inheritune.files.rundir import RunDir
 
 HEADS = ["run", "ZeRO", "ranks", "ms/step", "tokens/s", "MFU", "peak GB", "last loss", "validation loss"]
 

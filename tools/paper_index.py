@@ -4,12 +4,13 @@ and the arithmetic of `plan`: python tools/paper_index.py. A test says when it i
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.extend(str(Path(__file__).resolve().parents[1] / place) for place in ("", "tests/support"))
 from planned_tables import span
 from written import filled, markdown
 
-from inheritune.config.experiment import RECIPES
-from inheritune.paper.items import Item, load_experiments, load_item, missing
+from inheritune.config.paths import RECIPES
+from inheritune.paper.items import Item, load_experiments, load_item
+from inheritune.paper.prerequisites import list_missing
 from inheritune.planning import plan as planning
 
 FILE = RECIPES / "README.md"
@@ -30,7 +31,7 @@ def models_of(items: list[Item]) -> dict[tuple, dict]:
         shown = {}
         for row in item.models():
             shown[row.run] = max(row.stage or 1, shown.get(row.run, 1))
-        for step in missing(item, experiments, lambda *_: False):
+        for step in list_missing(item, experiments, lambda *_: False):
             if step.verb in ("train", "grow"):
                 for facts in planning.plan_experiment(experiments[step.experiment], step.run):
                     if (facts["stage"] or 1) <= shown.get(f"{step.experiment}/{step.run}", 1):

@@ -7,11 +7,13 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.extend(str(Path(__file__).resolve().parents[1] / place) for place in ("", "tests/support"))
 from written import filled, markdown
 
-from inheritune.config.experiment import RECIPES, REPOSITORY, load_experiment
-from inheritune.engines.engine import load_json
+from inheritune.config.experiment import load_experiment
+from inheritune.config.paths import RECIPES, REPOSITORY
+from inheritune.engines.deepspeed_json import load_deepspeed_json
+from inheritune.planning import memory, proposals
 from inheritune.planning import plan as planning
 
 SIZES = [
@@ -91,13 +93,15 @@ def memory_table() -> str:
         for gpus in (1, 8):
             row = [f"{experiment.model.size}, {layers} layers", f"{gpus}"]
             for file in files:
-                settings, length = load_json(f"ds_configs/{file}"), experiment.data.sequence_length
+                settings, length = load_deepspeed_json(f"ds_configs/{file}"), experiment.data.sequence_length
                 peaks = [
-                    planning.memory(experiment.model, layers, its, experiment.train, gpus, length)["peak"]
+                    memory.estimate_memory(experiment.model, layers, its, experiment.train, gpus, length)[
+                        "peak"
+                    ]
                     / 1e9
                     for its in (
                         settings,
-                        planning.changed(settings, {"inheritune.activation_checkpointing": True}),
+                        proposals.apply_change(settings, {"inheritune.activation_checkpointing": True}),
                     )
                 ]
                 row.append(f"{peaks[0]:.0f} ({peaks[1]:.0f})")

@@ -1,1 +1,1 @@
-"""What attention does, layer by layer: rank, column mass, lazy layers (the paper's section 3)."""
+"""Analysis: attention rank and column mass of a model's layers, lazy layers, how many layers to inherit."""

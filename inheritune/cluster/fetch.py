@@ -1,9 +1,8 @@
-"""`fetch EXPERIMENT`: everything of the Hub that an experiment needs, into the local cache, where there is
-internet.
+"""`fetch EXPERIMENT`: download everything of the Hub that an experiment needs into the local cache.
 
-`wanted` lists the files (documents as far as the token budget goes, tokenizer, the models that runs start
-from or evaluate) with their sizes; `fetch` shows that beside the free space, and only then downloads what the
-cache does not have.
+`list_repositories` lists the files with their sizes: documents as far as the token budget goes, the
+tokenizer, the models that runs start from or evaluate. `fetch` prints them with the free space, and then
+downloads what the cache lacks.
 """
 
 import math
@@ -17,21 +16,28 @@ from huggingface_hub.hf_api import RepoFile
 from tabulate import tabulate
 
 from inheritune.config.experiment import Experiment
-from inheritune.data.documents import Source
-from inheritune.data.tokens import bpe_size, keep_gpt2, load_tokenizer, on_the_hub
+from inheritune.data.bpe_training import parse_bpe_size
+from inheritune.data.documents import Corpus
+from inheritune.data.gpt2_tokenizer import Gpt2Tokenizer, save_gpt2_ranks
+from inheritune.data.sentencepiece_tokenizer import parse_hub_model
+from inheritune.data.tokenizer_loading import load_tokenizer
 from inheritune.errors import UserError
 from inheritune.evaluation.downstream import load_tasks
 from inheritune.evaluation.taskcode import refuse_task_code
-from inheritune.files.escape import markdown
-from inheritune.files.hub import hub_errors
-from inheritune.files.rundir import data_dir, free_bytes, more_room
-from inheritune.models.sources import COMMON_FILES, WEIGHTS, download_model, weight_patterns
+from inheritune.files.escape import escape_markdown
+from inheritune.files.hub import translate_hub_errors
+from inheritune.files.rundir import get_data_dir
+from inheritune.files.storage import count_free_bytes, suggest_more_space
+from inheritune.models.downloads import COMMON_FILES, download_model
+from inheritune.models.weight_files import WEIGHTS, list_weight_patterns
 from inheritune.runtime.log import logger
 
 BYTES_PER_TOKEN = 8
-"""An estimate on the safe side: English text has 4 to 5 bytes a token, JSONL a little more. Parquet and
-packed files count half: the Hub's hold 2 to 3 bytes a token, other columns included."""
-SPARE_BYTES = 64 << 20  # left free: the cache's own records, a file system's blocks
+"""A high estimate: English text has 4 to 5 bytes a token, JSONL a little more. Parquet and packed files are
+estimated at half: those of the Hub have 2 to 3 bytes a token, other columns included."""
+RESERVE_BYTES = 64 << 20
+"""Space kept free for the cache's own records and the file system's blocks."""
+NAMES_PER_REQUEST = 500
 
 
 @dataclass
@@ -48,31 +54,37 @@ class Repository:
 
     @property
     def page(self) -> str:
+        """Path of its page on the Hub."""
         return f"datasets/{self.name}" if self.kind == "dataset" else self.name
 
     def missing(self) -> dict[str, int]:
+        """Return {file: bytes} of the files that are not in the cache."""
         return {file: size for file, size in self.files.items() if file not in self.cached}
 
-    def in_cache(self, file: str) -> Path | None:
-        """The file's path in the cache, or None."""
+    def find_cached(self, file: str) -> Path | None:
+        """Return the file's path in the cache, or None."""
         found = huggingface_hub.try_to_load_from_cache(
             self.name, file, repo_type=self.kind, revision=self.revision
         )
         return Path(found) if isinstance(found, str) else None
 
     def add(self, names: list[str]) -> None:
-        """Add files, with the sizes that the cache or else the Hub says. Raises UserError if one is in
-        neither."""
-        paths = {name: self.in_cache(name) for name in names}
+        """Add files, with their sizes in the cache or else on the Hub.
+
+        Raises UserError if a file is in neither."""
+        paths = {name: self.find_cached(name) for name in names}
         self.files |= {name: path.stat().st_size for name, path in paths.items() if path}
         self.cached |= {name for name, path in paths.items() if path}
         unknown = [name for name in names if name not in self.files]
-        for start in range(0, len(unknown), 500):  # names in one request
-            with hub_errors(f"the file sizes of {self.name}@{self.revision}", self.page):
-                told = huggingface_hub.HfApi().get_paths_info(
-                    self.name, unknown[start : start + 500], repo_type=self.kind, revision=self.revision
+        for start in range(0, len(unknown), NAMES_PER_REQUEST):
+            with translate_hub_errors(f"the file sizes of {self.name}@{self.revision}", self.page):
+                entries = huggingface_hub.HfApi().get_paths_info(
+                    self.name,
+                    unknown[start : start + NAMES_PER_REQUEST],
+                    repo_type=self.kind,
+                    revision=self.revision,
                 )
-            self.files |= {entry.path: entry.size for entry in told if isinstance(entry, RepoFile)}
+            self.files |= {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
         lost = [name for name in names if name not in self.files]
         if lost:
             raise UserError(
@@ -80,63 +92,74 @@ class Repository:
                 f"revision"
             )
 
+    def download(self, file: str, only_check: bool = False) -> None:
+        """Download a file into the cache; with `only_check`, only ask for its head."""
+        with translate_hub_errors(f"{file} of {self.name}", self.page):
+            huggingface_hub.hf_hub_download(
+                self.name, file, repo_type=self.kind, revision=self.revision, dry_run=only_check
+            )
 
-def wanted(experiment: Experiment) -> list[Repository]:
-    """The repositories that `prepare` and every run of the experiment read, documents first.
 
-    Raises UserError if the Hub cannot be asked, or has not what the experiment names."""
-    data, found = experiment.data, []
-    if data.source == "hub":
-        documents = Repository("documents", "dataset", data.repo, data.revision)
-        for group, names in Source(data, data_dir(experiment)).groups.items():
-            documents.add(names)
-            share = data.weights[group] / sum(data.weights.values()) if data.weights else 1.0
-            # a random split counts the documents of all files first
-            tokens = data.max_tokens * share if data.max_tokens and not data.validation.fraction else math.inf
-            for name in names[enough(documents.files, names, tokens) :]:
-                del documents.files[name]
-        documents.cached &= documents.files.keys()
-        found.append(documents)
-    models = {}
+def list_repositories(experiment: Experiment) -> list[Repository]:
+    """Return the repositories that `prepare` and every run of the experiment read, documents first.
+
+    Raises UserError if the Hub cannot be reached, or lacks what the experiment names."""
+    data = experiment.data
+    found = [_list_documents(experiment)] if data.source == "hub" else []
+    models: dict[tuple[str, str | None], Repository] = {}
     for run in experiment.runs.values():
         for source, revision in run.sources():
             local = source in experiment.runs or Path(source).expanduser().is_dir()
             if not local and not experiment.rehearsal:  # a rehearsal has a stand-in
                 models[source, revision] = Repository("model", "model", source, revision)
     for model in models.values():
-        model.add(model_files(model))
-    place, revision = on_the_hub(data.tokenizer), data.tokenizer_revision
-    if place and (place[0], revision) not in models:  # a model brings its tokenizer along
+        model.add(list_model_files(model))
+    place, revision = parse_hub_model(data.tokenizer), data.tokenizer_revision
+    if place and (place[0], revision) not in models:  # a model includes its tokenizer
         found.append(Repository("tokenizer", "model", place[0], revision))
         found[-1].add([place[1]])
     return found + list(models.values())
 
 
-def enough(sizes: dict[str, int], names: list[str], tokens: float) -> int:
-    """How many of `names`, from the first, hold `tokens` tokens by the estimate (BYTES_PER_TOKEN); all, if
-    they do not."""
-    have = 0.0
+def _list_documents(experiment: Experiment) -> Repository:
+    """Return the data set's files that hold the experiment's tokens, by the estimate."""
+    data = experiment.data
+    documents = Repository("documents", "dataset", data.repo or "", data.revision)
+    for group, names in Corpus(data, get_data_dir(experiment)).groups.items():
+        documents.add(names)
+        share = data.weights[group] / sum(data.weights.values()) if data.weights else 1.0
+        # a random split counts the documents of all files first
+        tokens = data.max_tokens * share if data.max_tokens and not data.validation.fraction else math.inf
+        for name in names[count_files(documents.files, names, tokens) :]:
+            del documents.files[name]
+    documents.cached &= documents.files.keys()
+    return documents
+
+
+def count_files(sizes: dict[str, int], names: list[str], tokens: float) -> int:
+    """Return how many of `names`, from the first, hold `tokens` tokens by the estimate (BYTES_PER_TOKEN).
+
+    The result is the number of all names if they hold fewer tokens."""
+    n_tokens = 0.0
     for count, name in enumerate(names):
-        if have > tokens:
+        if n_tokens > tokens:
             return count
-        plain = name.endswith((".jsonl", ".txt"))
-        have += sizes[name] / (BYTES_PER_TOKEN if plain else BYTES_PER_TOKEN / 2)
+        is_plain = name.endswith((".jsonl", ".txt"))
+        n_tokens += sizes[name] / (BYTES_PER_TOKEN if is_plain else BYTES_PER_TOKEN / 2)
     return len(names)
 
 
-def model_files(model: Repository) -> list[str]:
-    """Names of the weights (safetensors, or .bin where there are none), configs and tokenizer files of a
-    model."""
-    with hub_errors(f"the listing of {model.name}@{model.revision or 'main'}", model.page):
+def list_model_files(model: Repository) -> list[str]:
+    """Return the names of the weights (safetensors, or .bin if there are none), configs and tokenizer files
+    of a model."""
+    with translate_hub_errors(f"the listing of {model.name}@{model.revision or 'main'}", model.page):
         listed = huggingface_hub.HfApi().list_repo_files(model.name, revision=model.revision)
     for stem, suffix in WEIGHTS:
-        weights = [
-            name for name in listed if any(fnmatchcase(name, p) for p in weight_patterns(stem, suffix))
-        ]
+        patterns = list_weight_patterns(stem, suffix)
+        weights = [name for name in listed if any(fnmatchcase(name, pattern) for pattern in patterns)]
         if weights:
-            return [
-                name for pattern in COMMON_FILES for name in listed if fnmatchcase(name, pattern)
-            ] + weights
+            common = [name for pattern in COMMON_FILES for name in listed if fnmatchcase(name, pattern)]
+            return common + weights
     raise UserError(
         f"{model.name} holds neither model.safetensors nor pytorch_model.bin in its first folder; use "
         f"another model"
@@ -144,66 +167,67 @@ def model_files(model: Repository) -> list[str]:
 
 
 def fetch(experiment: Experiment, allow_task_code: bool = False) -> None:
-    """Print what the experiment needs and what of it is missing, then download that. A killed fetch goes on
-    with the first file that the cache has not whole.
+    """Print what the experiment needs and what of it is missing, then download the missing files.
 
-    Raises UserError, before anything is downloaded, if there is no room, no internet, a licence to accept
-    first, or code in task files that is not allowed."""
+    A killed fetch continues with the first file that is not complete in the cache. Raises UserError, before
+    anything is downloaded, if there is no room, no internet, a licence to accept first, or code in task files
+    that is not allowed."""
     refuse_task_code(experiment.evaluate.task_files, allow_task_code)
-    repositories = wanted(experiment)
+    repositories = list_repositories(experiment)
     if repositories:
-        print(table(repositories), flush=True)
-        check_room(sum(size for one in repositories for size in one.missing().values()))
+        print(format_table(repositories), flush=True)
+        check_cache_room(sum(size for one in repositories for size in one.missing().values()))
     for one in repositories:
-        for file in list(one.missing())[
-            :1
-        ]:  # asks for the file's head: a gated repository lists its files to everyone
-            with hub_errors(f"{file} of {one.name}", one.page):
-                huggingface_hub.hf_hub_download(
-                    one.name, file, repo_type=one.kind, revision=one.revision, dry_run=True
-                )
-    if bpe_size(experiment.data.tokenizer) is None:  # one that is trained on the documents needs no download
+        for file in list(one.missing())[:1]:  # a gated repository lists its files to everyone
+            one.download(file, only_check=True)
+    if (
+        parse_bpe_size(experiment.data.tokenizer) is None
+    ):  # one that is trained on the documents needs no download
         tokenizer = load_tokenizer(experiment.data)
-        if experiment.data.tokenizer == "gpt2":  # which is not on the Hub
-            keep_gpt2(tokenizer)
-    taken = 0
-    for one in repositories:
-        for number, (file, size) in enumerate(one.missing().items(), 1):
-            logger.info(
-                "%s: file %d of %d, %s (%s)", one.name, number, len(one.missing()), file, in_units(size)
-            )
-            with hub_errors(f"{file} of {one.name}", one.page):
-                huggingface_hub.hf_hub_download(one.name, file, repo_type=one.kind, revision=one.revision)
-            taken += 1
-        if one.what == "model":
-            download_model(
-                one.name, one.revision
-            )  # finds every file there; leaves the listing that it needs offline
+        if isinstance(tokenizer, Gpt2Tokenizer):  # its file is not on the Hub
+            save_gpt2_ranks(tokenizer)
+    n_downloaded = sum(_download_missing(one) for one in repositories)
     tasks = experiment.evaluate
-    load_tasks(
-        tasks.tasks, tasks.task_files, allow_task_code
-    )  # lm-eval keeps their data where it will look for it
-    files = sum(len(one.files) for one in repositories)
+    # lm-eval keeps the data of the tasks where it later looks for it
+    load_tasks(tasks.tasks, tasks.task_files, allow_task_code)
+    n_files = sum(len(one.files) for one in repositories)
     print(
-        f"{files} files of {experiment.name} are in the cache: {taken} downloaded, {files - taken} were there"
+        f"{n_files} files of {experiment.name} are in the cache: {n_downloaded} downloaded, "
+        f"{n_files - n_downloaded} were there"
     )
 
 
-def table(repositories: list[Repository]) -> str:
-    """What is needed, a row per repository and the sum, with the free space of the cache."""
+def _download_missing(repository: Repository) -> int:
+    """Download the files of a repository that the cache lacks. Returns their number."""
+    missing = repository.missing()
+    for number, (file, size) in enumerate(missing.items(), 1):
+        logger.info(
+            "%s: file %d of %d, %s (%s)", repository.name, number, len(missing), file, format_bytes(size)
+        )
+        repository.download(file)
+    if repository.what == "model":
+        # every file is in the cache by now; this keeps the listing that is needed offline
+        download_model(repository.name, repository.revision)
+    return len(missing)
+
+
+def format_table(repositories: list[Repository]) -> str:
+    """Return a table of what is needed, a row per repository and their sum, with the free space of the
+    cache."""
     rows = [
-        [
-            markdown(f"{one.what}: {one.name}@{(one.revision or 'main')[:8]}"),
+        (
+            escape_markdown(f"{one.what}: {one.name}@{(one.revision or 'main')[:8]}"),
             len(one.files),
             sum(one.files.values()),
             len(one.cached),
             sum(one.missing().values()),
-        ]
+        )
         for one in repositories
     ]
-    rows.append(["in all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])])
+    totals = [sum(column) for column in list(zip(*rows, strict=True))[1:]]
+    rows.append(("in all", totals[0], totals[1], totals[2], totals[3]))
     cells = [
-        [name, files, in_units(size), cached, in_units(missing)]
+        [name, files, format_bytes(size), cached, format_bytes(missing)]
         for name, files, size, cached, missing in rows
     ]
     text = tabulate(
@@ -211,31 +235,30 @@ def table(repositories: list[Repository]) -> str:
     )
     estimate = (
         f"How many files of documents hold max_tokens is an estimate: {BYTES_PER_TOKEN} bytes a token of "
-        f"plain text, "
-        f"{BYTES_PER_TOKEN // 2} of parquet or packed text, about a third more than usual."
+        f"plain text, {BYTES_PER_TOKEN // 2} of parquet or packed text, about a third more than usual."
     )
-    where, free = free_space()
-    return f"{text}\n{estimate}\nFree in {where}: {in_units(free)}"
+    where, free = measure_free_space()
+    return f"{text}\n{estimate}\nFree in {where}: {format_bytes(free)}"
 
 
-def free_space() -> tuple[Path, int]:
-    """(the Hub's cache, bytes free there)."""
+def measure_free_space() -> tuple[Path, int]:
+    """Return (the Hub's cache, bytes free there)."""
     cache = Path(constants.HF_HUB_CACHE)
-    return cache, free_bytes(cache)
+    return cache, count_free_bytes(cache)
 
 
-def check_room(need: int) -> None:
-    """Raises UserError if the cache's disk has not `need` bytes and a little."""
-    cache, free = free_space()
-    if need and free < need + SPARE_BYTES:
+def check_cache_room(need: int) -> None:
+    """Raise UserError if the cache's disk lacks room for `need` bytes and RESERVE_BYTES."""
+    cache, free = measure_free_space()
+    if need and free < need + RESERVE_BYTES:
         raise UserError(
-            f"{in_units(need)} are to be downloaded, but {cache} has {in_units(free)} free; "
-            f"{more_room(cache)}"
+            f"{format_bytes(need)} are to be downloaded, but {cache} has {format_bytes(free)} free; "
+            f"{suggest_more_space(cache)}"
         )
 
 
-def in_units(size: float) -> str:
-    """Bytes as kB, MB, GB (powers of 1000, as the Hub's pages show them)."""
+def format_bytes(size: float) -> str:
+    """Return bytes as kB, MB, GB (powers of 1000, as on the Hub's pages)."""
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}"

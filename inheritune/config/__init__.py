@@ -1,6 +1,5 @@
-"""What a person writes: the typed experiment and its loading, layer ranges, names, numbers, YAML, variables
-of the environment.
+"""Config: what you write (the typed experiment, layer ranges, names, numbers, YAML, environment variables).
 
-Every mistake in these is told here, before anything is done. No file of a run is read or written here, and
-torch is not needed.
+Every mistake in these is reported here, before any work starts. This room reads and writes no file of a run
+and needs no torch.
 """

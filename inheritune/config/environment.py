@@ -1,8 +1,8 @@
-"""Variables of the environment: each that is read or set here, what it means, and what it may hold.
+"""Environment variables: each one that is read or set here, its meaning, and its valid values.
 
-`check` refuses what is no number where a number is meant, before a verb begins: most of these are read for
-the first time hours later. Empty counts as not set. Variables that libraries read by themselves (HF_HOME,
-CUDA_VISIBLE_DEVICES ...) are theirs to check.
+`check_variables` refuses a wrong value before a verb starts: most variables are read for the first time hours
+later. An empty variable counts as not set. Variables that only libraries read (HF_HOME, CUDA_VISIBLE_DEVICES)
+are checked by those libraries.
 """
 
 import math
@@ -15,19 +15,22 @@ from inheritune.errors import UserError
 
 @dataclass(frozen=True)
 class Variable:
-    """`meaning` completes "NAME is ..."; `kind`: the number it must be (None: text); `choices`: all the texts
-    that are understood (none: any); `default`: where it is not set."""
+    """One environment variable."""
 
     meaning: str
+    """The end of a sentence that starts with "NAME is"."""
     kind: Kind | None = None
+    """The number that it must be; None for text."""
     default: float | None = None
+    """The number where it is not set."""
     choices: tuple[str, ...] = ()
+    """All valid texts; empty if any text is valid."""
 
 
 FLAG = Kind("", ge=0, le=1, says="is neither 1 nor 0")
 
 VARIABLES: dict[str, Variable] = {
-    # yours
+    # set by the user
     "INHERITUNE_ROOT": Variable("the folder of runs/ and data/, on a disk that all nodes share"),
     "REHEARSE": Variable("1 to shrink every experiment to a rehearsal", FLAG, 0),
     "INHERITUNE_LOCK_WAIT": Variable(
@@ -37,14 +40,14 @@ VARIABLES: dict[str, Variable] = {
     "DEEPSPEED_TIMEOUT": Variable("how long a rank waits for the others in a collective", MINUTES, 60),
     "DS_ACCELERATOR": Variable("cpu to leave the GPUs of this machine alone", choices=("cpu", "cuda")),
     "WANDB_MODE": Variable("online or offline: where `sync` sends a record"),
-    # of a job's script (slurm/job.sh) for the processes of its job
-    "INHERITUNE_JOB": Variable("the folder in which a job's script and its ranks leave word for each other"),
+    # set by a job's script (slurm/job.sh) for the processes of its job
+    "INHERITUNE_JOB": Variable("the folder in which a job's script and its ranks exchange messages"),
     "INHERITUNE_LAUNCH": Variable("the srun line that starts the tasks of a job"),
     "INHERITUNE_PYTHON": Variable("the command that runs Python within an image"),
-    "INHERITUNE_HOSTS": Variable("the nodes of a job, where scontrol is not to be had"),
+    "INHERITUNE_HOSTS": Variable("the nodes of a job, where scontrol is not available"),
     "INHERITUNE_LEAD": Variable("the time between a job's signal and its time limit", SECONDS, math.inf),
-    "INHERITUNE_STOP": Variable("a STOP file that ends this run too, set by `grow` for the runs it starts"),
-    # of Slurm
+    "INHERITUNE_STOP": Variable("a STOP file that stops this run too, set by `grow` for the runs it starts"),
+    # set by Slurm
     "SLURM_JOB_ID": Variable("the job's number"),
     "SLURM_RESTART_COUNT": Variable("how often the job was requeued"),
     "SLURM_MEM_PER_NODE": Variable("the job's --mem", MEBIBYTES, 0),
@@ -55,7 +58,7 @@ VARIABLES: dict[str, Variable] = {
     "SLURM_PROCID": Variable("this task's rank"),
     "SLURM_LOCALID": Variable("this task's rank on its node"),
     "SLURMD_NODENAME": Variable("this node's name"),
-    # of torchrun, the deepspeed launcher, or --procs
+    # set by torchrun, the deepspeed launcher, or --procs
     "RANK": Variable("this process's rank"),
     "WORLD_SIZE": Variable("the number of ranks"),
     "LOCAL_RANK": Variable("this process's rank on its node"),
@@ -63,7 +66,7 @@ VARIABLES: dict[str, Variable] = {
     "MASTER_ADDR": Variable("the address of rank 0"),
     "MASTER_PORT": Variable("the port of rank 0"),
     "TORCHELASTIC_USE_AGENT_STORE": Variable("True where torchrun holds the ranks' store"),
-    # of other libraries, read or set so that they keep quiet, compile nothing and fork nothing
+    # of other libraries; some are set so that the libraries log less, compile nothing and fork nothing
     "CUDA_VISIBLE_DEVICES": Variable("the GPUs that CUDA shows"),
     "HF_HOME": Variable("the folder of the Hub's cache"),
     "HF_DATASETS_CACHE": Variable("the folder of the cache of data sets"),
@@ -78,36 +81,38 @@ VARIABLES: dict[str, Variable] = {
 }
 
 
-def number(name: str) -> float | int | None:
-    """The number in variable `name`, or its default where it is not set. Raises UserError if it holds
-    something else."""
+def read_number(name: str) -> float | int | None:
+    """Return the number in variable `name`, or its default where it is not set.
+
+    Raises UserError if the variable holds something else."""
     variable, text = VARIABLES[name], os.environ.get(name)
     if not text:
         return variable.default
     kind = variable.kind
+    if kind is None:
+        raise TypeError(f"{name} is a text, not a number")
     try:
         return kind.read(text)
     except ValueError as problem:
         why = str(problem)
     if why.startswith("takes"):
-        why = kind.says or f"is no number of {kind.what}"
+        why = kind.says or f"is not a number of {kind.what}"
     elif not kind.says:
         why += f" {kind.what}"
     ways = "unset it" if variable.default in (None, math.inf) else f"set {variable.default}, or unset it"
     raise UserError(f"{name}={text} {why}; {ways}")
 
 
-def flag(name: str) -> bool:
-    """Whether variable `name` is 1. Raises UserError if it holds anything but 0 and 1."""
-    return bool(number(name))
+def read_flag(name: str) -> bool:
+    """Return whether variable `name` is 1. Raises UserError if it holds anything but 0 and 1."""
+    return bool(read_number(name))
 
 
-def check() -> None:
-    """Raises UserError for the first variable that must be a number and is none, or is none of its
-    choices."""
+def check_variables() -> None:
+    """Raises UserError for the first variable that is not the number, or one of the choices, it must be."""
     for name, variable in VARIABLES.items():
         if variable.kind:
-            number(name)
+            read_number(name)
         given = os.environ.get(name)
         if given and variable.choices and given not in variable.choices:
             raise UserError(

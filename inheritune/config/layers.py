@@ -1,16 +1,20 @@
-"""Layer ranges: which blocks of a source a person means, and where they go."""
+"""Layer ranges: which blocks of a source are copied, and where they go."""
+
+from collections.abc import Sequence
 
 from inheritune.errors import UserError
 
 
 def parse_range(layers: str) -> tuple[int | None, int | None]:
-    """The ends of 'a:b'. Raises UserError if it is malformed; for a lone number too, because it could mean
-    the first n as well as block n."""
+    """Return the ends of 'a:b'.
+
+    Raises UserError if it is malformed. A lone number is refused too: it could mean the first n blocks or
+    block n."""
     try:
         ends = [int(end) if end.strip() else None for end in layers.split(":")]
     except ValueError:
         ends = []
-    if len(ends) == 1 and ends != [None]:
+    if len(ends) == 1 and ends[0] is not None:
         raise UserError(
             f"layers '{layers}' could mean the first {layers} (write 0:{layers}) or block {layers} alone "
             f"(write {layers}:{ends[0] + 1})"
@@ -23,36 +27,46 @@ def parse_range(layers: str) -> tuple[int | None, int | None]:
 
 
 def parse_layers(layers: str | list[int], n_source: int) -> list[int]:
-    """Block indices meant by `layers` in a model of `n_source` blocks: a half-open range 'a:b' (Python's
-    rules for negative and missing ends), or a list. Raises UserError if it is empty, out of range or
-    malformed."""
+    """Return the block indices that `layers` selects in a model of `n_source` blocks.
+
+    `layers` is a half-open range 'a:b' (Python's rules for negative and missing ends) or a list. Raises
+    UserError if it is empty, out of range or malformed."""
+    indices: Sequence[int]
     if isinstance(layers, str):
-        low, high = parse_range(layers)
-        low = 0 if low is None else low + n_source if low < 0 else low
-        high = n_source if high is None else high + n_source if high < 0 else high
-        indices, wrong = (
-            range(low, high),
-            [*range(low, min(high, 0))[:1], *range(max(low, n_source), high)[:1]],
-        )
+        indices = range(*_resolve_range(layers, n_source))
     else:
         indices = [int(index) for index in layers]
-        wrong = [index for index in indices if not 0 <= index < n_source]
     if not indices:
         raise UserError(f"layers {layers} selects no layer; a range is half-open: 0:16 are the first 16")
-    if wrong:
+    wrong = next((index for index in indices if not 0 <= index < n_source), None)
+    if wrong is not None:
         raise UserError(
-            f"layers {layers} asks for layer {wrong[0]}; the source has {n_source} layers (0 to "
-            f"{n_source - 1})"
+            f"layers {layers} asks for layer {wrong}; the source has {n_source} layers (0 to {n_source - 1})"
         )
     return list(indices)
+
+
+def _resolve_range(layers: str, n_source: int) -> tuple[int, int]:
+    """Return the ends of 'a:b', with missing and negative ones counted in `n_source` blocks."""
+    low, high = parse_range(layers)
+    if low is None:
+        low = 0
+    elif low < 0:
+        low += n_source
+    if high is None:
+        high = n_source
+    elif high < 0:
+        high += n_source
+    return low, high
 
 
 def place_layers(
     layers: str | list[int], n_source: int, depth: int | None = None, at: int = 0
 ) -> list[int | None]:
-    """For each block of a model its block in a source of `n_source`, None for a random one: `layers` from
-    index `at` on, in `depth` blocks (default: up to the last copied one). Raises UserError if they do not
-    fit, and as parse_layers does."""
+    """Return for each block of a model its block in a source of `n_source` blocks, None for a random one.
+
+    The blocks that `layers` selects start at index `at` of `depth` blocks (default: up to the last copied
+    one). Raises UserError if they do not fit, and as parse_layers does."""
     indices = parse_layers(layers, n_source)
     depth = at + len(indices) if depth is None else depth
     if at < 0 or at + len(indices) > depth:

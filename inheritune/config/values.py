@@ -1,21 +1,22 @@
-"""Numbers that you write: one table of what each may be, read in YAML, on the command line and in the
-environment.
+"""Numbers that you write in YAML, on the command line and in the environment: one table of their ranges.
 
-A `Kind` says whether a number is whole and where it must lie. Fields of the experiment carry one in their
-annotation (`steps: Annotated[int, STEPS]`), ARGUMENTS gives those of the command line, environment.VARIABLES
-those of the environment. Upper ends lie far beyond any model of today: what is above them is a slip of the
-keyboard, and would end in a MemoryError hours later.
+A `Kind` states whether a number is whole, and its range. Fields of the experiment carry one in their
+annotation (`steps: Annotated[int, STEPS]`). ARGUMENTS lists those of the command line, environment.VARIABLES
+those of the environment. Upper ends are far beyond any model of today: a larger number is a typing error, and
+would cause a MemoryError hours later.
 """
 
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
+from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 WHOLE = re.compile(r"[+-]?[0-9]+")  # not \d, which takes digits of other scripts
 REAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-LONGEST = 100  # characters of a number; int() refuses more than 4300 digits with an error of its own
+MAX_CHARACTERS = 100  # of a number; int() refuses more than 4300 digits with an error of its own
 
 
 @dataclass(frozen=True)
@@ -32,21 +33,24 @@ class Kind:
     says: str = ""
     """The end of the sentence that refuses a number out of range, in place of 'must be at least ...'."""
 
-    def __get_pydantic_core_schema__(self, source, handler) -> CoreSchema:
-        """How pydantic checks a field with this annotation. A whole number is none of True, 6.0 and '6'; a
-        real one may be text, since YAML 1.1 reads 1e-3 as text."""
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Return the schema by which pydantic checks a field with this annotation.
+
+        A whole number may not be True, 6.0 or '6'. A real one may be text, since YAML 1.1 reads 1e-3 as
+        text."""
         ends = {"ge": self.ge, "gt": self.gt, "le": self.le, "lt": self.lt}
-        limits = {key: end for key, end in ends.items() if end is not None}
+        limits: dict[str, Any] = {key: end for key, end in ends.items() if end is not None}
         if self.whole:
             return core_schema.int_schema(strict=True, **limits)
         number = core_schema.float_schema(allow_inf_nan=False, **limits)
-        return core_schema.no_info_before_validator_function(_refuse_truth, number)
+        return core_schema.no_info_before_validator_function(_refuse_bool, number)
 
     def read(self, text: str) -> int | float:
-        """The number that `text` says. Raises ValueError with the end of a sentence: 'takes a whole number',
-        'must be ...'."""
+        """Return the number that `text` holds.
+
+        Raises ValueError with the end of a sentence: 'takes a whole number', 'must be ...'."""
         text = text.strip()
-        if len(text) > LONGEST or not (WHOLE if self.whole else REAL).fullmatch(text):
+        if len(text) > MAX_CHARACTERS or not (WHOLE if self.whole else REAL).fullmatch(text):
             raise ValueError("takes a whole number" if self.whole else "takes a number")
         number = int(text) if self.whole else float(text)
         if problem := self.problem(number):
@@ -54,7 +58,7 @@ class Kind:
         return number
 
     def problem(self, number: float) -> str:
-        """What `number` must be and is not, such as 'at least 1'; empty if it lies in the range."""
+        """Return what `number` must be and is not, such as 'at least 1'; empty if it is in the range."""
         if not math.isfinite(number):
             return "finite"
         if self.ge is not None and number < self.ge:
@@ -68,8 +72,8 @@ class Kind:
         return ""
 
 
-def _refuse_truth(value):
-    if isinstance(value, bool):  # which Python takes for 1.0
+def _refuse_bool(value: Any) -> Any:
+    if isinstance(value, bool):  # Python would treat it as 1.0 or 0.0
         raise PydanticCustomError("float_type", "Input should be a valid number")
     return value
 
@@ -86,7 +90,7 @@ LAYER = Kind("layers", ge=0, le=10**4)
 STAGE = Kind("stages", ge=1, le=10**4)
 WINDOWS = Kind("windows", ge=1, le=10**8)
 FINAL_WINDOWS = Kind("windows", ge=2, le=10**8)
-"""An interval needs a deviation, and so two windows at least."""
+"""An interval needs a standard deviation, so at least two windows."""
 SEQUENCES = Kind("sequences", ge=1, le=10**6)
 CHECKPOINTS = Kind("checkpoints", ge=1, le=10**6)
 SHOTS = Kind("examples", ge=0, le=10**4)
@@ -123,10 +127,10 @@ ARGUMENTS = {
     "workers": PROCESSES,
 }
 """Arguments of the command line that are numbers."""
-TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-"""What a switch may be given, as in --rehearse=no; alone it is True."""
+SWITCH_VALUES = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+"""Values of a switch, as in --rehearse=no; without a value it is True."""
 
 
 def read_numbers(kind: Kind, words: str, between: str = ",") -> list[int | float]:
-    """[1, 2, 4] of "1,2,4". Raises ValueError as Kind.read does."""
+    """Return the numbers in a list: [1, 2, 4] for "1,2,4". Raises ValueError as Kind.read does."""
     return [kind.read(word) for word in words.split(between)]

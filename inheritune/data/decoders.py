@@ -1,36 +1,36 @@
-"""Readers of files of documents, each of which knows whether its file ended whole.
+"""Readers of files of documents, each of which notices whether its file is complete.
 
-A download or a copy that broke off must not pass for a shorter file. gzip ends with a length and a sum, zstd
-with the end of a frame, parquet with a footer, an array of JSON with its bracket: a file without its end is
-refused in one sentence. JSONL has no end of its own; a last line that is cut is no JSON, and is counted as
-such. Plain text has nothing to tell it by.
+A download or a copy that broke off must not pass for a shorter file. gzip ends with a length and a checksum,
+zstd with the end of a frame, parquet with a footer, a JSON array with its bracket. A file without its end is
+refused in one sentence. JSONL has no end of its own: a last line that is cut off is not JSON and is counted
+as such. Plain text has no such mark.
 """
 
 import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 import zstandard
 
-from inheritune.errors import UserError, nearest
+from inheritune.errors import UserError, suggest_name
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-"""What some editors put before UTF-8: no part of the text."""
+"""What some editors put before UTF-8. It is not part of the text."""
 BLOCK_BYTES = 1 << 20
-MAX_WINDOW = 1 << 31  # of zstd --long=31, its largest: that much memory, and only for files that ask for it
-MAX_JSON_BYTES = (
-    2 << 30
-)  # of an array, which is whole in memory, several times as large, while it is taken apart
+MAX_WINDOW = 1 << 31
+"""Window of zstd --long=31, its largest. It takes that much memory, and only for files that ask for it."""
+MAX_JSON_BYTES = 2 << 30
+"""Of one JSON value, which is in memory as a whole, several times as large, while it is parsed."""
 
 
 @contextmanager
-def decoding(path: Path):
-    """Tell as UserErrors what goes wrong while `path` is read: cut off, damaged, or not to be read at all."""
+def report_read_errors(path: Path) -> Iterator[None]:
+    """Raise as a UserError what goes wrong while `path` is read: cut off, damaged, or not readable at all."""
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
@@ -40,14 +40,15 @@ def decoding(path: Path):
 
 
 class ZstdFile(io.RawIOBase):
-    """The unpacked bytes of a .zst file of one or more frames, as a stream. (zstandard's own stream_reader
-    ends quietly where the file does, in the middle of a frame too.)"""
+    """The decompressed bytes of a .zst file of one or more frames, as a stream.
+
+    zstandard's own stream_reader ends silently where the file does, even in the middle of a frame."""
 
     def __init__(self, path: Path):
-        """Raises EOFError if the file is empty: a packed file of nothing has a frame too."""
-        self._file: BinaryIO = open(path, "rb")  # noqa: SIM115 (closed by close)
+        """Open `path`. Raises EOFError if it is empty: even nothing compresses to a frame."""
+        self._file = open(path, "rb")  # noqa: SIM115 (closed by close)
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
-        self._frame = None
+        self._frame: zstandard.ZstdDecompressionObj | None = None
         self._unpacked = memoryview(b"")
         if not self._file.peek(1):
             raise EOFError("it is empty")
@@ -55,8 +56,9 @@ class ZstdFile(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
-        """Raises EOFError if the file ends within a frame, ZstdError if it is damaged."""
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` and return the number of bytes. Raises EOFError if the file ends within a frame,
+        ZstdError if it is damaged."""
         while not self._unpacked:
             packed = self._file.read(BLOCK_BYTES)
             if not packed:
@@ -70,7 +72,7 @@ class ZstdFile(io.RawIOBase):
         return count
 
     def _unpack(self, packed: bytes) -> bytes:
-        """Return the unpacked bytes of the next part of the file, across the borders of frames."""
+        """Return the decompressed bytes of the next part of the file, across the borders of frames."""
         parts = []
         while packed:
             frame = self._frame or self._decompressor.decompressobj()
@@ -85,25 +87,25 @@ class ZstdFile(io.RawIOBase):
 
 
 def open_unpacked(path: Path) -> BinaryIO:
-    """Open a file as a buffered stream of its unpacked bytes, by the end of its name.
+    """Open a file as a buffered stream of its decompressed bytes; the end of its name says how.
 
-    Raises EOFError if it is packed and empty."""
+    Raises EOFError if it is of a compressed kind and empty."""
     if path.name.endswith(".zst"):
         return io.BufferedReader(ZstdFile(path), BLOCK_BYTES)
     if path.name.endswith(".gz"):
-        if not path.stat().st_size:  # which gzip takes for an archive of nothing
+        if not path.stat().st_size:  # gzip reads it as an archive of nothing
             raise EOFError("it is empty")
-        return gzip.open(path, "rb")
+        return cast(BinaryIO, gzip.open(path, "rb"))
     return open(path, "rb", buffering=BLOCK_BYTES)
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (number from 1, line) of the lines of a JSONL file that hold something."""
+    """Yield (number from 1, line) of the lines of a JSONL file that are not blank."""
     with open_unpacked(path) as file:
-        yield from _numbered(file)
+        yield from _number_lines(file)
 
 
-def _numbered(lines) -> Iterator[tuple[int, bytes]]:
+def _number_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
     for number, line in enumerate(lines, 1):
         line = line.removeprefix(BYTE_ORDER_MARK)
         if line and not line.isspace():
@@ -111,15 +113,17 @@ def _numbered(lines) -> Iterator[tuple[int, bytes]]:
 
 
 def read_json_documents(path: Path, key: str) -> Iterator[tuple[int, bytes]]:
-    """Yield (number from 1, a line of JSON with `key`) of the documents of a .json file: JSON Lines
-    (streamed), an array of objects or of texts, or one object (in memory as a whole).
+    """Yield (number from 1, a line of JSON with `key`) of the documents of a .json file.
 
-    Raises UserError if it is no JSON, of another form, or an array of more than MAX_JSON_BYTES."""
+    The file is JSON Lines (streamed), or an array of objects or of texts, or one object (both in memory as a
+    whole).
+
+    Raises UserError if it is not JSON, of another form, or one value of more than MAX_JSON_BYTES."""
     with open_unpacked(path) as file:
-        first = next(_numbered(iter(file.readline, b"")), (0, b""))[1]
+        first = next(_number_lines(iter(file.readline, b"")), (0, b""))[1]
         if _is_object(first):  # an object that ends on its line begins JSON Lines, or is the only one
             yield 1, first
-            yield from ((number + 1, line) for number, line in _numbered(file))
+            yield from ((number + 1, line) for number, line in _number_lines(file))
             return
         rest = file.read(MAX_JSON_BYTES + 1)
     if len(rest) > MAX_JSON_BYTES:
@@ -132,7 +136,7 @@ def read_json_documents(path: Path, key: str) -> Iterator[tuple[int, bytes]]:
     try:
         value = json.loads((first + rest).decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is cut off or no JSON ({error}); fetch or copy it again") from None
+        raise UserError(f"{path} is cut off or not JSON ({error}); fetch or copy it again") from None
     if not isinstance(value, list | dict):
         raise UserError(
             f"{path} holds a JSON {type(value).__name__}; documents are objects with '{key}', or an array of "
@@ -153,18 +157,20 @@ def _is_object(line: bytes) -> bool:
 
 
 def read_parquet(path: Path, key: str) -> Iterator[tuple[int, bytes | None]]:
-    """Yield (row from 1, bytes) of a text column, a few hundred rows at a time (invalid UTF-8 is then one bad
-    document, not the end). Raises UserError if there is no such column, or one that is not text."""
+    """Yield (row from 1, bytes) of a text column, a few hundred rows at a time.
+
+    As bytes, so that invalid UTF-8 is one bad document and not the end. Raises UserError if there is no such
+    column, or if it is not text."""
     import pyarrow as pa
 
     with _open_parquet(path) as file:
         _check_column(path, file.schema_arrow, key)
         row = 0
         for batch in file.iter_batches(batch_size=256, columns=[key]):
-            column = batch.column(
-                key
-            )  # by name: where 'a.b' is asked for, pyarrow also reads field b of a column a
-            column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+            # by name: where 'a.b' is asked for, pyarrow also reads field b of a column a
+            column = batch.column(key)
+            if pa.types.is_dictionary(column.type):
+                column = column.dictionary_decode()
             for raw in column.cast(pa.large_binary()).to_pylist():
                 row += 1
                 yield row, raw
@@ -177,12 +183,12 @@ def count_parquet(path: Path, key: str) -> int:
         return file.metadata.num_rows
 
 
-def _check_column(path: Path, schema, key: str) -> None:
-    """Raises UserError unless there is one column `key`, which holds text."""
+def _check_column(path: Path, schema: Any, key: str) -> None:
+    """Raise UserError unless there is one column `key`, which holds text."""
     import pyarrow as pa
 
     if key not in schema.names:
-        raise UserError(f"{path} has no column '{key}' (data.text_key); {nearest(key, schema.names)}")
+        raise UserError(f"{path} has no column '{key}' (data.text_key); {suggest_name(key, schema.names)}")
     if (times := schema.names.count(key)) > 1:
         raise UserError(
             f"{path} has {times} columns of the name '{key}' (data.text_key); rename all but one of them"
@@ -192,20 +198,15 @@ def _check_column(path: Path, schema, key: str) -> None:
         raise UserError(
             f"{path}: column '{key}' (data.text_key) is empty, all its values are null; name another column"
         )
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if kind not in (
-        pa.string(),
-        pa.large_string(),
-        pa.string_view(),
-        pa.binary(),
-        pa.large_binary(),
-        pa.binary_view(),
-    ):
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    texts = (pa.string(), pa.large_string(), pa.string_view())
+    if kind not in (*texts, pa.binary(), pa.large_binary(), pa.binary_view()):
         raise UserError(f"{path}: column '{key}' (data.text_key) holds {schema.field(key).type}, not text")
 
 
 @contextmanager
-def _open_parquet(path: Path):
+def _open_parquet(path: Path) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -214,5 +215,5 @@ def _open_parquet(path: Path):
             yield file
     except pa.ArrowInvalid as error:
         raise UserError(
-            f"{path} is no whole parquet file ({str(error).splitlines()[0]}); fetch or copy it again"
+            f"{path} is not a complete parquet file ({str(error).splitlines()[0]}); fetch or copy it again"
         ) from None

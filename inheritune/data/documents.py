@@ -1,9 +1,9 @@
 """Documents: which files a data section names, the documents in them, in order, and the text of each.
 
-`Source` lists the files (the embedded corpus, local globs, a pinned data set of the Hub, downloaded file by
-file as reading goes). `read_batches` streams their documents as raw bytes, `parse` makes text of one or says
-why it cannot be used. Every reader notices whether its file ended whole, as far as the format tells:
-decoders.py, and the table in tests/damage.md.
+`Corpus` lists the files: the embedded corpus, local globs, or a pinned data set of the Hub, which is
+downloaded file by file as reading proceeds. `batch_documents` streams their documents as raw bytes.
+`extract_text` returns the text of one or says why it cannot be used. Every reader notices whether its file is
+complete, as far as the format allows: see decoders.py and the table in tests/damage.md.
 """
 
 import codecs
@@ -23,36 +23,41 @@ from pathlib import Path
 
 import xxhash
 
-from inheritune.config.experiment import REPOSITORY, Data
+from inheritune.config.paths import REPOSITORY
+from inheritune.config.sections import Data
 from inheritune.data.decoders import (
     BYTE_ORDER_MARK,
     count_parquet,
-    decoding,
     read_json_documents,
     read_lines,
     read_parquet,
+    report_read_errors,
 )
 from inheritune.errors import UserError
-from inheritune.files.hub import hub_errors
-from inheritune.files.rundir import hash_file, read_json, write_json
+from inheritune.files.hub import translate_hub_errors
+from inheritune.files.json_files import read_json, write_json
+from inheritune.files.markers import hash_file
 
 log = logging.getLogger(__name__)
 
 KINDS = {".txt": "text", ".py": "python", ".parquet": "text"} | dict.fromkeys(
     (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz"), "json"
 )
+"""How each kind of file holds its documents, by the end of its name."""
+ONE_DOCUMENT = (".txt", ".py")
+"""Kinds of files that are one document each."""
 QUADRATIC = {"punycode", "idna"}
-"""Encodings that a coding line may name and whose decoders take a time that grows with the square of a text's
+"""Encodings that a coding line may name and whose decoding time grows with the square of the text's
 length."""
 MOST_NULS = 0.1
-"""Of a document's characters: UTF-16 of English has one in two, a text with a stray NUL or a table of them
-far fewer."""
+"""Largest share of NULs in a document. UTF-16 of English has one in two characters; a text with a stray NUL,
+or with a table of them, has far fewer."""
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
-class Source:
-    """The files of a data section, in order, by group (one group without a name unless `data.files` is a
-    mapping)."""
+class Corpus:
+    """The files of a data section, in order, by group. There is one group without a name unless `data.files`
+    is a mapping."""
 
     def __init__(self, data: Data, folder: Path):
         """`folder` keeps the listing of a Hub data set, so that a machine without internet sees the same
@@ -60,34 +65,27 @@ class Source:
         self.data = data
         self.groups: dict[str, list[str]] = {}
         if data.source == "embedded":
-            self.groups[""] = _standard_library()
+            self.groups[""] = _list_standard_library()
         else:
-            if data.source == "hub" and not re.fullmatch("[0-9a-f]{40}", data.revision):
-                raise UserError(
-                    f"data.revision: '{data.revision}' is no commit of {data.repo}; write the 40 digits that "
-                    f"the Hub shows "
-                    f"under 'Files and versions', so that the data cannot change under the experiment"
-                )
+            find = _find_local_files if data.source == "files" else _make_hub_finder(data, folder)
             patterns = data.files if isinstance(data.files, dict) else {"": data.files}
-            find = _local_files if data.source == "files" else _hub_listing(data, folder)
-            for group in sorted(patterns):  # the hash of the data section does not see the order of the keys
-                self.groups[group] = list(
-                    dict.fromkeys(name for pattern in patterns[group] for name in find(pattern))
-                )
+            for group in sorted(patterns):  # the hash of the data section ignores the order of the keys
+                names = (name for pattern in patterns[group] for name in find(pattern))
+                self.groups[group] = list(dict.fromkeys(names))
         if data.source == "files":
-            self.groups = _each_file_once(self.groups)
+            self.groups = _drop_links(self.groups)
         for name in itertools.chain(*self.groups.values()):
-            _suffix(name)
+            _find_suffix(name)
 
     def path(self, name: str) -> Path:
-        """The file on this machine; a file of the Hub is downloaded when it is first asked for."""
+        """Return the file on this machine. A file of the Hub is downloaded when it is first asked for."""
         if self.data.source == "embedded":
             return Path(sysconfig.get_path("stdlib")) / name
-        return _hub_file(self.data, name) if self.data.source == "hub" else Path(name)
+        return _download_file(self.data, name) if self.data.source == "hub" else Path(name)
 
     def describe(self, name: str) -> dict:
         """Return the file's entry in the manifest: name, bytes, and the Hub's commit or a local file's hash,
-        by which a later `prepare` tells whether it has changed."""
+        by which a later `prepare` finds whether it has changed."""
         entry = self._size_of(name)
         if self.data.source == "hub":
             return entry | {"revision": self.data.revision}
@@ -112,8 +110,8 @@ class Source:
         """Yield (line, row or element from 1, raw bytes) of each document of a file, in order.
 
         Raises UserError if the file is damaged, or ends in the middle of a frame, an archive or an array."""
-        path, suffix = self.path(name), _suffix(name)
-        with decoding(path):
+        path, suffix = self.path(name), _find_suffix(name)
+        with report_read_errors(path):
             if suffix == ".parquet":
                 yield from read_parquet(path, self.data.text_key)
             elif suffix.startswith(".json") and not suffix.startswith(".jsonl"):
@@ -126,13 +124,15 @@ class Source:
                 yield 1, path.read_bytes()
 
     def count(self, name: str) -> int:
-        """Documents in a file, usable or not."""
-        if _suffix(name) == ".parquet":
+        """Return the number of documents in a file, usable or not."""
+        suffix = _find_suffix(name)
+        if suffix == ".parquet":
             return count_parquet(self.path(name), self.data.text_key)
-        return sum(1 for _ in self.documents(name)) if KINDS[_suffix(name)] == "json" else 1
+        return sum(1 for _ in self.documents(name)) if KINDS[suffix] == "json" else 1
 
 
-def _suffix(name: str) -> str:
+def _find_suffix(name: str) -> str:
+    """Return the key of KINDS that `name` ends with. Raises UserError if there is none."""
     suffix = next((suffix for suffix in sorted(KINDS, key=len, reverse=True) if name.endswith(suffix)), None)
     if suffix is None:
         raise UserError(
@@ -141,8 +141,8 @@ def _suffix(name: str) -> str:
     return suffix
 
 
-def _standard_library() -> list[str]:
-    """The .py files of this Python's standard library, tests and installed packages left out."""
+def _list_standard_library() -> list[str]:
+    """Return the .py files of this Python's standard library, without tests and installed packages."""
     stdlib, found = sysconfig.get_path("stdlib"), []
     for folder, subfolders, names in os.walk(stdlib):
         subfolders[:] = [name for name in subfolders if name not in NOT_LIBRARY]
@@ -152,14 +152,15 @@ def _standard_library() -> list[str]:
     return sorted(found)
 
 
-def _local_files(pattern: str) -> list[str]:
-    """Return the sorted files that match, from the current folder or else from the repository. A pattern that
-    is a file's own name is that file, though it holds a bracket or a star."""
+def _find_local_files(pattern: str) -> list[str]:
+    """Return the sorted files that match, from the current folder or else from the repository.
+
+    A pattern that is a file's own name means that file, even if it holds a bracket or a star."""
     given = os.path.expanduser(os.path.expandvars(pattern))
     for base in (os.getcwd(), str(REPOSITORY)):
-        whole = os.path.join(base, given)
-        if os.path.isfile(whole):
-            return [whole]
+        literal = os.path.join(base, given)
+        if os.path.isfile(literal):
+            return [literal]
         found = glob.glob(
             given if os.path.isabs(given) else os.path.join(glob.escape(base), given), recursive=True
         )
@@ -173,17 +174,18 @@ def _local_files(pattern: str) -> list[str]:
     )
 
 
-def _each_file_once(groups: dict[str, list[str]]) -> dict[str, list[str]]:
+def _drop_links(groups: dict[str, list[str]]) -> dict[str, list[str]]:
     """Return `groups` with each real file once: under its own name if that was found, else under its first
-    link's. (A link to a folder above itself would give each document many times, in both parts of the split.)
+    link's.
 
-    Raises UserError if a file belongs to two groups."""
+    A link to a folder above itself would give each document many times, in both parts of the split. Raises
+    UserError if a file belongs to two groups."""
     taken: dict[str, str] = {}
     result = {}
     for group, names in groups.items():
         real = {name: os.path.realpath(name) for name in names}
         own = {place for name, place in real.items() if os.path.abspath(name) == place}
-        kept = {}
+        kept: dict[str, str] = {}
         for name, place in real.items():
             if place not in kept and (place not in own or os.path.abspath(name) == place):
                 kept[place] = name
@@ -205,71 +207,78 @@ def _each_file_once(groups: dict[str, list[str]]) -> dict[str, list[str]]:
 # --- the Hub ------------------------------------------------------------------------------------------------
 
 
-def _hub_file(data: Data, name: str) -> Path:
-    """Path of one file of the data set in the Hub's cache, downloaded if it is not there."""
+def _pin_of(data: Data) -> tuple[str, str]:
+    """Return (repository, commit) of a Hub data set. Raises UserError if `data.revision` is not a commit."""
+    if data.repo is None or not re.fullmatch("[0-9a-f]{40}", data.revision or ""):
+        raise UserError(
+            f"data.revision: '{data.revision}' is not a commit of {data.repo}; write the 40 digits that the "
+            f"Hub shows under 'Files and versions', so that the data cannot change under the experiment"
+        )
+    return data.repo, str(data.revision)
+
+
+def _download_file(data: Data, name: str) -> Path:
+    """Return the path of one file of the data set in the Hub's cache; download it if it is missing there."""
     import huggingface_hub
 
-    with hub_errors(f"{name} of {data.repo}@{data.revision}", f"datasets/{data.repo}"):
-        return Path(
-            huggingface_hub.hf_hub_download(data.repo, name, repo_type="dataset", revision=data.revision)
-        )
+    repo, revision = _pin_of(data)
+    with translate_hub_errors(f"{name} of {repo}@{revision}", f"datasets/{repo}"):
+        return Path(huggingface_hub.hf_hub_download(repo, name, repo_type="dataset", revision=revision))
 
 
-def _hub_listing(data: Data, folder: Path) -> Callable[[str], list[str]]:
-    """A function from a pattern to the sorted names it matches. The names come from the listing kept in
-    `folder`, else from the Hub (and are kept); a name without a wildcard needs neither. Offline and never
-    listed, the names in the cache must do, which is said: a part of them gives other data."""
-    kept = folder / "hub_files.json"
+def _make_hub_finder(data: Data, folder: Path) -> Callable[[str], list[str]]:
+    """Return a function from a pattern to the sorted names in the data set that match it.
 
-    def names() -> list[str]:
-        import huggingface_hub
-        from huggingface_hub import constants
-
-        if kept.is_file():
-            return read_json(kept)
-        if constants.HF_HUB_OFFLINE:
-            with hub_errors(f"the listing of {data.repo}@{data.revision}", f"datasets/{data.repo}"):
-                cache = Path(
-                    huggingface_hub.snapshot_download(
-                        data.repo, repo_type="dataset", revision=data.revision, local_files_only=True
-                    )
-                )
-            found = sorted(path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.is_file())
-            log.warning(
-                "offline: %s@%s is taken to be the %d files in %s",
-                data.repo,
-                data.revision,
-                len(found),
-                cache,
-            )
-            return found
-        with hub_errors(f"the listing of {data.repo}@{data.revision}", f"datasets/{data.repo}"):
-            found = huggingface_hub.HfApi().list_repo_files(
-                data.repo, repo_type="dataset", revision=data.revision
-            )
-        write_json(kept, sorted(found))
-        return sorted(found)
+    The names come from the listing kept in `folder`, else from the Hub. A name without a wildcard needs
+    neither."""
+    repo, revision = _pin_of(data)
 
     def find(pattern: str) -> list[str]:
         if not glob.has_magic(pattern):
             return [pattern]
-        listed = names()
+        listed = _list_hub_files(repo, revision, folder / "hub_files.json")
         found = [name for name in listed if fnmatch.fnmatchcase(name, pattern)]
         if not found:
             raise UserError(
-                f"data.files: '{pattern}' matches none of the {len(listed)} files of {data.repo} at "
-                f"{data.revision}"
+                f"data.files: '{pattern}' matches none of the {len(listed)} files of {repo} at {revision}"
             )
         return found
 
     return find
 
 
+def _list_hub_files(repo: str, revision: str, kept: Path) -> list[str]:
+    """Return the sorted names of all files of a Hub data set: from `kept`, else from the Hub, then kept.
+
+    Offline and without a kept listing, the names in the Hub's cache are used. A warning says so, because a
+    part of the files is other data."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    if kept.is_file():
+        return read_json(kept)
+    what, page = f"the listing of {repo}@{revision}", f"datasets/{repo}"
+    if constants.HF_HUB_OFFLINE:
+        with translate_hub_errors(what, page):
+            cache = Path(
+                huggingface_hub.snapshot_download(
+                    repo, repo_type="dataset", revision=revision, local_files_only=True
+                )
+            )
+        found = sorted(path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.is_file())
+        log.warning("offline: %s@%s is taken to be the %d files in %s", repo, revision, len(found), cache)
+        return found
+    with translate_hub_errors(what, page):
+        found = sorted(huggingface_hub.HfApi().list_repo_files(repo, repo_type="dataset", revision=revision))
+    write_json(kept, found)
+    return found
+
+
 # --- batches and texts --------------------------------------------------------------------------------------
 
 
 @dataclass
-class Batch:
+class DocumentBatch:
     """Consecutive documents of one group and kind."""
 
     group: str
@@ -279,61 +288,65 @@ class Batch:
     """(index of the file in its group, line) of each document."""
     size: int = 0
     end: tuple[int, int] = (0, 0)
-    """Where the next batch starts: (index of the file, documents of it that are read)."""
+    """Where the next batch starts: (index of the file, number of its documents that are read)."""
 
 
-def read_batches(source: Source, group: str, start: tuple[int, int], batch_bytes: int) -> Iterator[Batch]:
-    """The group's documents from `start` on. Cut by size alone, so a start at an earlier batch's end gives
-    the same rest."""
-    names, batch = source.groups[group], None
+def batch_documents(
+    corpus: Corpus, group: str, start: tuple[int, int], batch_bytes: int
+) -> Iterator[DocumentBatch]:
+    """Yield the group's documents from `start` on, in batches of about `batch_bytes`.
+
+    They are cut by size alone, so a start at an earlier batch's end gives the same remaining batches."""
+    names = corpus.groups[group]
+    batch: DocumentBatch | None = None
     for index in range(start[0], len(names)):
-        kind, done = KINDS[_suffix(names[index])], start[1] if index == start[0] else 0
-        for line, raw in itertools.islice(source.documents(names[index]), done, None):
+        suffix = _find_suffix(names[index])
+        kind, done = KINDS[suffix], start[1] if index == start[0] else 0
+        for line, raw in itertools.islice(corpus.documents(names[index]), done, None):
             if batch is not None and (batch.size >= batch_bytes or batch.kind != kind):
                 yield batch
                 batch = None
-            batch = batch or Batch(group, kind)
+            batch = batch or DocumentBatch(group, kind)
             done += 1
             batch.raws.append(raw)
             batch.places.append((index, line))
             batch.size += len(raw or b"") + 64  # so that empty documents fill a batch too
             batch.end = (index, done)
-        if batch is not None and _suffix(names[index]) not in (
-            ".txt",
-            ".py",
-        ):  # the next file may have to be downloaded first
+        if batch is not None and suffix not in ONE_DOCUMENT:  # the next file may need a download first
             yield batch
             batch = None
     if batch is not None:
         yield batch
 
 
-class Unusable(Exception):
-    """A document that is left out; the text is the kind of defect that the manifest counts."""
+class UnusableDocument(Exception):
+    """A document that is left out. The message is the kind of defect that the manifest counts."""
 
 
-def parse(kind: str, raw: bytes | None, key: str) -> str:
-    """Return the document's text. Raises Unusable."""
+def extract_text(kind: str, raw: bytes | None, key: str) -> str:
+    """Return the document's text. Raises UnusableDocument."""
     if not raw:
-        raise Unusable("empty text")
+        raise UnusableDocument("empty text")
     text = _decode(kind, raw)
     if kind == "json":
-        text = _text_of_row(text, key)
+        text = _get_row_text(text, key)
     if not text:
-        raise Unusable("empty text")
+        raise UnusableDocument("empty text")
     if text.count("\0") > MOST_NULS * len(text):
-        raise Unusable("NUL characters: UTF-16 without a mark, or no text")
+        raise UnusableDocument("NUL characters: UTF-16 without a mark, or no text")
     try:
         text.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, written as \ud83d, or decoded by a coding line
-        raise Unusable("not UTF-8") from None
+        raise UnusableDocument("not UTF-8") from None
     return text
 
 
 def _decode(kind: str, raw: bytes) -> str:
-    """Return the text of raw bytes: UTF-8, or of a Python file what its coding line says. Raises Unusable."""
+    """Return the text of raw bytes, in UTF-8 or in the encoding that a Python file's coding line names.
+
+    Raises UnusableDocument."""
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise Unusable("UTF-16, not UTF-8")
+        raise UnusableDocument("UTF-16, not UTF-8")
     encoding = "utf-8"
     try:
         if kind == "python":
@@ -341,22 +354,22 @@ def _decode(kind: str, raw: bytes) -> str:
             if encoding in QUADRATIC:
                 raise LookupError
         return raw.decode(encoding)
-    except LookupError:  # a coding line may name what is no encoding of text, such as rot13
-        raise Unusable("coding line that is no text encoding") from None
+    except LookupError:  # a coding line may name something that is not a text encoding, such as rot13
+        raise UnusableDocument("coding line that is no text encoding") from None
     except (UnicodeError, SyntaxError):  # SyntaxError: a coding line that names no encoding
-        raise Unusable("not UTF-8") from None
+        raise UnusableDocument("not UTF-8") from None
 
 
-def _text_of_row(line: str, key: str) -> str:
-    """Return what a line of JSON holds under `key`. Raises Unusable."""
+def _get_row_text(line: str, key: str) -> str:
+    """Return the text that a line of JSON holds under `key`. Raises UnusableDocument."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
-        raise Unusable("invalid JSON") from None
+        raise UnusableDocument("invalid JSON") from None
     if not isinstance(row, dict):
-        raise Unusable("not a JSON object")
+        raise UnusableDocument("not a JSON object")
     if key not in row:
-        raise Unusable(f"no key '{key}'")
+        raise UnusableDocument(f"no key '{key}'")
     if not isinstance(row[key], str):
-        raise Unusable(f"'{key}' is not text")
+        raise UnusableDocument(f"'{key}' is not text")
     return row[key]

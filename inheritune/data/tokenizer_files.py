@@ -1,9 +1,8 @@
-"""Files of a tokenizer as other programs read them: what transformers 4 and 5, and programs built on them,
-read alike.
+"""Files of a tokenizer in a form that transformers 4, transformers 5 and programs built on them read alike.
 
-A tokenizer without `model_input_names` returns token_type_ids to transformers 4; classes of transformers 5
-are unknown to it. So every writer of a tokenizer (`inherit`, final/, weights kept at a step, `export`, a
-prepared data set) takes it from here.
+transformers 4 returns token_type_ids from a tokenizer without `model_input_names`, and it does not know the
+classes of transformers 5. So every writer of a tokenizer (`inherit`, final/, weights kept at a step,
+`export`, a prepared data set) uses this module.
 """
 
 import json
@@ -18,7 +17,7 @@ TOKENIZER_FILES += ["vocab.json", "merges.txt", "tokenizer.model"]
 """Files that decide a tokenizer's ids."""
 TEMPLATES = ["chat_template.jinja", "additional_chat_templates/*.jinja"]
 """Patterns of the files that say how a chat becomes text."""
-FILES = [*TOKENIZER_FILES, *TEMPLATES]
+TOKENIZER_PATTERNS = [*TOKENIZER_FILES, *TEMPLATES]
 INPUT_NAMES = ["input_ids", "attention_mask"]
 
 _OF_ONE_MACHINE = {
@@ -38,14 +37,14 @@ _OF_ONE_VERSION = {
     "_commit_hash",
 }
 ANY_FAST_CLASS = "PreTrainedTokenizerFast"
-"""The class of transformers 4 and 5 that takes tokenizer.json as it is."""
+"""The class of transformers 4 and 5 that uses tokenizer.json as it is."""
 
 
-def tokenizer_config(raw: dict, backend: dict | None = None, token_types: bool = False) -> dict:
-    """`raw`, a tokenizer_config.json, in words that transformers 4 and 5 both read.
+def convert_tokenizer_config(raw: dict, backend: dict | None = None, token_types: bool = False) -> dict:
+    """Return `raw`, a tokenizer_config.json, with keys that transformers 4 and 5 both read.
 
-    `backend` is the tokenizer.json beside it, None if there is none. `token_types`: whether the model takes
-    token_type_ids, which transformers 4 otherwise returns from a tokenizer that does not state its
+    `backend` is the tokenizer.json alongside it, None if there is none. `token_types` says whether the model
+    takes token_type_ids, which transformers 4 otherwise returns from a tokenizer that does not state its
     outputs."""
     dropped = {
         key
@@ -63,27 +62,28 @@ def tokenizer_config(raw: dict, backend: dict | None = None, token_types: bool =
         config["extra_special_tokens"] = named
     if str(config.get("tokenizer_class")).endswith("Backend"):  # classes of transformers 5
         del config["tokenizer_class"]
-        config |= {} if backend is None else {"tokenizer_class": ANY_FAST_CLASS}
+        if backend is not None:
+            config["tokenizer_class"] = ANY_FAST_CLASS
     if backend is not None:
-        config.pop("auto_map", None)  # the code is not carried along, and not needed
+        config.pop("auto_map", None)  # its code is not copied, and not needed
     stated = raw.get("model_input_names") or INPUT_NAMES
     config["model_input_names"] = [name for name in stated if token_types or name != "token_type_ids"]
     return config
 
 
-def trained_config(raw: dict, backend: dict) -> dict:
-    """`tokenizer_config` of a tokenizer that a run was trained with: its ids are those that `backend` gives
-    as it is, and its decoded text is the text."""
-    config = tokenizer_config(raw, backend)
+def convert_trained_config(raw: dict, backend: dict) -> dict:
+    """Return `convert_tokenizer_config` of a tokenizer that a run was trained with: its ids are those that
+    `backend` gives as it is, and its decoded text is the text."""
+    config = convert_tokenizer_config(raw, backend)
     config |= {"tokenizer_class": ANY_FAST_CLASS, "clean_up_tokenization_spaces": False}
     prefix = (backend.get("pre_tokenizer") or {}).get("add_prefix_space")
-    return (
-        config if prefix is None else {**config, "add_prefix_space": prefix}
-    )  # transformers 4 takes back what is not stated
+    if prefix is not None:  # transformers 4 replaces what is not stated by its default
+        config["add_prefix_space"] = prefix
+    return config
 
 
-def special_tokens_map(raw: dict) -> dict:
-    """`raw`, a special_tokens_map.json, in words that transformers 4 and 5 both read."""
+def convert_special_tokens(raw: dict) -> dict:
+    """Return `raw`, a special_tokens_map.json, with keys that transformers 4 and 5 both read."""
     extra = raw.get("extra_special_tokens")
     if not isinstance(extra, list):
         return raw
@@ -91,9 +91,9 @@ def special_tokens_map(raw: dict) -> dict:
     return {**rest, "additional_special_tokens": [*rest.get("additional_special_tokens", []), *extra]}
 
 
-def find_files(folder: Path, patterns: Iterable[str] = FILES) -> list[str]:
-    """Names, relative to `folder`, of the tokenizer's files that are there; what is hidden (.DS_Store) is not
-    a tokenizer's."""
+def find_files(folder: Path, patterns: Iterable[str] = TOKENIZER_PATTERNS) -> list[str]:
+    """Return the names, relative to `folder`, of the tokenizer's files in it. Hidden files (.DS_Store) are
+    not a tokenizer's."""
     found = (path.relative_to(folder) for pattern in patterns for path in sorted(folder.glob(pattern)))
     shown = (path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
     return [name for name in shown if (folder / name).is_file()]
@@ -102,20 +102,22 @@ def find_files(folder: Path, patterns: Iterable[str] = FILES) -> list[str]:
 def write_tokenizer(
     folder: Path, files: dict[str, bytes], trained: bool = False, token_types: bool = False
 ) -> None:
-    """Write a tokenizer's `files` ({name: content}) into `folder`: its configuration as `trained_config` has
-    it, or as `tokenizer_config`, JSON without a byte order mark, and what needs no change as it is.
+    """Write a tokenizer's `files` ({name: content}) into `folder`.
 
-    Raises UserError for a file of JSON that cannot be read."""
-    backend = _parsed(files, "tokenizer.json") if "tokenizer.json" in files else None
+    Its configuration is converted by `convert_trained_config` if `trained`, else by
+    `convert_tokenizer_config`. JSON loses its byte order mark. All else is written as it is.
+
+    Raises UserError for a JSON file that cannot be read."""
+    backend = _parse_json(files, "tokenizer.json") if "tokenizer.json" in files else None
     for name, content in files.items():
         if name in ("tokenizer_config.json", "special_tokens_map.json"):
-            raw = _parsed(files, name)
+            raw = _parse_json(files, name)
             if name == "special_tokens_map.json":
-                config = special_tokens_map(raw)
+                config = convert_special_tokens(raw)
             elif trained and backend is not None:
-                config = trained_config(raw, backend)
+                config = convert_trained_config(raw, backend)
             else:
-                config = tokenizer_config(raw, backend, token_types)
+                config = convert_tokenizer_config(raw, backend, token_types)
             if config != raw:
                 content = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
         if name.endswith(".json"):
@@ -124,7 +126,8 @@ def write_tokenizer(
         (folder / name).write_bytes(content)
 
 
-def _parsed(files: dict[str, bytes], name: str) -> dict:
+def _parse_json(files: dict[str, bytes], name: str) -> dict:
+    """Return the JSON object in a tokenizer's file. Raises UserError if it holds none."""
     try:
         parsed = json.loads(files[name].removeprefix(BOM_UTF8))
     except (ValueError, RecursionError) as error:
@@ -134,9 +137,16 @@ def _parsed(files: dict[str, bytes], name: str) -> dict:
     return parsed
 
 
-def copy_tokenizer(source: Path, target: Path, patterns: Iterable[str] = FILES, **options) -> list[str]:
-    """Write the files of the tokenizer in `source` that match `patterns` into `target`; returns their names.
-    `options` are those of `write_tokenizer`, which also says what is raised."""
+def copy_tokenizer(
+    source: Path,
+    target: Path,
+    patterns: Iterable[str] = TOKENIZER_PATTERNS,
+    trained: bool = False,
+    token_types: bool = False,
+) -> list[str]:
+    """Write the files of the tokenizer in `source` that match `patterns` into `target` by `write_tokenizer`,
+    and return their names."""
     names = find_files(source, patterns)
-    write_tokenizer(target, {name: (source / name).read_bytes() for name in names}, **options)
+    files = {name: (source / name).read_bytes() for name in names}
+    write_tokenizer(target, files, trained, token_types)
     return names

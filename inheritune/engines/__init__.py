@@ -1,5 +1,4 @@
-"""DeepSpeed: the check of its JSON, the engine with its optimizer and schedule, checkpoints, resuming at
-another size.
+"""DeepSpeed: the check of its JSON, the engine with its optimizer and schedule, checkpoints, resizing.
 
-All that knows DeepSpeed's classes and files is here.
+All code that knows DeepSpeed's classes and files is here.
 """

@@ -1,7 +1,13 @@
-"""What DeepSpeed keeps of a run, in bytes, by the ZeRO stage; reckoned without torch."""
+"""The bytes that DeepSpeed stores for a run, by ZeRO stage; computed without torch."""
 
 
-def checkpoint_bytes(trained: int, weights: int, stage: int) -> int:
-    """Bytes of one checkpoint: fp32 masters and two moments of what is trained; below ZeRO 3 the weights
-    beside them, which at ZeRO 0 are the masters."""
-    return 12 * trained + (weights - 4 * trained if stage == 0 else weights if stage < 3 else 0)
+def count_checkpoint_bytes(trained: int, weights: int, stage: int) -> int:
+    """Return the bytes of one checkpoint, for `trained` parameters and `weights` bytes of weights at ZeRO
+    `stage`.
+
+    It holds fp32 masters and two moments of the trained parameters, and below ZeRO 3 the weights. At ZeRO 0
+    the trained weights are the masters."""
+    states = 12 * trained
+    if stage == 0:
+        return states + weights - 4 * trained
+    return states + weights if stage < 3 else states

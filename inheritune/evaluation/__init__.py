@@ -1,1 +1,1 @@
-"""Measuring finished models: losses of any checkpoint, lm-eval's tasks, and the export that others open."""
+"""Evaluation of finished models: the losses of any checkpoint, lm-eval's tasks, and the portable export."""

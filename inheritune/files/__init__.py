@@ -1,5 +1,4 @@
-"""Files of runs and data: their names, writing to a temporary name and renaming, hashes and markers, the
-lock, the Hub's cache.
+"""Files of runs and data: their names, atomic writing, seals, hashes, markers, locks and the Hub's cache.
 
-What the files mean is known elsewhere: this room knows where they lie and that they are whole.
+Other rooms know what the files mean; this room knows their paths and checks that they are complete.
 """

@@ -1,21 +1,21 @@
-"""The Hub as it fails: what its libraries raise, as sentences that name the way out."""
+"""Errors of the Hub's libraries, as sentences that name the way out."""
 
 import errno
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from inheritune.errors import UserError, first_line
-from inheritune.files.rundir import FULL, disk_error, moved_by, path_of
+from inheritune.errors import UserError, summarize_error
+from inheritune.files.storage import DISK_FULL, explain_disk_error, find_moving_variable, get_error_path
 
 
-def gate(error: Exception, what: str, page: str) -> UserError | None:
-    """The sentence for a Hub that knows `what` (on https://huggingface.co/`page`) but does not give it to us;
-    else None."""
+def explain_gated(error: Exception, what: str, page: str) -> UserError | None:
+    """Return a UserError if the Hub refuses access to `what` (on huggingface.co/`page`), else None."""
     answers = [getattr(e, "response", None) for e in (error, error.__cause__)]
     if not any(answer is not None and answer.status_code in (401, 403) for answer in answers):
         return None
     return UserError(
-        f"the Hub does not give {what} to everyone: log in, accept the licence at "
+        f"the Hub restricts access to {what}: log in, accept the licence at "
         f"https://huggingface.co/{page} , make a token "
         f"of that account and set HF_TOKEN to it (or the name is wrong: the Hub tells this apart only for "
         f"members)"
@@ -23,22 +23,21 @@ def gate(error: Exception, what: str, page: str) -> UserError | None:
 
 
 @contextmanager
-def hub_errors(what: str, page: str):
-    """What the Hub's libraries raise while they look for `what`, which lies on https://huggingface.co/`page`,
-    as one sentence that names the way out."""
-    from httpx2 import HTTPError  # what huggingface-hub speaks through
+def translate_hub_errors(what: str, page: str) -> Iterator[None]:
+    """Raise errors of the Hub's libraries about `what` as a UserError; its page is huggingface.co/`page`."""
+    from httpx2 import HTTPError  # the HTTP client of huggingface-hub
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         yield
     except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
-        if getattr(error, "errno", None) in (*FULL, errno.EACCES, errno.EROFS):
-            raise disk_error(error, path_of(error, Path(constants.HF_HUB_CACHE))) from error
-        raise gate(error, what, page) or UserError(
-            f"{what} is neither in the cache ({constants.HF_HUB_CACHE}) nor can it be had from the Hub "
-            f"({first_line(error)}); "
-            f"run 'python -m inheritune fetch' where there is internet, or set "
-            f"{moved_by(Path(constants.HF_HUB_CACHE))[0]} to "
-            f"a cache that has it"
+        if isinstance(error, OSError) and error.errno in (*DISK_FULL, errno.EACCES, errno.EROFS):
+            path = get_error_path(error, Path(constants.HF_HUB_CACHE))
+            raise explain_disk_error(error, path) from error
+        variable, _ = find_moving_variable(Path(constants.HF_HUB_CACHE))
+        raise explain_gated(error, what, page) or UserError(
+            f"{what} is neither in the cache ({constants.HF_HUB_CACHE}) nor available from the Hub "
+            f"({summarize_error(error)}); run 'python -m inheritune fetch' where there is internet, or set "
+            f"{variable} to a cache that has it"
         ) from None

@@ -1,4 +1,4 @@
-"""The lock that keeps two jobs out of one folder, on any file system that the nodes share."""
+"""Locks: only one job at a time writes into a folder, on any file system that the nodes share."""
 
 import contextlib
 import json
@@ -13,62 +13,74 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from inheritune.config import environment
 from inheritune.errors import Stopped, UserError
-from inheritune.files.processes import birth, fate, machine, node
-from inheritune.files.rundir import disk_error
+from inheritune.files.processes import (
+    ProcessState,
+    find_process_state,
+    get_node_name,
+    identify_machine,
+    read_start_time,
+)
+from inheritune.files.storage import explain_disk_error
 
-NAME = re.compile(r"\.(.+)\.lock\.[0-9a-f]{12}", re.DOTALL)
-MOST_BYTES = 1 << 16  # of a lock file that is read: ours have some hundred
+LOCK_NAME = re.compile(r"\.(.+)\.lock\.[0-9a-f]{12}", re.DOTALL)
+MAX_LOCK_BYTES = 1 << 16  # of a lock file that is read; real ones have a few hundred
 
 
 class Lock:
-    """Keeps two jobs out of what is written at `path`; use as a context manager.
+    """A lock on what is written at `path`; use it as a context manager.
 
-    Every contender puts a file of its own, `.NAME.lock.<12 hex digits>`, beside `path` and looks for those of
-    others: the later of two sees the earlier and withdraws. A holder touches its file every `BEAT` seconds
-    from a thread, so that a crash frees the lock: at once where its process is certainly gone
-    (processes.fate), after two silent beats where Slurm says that its job has ended, after `SILENCE` seconds
-    otherwise. (flock would not do: Lustre is often mounted without it.)"""
+    Each contender creates its own file, `.NAME.lock.<12 hex digits>`, alongside `path` and looks for other
+    such files: the later of two sees the earlier and withdraws. A holder touches its file every `BEAT`
+    seconds from a thread, so that a crash frees the lock. It is free at once if the holder's process is known
+    to be dead (processes.py), after two missed beats if Slurm reports that its job has ended, and after
+    `SILENCE` seconds otherwise. flock is not an option: Lustre is often mounted without it."""
 
     BEAT, SILENCE = 10.0, 180.0
 
     def __init__(
         self, path: Path, asked_to_stop: Callable[[], str | None] = lambda: None, wait: float | None = None
     ):
-        """`asked_to_stop` says why this process is asked to leave, or None. `wait`: seconds until UserError
-        while another holds the lock (None: $INHERITUNE_LOCK_WAIT, or 120)."""
+        """`asked_to_stop` returns why this process should stop, or None.
+
+        `wait`: seconds until UserError while another process holds the lock (None: $INHERITUNE_LOCK_WAIT, or
+        120)."""
         self.path, self.asked_to_stop = path, asked_to_stop
-        self.wait = environment.number("INHERITUNE_LOCK_WAIT") if wait is None else wait
+        limit = environment.read_number("INHERITUNE_LOCK_WAIT") if wait is None else wait
+        assert limit is not None, "INHERITUNE_LOCK_WAIT has a default"
+        self.wait = limit
         self.file = path.with_name(f".{path.name}.lock.{uuid.uuid4().hex[:12]}")
         self._released = threading.Event()
 
     def acquire(self) -> None:
-        """Take the lock, waiting for another holder. Raises UserError naming it when the wait is over, and if
-        the folder cannot be read or written; Stopped when this process is asked to leave while it waits."""
-        deadline, told = time.monotonic() + self.wait, False
+        """Take the lock, waiting for another holder.
+
+        Raises UserError naming the holder when the wait is over, and if the folder cannot be read or written.
+        Raises Stopped if this process is asked to stop while it waits."""
+        deadline, reported = time.monotonic() + self.wait, False
         while (who := self._try()) is not None:
             if time.monotonic() > deadline:
                 raise UserError(
                     f"{self.path} is being written by {who}, still after {self.wait:.0f} s of waiting; let "
-                    f"it finish, or stop "
-                    f"it first; nothing was changed"
+                    f"it finish, or stop it first; nothing was changed"
                 )
             if why := self.asked_to_stop():
                 raise Stopped(
                     f"stopped while waiting for {self.path}, which is being written by {who} ({why}); "
-                    f"nothing was changed, and "
-                    f"the same command tries again"
+                    f"nothing was changed, and the same command tries again"
                 )
-            if not told:
+            if not reported:
                 limit = f" up to {self.wait:.0f} s" if math.isfinite(self.wait) else ""
                 print(f"{self.path} is being written by {who}: waiting{limit}", flush=True)
-                told = True
-            time.sleep(random.uniform(0.5, 1.5))  # two that meet do not go on meeting
+                reported = True
+            time.sleep(random.uniform(0.5, 1.5))  # random, so that two contenders do not keep colliding
         threading.Thread(target=self._beat, daemon=True).start()
 
     def release(self) -> None:
+        """Free the lock."""
         self._released.set()
         self.file.unlink(missing_ok=True)
 
@@ -76,16 +88,17 @@ class Lock:
         self.acquire()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def lost(self) -> bool:
-        """Whether another job took this one for dead (after minutes without a beat) and may be writing
-        here."""
+        """Return whether another job removed this lock, after minutes without a beat, and may be writing."""
         return not self.file.is_file()
 
     def _try(self) -> str | None:
-        """Announce ourselves; None if nobody else is here, else who (and our file is withdrawn)."""
+        """Create the lock file; return None if no other process holds the lock.
+
+        Otherwise remove the file again, and return a description of the holder."""
         held = False
         try:
             now = self._announce()
@@ -97,16 +110,23 @@ class Lock:
             who = next(filter(None, (self._look(file, now) for file in others)), None)
             held = who is None
         except OSError as error:
-            raise disk_error(error, self.file) from error
+            raise explain_disk_error(error, self.file) from error
         finally:
-            if not held:  # an empty one, on a full disk, would look like another's for minutes
+            if not held:  # an empty file, on a full disk, would block others for minutes
                 with contextlib.suppress(OSError):
                     self.file.unlink(missing_ok=True)
         return who
 
     def _announce(self) -> float:
-        """Write our file.  -> its time: the file server's clock, which the beats of others are measured by"""
-        me = {"machine": machine(), "pid": os.getpid(), "born": birth(os.getpid()), "host": node()}
+        """Write the lock file and return its time, on the clock of the file server.
+
+        The beats of other holders are compared with that time."""
+        me: dict[str, Any] = {
+            "machine": identify_machine(),
+            "pid": os.getpid(),
+            "born": read_start_time(os.getpid()),
+            "host": get_node_name(),
+        }
         if os.environ.get("SLURM_JOB_ID"):
             me["slurm"] = [os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT") or "0"]
             me["job"] = f"job {os.environ['SLURM_JOB_ID']}"
@@ -117,20 +137,20 @@ class Lock:
         return self.file.stat().st_mtime
 
     def _look(self, file: Path, now: float) -> str | None:
-        """Who holds the lock by `file`; None if nobody does, and then the file is taken away."""
+        """Return who holds the lock by `file`; None if nobody does, and then remove the file."""
         try:
-            silent = abs(now - file.stat().st_mtime)  # a time in the future is no beat either
+            silent = abs(now - file.stat().st_mtime)  # a time in the future is not a beat either
             holder = _read_holder(file)
         except FileNotFoundError:
             return None
         if not self._is_over(holder, silent):
             return describe_holder(holder, file)
-        if not file.is_dir():  # which is not of our making
-            _take_away(file)
+        if not file.is_dir():  # no lock is a folder
+            _remove_dead_lock(file)
         return None
 
     def _is_over(self, holder: dict, silent: float) -> bool:
-        state = _fate(holder)
+        state = _find_holder_state(holder)
         if state != "unknown":
             return state == "dead"
         if holder.get("slurm") and silent > 2 * self.BEAT and _job_ended(*holder["slurm"]):
@@ -141,55 +161,56 @@ class Lock:
         while not self._released.wait(self.BEAT):
             try:
                 os.utime(self.file)
-            except OSError:  # taken away, or the file server is: `lost` tells
+            except OSError:  # the file was removed (see `lost`), or the file server is down
                 continue
 
 
-def lock_holders(folder: Path) -> dict[str, dict]:
-    """{name: {host, pid, slurm, job, copied, silent: seconds since its last beat}} of the locks that are held
-    in `folder`. A holder that its file does not name has only `silent`.
+def find_lock_holders(folder: Path) -> dict[str, dict]:
+    """Return {name: holder} of the locks that are held in `folder`.
 
-    Only looks: Slurm is not asked, so a job that died on another machine passes for alive for `Lock.SILENCE`
-    seconds."""
-    found = {}
+    A holder is {host, pid, slurm, job, copied, silent: seconds since its last beat}; one that its file does
+    not name has only `silent`. Slurm is not asked, so a job that died on another machine counts as alive for
+    `Lock.SILENCE` seconds."""
+    found: dict[str, dict] = {}
     for name, file in _lock_files(folder):
         try:
             silent = time.time() - file.stat().st_mtime
             holder = _read_holder(file)
         except FileNotFoundError:  # it was just released
             continue
-        state = _fate(holder)
+        state = _find_holder_state(holder)
         if state == "alive" or state == "unknown" and silent <= Lock.SILENCE:
             found.setdefault(name, {**holder, "silent": silent})
     return found
 
 
-def lock_holder(path: Path) -> dict | None:
-    """Who holds the lock of `path`, or None; see `lock_holders`."""
-    return lock_holders(path.parent).get(path.name)
+def find_lock_holder(path: Path) -> dict | None:
+    """Return the holder of the lock of `path`, as `find_lock_holders` does, or None."""
+    return find_lock_holders(path.parent).get(path.name)
 
 
 def _lock_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """(name of what is locked, lock file) of all that lie in `folder`."""
+    """Yield (name of what is locked, lock file) of each lock file in `folder`."""
     try:
         names = os.listdir(folder)
     except FileNotFoundError:
         return
     for name in names:
-        if match := NAME.fullmatch(name):
+        if match := LOCK_NAME.fullmatch(name):
             yield match[1], folder / name
 
 
 def _read_holder(file: Path) -> dict:
-    """What a lock file says of its holder: {machine, pid, born, host, job, slurm, copied}, each only if it
-    has the right form. {} if the file is damaged, cannot be read, or is no file: nobody knows who holds it.
-    Raises FileNotFoundError."""
+    """Return what a lock file records of its holder: {machine, pid, born, host, job, slurm, copied}.
+
+    Each key is present only if it has the right form. {} if the file is damaged, cannot be read, or is not a
+    file: the holder is unknown. Raises FileNotFoundError."""
     try:
         facts = file.stat()
         if not stat.S_ISREG(facts.st_mode):
             return {}
         with open(file, "rb") as opened:
-            said = json.loads(opened.read(MOST_BYTES))
+            said = json.loads(opened.read(MAX_LOCK_BYTES))
     except FileNotFoundError:
         raise
     except (OSError, ValueError, RecursionError):
@@ -199,14 +220,10 @@ def _read_holder(file: Path) -> dict:
     texts = {key: said[key] for key in ("machine", "born", "host", "job") if _is_text(said.get(key))}
     holder = texts | ({"pid": said["pid"]} if type(said.get("pid")) is int else {})
     slurm = said.get("slurm")
-    if (
-        isinstance(slurm, list)
-        and len(slurm) == 2
-        and all(_is_text(word) and re.fullmatch("[0-9]+", word) for word in slurm)
-    ):
+    if isinstance(slurm, list) and len(slurm) == 2 and all(_is_number(word) for word in slurm):
         holder["slurm"] = slurm
     if said.get("inode", facts.st_ino) != facts.st_ino:
-        holder.pop("machine", None)  # a copy: that process, if it lives, holds the lock of another folder
+        holder.pop("machine", None)  # a copy: that process, if alive, holds another folder's lock
         holder["copied"] = True
     return holder
 
@@ -215,37 +232,41 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and value.isprintable()
 
 
-def _fate(holder: dict) -> str:
-    return fate(holder.get("machine"), holder.get("pid"), holder.get("born"))
+def _is_number(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9]+", value) is not None
 
 
-def _take_away(file: Path) -> None:
-    """Remove the lock of a process that is gone. Raises UserError if that is not allowed: its owner could
-    still come back."""
+def _find_holder_state(holder: dict) -> ProcessState:
+    return find_process_state(holder.get("machine"), holder.get("pid"), holder.get("born"))
+
+
+def _remove_dead_lock(file: Path) -> None:
+    """Remove the lock of a process that has died. Raises UserError if that is not permitted."""
     try:
         file.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
-            f"{file} is a lock left behind that cannot be removed ({error.strerror}); have its owner delete "
-            f"it"
+            f"{file} is a lock left behind that cannot be removed ({error.strerror}); have its owner "
+            f"delete it"
         ) from None
 
 
 def describe_holder(holder: dict, file: Path | None = None) -> str:
-    """Who holds a lock, in words, as far as its file tells; `file`: to be named where it does not, or is a
-    copy."""
+    """Describe the holder of a lock, as far as the lock file records it.
+
+    `file` is named if it does not name the holder, or if it is a copy."""
     if "pid" not in holder or "host" not in holder:
         return f"a process that its lock{f' file {file}' if file else ''} does not name"
     who = f"{holder.get('job') or 'process ' + str(holder['pid'])} on {holder['host']}"
     if file and holder.get("copied"):
-        who += f" (so says {file}; delete that file if it came with a copy of the folder)"
+        who += f" (according to {file}; delete that file if it came with a copy of the folder)"
     return who
 
 
 def _job_ended(job: str, restarts: str) -> bool:
-    """Whether Slurm says that this start of `job` is over; False where it cannot be asked."""
+    """Return whether Slurm reports that this start of `job` is over; False where Slurm cannot be asked."""
     if job == os.environ.get("SLURM_JOB_ID"):
-        return restarts != (os.environ.get("SLURM_RESTART_COUNT") or "0")  # an earlier start of our own job
+        return restarts != (os.environ.get("SLURM_RESTART_COUNT") or "0")  # an earlier start of this job
     try:
         said = subprocess.run(
             ["scontrol", "show", "job", "-o", job],
@@ -257,11 +278,10 @@ def _job_ended(job: str, restarts: str) -> bool:
         )
     except (OSError, subprocess.TimeoutExpired):
         return False
-    shown = next(
-        (line for line in said.stdout.splitlines() if line.startswith(f"JobId={job} ")), ""
-    )  # not an array's others
-    fields = dict(word.split("=", 1) for word in shown.split() if "=" in word)
+    own = f"JobId={job} "  # the answer may list other jobs of an array
+    listed = next((line for line in said.stdout.splitlines() if line.startswith(own)), "")
+    fields = dict(word.split("=", 1) for word in listed.split() if "=" in word)
     if said.returncode or "JobState" not in fields:
-        return "Invalid job id" in said.stderr  # forgotten since it ended
+        return "Invalid job id" in said.stderr  # Slurm forgets jobs some time after they end
     alive = fields["JobState"] in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
     return not alive or fields.get("Restarts", "0") != restarts

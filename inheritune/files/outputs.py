@@ -1,5 +1,4 @@
-"""Where a verb writes what the user named (--out, --to): resolved, and refused before any work where it
-cannot be written."""
+"""Outputs that the user names (--out, --to): their paths, resolved and checked before any work starts."""
 
 import os
 from pathlib import Path
@@ -8,29 +7,27 @@ from inheritune.errors import UserError
 
 
 def resolve_output(path: str | Path) -> Path:
-    """`path` as the place that is meant, links followed: what a link points to is written, the link stays as
-    it is.
+    """Return `path` with links followed: the target of a link is written, the link stays as it is.
 
-    Raises UserError for a link to nothing: it may lead to a disk that is not mounted."""
+    Raises UserError for a broken link, which may point to a disk that is not mounted."""
     given = Path(path).expanduser()
     for part in (given, *given.parents):
         if part.is_symlink() and not part.exists():
             raise UserError(
-                f"{part} is a link to {os.readlink(part)}, which does not exist; make that, or give another "
-                f"path"
+                f"{part} is a link to {os.readlink(part)}, which does not exist; make that, or give "
+                f"another path"
             )
     return given.resolve()
 
 
 def check_new_folder(folder: Path) -> None:
-    """Raises UserError if `folder`, resolved, cannot be made: it is a file, holds something, or is not to be
-    replaced."""
+    """Raises UserError if `folder`, resolved, cannot be made or replaced.
+
+    That is so if it is a file, is not empty, is the current folder or is a mount point."""
     if folder.is_dir():
         if any(folder.iterdir()):
             raise UserError(f"{folder} already holds something; choose another folder, or delete it")
-        if (
-            folder == Path.cwd()
-        ):  # a finished folder takes the place of the empty one: the shell would stand in nothing
+        if folder == Path.cwd():  # it would be replaced, and the shell's folder would no longer exist
             raise UserError(f"{folder} is the folder you are in; give the name of a new one")
         if os.path.ismount(folder):
             raise UserError(f"{folder} is where a disk is mounted; give the name of a new folder in it")
@@ -40,7 +37,7 @@ def check_new_folder(folder: Path) -> None:
 
 
 def check_new_file(file: Path) -> None:
-    """Raises UserError if `file`, resolved, is a folder or is in one that cannot be written to."""
+    """Raises UserError if `file`, resolved, is a folder or its folder cannot be written to."""
     if file.is_dir():
         raise UserError(f"{file} is a folder; give the file to write, such as {file / 'results.json'}")
     check_writable(file.parent)

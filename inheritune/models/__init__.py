@@ -1,5 +1,4 @@
-"""Models as tensors in files: the architecture table, sizes and parameter counts, reading and writing
-checkpoints, surgery.
+"""Models as tensors in files: the architecture table, sizes and FLOP counts, checkpoints, surgery.
 
-Nothing here trains. Weights are read tensor by tensor, never a whole model at a time.
+Nothing here trains. Weights are read and written tensor by tensor, never a whole model at a time.
 """

@@ -1,36 +1,117 @@
-"""A model's config and generation settings as other programs read them.
+"""A model's config and generation settings: reading them, and writing them for other programs too.
 
-This repository runs on transformers 5. Its users also open checkpoints with transformers 4 and with programs
+This repository runs on transformers 5. Its checkpoints are also opened with transformers 4 and with programs
 built on it, which read the same files by other keys: a config without `rope_theta` means 10000 to them. So
-every writer (`inherit`, final/, weights kept at a step, `export`) takes what it writes from here; the
-tokenizer's files are those of tokenizer_files.py.
+every writer (`inherit`, final/, weights kept at a step, `export`) takes what it writes from here. The
+tokenizer's files come from tokenizer_files.py.
 """
 
+import copy
+import json
 from codecs import BOM_UTF8
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from inheritune.files.rundir import read_json, write_json
+import torch
+
+from inheritune.errors import UserError
+from inheritune.files.json_files import read_json, write_json
+from inheritune.files.writing import write_text
+from inheritune.models.architectures import find_architecture
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # --- config.json --------------------------------------------------------------------------------------------
 
+MAX_LAYERS = 10_000  # of a config that is read; far above any model
+
+
+def load_config(path: Path) -> "PreTrainedConfig":
+    """Load the transformers configuration in `path`, by the classes of transformers alone.
+
+    Code stored alongside is never run. Raises UserError for a family outside the architecture table and for a
+    model that is quantized, an encoder-decoder, or of a class that transformers does not have."""
+    from transformers import CONFIG_MAPPING
+
+    raw = read_json(path)
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+        raise UserError(f"{path} names no 'model_type'; it is not a Hugging Face model config")
+    if raw.get("quantization_config") is not None:
+        raise UserError(
+            f"{path} describes a quantized model (quantization_config); inherit from the unquantized weights"
+        )
+    if raw.get("is_encoder_decoder"):
+        raise UserError(
+            f"{path} describes an encoder-decoder ({raw['model_type']}); only decoder-only models can be "
+            f"sliced"
+        )
+    if raw.pop("auto_map", None):
+        _check_classes(raw, path)
+    layers = raw.get(find_architecture(raw["model_type"]).layers, 1)
+    if type(layers) is not int or not 1 <= layers <= MAX_LAYERS:  # building such a model would not finish
+        raise UserError(
+            f"{path} describes a model of {str(layers)[:50]} layers; 1 to {MAX_LAYERS} can be sliced"
+        )
+    try:
+        return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    except Exception as error:  # transformers raises many kinds for a value that it did not expect
+        raise UserError(
+            f"{path} is not a valid {raw['model_type']} config: {' '.join(str(error).split())[:300]}"
+        ) from None
+
+
+def _check_classes(raw: dict, path: Path) -> None:
+    """Raise UserError unless transformers has the classes that a config with an auto_map names."""
+    import transformers
+    from transformers import CONFIG_MAPPING
+
+    named = raw.get("architectures")
+    names = named if isinstance(named, list) else []
+    foreign = [str(name) for name in names if not hasattr(transformers, str(name))]
+    if foreign or raw["model_type"] not in CONFIG_MAPPING:
+        what = ", ".join(foreign) or raw["model_type"]
+        raise UserError(
+            f"{path} needs code that comes with the model (auto_map: {what}), which is never run; only "
+            f"families of transformers itself can be sliced"
+        )
+
+
+def write_config(path: Path, config: "PreTrainedConfig", dtype: torch.dtype) -> None:
+    """Write config.json of a causal language model stored in `dtype`, for transformers 4 and 5."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = copy.deepcopy(config)
+    config.dtype = dtype
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    described = add_older_keys(json.loads(config.to_json_string()))
+    write_text(path, json.dumps(described, indent=2, sort_keys=True) + "\n")
+
+
+# --- keys of transformers 4 ---------------------------------------------------------------------------------
+
 RENAMED = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
-"""Families for which transformers 4 has names of its own."""
+"""Families whose keys transformers 4 calls by other names."""
 EXACT_SCALING = {"olmo": ["factor"], "olmo2": ["factor"], "phi3": ["short_factor", "long_factor"]}
-"""Families for which transformers 4 refuses a `rope_scaling` with other keys than `type` and these."""
-OLDER_KEYS = {"torch_dtype", "rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"}
-OLDER_KEYS |= {
+"""Families for which transformers 4 refuses a `rope_scaling` with keys other than `type` and these."""
+OLDER_KEYS = {
+    "torch_dtype",
+    "rope_theta",
+    "rope_scaling",
+    "rope_local_base_freq",
+    "partial_rotary_factor",
     "original_max_position_embeddings",
     *(name for names in RENAMED.values() for name in names.values()),
 }
+"""Keys by which transformers 4 reads values that transformers 5 has under others."""
 
 
 def add_older_keys(described: dict) -> dict:
-    """`described`, a config as transformers 5 writes it, with the keys by which transformers 4 knows the same
-    values.
+    """Return `described`, a config as transformers 5 writes it, with the keys that transformers 4 reads.
 
-    transformers 5 reads them too, and prefers `rope_scaling` to all of `rope_parameters`: so both say the
-    same. Where each type of layer has its own positions, transformers 4 knows those of full attention and the
-    frequency of sliding attention."""
+    transformers 5 reads them too, and prefers `rope_scaling` to all of `rope_parameters`, so the two must
+    agree. Where each type of layer has its own positions, transformers 4 has keys for those of full attention
+    and for the frequency of sliding attention."""
     described = _drop_type(described)
     rope = described.get("rope_parameters") or {}
     older = {"torch_dtype": described["dtype"]} if described.get("dtype") else {}
@@ -50,26 +131,26 @@ def add_older_keys(described: dict) -> dict:
 
 
 def drop_older_keys(described: dict) -> dict:
-    """`described`, a config as transformers 5 holds it, without what repeats its values in words of
-    transformers 4."""
+    """Return `described`, a config as transformers 5 holds it, without the keys of transformers 4."""
     return {key: value for key, value in _drop_type(described).items() if key not in OLDER_KEYS}
 
 
 def _drop_type(described: dict) -> dict:
-    """`described` without the `type` of its positions, which transformers 5 calls `rope_type` and keeps
-    beside that."""
+    """Return `described` without the `type` of its positions.
+
+    transformers 5 calls it `rope_type` and keeps the old key alongside."""
     rope = described.get("rope_parameters")
     if not isinstance(rope, dict):
         return described
     by_layer = {key: value for key, value in rope.items() if key != "type"}
     for key, value in by_layer.items():
         if isinstance(value, dict):
-            by_layer[key] = {name: its for name, its in value.items() if name != "type"}
+            by_layer[key] = {name: setting for name, setting in value.items() if name != "type"}
     return {**described, "rope_parameters": by_layer}
 
 
 def _older_scaling(rope: dict, family: str) -> dict:
-    """`rope_scaling` for the positions `rope` (flat, as in `rope_parameters`)."""
+    """Return `rope_scaling` for the positions `rope` (flat, as in `rope_parameters`)."""
     elsewhere = {"rope_theta", "partial_rotary_factor", "rope_type"}
     scaling = {key: value for key, value in rope.items() if key not in elsewhere}
     if isinstance(scaling.get("factor"), int):
@@ -85,10 +166,11 @@ def _older_scaling(rope: dict, family: str) -> dict:
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def settings_in_config(raw: dict) -> dict:
-    """The generation_config.json of `raw`, a config.json of transformers 4 that states temperature, top_p or
-    the like itself; {} if it states none. transformers 5 passes over them there, and both read the file
-    before the config."""
+def extract_settings(raw: dict) -> dict:
+    """Return the generation_config.json of `raw`, a config.json of transformers 4 with settings in it.
+
+    These are temperature, top_p or the like; the result is {} if it has none. transformers 5 ignores them
+    there, and both versions read generation_config.json before the config."""
     from transformers import GenerationConfig
 
     kept_in_both = {
@@ -100,15 +182,18 @@ def settings_in_config(raw: dict) -> dict:
     }
     names = [key for key in GenerationConfig().to_dict() if key not in kept_in_both]
     settings = {key: raw[key] for key in names if raw.get(key) is not None}
-    return settings | {key: raw[key] for key in SPECIAL_IDS if raw.get(key) is not None} if settings else {}
+    if not settings:
+        return {}
+    return settings | {key: raw[key] for key in SPECIAL_IDS if raw.get(key) is not None}
 
 
 def copy_settings(source: Path, target: Path) -> list[str]:
-    """Write the generation settings of the checkpoint `source` into `target`, a new one; returns the file's
-    name, or none."""
+    """Write the generation settings of the checkpoint `source` into `target`, a new one.
+
+    Returns the names of the files written: generation_config.json, or none."""
     name = "generation_config.json"
     if (source / name).is_file():
         (target / name).write_bytes((source / name).read_bytes().removeprefix(BOM_UTF8))
-    elif settings := settings_in_config(read_json(source / "config.json")):
+    elif settings := extract_settings(read_json(source / "config.json")):
         write_json(target / name, settings, seal=False)
     return [name] if (target / name).is_file() else []

@@ -1,1 +1,5 @@
-"""Before a run queues: memory of each GPU and host, disk, time. Reckoned without a GPU."""
+"""Planning: the memory, time and disk of every run before it queues, by formulas.
+
+No module here imports torch at its top: the cluster's growth planner uses these hours on a batch host. What a
+run measured is compared with its plan in measured.py.
+"""

@@ -1,2 +1,2 @@
-"""A job (experiment, run, seed, stage): where its first weights come from, whose files its folder holds, how
-it compares with its reference."""
+"""A job (experiment, run, seed, stage): where its first weights come from, whether its folder belongs to it,
+and how it compares with its reference."""

@@ -1,37 +1,40 @@
-"""Whether what lies in a run's folder belongs to the run that is asked for.
+"""Whether the files in a run's folder belong to the run that was requested.
 
 A folder may hold the start of a model that the experiment no longer describes, a checkpoint that was copied
-from another run, or stages that were grown under other settings. Each would train on without an error, as
-another run than its experiment.yaml says. So a checkpoint's marker names its run (`describe_run`), and every
-start compares.
+from another run, or stages that were grown under other settings. Training would continue from each of them
+without an error, as another run than its experiment.yaml describes. So a checkpoint's marker names its run
+(`describe_run`), and every start compares.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from inheritune.config.experiment import RESUMABLE_KEYS, Train, read_yaml
+from inheritune.config.reading import read_yaml
+from inheritune.config.sections import RESUMABLE_KEYS, Train
 from inheritune.errors import UserError
-from inheritune.files.rundir import RunDir, beside, find_weights, read_json
-from inheritune.models.architectures import architecture, hf_config
-from inheritune.models.surgery import INCIDENTAL, half_config
+from inheritune.files.json_files import read_json
+from inheritune.files.rundir import RunDir, find_weights, get_results_dir
+from inheritune.models.architectures import find_architecture
+from inheritune.models.networks import build_config
+from inheritune.models.surgery import INCIDENTAL, halve_config
 from inheritune.runs.job import Job
 
-GROWN_FURTHER = ("run.grow.max_layers", "run.grow.margin")
-"""Keys that may change between two stages: how far growth may go, and when it ends. No stage is another for
-it."""
+FREE_BETWEEN_STAGES = ("run.grow.max_layers", "run.grow.margin")
+"""Keys that may change between two stages: how far growth may go, and when it ends. They change no stage."""
 
 UNRESOLVED = ("train.precision",)
 """Keys that may be `auto` before the device is known."""
 
 
 def describe_run(job: Job, train: Train, data_fingerprint: str) -> dict:
-    """Return what tells a run (with `train` as resolved) from all others, as JSON keeps it."""
+    """Return all that distinguishes a run (with `train` as resolved) from other runs, as JSON stores it."""
     return json.loads(json.dumps({**job.resolved(train), "data_fingerprint": data_fingerprint}))
 
 
-def find_differences(before, now, path: str = "") -> list[tuple[str, object, object]]:
+def find_differences(before: Any, now: Any, path: str = "") -> list[tuple[str, object, object]]:
     """Return (key path, old, new) wherever two nested dicts differ."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = [*before, *(key for key in now if key not in before)]
@@ -46,7 +49,7 @@ def find_differences(before, now, path: str = "") -> list[tuple[str, object, obj
 def find_changes_of_run(
     before: dict, now: dict, free: tuple[str, ...] = ()
 ) -> list[tuple[str, object, object]]:
-    """Return the differences that make another run: all but those of RESUMABLE_KEYS and `free`."""
+    """Return the differences that make `now` another run: all but those of RESUMABLE_KEYS and `free`."""
     changes = find_differences(before, now)
     return [c for c in changes if c[0].removeprefix("train.") not in RESUMABLE_KEYS and c[0] not in free]
 
@@ -55,15 +58,15 @@ def find_changes_since(
     file: Path, job: Job, train: Train, free: tuple[str, ...] = ()
 ) -> list[tuple[str, object, object]]:
     """Return `find_changes_of_run` from `file`, the experiment.yaml of a run, to `job` (`train` resolved);
-    none without it."""
+    [] if it does not exist."""
     if not file.is_file():
         return []
     return find_changes_of_run(read_yaml(file), yaml.safe_load(yaml.safe_dump(job.resolved(train))), free)
 
 
-def check_begun(job: Job, train: Train, free: tuple[str, ...] = ()) -> None:
-    """Raises UserError if the run's folder was begun under another experiment than `job` has now, but for the
-    keys `free`."""
+def check_unchanged(job: Job, train: Train, free: tuple[str, ...] = ()) -> None:
+    """Raise UserError if the run was started under other settings than `job` has now, except for the keys
+    `free`."""
     if changes := find_changes_since(job.dir.experiment, job, train, free):
         key, old, new = changes[0]
         raise UserError(
@@ -73,8 +76,8 @@ def check_begun(job: Job, train: Train, free: tuple[str, ...] = ()) -> None:
 
 
 def check_checkpoint(job: Job, train: Train, data_fingerprint: str, step: int) -> None:
-    """Raises UserError if checkpoint `step` was written by another run than `job`. Markers of older versions
-    name none."""
+    """Raise UserError if checkpoint `step` was written by another run than `job`. Markers of older versions
+    do not name their run."""
     folder = job.dir.checkpoint(step)
     before = read_json(folder / "COMPLETE").get("run")
     changes = find_changes_of_run(before, describe_run(job, train, data_fingerprint)) if before else []
@@ -82,79 +85,77 @@ def check_checkpoint(job: Job, train: Train, data_fingerprint: str, step: int) -
         key, old, new = changes[0]
         raise UserError(
             f"checkpoint {folder} is of another run: {key} is {old} there and {new} here; move it away, or "
-            f"go back to that "
-            f"value"
+            "go back to that value"
         )
 
 
 def is_kept(folder: Path, run: dict) -> bool:
-    """Return whether `folder` holds weights that the run described by `run` kept. Those of an earlier
-    attempt, under other settings, are none of it."""
+    """Return whether `folder` holds weights that the run described by `run` has kept. Weights of an earlier
+    attempt under other settings do not count."""
     marker = folder / "COMPLETE"
     before = read_json(marker).get("run") if marker.is_file() else None
-    return bool(before) and not find_changes_of_run(before, run)
+    if not before:
+        return False
+    return not find_changes_of_run(before, run)
 
 
-def check_stages_before(job: Job, train: Train) -> None:
-    """Raises UserError if a stage of a grown run would be trained otherwise than the first was."""
+def check_first_stage(job: Job, train: Train) -> None:
+    """Raise UserError if a stage of a grown run would be trained under other settings than the first was."""
     first = job.root.stage(1).experiment
     if not job.stage or job.stage == 1 or not first.is_file():
         return
     if job.root.stage(1).provenance.is_file():
         check_origin(job, job.root.stage(1).read_starts()[0].get("start_weights") or {})
-    changes = find_changes_since(first, job, train, ("stage", *GROWN_FURTHER))
+    changes = find_changes_since(first, job, train, ("stage", *FREE_BETWEEN_STAGES))
     if changes:
         key, old, new = changes[0]
         raise UserError(
             f"stage 1 of {job.root.path} was trained with {key} = {old}, now it is {new}; go back to it, or "
-            f"grow a run of "
-            f"another name"
+            "grow a run of another name"
         )
 
 
 def describe_origin(job: Job) -> dict[str, str]:
-    """Return {run: hash of its weights} of the finished runs, of the same file, that the job's start is
-    copied from."""
-    copied, origin, weights = job.run.init.copied, {}, None
+    """Return {run: hash of its weights} of the finished runs of the same file that the job's start is copied
+    from."""
+    origin: dict[str, str] = {}
+    copied, grow = job.run.init.copied, job.run.grow
     if copied and copied.source in job.experiment.runs:
         weights = find_weights(job.experiment, copied.source, job.seed)
-    if weights is not None:
-        origin[copied.source] = beside(weights).weights_hash()
-    if (
-        job.stage
-        and job.stage > 1
-        and job.run.grow.from_ == "previous"
-        and job.root.stage(job.stage - 1).is_done()
-    ):
-        origin[f"{job.name}/stage{job.stage - 1}"] = job.root.stage(job.stage - 1).weights_hash()
+        if weights is not None:
+            origin[copied.source] = get_results_dir(weights).weights_hash()
+    if job.stage and job.stage > 1 and grow and grow.from_ == "previous":
+        before = job.root.stage(job.stage - 1)
+        if before.is_done():
+            origin[f"{job.name}/stage{job.stage - 1}"] = before.weights_hash()
     return origin
 
 
 def check_origin(job: Job, before: dict[str, str]) -> None:
-    """Raises UserError if a run that the job's start was copied from (`before`, of describe_origin then) has
-    other weights by now, with which the result would be compared. One that is gone is no other."""
+    """Raise UserError if a run that the job's start was copied from has other weights now, with which the
+    result would be compared. `before` is what `describe_origin` returned at that start. A run that no longer
+    exists is not an error."""
     now = describe_origin(job)
     for name, weights in before.items():
         if now.get(name, weights) != weights:
             raise UserError(
                 f"{job.root.path} was started from weights of run '{name}', which has been trained anew "
-                f"since; restore those, "
-                f"or move {job.root.path} away, so that it starts from the new ones"
+                f"since; restore those, or move {job.root.path} away, so that it starts from the new ones"
             )
 
 
-def check_start_model(job: Job, config, folder) -> None:
-    """Raises UserError if the start in `folder`, of configuration `config`, is not the model that the
+def check_start_model(job: Job, config: Any, folder: Path) -> None:
+    """Raise UserError if the start in `folder`, of configuration `config`, is not the model that the
     experiment describes.
 
-    Only where the experiment decides the shape: a random start, and what comes from a run of the same
-    file."""
+    It is checked only if the experiment defines the shape: for a random start, and for a copy of a run of the
+    same file."""
     copied = job.run.init.copied
     if copied and copied.source not in job.experiment.runs:
         return
-    wanted = hf_config(job.experiment.model, getattr(config, architecture(config.model_type).layers))
+    wanted = build_config(job.experiment.model, getattr(config, find_architecture(config.model_type).layers))
     if job.run.init.half_width:
-        wanted = half_config(wanted)
+        wanted = halve_config(wanted)
     stored, asked = ({k: v for k, v in c.to_dict().items() if k not in INCIDENTAL} for c in (config, wanted))
     changes = find_differences(
         json.loads(json.dumps(stored, default=str)), json.loads(json.dumps(asked, default=str))
@@ -164,13 +165,13 @@ def check_start_model(job: Job, config, folder) -> None:
         key, old, new = changes[0]
         raise UserError(
             f"{folder} holds another model than {job.experiment.name} describes: its {key} is {old}, the "
-            f"experiment's {new}; "
-            f"go back to that, or delete the folder if it is left from before, or name the experiment anew"
+            f"experiment's {new}; go back to that, or delete the folder if it is left from before, or "
+            "give the experiment another name"
         )
 
 
 def describe_change_since(run_dir: RunDir, job: Job) -> str:
-    """Return a sentence that says in what the experiment has changed since the finished run in `run_dir` was
+    """Return a sentence that names a change of the experiment since the finished run in `run_dir` was
     trained, or ""."""
     changes = find_changes_since(run_dir.experiment, job, job.settings, UNRESOLVED)
     if not changes:

@@ -1,15 +1,17 @@
-"""A job: what is trained, and where its folder lies."""
+"""A job: what is trained, and where it is stored."""
 
 from dataclasses import dataclass
 
-from inheritune.config.experiment import Experiment, Run, Train
+from inheritune.config.experiment import Experiment
+from inheritune.config.run import Run
+from inheritune.config.sections import Train
 from inheritune.errors import UserError
 from inheritune.files.rundir import RunDir
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained: a run of an experiment with one seed, or stage `stage` (from 1) of a grown run."""
+    """A run of an experiment with one seed, or stage `stage` (from 1) of a grown run."""
 
     experiment: Experiment
     name: str
@@ -18,36 +20,43 @@ class Job:
 
     @property
     def run(self) -> Run:
+        """The run's section of the experiment."""
         return self.experiment.run(self.name)
 
     @property
     def settings(self) -> Train:
+        """The run's training settings, as the experiment states them."""
         return self.experiment.train_of(self.run)
 
     @property
     def root(self) -> RunDir:
+        """The folder of the run, which holds the folders of its stages."""
         return RunDir.of(self.experiment, self.name, self.seed)
 
     @property
     def dir(self) -> RunDir:
+        """The folder of the run, or of this stage of it."""
         return self.root.stage(self.stage) if self.stage else self.root
 
     def sibling(self, name: str) -> RunDir:
+        """Return the folder of run `name` of the same experiment and seed."""
         return RunDir.of(self.experiment, name, self.seed)
 
     def title(self) -> str:
+        """Return the job's name for messages."""
         mark = "REHEARSAL " if self.experiment.rehearsal else ""
         stage = f" stage {self.stage}" if self.stage else ""
         return f"{mark}{self.experiment.name}/{self.name}{stage} seed {self.seed}"
 
     def depths(self) -> list[int]:
-        """Return the layers of each stage of a grown run. Raises UserError if `stage` is none of them, or the
-        run has none."""
-        if not self.run.grow:
+        """Return the number of layers of each stage of a grown run. Raises UserError if the run has no
+        stages, or none with the number `stage`."""
+        grow, inherited = self.run.grow, self.run.init.inherit
+        if not grow or not inherited:
             raise UserError(
                 f"run '{self.name}' has no 'grow' section, so it has no stage {self.stage}; leave out --stage"
             )
-        depths = self.run.grow.depths(self.run.init.inherit.layers, self.experiment.model.layers)
+        depths = grow.depths(inherited.layers, self.experiment.model.layers)
         if self.stage and self.stage > len(depths):
             raise UserError(
                 f"run '{self.name}' has stages 1 to {len(depths)} ({depths} layers), no stage {self.stage}"
@@ -55,8 +64,8 @@ class Job:
         return depths
 
     def resolved(self, train: Train) -> dict:
-        """What experiment.yaml of the run folder holds: everything that decides this run, its `train` as
-        resolved."""
+        """Return what experiment.yaml of the run folder holds: all settings that define this run, with
+        `train` as resolved."""
         return {
             "experiment": self.experiment.name,
             "rehearsal": self.experiment.rehearsal,

@@ -1,66 +1,86 @@
-"""Where a job's first weights come from: a random model of its size, or what `init` of its run names."""
+"""The first weights of a job: a random model of its size, or what `init` of its run names."""
 
+from pathlib import Path
+
+from inheritune.config.run import HalfWidth, Inherit, Stack
 from inheritune.errors import UserError
-from inheritune.files import rundir
+from inheritune.files import writing
 from inheritune.files.lock import Lock
-from inheritune.files.rundir import finished_weights
-from inheritune.models.architectures import hf_config
-from inheritune.models.surgery import extend, halve, inherit, write_random
+from inheritune.files.rundir import require_weights
+from inheritune.models.networks import build_config
+from inheritune.models.surgery import extend_model, halve_width, inherit, write_random
 from inheritune.runs.job import Job
 from inheritune.runtime import signals
 
 
-def prepare_start(job: Job):
-    """The checkpoint that the job starts from, made by rank 0 if it is not there yet.  -> its folder"""
-    copied, inherited = job.run.init.copied, job.run.init.inherit
+def prepare_start(job: Job) -> Path:
+    """Return the folder of the checkpoint that the job starts from, and write it if it does not exist yet.
+    Only rank 0 calls this."""
+    copied = job.run.init.copied
     if copied is None:
-        return random_start(job, job.experiment.layers_of(job.run))
+        return make_random_start(job, job.experiment.layers_of(job.run))
     folder = job.dir.init
     if (folder / "inherited.json").is_file():
         if job.dir.experiment.is_file() or job.dir.complete_checkpoints():
             return folder
-        rundir.remove(
-            folder
-        )  # of a start that was refused or killed before the run began: asked for otherwise, perhaps
-    source, revision = source_of(job, copied.source, copied.revision)
-    if job.run.init.half_width:
-        halve(source, folder, revision)
-        return folder
-    layers, options = copied.layers, {"copies": 2}
-    if inherited:
-        options = {"modules": inherited.modules, "depth": inherited.depth, "at": inherited.at or 0}
-    if job.stage:
-        depths = job.depths()
-        layers = f"0:{depths[job.stage - 1]}"
-        if job.stage > 1 and job.run.grow.from_ == "previous":
-            before = job.root.stage(job.stage - 1)
-            if not before.is_done():
-                raise UserError(
-                    f"stage {job.stage} continues stage {job.stage - 1}, which is not finished; train that "
-                    f"one first"
-                )
-            extend(before.final, source, depths[job.stage - 2], depths[job.stage - 1], folder)
-            return folder
-    inherit(source, layers, folder, copied.parts, seed=job.seed, revision=revision, **options)
+        # left by a start that was refused or killed before the run began; the settings may have changed since
+        writing.remove_path(folder)
+    source, revision = find_source(job, copied.source, copied.revision)
+    if isinstance(copied, HalfWidth):
+        halve_width(source, folder, revision)
+    elif job.stage and job.stage > 1 and job.run.grow and job.run.grow.from_ == "previous":
+        _extend_previous(job, job.stage, source, folder)
+    else:
+        _copy_blocks(job, copied, source, revision, folder)
     return folder
 
 
-def random_start(job: Job, layers: int):
-    """The random model of this experiment and seed with `layers` blocks, written once.  -> its folder"""
+def _extend_previous(job: Job, stage: int, source: str, folder: Path) -> None:
+    """Write the weights of the stage before `stage`, continued by blocks of `source`, to `folder`."""
+    depths = job.depths()
+    before = job.root.stage(stage - 1)
+    if not before.is_done():
+        raise UserError(
+            f"stage {stage} continues stage {stage - 1}, which is not finished; train that one first"
+        )
+    extend_model(before.final, source, depths[stage - 2], depths[stage - 1], folder)
+
+
+def _copy_blocks(job: Job, copied: Inherit | Stack, source: str, revision: str | None, folder: Path) -> None:
+    """Write the blocks of `source` that `copied` names to `folder`; those of this stage's depth, in a grown
+    run."""
+    layers = f"0:{job.depths()[job.stage - 1]}" if job.stage else copied.layers
+    if isinstance(copied, Inherit):
+        inherit(
+            source,
+            layers,
+            folder,
+            copied.parts,
+            modules=copied.modules,
+            seed=job.seed,
+            revision=revision,
+            depth=copied.depth,
+            at=copied.at or 0,
+        )
+    else:
+        inherit(source, layers, folder, copied.parts, seed=job.seed, revision=revision, copies=2)
+
+
+def make_random_start(job: Job, layers: int) -> Path:
+    """Return the folder of the random model of this experiment and seed with `layers` blocks, and write it if
+    it does not exist yet."""
     folder = job.root.seed_checkpoint(layers)
-    with Lock(folder, signals.asked_to_stop):  # runs of one size share it, and may start at the same time
+    with Lock(folder, signals.get_stop_signal):  # runs of one size share it, and may start at the same time
         if not (folder / "inherited.json").is_file():
-            write_random(hf_config(job.experiment.model, layers), folder, seed=job.seed)
+            write_random(build_config(job.experiment.model, layers), folder, seed=job.seed)
     return folder
 
 
-def source_of(job: Job, source: str, revision: str | None) -> tuple[str, str | None]:
-    """(path or id, revision) of a model that a run copies or learns from. Raises UserError if it is a run of
-    the file that is not finished."""
+def find_source(job: Job, source: str, revision: str | None) -> tuple[str, str | None]:
+    """Return (path or id, revision) of a model that a run copies or learns from. Raises UserError if it is an
+    unfinished run of the same file."""
     if source in job.experiment.runs:
-        return str(finished_weights(job.experiment, source, job.seed)), None
-    if (
-        job.experiment.rehearsal
-    ):  # a public model has not the rehearsal's size: a random one of that size stands in for it
-        return str(random_start(job, job.experiment.model.layers)), None
+        return str(require_weights(job.experiment, source, job.seed)), None
+    if job.experiment.rehearsal:  # a random model of the rehearsal's size replaces the public model
+        return str(make_random_start(job, job.experiment.model.layers)), None
     return source, revision

@@ -1,4 +1,4 @@
-"""The processes of a run: rank and world, how ranks meet, the device, signals, what is printed, the log.
+"""The processes of a run: launchers, ranks and how they meet, devices, collectives, signals, streams, logs.
 
 Nothing here knows of models or data.
 """

@@ -1,9 +1,8 @@
-"""What started this process: the variables by which a launcher tells its processes who they are, read in one
-place.
+"""What started this process, read from the environment variables that a launcher sets for its processes.
 
-Understood are torch's five (torchrun, `deepspeed`, `--procs`, a Kubernetes operator), srun's, and mpirun's
-together with MASTER_ADDR and MASTER_PORT. A launch is understood whole or refused: a process that guesses
-trains alone, beside others that do the same. Nothing here asks the network, Slurm or torch.
+Three sets are understood: torch's five (torchrun, `deepspeed`, `--procs`, a Kubernetes operator), srun's, and
+mpirun's together with MASTER_ADDR and MASTER_PORT. An incomplete set is refused: a process that guesses would
+train alone, alongside others that do the same. Nothing here uses the network, Slurm or torch.
 """
 
 import os
@@ -12,13 +11,13 @@ import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from inheritune.config.experiment import REPOSITORY
+from inheritune.config.paths import REPOSITORY
 from inheritune.errors import UserError
 
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 MEETING = ("MASTER_ADDR", "MASTER_PORT")
 NEEDED = ("RANK", "WORLD_SIZE", *MEETING)
-"""LOCAL_RANK may be missing: it is 0 where each process has a machine, or a container, of its own."""
+"""LOCAL_RANK may be missing: it is 0 if each process has its own machine or container."""
 
 TORCHRUN = ("LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME")
 DEEPSPEED = ("LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
@@ -28,9 +27,9 @@ JOINING = ("train", "evaluate")
 """Verbs whose processes are ranks of one group. The others run as one process."""
 
 
-def script(name: str) -> str:
-    """The words of a shell that start slurm/NAME.sh from the current folder: by its short name within the
-    checkout."""
+def format_script(name: str) -> str:
+    """Return the shell command that starts slurm/NAME.sh from the current folder, with a relative path inside
+    the checkout."""
     own = REPOSITORY / "slurm" / f"{name}.sh"
     here = os.path.relpath(own) if os.path.realpath(os.curdir) == os.path.realpath(REPOSITORY) else own
     return f"bash {shlex.quote(str(here))}"
@@ -38,23 +37,28 @@ def script(name: str) -> str:
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among those of its launch; by default alone."""
+    """This process among the processes of its launch; by default it is the only one."""
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
     address: str = LOOPBACK
-    """Where the ranks meet: a name or address of rank 0's machine."""
+    """The name or address of rank 0's machine, where the ranks meet."""
     port: int | None = None
-    """None: any free one (alone)."""
+    """None for any free port (a single process)."""
     local: bool = True
     """Whether all ranks are known to be on this machine."""
     by: str = "the command line"
-    """What started it, for messages."""
+    """What started this process, for messages."""
 
     def variables(self, free_port: int) -> dict[str, str]:
-        """What torch.distributed and DeepSpeed read; `free_port` is for a launch that names no port."""
-        named = {"RANK": self.rank, "WORLD_SIZE": self.world, "LOCAL_RANK": self.local_rank}
+        """Return what torch.distributed and DeepSpeed read; `free_port` is for a launch that names no
+        port."""
+        named: dict[str, object] = {
+            "RANK": self.rank,
+            "WORLD_SIZE": self.world,
+            "LOCAL_RANK": self.local_rank,
+        }
         named |= {"MASTER_ADDR": self.address, "MASTER_PORT": self.port or free_port}
         named |= {"LOCAL_WORLD_SIZE": self.world} if self.local else {}
         return {name: str(value) for name, value in named.items()}
@@ -65,7 +69,7 @@ ALONE = Launch()
 
 @dataclass(frozen=True)
 class Scheme:
-    """Names under which a launcher other than torch's tells the same."""
+    """The variable names of a launcher other than torch's."""
 
     by: str
     rank: str
@@ -74,8 +78,8 @@ class Scheme:
     local_world: str
 
 
-# mpirun comes first: within a Slurm job it starts its processes through srun, whose own variables then count
-# its daemons
+# mpirun comes first: in a Slurm job it starts its processes through srun, whose own variables then count
+# mpirun's daemons
 SCHEMES = (
     Scheme("mpirun", *(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))),
     Scheme("mpirun", *(f"MV2_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))),
@@ -87,25 +91,26 @@ SCHEMES = (
 def read_launch(environment: Mapping[str, str]) -> Launch:
     """Return the launch that `environment` names, ALONE if it names none.
 
-    Raises UserError, with what is set and what is missing or wrong, for a set that is not whole or
+    Raises UserError, with what is set and what is missing or wrong, for a set that is incomplete or
     contradicts itself."""
     given = [name for name in RANKS + MEETING if name in environment]
     if all(name in environment for name in NEEDED):
-        return _of_torch(environment)
+        return _read_torch(environment)
     scheme = next((scheme for scheme in SCHEMES if _is_used(scheme, environment)), None)
     if scheme is not None:
-        return _of_scheme(scheme, environment)
+        return _read_scheme(scheme, environment)
     if given:
         missing = [name for name in NEEDED if name not in environment]
         raise UserError(
-            f"the environment has {_shown(given, environment)} but not {_listed(missing)}: a launcher sets "
-            f"{_listed(NEEDED)}; set what is missing, or run 'unset {' '.join(given)}' to start one process"
+            f"the environment has {_format_variables(given, environment)} but not {_join_names(missing)}: a "
+            f"launcher sets {_join_names(NEEDED)}; set what is missing, or run 'unset {' '.join(given)}' to "
+            "start one process"
         )
     return ALONE
 
 
 def find_launch(environment: Mapping[str, str]) -> Launch:
-    """Return the same for those who only ask who they are: ALONE for what `read_launch` refuses."""
+    """Return the launch that `environment` names, or ALONE if `read_launch` refuses it."""
     try:
         return read_launch(environment)
     except UserError:
@@ -113,20 +118,20 @@ def find_launch(environment: Mapping[str, str]) -> Launch:
 
 
 def count_processes(verb: str, procs: int | None, environment: Mapping[str, str]) -> int:
-    """Return how many processes `verb` has to start on this machine for its flag --procs (None: not given); 1
-    is this one.
+    """Return how many processes `verb` has to start on this machine for its flag --procs (None: not given);
+    1 means this process.
 
-    Raises UserError where the launch in `environment` cannot be understood, or does not fit the verb or the
+    Raises UserError if the launch in `environment` is not understood, or does not fit the verb or the
     flag."""
     if verb not in (*JOINING, "grow"):
         _check_alone(verb, find_launch(environment))
         return 1
     launch = read_launch(environment)
-    if procs is not None and environment.get("INHERITUNE_LAUNCH") and in_batch_script(environment):
+    if procs is not None and environment.get("INHERITUNE_LAUNCH") and is_in_batch_script(environment):
         raise UserError(
             f"--procs {procs} is given, but this job starts its ranks with "
-            f"'{environment['INHERITUNE_LAUNCH']}'; leave out "
-            f"--procs, and ask for another number when you submit the job (GPUS=N, or TASKS=N on CPUs)"
+            f"'{environment['INHERITUNE_LAUNCH']}'; leave out --procs, and ask for another number when you "
+            "submit the job (GPUS=N, or TASKS=N on CPUs)"
         )
     if verb == "grow":
         _check_alone(verb, launch)
@@ -141,15 +146,14 @@ def count_processes(verb: str, procs: int | None, environment: Mapping[str, str]
     return 1
 
 
-def in_batch_script(environment: Mapping[str, str]) -> bool:
-    """Return whether this process runs in the script of a Slurm job, next to srun, and not in one of srun's
-    tasks."""
+def is_in_batch_script(environment: Mapping[str, str]) -> bool:
+    """Return whether this process runs in the script of a Slurm job and not in one of srun's tasks."""
     return bool(environment.get("SLURM_JOB_ID")) and not environment.get("SLURM_STEP_NUM_TASKS")
 
 
-def without_launch(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return `environment` for a process that is started anew: without what torch's launchers have set for
-    this one."""
+def remove_launch(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return `environment` for a new process: without the variables that torch's launchers set for this
+    one."""
     own = {*RANKS, *MEETING, *TORCHRUN, *DEEPSPEED}
     return {
         name: value
@@ -158,13 +162,15 @@ def without_launch(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def first_host(nodes: str) -> str:
-    """Return the first name of one of Slurm's lists of nodes: node03 of "node[03-05,9],other7"."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)[0]
+def find_first_host(nodes: str) -> str:
+    """Return the first name in a node list of Slurm's: node03 of "node[03-05,9],other7"."""
+    found = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    first = found[0] if found else ""
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
 
 
 def _check_alone(verb: str, launch: Launch) -> None:
+    """Raise UserError if `verb`, which runs as one process, was started several times."""
     if launch.world == 1:
         return
     own = "starts the ranks of its steps itself (--procs N)" if verb == "grow" else "runs as one process"
@@ -174,20 +180,26 @@ def _check_alone(verb: str, launch: Launch) -> None:
     )
 
 
-def _of_torch(environment: Mapping[str, str]) -> Launch:
+def _read_torch(environment: Mapping[str, str]) -> Launch:
+    """Return the launch that torch's variables name."""
     rank, world, local_rank = _read_ranks(environment, *RANKS)
-    address, port = _read_place(environment)
-    counts = [
-        environment.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
-    ]  # torchrun's, and DeepSpeed's
+    address, port = _read_address(environment)
+    # torchrun sets the first of the two, DeepSpeed the second
+    counts = [environment.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")]
     local = world == 1 or str(world) in counts
     return Launch(
-        rank, world, local_rank, address, port, local, f"a launcher ({_shown(RANKS[:2], environment)})"
+        rank,
+        world,
+        local_rank,
+        address,
+        port,
+        local,
+        f"a launcher ({_format_variables(RANKS[:2], environment)})",
     )
 
 
 def _is_used(scheme: Scheme, environment: Mapping[str, str]) -> bool:
-    """Whether a launcher of this kind started several processes. PMI_... alone may also be srun's
+    """Return whether a launcher of this kind started several processes. PMI_... alone may also be srun's
     (--mpi=pmi2)."""
     of_srun = (
         scheme.world == "PMI_SIZE"
@@ -197,38 +209,39 @@ def _is_used(scheme: Scheme, environment: Mapping[str, str]) -> bool:
     return environment.get(scheme.world) not in (None, "", "1") and not of_srun
 
 
-def _of_scheme(scheme: Scheme, environment: Mapping[str, str]) -> Launch:
+def _read_scheme(scheme: Scheme, environment: Mapping[str, str]) -> Launch:
+    """Return the launch that the variables of `scheme` name."""
     needed = [scheme.rank, scheme.local_rank]
     if scheme.by == "srun" and not all(name in environment for name in MEETING):
         needed += ["SLURM_JOB_ID", "SLURM_STEP_NODELIST"]
-    _check_there(scheme, needed, environment)
+    _check_complete(scheme, needed, environment)
     rank, world, local_rank = _read_ranks(environment, scheme.rank, scheme.world, scheme.local_rank)
-    _check_same(scheme, environment, {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": local_rank})
+    _check_consistent(scheme, environment, {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": local_rank})
     if scheme.by == "srun":
         local = environment.get("SLURM_STEP_NUM_NODES") == "1"
-        address, port = _place_of_step(environment, local)
+        address, port = _find_step_address(environment, local)
     else:
         local = environment.get(scheme.local_world) == str(world)
-        _check_there(scheme, MEETING, environment)
-        address, port = _read_place(environment)
-    shown = _shown((scheme.rank, scheme.world), environment)
+        _check_complete(scheme, MEETING, environment)
+        address, port = _read_address(environment)
+    shown = _format_variables((scheme.rank, scheme.world), environment)
     return Launch(rank, world, local_rank, address, port, local, f"{scheme.by} ({shown})")
 
 
-def _check_there(scheme: Scheme, names: Iterable[str], environment: Mapping[str, str]) -> None:
-    """Raises UserError if a variable without which the ranks of `scheme` cannot meet is not set."""
+def _check_complete(scheme: Scheme, names: Iterable[str], environment: Mapping[str, str]) -> None:
+    """Raise UserError if a variable without which the ranks of `scheme` cannot meet is not set."""
     missing = [name for name in names if not environment.get(name)]
     if missing:
         example = "; as in: mpirun -x MASTER_ADDR=node1 -x MASTER_PORT=29500" if missing[0] in MEETING else ""
         raise UserError(
-            f"the environment has {scheme.by}'s {_shown([scheme.world], environment)} but not "
-            f"{_listed(missing)}; set what is "
-            f"missing for every process, or run 'unset {scheme.world}' to start one process{example}"
+            f"the environment has {scheme.by}'s {_format_variables([scheme.world], environment)} but not "
+            f"{_join_names(missing)}; set what is missing for every process, or run 'unset {scheme.world}' "
+            f"to start one process{example}"
         )
 
 
-def _check_same(scheme: Scheme, environment: Mapping[str, str], told: dict[str, int]) -> None:
-    """Raises UserError if torch's variables name other ranks than the scheme does. A rank without WORLD_SIZE
+def _check_consistent(scheme: Scheme, environment: Mapping[str, str], told: dict[str, int]) -> None:
+    """Raise UserError if torch's variables name other ranks than the scheme does. A rank without WORLD_SIZE
     is refused even if it is the same: RANK=0, left over in the environment of all tasks, is right for the
     first of them."""
     given = [name for name in RANKS if name in environment]
@@ -236,31 +249,32 @@ def _check_same(scheme: Scheme, environment: Mapping[str, str], told: dict[str, 
     if other or (given and "WORLD_SIZE" not in given):
         names = (scheme.rank, scheme.world, scheme.local_rank)
         raise UserError(
-            f"the environment has {_shown(given, environment)} beside {scheme.by}'s "
-            f"{_shown(names, environment)}; run "
-            f"'unset {' '.join(given)}', or set {_listed(NEEDED)} for every process"
+            f"the environment has {_format_variables(given, environment)} alongside {scheme.by}'s "
+            f"{_format_variables(names, environment)}; run 'unset {' '.join(given)}', or set "
+            f"{_join_names(NEEDED)} for every process"
         )
 
 
-def _place_of_step(environment: Mapping[str, str], local: bool) -> tuple[str, int]:
-    """Where the tasks of an srun line meet. The port follows from job and step: two jobs on one node do not
-    meet."""
+def _find_step_address(environment: Mapping[str, str], local: bool) -> tuple[str, int]:
+    """Return (address, port) at which the tasks of an srun line meet. The port follows from job and step, so
+    that two jobs on one node do not meet."""
     if all(name in environment for name in MEETING):
-        return _read_place(environment)
+        return _read_address(environment)
     job = _read_number(environment, "SLURM_JOB_ID", 0)
     step = _read_number(environment, "SLURM_STEP_ID", 0) if environment.get("SLURM_STEP_ID") else 0
-    host = LOOPBACK if local else first_host(environment["SLURM_STEP_NODELIST"])
-    return _read_place(
+    host = LOOPBACK if local else find_first_host(environment["SLURM_STEP_NODELIST"])
+    return _read_address(
         {"MASTER_ADDR": host, "MASTER_PORT": str(20000 + (job * 61 + step) % 20000), **environment}
     )
 
 
-def _read_place(environment: Mapping[str, str]) -> tuple[str, int]:
-    """(address, port) of MASTER_ADDR and MASTER_PORT."""
+def _read_address(environment: Mapping[str, str]) -> tuple[str, int]:
+    """Return (address, port) of MASTER_ADDR and MASTER_PORT."""
     address = environment["MASTER_ADDR"]
     if address.split() != [address]:
         raise UserError(
-            f"{_shown(['MASTER_ADDR'], environment)} is no name or address of a machine; name that of rank 0"
+            f"{_format_variables(['MASTER_ADDR'], environment)} is no name or address of a machine; set it "
+            "to that of rank 0"
         )
     return address, _read_number(environment, "MASTER_PORT", 1, 65535)
 
@@ -268,8 +282,8 @@ def _read_place(environment: Mapping[str, str]) -> tuple[str, int]:
 def _read_ranks(
     environment: Mapping[str, str], rank: str, world: str, local_rank: str
 ) -> tuple[int, int, int]:
-    """Values of the three variables. Raises UserError for one that is no number, or a rank that does not
-    exist."""
+    """Return the values of the three variables. Raises UserError for one that is not a number, or a rank that
+    does not exist."""
     size = _read_number(environment, world, 1)
     of = f" of {world}={size}"
     local = _read_number(environment, local_rank, 0, size - 1, of) if local_rank in environment else 0
@@ -279,21 +293,25 @@ def _read_ranks(
 def _read_number(
     environment: Mapping[str, str], name: str, least: int, most: int | None = None, of: str = ""
 ) -> int:
+    """Return the whole number in variable `name`. Raises UserError if it is none, or not from `least` to
+    `most`."""
     value = environment[name]
     if re.fullmatch("[0-9]{1,12}", value) and least <= int(value) and (most is None or int(value) <= most):
         return int(value)
     wanted = f"from {least} up" if most is None else f"from {least} to {most}"
     raise UserError(
-        f"the environment has {_shown([name], environment)}, which must be a whole number {wanted}{of}; "
-        f"correct the launch, or "
-        f"run 'unset {' '.join(n for n in RANKS + MEETING if n in environment) or name}' to start one process"
+        f"the environment has {_format_variables([name], environment)}, which must be a whole number "
+        f"{wanted}{of}; correct the launch, or run 'unset "
+        f"{' '.join(n for n in RANKS + MEETING if n in environment) or name}' to start one process"
     )
 
 
-def _shown(names: Iterable[str], environment: Mapping[str, str]) -> str:
+def _format_variables(names: Iterable[str], environment: Mapping[str, str]) -> str:
+    """Return NAME=value of those variables that are set, quoted for a shell."""
     return " ".join(f"{name}={shlex.quote(environment[name])}" for name in names if name in environment)
 
 
-def _listed(names: Iterable[str]) -> str:
+def _join_names(names: Iterable[str]) -> str:
+    """Return "A, B and C"."""
     *before, last = names
     return f"{', '.join(before)} and {last}" if before else last

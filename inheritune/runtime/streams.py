@@ -1,5 +1,5 @@
-"""Standard input, output and error as a program needs them that runs for days: a terminal that goes away, a
-closed pipe, a full disk or a letter that cannot be shown never stops the work.
+"""Standard input, output and error for a program that runs for days: a closed terminal, a closed pipe, a full
+disk or a character that cannot be shown never stops the work.
 """
 
 import errno
@@ -7,36 +7,37 @@ import io
 import os
 import select
 import sys
+from typing import Any
 
-lost: dict[str, OSError] = {}
-"""{"stdout" or "stderr": why it could not be written}; what follows is thrown away."""
+write_errors: dict[str, OSError] = {}
+"""{"stdout" or "stderr": why it could not be written}; what follows is discarded."""
 
 
 class Output(io.FileIO):
-    """A standard stream that never fails: what cannot be written is thrown away, by other writers of this
-    process too."""
+    """A standard stream that never fails: what cannot be written is discarded, also for other writers of this
+    process."""
 
-    def __init__(self, number: int, name: str):
+    def __init__(self, number: int, name: str) -> None:
         super().__init__(number, "w", closefd=False)
         self.stream = name
 
-    def write(self, data) -> int:
+    def write(self, data: Any) -> int:
+        """Return how many bytes of `data` were written or discarded."""
         try:
-            while (
-                written := super().write(data)
-            ) is None:  # some terminals are shared in the mode that does not wait
+            # None from a terminal that another program has put into non-blocking mode
+            while (written := super().write(data)) is None:
                 select.select([], [self], [], 1)
             return written
         except OSError as error:
-            lost.setdefault(self.stream, error)
+            write_errors.setdefault(self.stream, error)
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())  # libraries written in C and child processes write there too
             os.close(nowhere)
             return len(data)
 
 
-def guard() -> None:
-    """Replace sys.stdout and sys.stderr by streams that never fail. Call first of all."""
+def guard_streams() -> None:
+    """Replace sys.stdout and sys.stderr by streams that never fail. Call it first of all."""
     for number in (0, 1, 2):
         _open_closed(number)
     sys.stdin = sys.stdin or io.TextIOWrapper(io.FileIO(0, "r", closefd=False))
@@ -54,17 +55,17 @@ def guard() -> None:
         setattr(sys, name, text)
 
 
-def unwritten() -> OSError | None:
-    """Return why standard output could not be written, or None. That a reader has enough (`| head -1`) is no
-    error."""
+def find_write_error() -> OSError | None:
+    """Return why standard output could not be written, or None. A reader that has read enough (`| head -1`)
+    is no error."""
     sys.stdout.flush()
-    error = lost.get("stdout")
+    error = write_errors.get("stdout")
     return None if error is None or error.errno == errno.EPIPE else error
 
 
 def _open_closed(number: int) -> None:
-    """Give a stream that was closed at the start (`>&-`) its number back: the next file opened would get it,
-    and with it what libraries print."""
+    """Reopen a stream that was closed at the start (`>&-`), on its number: the next file opened would get
+    that number, and with it what libraries print."""
     try:
         os.fstat(number)
     except OSError:

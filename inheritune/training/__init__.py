@@ -1,2 +1,2 @@
-"""Training: the loop, validation, distillation, and the record of a run (metrics.jsonl, W&B,
-provenance.json)."""
+"""Training: the loop over the steps of a run, its start, validation, distillation, and the record of the run
+(metrics.jsonl, W&B, provenance.json). The engine and checkpoints are in engines/."""

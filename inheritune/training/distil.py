@@ -1,34 +1,41 @@
-"""Logit distillation: the teacher beside the student, and how far the student's predictions are from its
-own."""
+"""Logit distillation: the teacher, and the divergence of the student's predictions from the teacher's."""
+
+from typing import TYPE_CHECKING
 
 import torch
 
-from inheritune.config.experiment import Distil
-from inheritune.engines.engine import fill
+from inheritune.config.run import Distil
+from inheritune.engines.engine import fill_parameters
 from inheritune.errors import UserError
-from inheritune.files import rundir
-from inheritune.models.architectures import build
+from inheritune.files import markers
+from inheritune.models.networks import build_model
 from inheritune.models.sources import open_source
 from inheritune.runtime import dist
 from inheritune.training import validate
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 class Teacher:
-    """The model whose logits a distilled run learns: plain, frozen and whole on every rank (an engine of its
-    own would save memory only where the teacher does not fit beside the student; GPT-2 Medium takes 1.4 GB in
-    fp32), in the student's precision."""
+    """The model whose logits a distilled run learns, in the student's precision.
+
+    It is a frozen module without an engine, whole on every rank. An engine would only help where the teacher
+    does not fit alongside the student; GPT-2 Medium takes 1.4 GB in fp32."""
 
     def __init__(self, settings: Distil, source: str, revision: str | None):
-        """Raises UserError, on every rank, if `source` (path or id) cannot be read or holds nan or inf."""
+        """Raise UserError, on every rank, if `source` (path or id) cannot be read or holds nan or inf."""
         self.alpha, self.temperature = settings.alpha, settings.temperature
-        dist.on_rank0(lambda: bool(open_source(source, revision)))  # compares the hashes, once for all ranks
+        dist.run_on_rank0(
+            lambda: bool(open_source(source, revision))
+        )  # compares the hashes, once for all ranks
         self.source = open_source(source, revision, check=False)
-        dist.on_rank0(self.source.check_finite)
-        self.files = dist.on_rank0(rundir.hash_folder, self.source.folder, only=self.source.files())
+        dist.run_on_rank0(self.source.check_finite)
+        self.files = dist.run_on_rank0(markers.hash_folder, self.source.folder, only=self.source.files())
 
-    def load(self, student, length: int, precision: str, device) -> None:
-        """Build it and fill it; `student` is the student's configuration, `length` that of its sequences in
-        tokens.
+    def load(self, student: "PretrainedConfig", length: int, precision: str, device: torch.device) -> None:
+        """Build the model and load its weights. `student` is the student's configuration, `length` the
+        length of its sequences in tokens.
 
         Raises UserError if the teacher's vocabulary is not the student's or it has too few positions."""
         config = self.source.config
@@ -36,18 +43,18 @@ class Teacher:
         if config.vocab_size != student.vocab_size or positions < length:
             raise UserError(
                 f"the teacher {self.source.folder} has {config.vocab_size} tokens and {positions} positions, "
-                f"the student "
-                f"{student.vocab_size} tokens and sequences of {length}; use a teacher that fits"
+                f"the student {student.vocab_size} tokens and sequences of {length}; use a teacher that fits"
             )
-        self.model = build(config)
-        fill(self.model, self.source, stage=0)
+        self.model = build_model(config)
+        fill_parameters(self.model, self.source, stage=0)
         self.model.to(device, torch.bfloat16 if precision == "bf16" else torch.float32).requires_grad_(
             False
         ).eval()
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16_autocast")
 
     def divergences(self, windows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Of each token of (M, T + 1) windows, from the student's logits (M, T, V) on.  -> (M, T)"""
+        """Return the divergence of the student's `logits` (M, T, V) from the teacher's at each token of
+        `windows` (M, T + 1).  -> (M, T)"""
         with torch.no_grad(), self.autocast:
-            theirs = self.model(input_ids=windows[:, :-1], use_cache=False).logits  # (M, T, V)
-        return validate.token_divergences(logits, theirs, self.temperature)
+            teacher_logits = self.model(input_ids=windows[:, :-1], use_cache=False).logits  # (M, T, V)
+        return validate.token_divergences(logits, teacher_logits, self.temperature)

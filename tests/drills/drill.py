@@ -33,9 +33,11 @@ from conftest import REPOSITORY, experiment_dict, free_port, last_step, write_ex
 from drill_worker import POINTS
 from tabulate import tabulate
 
-from inheritune.cluster.status import verify
+from inheritune.cluster.verify import verify
 from inheritune.config.experiment import load_experiment
-from inheritune.files.rundir import RunDir, data_dir, hash_folder, read_json, read_jsonl
+from inheritune.files.json_files import read_json, read_jsonl
+from inheritune.files.markers import hash_folder
+from inheritune.files.rundir import RunDir, get_data_dir
 
 EVERY = 3  # steps between checkpoints
 RECORD = ("step", "tokens", "loss", "lr", "grad_norm", "val_loss")
@@ -205,7 +207,7 @@ class Chain:
         disturbed(
             ["prepare", self.path, "--workers", "2"],
             points("prepare", 2),
-            data_dir(experiment) / "manifest.json",
+            get_data_dir(experiment) / "manifest.json",
         )
         self.train(RunDir.of(experiment, "reference"), ["--run", "reference"], points("train"))
         for stage in (1, 2):
@@ -246,7 +248,7 @@ class Chain:
         """All that must not depend on kills: weights, data, the record, the measures of attention."""
         os.environ["INHERITUNE_ROOT"] = str(self.folder)
         experiment = load_experiment(self.path)
-        data, grown = data_dir(experiment), RunDir.of(experiment, "grown")
+        data, grown = get_data_dir(experiment), RunDir.of(experiment, "grown")
         found = {"data": {n: facts["xxh3"] for n, facts in hash_folder(data).items() if n.endswith(".bin")}}
         found["tokenizer"] = hash_folder(data / "tokenizer")
         runs = [

@@ -25,7 +25,8 @@ from conftest import REPOSITORY, last_step, write_lone_run
 from written import markdown
 
 from inheritune.config.experiment import load_experiment
-from inheritune.files.rundir import RunDir, read_json, read_jsonl
+from inheritune.files.json_files import read_json, read_jsonl
+from inheritune.files.rundir import RunDir
 from inheritune.planning.plan import plan_experiment
 
 PERIOD = 2 * 3600

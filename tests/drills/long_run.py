@@ -24,7 +24,8 @@ from conftest import REPOSITORY, write_lone_run
 from written import markdown
 
 from inheritune.config.experiment import load_experiment
-from inheritune.files.rundir import RunDir, read_jsonl
+from inheritune.files.json_files import read_jsonl
+from inheritune.files.rundir import RunDir
 
 STRETCHES = 20
 

@@ -18,22 +18,27 @@ from tiny_families import FAMILIES, MIXED, family_config
 from tiny_models import random_model
 from transformers import AutoModelForCausalLM
 
-from inheritune.analysis.attention import TAUS, analyze, approximate_rank, read_windows
-from inheritune.config.experiment import MODULES, NORMS, PARTS, REPOSITORY, load_experiment
+from inheritune.analysis.attention import measure_model, read_windows
+from inheritune.analysis.measures import approximate_rank
+from inheritune.analysis.thresholds import TAUS
+from inheritune.config.experiment import load_experiment
+from inheritune.config.paths import REPOSITORY
+from inheritune.config.run import MODULES, NORMS, PARTS
 from inheritune.data.batches import Tokens
 from inheritune.errors import UserError
-from inheritune.files.rundir import RunDir, data_dir
+from inheritune.files.rundir import RunDir, get_data_dir
 from inheritune.models import architectures as models
-from inheritune.models.architectures import (
-    architecture,
-    build,
-    flops_per_token,
-    linear_weights,
-    tensor_shapes,
+from inheritune.models import initialization
+from inheritune.models.architectures import find_architecture
+from inheritune.models.networks import (
+    build_model,
+    count_flops_per_token,
+    find_linear_weights,
+    list_checkpoint_shapes,
 )
 from inheritune.models.sources import open_source
 from inheritune.models.surgery import inherit, write_random
-from inheritune.paper.figures import plot_avg_mass, plot_heat_map
+from inheritune.paper.attention_plots import plot_avg_mass, plot_heat_map
 
 NAMED = (
     "gpt2 gpt_neox gpt_bigcode opt bloom falcon phi phi3 llama mistral mixtral qwen2 qwen3 gemma gemma2 "
@@ -60,7 +65,7 @@ def source(request, tmp_path_factory):
 def truncated(model, kept: list[int]):
     """The model with only the blocks `kept`, cut by hand: ModuleList and configuration."""
     cut = copy.deepcopy(model)
-    blocks = cut.get_submodule(architecture(model.config.model_type).block.removesuffix(".{i}."))
+    blocks = cut.get_submodule(find_architecture(model.config.model_type).block.removesuffix(".{i}."))
     chosen = [blocks[i] for i in kept]
     del blocks[:]
     blocks.extend(chosen)
@@ -73,7 +78,9 @@ def truncated(model, kept: list[int]):
 def logits(model) -> torch.Tensor:
     """Logits of two fixed sequences, three windows of attention long.  -> (2, 12, 61)"""
     with torch.no_grad():
-        return model(torch.randint(0, 61, (2, 12), generator=models.seeded("ids")), use_cache=False).logits
+        return model(
+            torch.randint(0, 61, (2, 12), generator=initialization.make_generator("ids")), use_cache=False
+        ).logits
 
 
 def keys(folder) -> set[str]:
@@ -137,8 +144,8 @@ PLACES = [
 @pytest.mark.parametrize("family, name, place", PLACES)
 def test_every_tensor_has_its_part_and_module(family, name, place):
     config = family_config(family)
-    assert name in tensor_shapes(config)
-    assert architecture(config.model_type).part_of(name) == (
+    assert name in list_checkpoint_shapes(config)
+    assert find_architecture(config.model_type).part_of(name) == (
         ("blocks", place) if place in MODULES + NORMS else (place, None)
     )
 
@@ -159,7 +166,7 @@ def test_what_is_not_named_is_fresh_as_transformers_draws_it(source, tmp_path):
             assert 0.8 < float(ours[name].std() / value.std()) < 1.25, name
         else:
             assert 0.4 < float(ours[name].std() / value.std()) < 2.5, name
-    table = architecture(model.config.model_type)
+    table = find_architecture(model.config.model_type)
     rows = inherit(folder, "1:3", tmp_path / "out", parts=[part for part in PARTS if part != "final_norm"])[
         "tensors"
     ]
@@ -170,7 +177,7 @@ def test_what_is_not_named_is_fresh_as_transformers_draws_it(source, tmp_path):
 
 def test_only_matrices_that_multiply_activations_are_decayed(source):
     _, model, _ = source
-    decayed = set(linear_weights(build(model.config)))
+    decayed = set(find_linear_weights(build_model(model.config)))
     names = {name for name, p in model.named_parameters() if p.dim() > 1}
     assert decayed == {
         n for n in names if not any(word in n for word in ("embed", "wte", "wpe", "q_norm", "k_norm"))
@@ -181,7 +188,9 @@ def test_flops_count_the_experts_that_a_token_passes_through():
     one, three = family_config("mixtral"), family_config("mixtral")
     one.num_local_experts = one.num_experts_per_tok = 1
     expert, router = 5 * 3 * 32 * 44, 5 * 32
-    assert flops_per_token(three, 8) - flops_per_token(one, 8) == pytest.approx(6 * (expert + 2 * router))
+    assert count_flops_per_token(three, 8) - count_flops_per_token(one, 8) == pytest.approx(
+        6 * (expert + 2 * router)
+    )
 
 
 def test_experts_in_one_tensor_are_read_and_written_one_by_one(tmp_path):
@@ -211,7 +220,7 @@ def data(tmp_path_factory):
 def test_analyze_measures_the_maps_that_transformers_returns(source, data, tmp_path):
     family, model, folder = source
     tokens = Tokens(data, "val")
-    rows = analyze(str(folder), tokens, n_sequences=3, length=12, maps=[(4, 3)])
+    rows = measure_model(str(folder), tokens, n_sequences=3, length=12, maps=[(4, 3)])
     layers = [row for row in rows if row["kind"] == "layer"]
     with torch.no_grad():
         maps = model(read_windows(tokens, 3, 12, seed=0), output_attentions=True, use_cache=False).attentions
@@ -248,7 +257,7 @@ def test_every_family_trains_from_a_slice(tmp_path, own_root):
     raw["data"] |= {"tokenizer": "bpe:300"}
     path = write_experiment(tmp_path, raw)
     experiment = load_experiment(path)
-    write_tokens(data_dir(experiment), vocab=61)
+    write_tokens(get_data_dir(experiment), vocab=61)
     launch(
         ["tests/support/train_many.py", *(f"{path}:{name}" for name in FAMILIES)], 2, INHERITUNE_ROOT=own_root
     )
@@ -291,7 +300,7 @@ def test_analyze_refuses_what_inherit_refuses(case, tmp_path, data):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **CHANGES[case]}))
     with pytest.raises(UserError, match="cannot be loaded as a causal LM") as refusal:
-        analyze(str(tmp_path), Tokens(data, "val"), n_sequences=1, length=8)
+        measure_model(str(tmp_path), Tokens(data, "val"), n_sequences=1, length=8)
     assert "\n" not in str(refusal.value)
 
 
@@ -302,10 +311,10 @@ def test_example_of_the_readme_describes_its_family(monkeypatch):
 
     example = yaml.safe_load((REPOSITORY / "README.md").read_text().split("```yaml\n")[1].split("```")[0])
     with pytest.raises(UserError, match="not in the architecture table"):
-        architecture("codegen")
+        find_architecture("codegen")
     monkeypatch.setattr(models, "_TABLE", {**models._TABLE, **example})
     config = CodeGenConfig(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=32, rotary_dim=4)
-    places = {architecture("codegen").part_of(name) for name in tensor_shapes(config)}
+    places = {find_architecture("codegen").part_of(name) for name in list_checkpoint_shapes(config)}
     assert places == {("blocks", m) for m in MODULES} | {
         (p, None) for p in ("token_embedding", "final_norm", "head")
     }

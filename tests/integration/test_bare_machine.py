@@ -13,10 +13,12 @@ from conftest import REPOSITORY, experiment_dict, one_sentence, run_verb, write_
 from test_stop import make
 
 from inheritune.config.experiment import load_experiment
-from inheritune.files.rundir import data_dir, hash_folder, read_json
-from inheritune.runtime import dist, log
-from inheritune.runtime.dist import limit_error
-from inheritune.training.record import git_commit
+from inheritune.files.json_files import read_json
+from inheritune.files.markers import hash_folder
+from inheritune.files.rundir import get_data_dir
+from inheritune.runtime import devices, log, rendezvous
+from inheritune.runtime.limits import explain_limit
+from inheritune.training.provenance import git_commit
 
 
 def changed_machine(change: str, *words, own: str = "--mount") -> subprocess.CompletedProcess:
@@ -89,19 +91,19 @@ def test_a_checkout_of_another_owner_has_no_commit(tmp_path, monkeypatch):
 
 
 def test_a_driver_that_hangs_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(dist, "SMI_PATIENCE_S", 1)
+    monkeypatch.setattr(devices, "SMI_TIMEOUT_S", 1)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     write_tool(tmp_path, "nvidia-smi", HANGS, monkeypatch)
-    assert "nvidia-smi does not answer within 1 s" in dist.unused_gpu("2.13.0", "13.0")
+    assert "nvidia-smi does not answer within 1 s" in devices.find_unused_gpu("2.13.0", "13.0")
     (tmp_path / "nvidia-smi").write_text("not a program")
-    assert dist.unused_gpu("2.13.0", "13.0") is None
+    assert devices.find_unused_gpu("2.13.0", "13.0") is None
 
 
 def test_nodes_are_not_named_where_scontrol_fails(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NODELIST", "node[3-4]")
     for text in ("#!/bin/sh\nexit 1\n", "not a program"):
         write_tool(tmp_path, "scontrol", text, monkeypatch)
-        assert dist._slurm_hosts() == []
+        assert rendezvous.list_slurm_hosts() == []
 
 
 # --- file systems -------------------------------------------------------------------------------------------
@@ -122,7 +124,7 @@ def test_without_shared_memory_one_worker_prepares_the_same(tmp_path, own_root, 
     done = changed_machine(change, "prepare", path, "--workers", 2)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert "several workers need a writable /dev/shm" in done.stdout
-    folder = data_dir(load_experiment(path))
+    folder = get_data_dir(load_experiment(path))
     alone = hash_folder(folder)
     shutil.rmtree(folder)
     run_verb("prepare", path, "--workers", 2)
@@ -160,8 +162,8 @@ def test_a_lost_folder_for_temporary_files_is_a_limit_of_the_machine():
     """What tempfile raises, wherever a library first asks it."""
     error = FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
     assert (
-        "set TMPDIR" in str(limit_error(error))
-        and limit_error(FileNotFoundError(2, "No such file", "x")) is None
+        "set TMPDIR" in str(explain_limit(error))
+        and explain_limit(FileNotFoundError(2, "No such file", "x")) is None
     )
 
 

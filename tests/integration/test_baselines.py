@@ -15,22 +15,25 @@ from test_train import launch, losses_of
 from tiny_models import config_of, logits, random_model, weights_of
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from inheritune.config.experiment import Model, load_experiment
+from inheritune.config.experiment import load_experiment
+from inheritune.config.sections import Model
 from inheritune.data.batches import Order, Tokens
-from inheritune.engines.engine import learning_rate
+from inheritune.engines.adamw import compute_learning_rate
 from inheritune.errors import UserError
-from inheritune.files.rundir import RunDir, data_dir, hash_folder, read_json, read_jsonl, write_json
-from inheritune.models.architectures import (
-    architecture,
-    build,
+from inheritune.files.json_files import read_json, read_jsonl, write_json
+from inheritune.files.markers import hash_folder
+from inheritune.files.rundir import RunDir, get_data_dir
+from inheritune.models.architectures import find_architecture
+from inheritune.models.initialization import make_generator
+from inheritune.models.networks import (
+    build_config,
+    build_model,
+    count_flops_per_token,
     count_parameters,
-    flops_per_token,
-    hf_config,
-    linear_weights,
-    seeded,
+    find_linear_weights,
 )
 from inheritune.models.sources import open_source
-from inheritune.models.surgery import half_config, halve, inherit, write_random
+from inheritune.models.surgery import halve_config, halve_width, inherit, write_random
 
 KINDS = ("paper", "public", "llama", "llama_tied")
 
@@ -78,7 +81,7 @@ def test_stacked_blocks_are_the_sources_twice(source, tmp_path, layers, once):
 def test_a_block_stacked_at_half_depth_attends_otherwise_only_under_scaling_by_layer(tmp_path):
     """The same weights at index 0 and 3: equal for a public GPT-2, logits of attention divided by 4 for the
     paper's."""
-    states = torch.randn(1, 7, 15, generator=seeded("states"))
+    states = torch.randn(1, 7, 15, generator=make_generator("states"))
     for kind in ("public", "paper"):
         random_model(config_of(kind, layers=6)).save_pretrained(tmp_path / kind)
         inherit(tmp_path / kind, "0:3", tmp_path / f"{kind}_stacked", copies=2)
@@ -224,7 +227,7 @@ SIZES = {
 def test_half_width_equals_a_cut_by_hand(tmp_path, kind):
     model = random_model(config_of(kind, layers=3))
     model.save_pretrained(tmp_path / "source")
-    manifest = halve(tmp_path / "source", tmp_path / "out")
+    manifest = halve_width(tmp_path / "source", tmp_path / "out")
     ours, (heads, *sizes) = opened(tmp_path / "out"), SIZES[kind]
     sizes = dict(zip(["D", "F", "KV"], sizes, strict=True))
     expected = {name: halved_by_hand(name, tensor, sizes) for name, tensor in weights_of(model).items()}
@@ -253,7 +256,7 @@ def test_half_width_equals_a_cut_by_hand(tmp_path, kind):
     by_hand = config_of(kind, layers=3)
     for key, value in config.items():
         setattr(by_hand, key, value)
-    hand = build(by_hand, "eager").eval()
+    hand = build_model(by_hand, "eager").eval()
     hand.load_state_dict(expected, strict=False)
     assert torch.equal(logits(ours), logits(hand))
 
@@ -318,7 +321,7 @@ def test_half_width_keeps_the_first_half_of_the_heads(tmp_path, kind):
     big = doubled(small, config)
     torch.testing.assert_close(logits(big), 2 * logits(small), rtol=1e-4, atol=1e-4)
     big.save_pretrained(tmp_path / "big")
-    halve(tmp_path / "big", tmp_path / "out")
+    halve_width(tmp_path / "big", tmp_path / "out")
     assert torch.equal(logits(opened(tmp_path / "out")), logits(small))
 
 
@@ -330,7 +333,7 @@ def test_half_of_the_papers_models():
         ("gpt2_large", 10, 640, 209_843_840),
         ("gpt2_xl", 12, 768, 50_304 * 768 + 1024 * 768 + 48 * (12 * 768**2 + 2 * 768) + 768),
     ):
-        half = half_config(hf_config(Model(size=size)))
+        half = halve_config(build_config(Model(size=size)))
         assert (half.num_attention_heads, half.hidden_size, half.n_inner) == (heads, width, 4 * width)
         assert count_parameters(half) == count
 
@@ -344,7 +347,7 @@ def test_half_width_of_another_family_and_of_one_head_is_refused(tmp_path):
     write_random(config, tmp_path / "one")
     for name, what in (("bloom", "family bloom with 4 key"), ("one", "family llama with 1 key")):
         with pytest.raises(UserError, match=f"half width can be cut from gpt2 and llama .* {what}"):
-            halve(tmp_path / name, tmp_path / "out")
+            halve_width(tmp_path / name, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -382,7 +385,7 @@ MISTAKES = {
         {**REFERENCE, "distil": {"teacher": "reference", "temperature": 0}},
         "should be greater than 0",
     ),
-    "own teacher": ({**REFERENCE, "distil": {"teacher": "ours"}}, "runs.ours: .* one is made from itself"),
+    "own teacher": ({**REFERENCE, "distil": {"teacher": "ours"}}, "runs.ours: .* contains a cycle"),
     "external": (
         {"init": {"external": {"source": "a/b"}}, "distil": {"teacher": "reference"}},
         "'distil' belongs to a run",
@@ -463,7 +466,7 @@ def distilled(root: Path) -> str:
         "train": {**runs["taught_3"]["train"], "precision": "bf16_autocast"},
     }
     path = write_experiment(root, experiment_dict(runs=runs, train=TRAIN, paper=[]))
-    write_tokens(data_dir(load_experiment(path)))
+    write_tokens(get_data_dir(load_experiment(path)))
     return path
 
 
@@ -492,7 +495,7 @@ def runs_of(taught, monkeypatch):
 
 def model_of(folder: Path):
     source = open_source(folder)
-    model = build(source.config)
+    model = build_model(source.config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(source.tensor(name))
@@ -503,10 +506,10 @@ def plain_distillation(experiment, run: RunDir, teacher: RunDir) -> dict[str, np
     """The same training in plain PyTorch: one batch, KL by its definition in float64, no DeepSpeed. -> rows
     by key"""
     train = experiment.train_of(experiment.runs["taught_0"])
-    tokens = Tokens(data_dir(experiment), "train")
+    tokens = Tokens(get_data_dir(experiment), "train")
     order = Order(tokens, "random_windows", 32, 20, seed=0)
     student, teacher = model_of(run.seed_checkpoint(2)), model_of(teacher.final).eval()
-    decayed = {id(p) for p in linear_weights(student).values()}
+    decayed = {id(p) for p in find_linear_weights(student).values()}
     trained = [p for p in student.parameters() if p.requires_grad]
     groups = [
         {
@@ -530,7 +533,7 @@ def plain_distillation(experiment, run: RunDir, teacher: RunDir) -> dict[str, np
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, train.clip)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step + 1, train)
+            group["lr"] = compute_learning_rate(step + 1, train)
         optimizer.step()
         for key, value in (("loss", loss), ("ce_loss", ce), ("distil_loss", kl), ("grad_norm", norm)):
             rows[key].append(value.item())
@@ -564,7 +567,7 @@ def test_distillation_equals_plain_pytorch_at_zero_0_and_3(runs_of):
 @pytest.mark.slow
 def test_the_teachers_forward_is_counted_and_its_weights_are_on_record(runs_of):
     folder, experiment, _ = runs_of
-    student, teacher = (flops_per_token(hf_config(experiment.model, n), 32) for n in (2, 4))
+    student, teacher = (count_flops_per_token(build_config(experiment.model, n), 32) for n in (2, 4))
     tokens = STEPS * 20 * 32
     assert read_json(folder("alone_3").results)["train_flops"] == student * tokens
     assert read_json(folder("taught_3").results)["train_flops"] == pytest.approx(
@@ -669,7 +672,7 @@ def test_every_start_trains_from_an_experiment(tmp_path, own_root):
     }
     path = write_experiment(tmp_path, raw)
     experiment = load_experiment(path)
-    write_tokens(data_dir(experiment))
+    write_tokens(get_data_dir(experiment))
     launch(
         ["tests/support/train_many.py", *(f"{path}:{name}" for name in raw["runs"])],
         2,
@@ -694,7 +697,7 @@ def test_every_start_trains_from_an_experiment(tmp_path, own_root):
     compared = {name: r["compared_with"] for name, r in results.items() if "compared_with" in r}
     assert compared == dict.fromkeys(("stacking", "hybrid", "half_width", "lazy"), "reference")
     assert all(math.isfinite(r["validation"]["mean"]) for r in results.values())
-    table = architecture("gpt2")
+    table = find_architecture("gpt2")
     stacked, half = (
         open_source(RunDir.of(experiment, n).path / part)
         for n, part in (("stacking", "init"), ("half", "final"))

@@ -24,7 +24,7 @@ from conftest import (
 )
 
 from inheritune.config.experiment import load_experiment
-from inheritune.files.rundir import data_dir
+from inheritune.files.rundir import get_data_dir
 
 ROOMS = """
 errors config files runtime data models runs engines training analysis evaluation planning paper cluster cli
@@ -85,6 +85,23 @@ def test_help_names_every_verb():
     assert "torch" not in run_verb_imports()
 
 
+def test_help_of_a_verb_shows_types_and_positions():
+    lines = [line.split(maxsplit=2) for line in run_verb("train", "--help").stdout.splitlines()]
+    assert ["EXPERIMENT", "text,", "positional 1 (or --experiment EXPERIMENT)"] in lines
+    assert ["--run", "RUN", "text, required (or positional 2)"] in lines
+    assert ["--seed", "SEED", "whole number, default 0"] in lines and ["--rehearse", "switch"] in lines
+
+
+def test_version_is_that_of_the_package():
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        expected = version("inheritune")
+    except PackageNotFoundError:
+        expected = "unknown"
+    assert run_verb("--version").stdout == f"{expected}\n"
+
+
 def run_verb_imports() -> str:
     """Modules that --help loads."""
     code = "import sys; from inheritune.cli import main; main(['--help']); print('LOADED', *sys.modules)"
@@ -108,7 +125,7 @@ JSON_MISTAKES = [
     ("extra", "says"), JSON_MISTAKES, ids=lambda v: next(iter(v)) if isinstance(v, dict) else ""
 )
 def test_key_of_the_experiment_in_the_deepspeed_json_is_refused(tmp_path, extra, says):
-    from inheritune.engines.engine import load_json
+    from inheritune.engines.deepspeed_json import load_deepspeed_json
     from inheritune.errors import UserError
 
     path = tmp_path / "ds.json"
@@ -116,30 +133,30 @@ def test_key_of_the_experiment_in_the_deepspeed_json_is_refused(tmp_path, extra,
         json.dumps({"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}, **extra})
     )
     with pytest.raises(UserError) as caught:
-        load_json(path)
+        load_deepspeed_json(path)
     assert says in str(caught.value)
 
 
 def test_damaged_deepspeed_json_is_refused(tmp_path):
-    from inheritune.engines.engine import load_json
+    from inheritune.engines.deepspeed_json import load_deepspeed_json
     from inheritune.errors import UserError
 
     (tmp_path / "twice.json").write_text(
         '{"train_micro_batch_size_per_gpu": 2, "train_micro_batch_size_per_gpu": 4}'
     )
     with pytest.raises(UserError, match="sets 'train_micro_batch_size_per_gpu' twice"):
-        load_json(tmp_path / "twice.json")
+        load_deepspeed_json(tmp_path / "twice.json")
     (tmp_path / "cut.json").write_text('{"train_micro_batch_size_per_gpu": [')
     with pytest.raises(UserError, match="not valid JSON"):
-        load_json(tmp_path / "cut.json")
+        load_deepspeed_json(tmp_path / "cut.json")
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "ds_configs").glob("*.json")), ids=lambda p: p.stem)
 def test_every_shipped_json_loads(path):
-    from inheritune.engines.engine import deepspeed_config, load_json
+    from inheritune.engines.deepspeed_json import load_deepspeed_json, make_deepspeed_config
 
     train = load_experiment("quickstart").train
-    config = deepspeed_config(load_json(path), train, 2, 3)
+    config = make_deepspeed_config(load_deepspeed_json(path), train, 2, 3)
     assert config["gradient_clipping"] == train.clip and config["gradient_accumulation_steps"] == 3
 
 
@@ -164,7 +181,7 @@ def test_data_that_does_not_fit_is_refused_before_anything_is_written(tmp_path, 
     for section, keys in change.items():
         raw[section].update(keys)
     path = write_experiment(tmp_path, raw)
-    write_tokens(data_dir(load_experiment(path)))
+    write_tokens(get_data_dir(load_experiment(path)))
     assert says in refused("train", path, "--run", "reference")
     assert not (own_root / "runs").exists()
 
@@ -188,7 +205,7 @@ def test_mistake_on_several_ranks_is_told_once(tmp_path):
     raw = experiment_dict()
     raw["train"]["batch_tokens"] = 32  # one sequence for two ranks
     path = write_experiment(tmp_path, raw)
-    write_tokens(data_dir(load_experiment(path)))
+    write_tokens(get_data_dir(load_experiment(path)))
     assert "2 ranks for a batch of 1 sequences" in refused(
         "train", path, "--run", "reference", "--procs", "2"
     )
@@ -247,7 +264,8 @@ def test_a_root_that_cannot_be_made_is_named(tmp_path, root):
     root = root.replace("FILE", str(tmp_path / "file"))
     said = refused("prepare", "quickstart", "--rehearse", INHERITUNE_ROOT=root)
     assert (
-        f"INHERITUNE_ROOT={root} is no folder and cannot be made" in said and "set it to another one" in said
+        f"INHERITUNE_ROOT={root} is not a folder and cannot be created" in said
+        and "set it to another one" in said
     )
 
 
@@ -316,12 +334,10 @@ def imports_at_the_top(path) -> list[str]:
 
 
 def test_main_imports_lazily():
-    top = imports_at_the_top(REPOSITORY / "inheritune" / "cli.py")
-    assert top == [
-        "inheritune.config",
-        "inheritune.errors",
-        "inheritune.runtime",
-    ]  # and nothing slow
+    files = sorted((REPOSITORY / "inheritune" / "cli").glob("*.py"))
+    top = {module for path in files for module in imports_at_the_top(path) if "inheritune" in module}
+    rooms = {module for module in top if not module.startswith("inheritune.cli")}
+    assert rooms == {"inheritune.config", "inheritune.errors", "inheritune.runtime"}  # and nothing slow
     heavy = subprocess.run(
         [
             sys.executable,

@@ -9,7 +9,8 @@ import pytest
 from conftest import experiment_dict, refused, run_verb, write_experiment, write_tokens
 
 from inheritune.config.experiment import load_experiment
-from inheritune.files.rundir import RunDir, data_dir, read_json, write_json
+from inheritune.files.json_files import read_json, write_json
+from inheritune.files.rundir import RunDir, get_data_dir
 
 START = {"inherit": {"source": "reference", "layers": "0:1"}}
 RUNS = {
@@ -29,7 +30,7 @@ def world(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INHERITUNE_ROOT", str(folder / "root"))
         path = write_experiment(folder, raw)
-        write_tokens(data_dir(load_experiment(path)))
+        write_tokens(get_data_dir(load_experiment(path)))
         run_verb("train", path, "--run", "reference,other")
         run_verb("train", path, "--run", "reference", "--seed", "1")
         run_verb("grow", path, "--run", "grown")

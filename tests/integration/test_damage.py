@@ -29,7 +29,10 @@ from tiny_models import config_of, random_model
 
 from inheritune import cli as program
 from inheritune.errors import UserError
-from inheritune.files.rundir import RunDir, hash_folder, read_json, read_jsonl, remove
+from inheritune.files.json_files import read_json, read_jsonl
+from inheritune.files.markers import hash_folder
+from inheritune.files.rundir import RunDir
+from inheritune.files.writing import remove_path
 from inheritune.runtime import dist
 from inheritune.runtime.log import logger
 
@@ -108,7 +111,7 @@ def verb(tree: Path, words: list[str]) -> tuple[int, str]:
         ):
             with (
                 modes_count(),
-                mock.patch("inheritune.runtime.dist.stop"),
+                mock.patch("inheritune.runtime.dist.leave_group"),
             ):  # DeepSpeed knows only the first group of a process
                 return program.main([word.replace("TREE", str(tree)) for word in words]), said.getvalue()
     finally:
@@ -405,7 +408,7 @@ def outcome(world: World, copy: Path, scene: str, pattern: str, damage: str) -> 
         return "refused", said
     assert code == 0, said
     if same(result, expected):
-        return "the checkpoint before" if "is passed over" in said else "same bits", said
+        return "the checkpoint before" if "is skipped" in said else "same bits", said
     if close(result, expected):
         return "same to 1e-5", said
     if scene == "figure" and all(expected[name] == picture for name, picture in result.items()):
@@ -442,7 +445,7 @@ def leave():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    dist.stop()
+    dist.leave_group()
     if WRITE:
         rows = [
             [what, scene, *(OUTCOMES[what, scene].get(d, "?") for d in DAMAGES)] for what, scene, _ in FILES
@@ -480,7 +483,7 @@ def test_without_a_whole_checkpoint_a_run_refuses_rather_than_starts_over(world,
             flip(path)
 
     code, said, _ = play(world.whole, tmp_path / "tree", SCENES["resume"], harm)
-    assert code == 2 and said.count("is passed over") == 2 and "step_00000002" in said.splitlines()[-1], said
+    assert code == 2 and said.count("is skipped") == 2 and "step_00000002" in said.splitlines()[-1], said
     assert (
         "delete" in said
         and len(list((tmp_path / "tree").glob(f"{RUNS}/reference/checkpoints/*/COMPLETE"))) == 2
@@ -514,7 +517,7 @@ def test_starts_that_are_not_recorded_are_refused_by_all_that_read_them(world, t
         code, said = verb(tmp_path / "tree", words)
         assert code == 2 and str(path) in said and "Traceback" not in said, said
     for pattern in SCENES["resume"].without:
-        remove(tmp_path / "tree" / pattern)
+        remove_path(tmp_path / "tree" / pattern)
     code, said = verb(tmp_path / "tree", SCENES["resume"].words)
     assert code == 2 and "Traceback" not in said and said.splitlines()[-1].startswith("inheritune: "), said
     assert str(path) in said, said
@@ -558,14 +561,14 @@ def run_printed(tree: Path, found: re.Match) -> None:
 
 
 def prepare_anew(tree: Path, found: re.Match) -> None:
-    remove(Path(found[1]))
+    remove_path(Path(found[1]))
     run_words(tree, ["prepare", "TREE/small.yaml", "--workers", "1"])
 
 
 def misname_checkpoint(tree: Path) -> None:
     """Of the two, one is gone and one has the name of a step that it is not of."""
     unfinish(tree)
-    remove(tree / RUNS / "reference/checkpoints/step_00000002")
+    remove_path(tree / RUNS / "reference/checkpoints/step_00000002")
     (tree / CHECKPOINT).rename((tree / CHECKPOINT).with_name("step_00000005"))
 
 
@@ -582,7 +585,7 @@ def edit_json(path: Path, change: Callable[[dict], object]) -> None:
 def forget(*patterns: str) -> Callable[[Path], None]:
     def harm(tree: Path) -> None:
         for path in [path for pattern in patterns for path in tree.glob(pattern)]:
-            remove(path)
+            remove_path(path)
 
     return harm
 
@@ -623,8 +626,9 @@ REMEDIES = {
     "a damaged marker": Remedy(
         ["prepare", "TREE/small.yaml", "--workers", "1"],
         lambda tree: the(tree, "data/small-*/manifest.json").write_text("{}"),
-        r"(\S+)/manifest.json is not the marker that its name says; restore it, or delete its folder",
-        lambda _, found: remove(Path(found[1])),
+        r"(\S+)/manifest.json is not the marker that its name says instead of results; restore it, or delete "
+        r"its folder",
+        lambda _, found: remove_path(Path(found[1])),
     ),
     "a shard that is gone": Remedy(
         train("copied"),
@@ -654,7 +658,7 @@ REMEDIES = {
         SCENES["resume"].words,
         damage_checkpoints,
         r"no other checkpoint is whole: restore it, or delete (\S+) to start over",
-        lambda _, found: remove(Path(found[1])),
+        lambda _, found: remove_path(Path(found[1])),
     ),
     "a checkpoint of another name": Remedy(
         SCENES["resume"].words,
@@ -678,25 +682,26 @@ REMEDIES = {
         EXPORT,
         lambda tree: shutil.copytree(tree / "safetensors", tree / "out"),
         r"(\S+) already holds something; choose another folder, or delete it",
-        lambda _, found: remove(Path(found[1])),
+        lambda _, found: remove_path(Path(found[1])),
     ),
     "a cut to a folder in use": Remedy(
         CUT,
         lambda tree: shutil.copytree(tree / "bin", tree / "cut"),
         r"(\S+) already holds something else; choose another folder, or delete it",
-        lambda _, found: remove(Path(found[1])),
+        lambda _, found: remove_path(Path(found[1])),
     ),
     "starts that are not recorded": Remedy(
         SCENES["resume"].words,
         lambda tree: (unfinish(tree), (tree / RUNS / "reference/provenance.json").write_text("{}")),
-        r"(\S+) does not list the starts of its run: it is damaged; restore it, or delete it",
-        lambda _, found: remove(Path(found[1])),
+        r"(\S+) does not list the starts of its run: it is damaged instead of results; restore it, or delete "
+        r"it",
+        lambda _, found: remove_path(Path(found[1])),
     ),
     "a stop that is damaged": Remedy(
         ["status", "TREE/small.yaml"],
         lambda tree: (unfinish(tree), (tree / RUNS / "reference/STOPPED").write_text("{}")),
         r"(\S+) does not say why the run stopped: it is damaged; delete it",
-        lambda _, found: remove(Path(found[1])),
+        lambda _, found: remove_path(Path(found[1])),
     ),
 }
 

@@ -20,14 +20,18 @@ import zstandard
 from conftest import REPOSITORY, experiment_dict, one_sentence, refused, run_verb, write_experiment
 from test_prepare import decode, experiment, some_texts, write_jsonl
 
+from inheritune import errors
 from inheritune.config.experiment import load_experiment
+from inheritune.data import bpe_training, corpus_changes, preparation, worker_pool
 from inheritune.data import prepare as module
 from inheritune.data.batches import Order, Share, Tokens, read_share
-from inheritune.data.documents import Source, Unusable, parse, read_batches
-from inheritune.data.prepare import cut_words, prepare
-from inheritune.data.tokens import load_tokenizer, train_bpe
+from inheritune.data.bpe_training import cut_long_words, train_bpe
+from inheritune.data.documents import Corpus, UnusableDocument, batch_documents, extract_text
+from inheritune.data.prepare import prepare
+from inheritune.data.tokenizer_loading import load_tokenizer
 from inheritune.errors import UserError
-from inheritune.files.rundir import data_dir, read_json
+from inheritune.files.json_files import read_json
+from inheritune.files.rundir import get_data_dir
 from inheritune.runtime.dist import NodeError
 
 
@@ -45,8 +49,8 @@ def texts_of(folder: Path, chosen) -> list[str]:
 def raws(*files, **data) -> list[bytes]:
     """Raw documents of the files, in order."""
     chosen = experiment(files=[str(file) for file in files], **data).data
-    source = Source(chosen, Path("listing"))
-    return [raw for batch in read_batches(source, "", (0, 0), 1 << 20) for raw in batch.raws]
+    source = Corpus(chosen, Path("listing"))
+    return [raw for batch in batch_documents(source, "", (0, 0), 1 << 20) for raw in batch.raws]
 
 
 # --- packed files -------------------------------------------------------------------------------------------
@@ -92,7 +96,7 @@ def test_each_real_file_is_read_once(tmp_path):
     (tmp_path / "docs" / "again.txt").symlink_to(tmp_path / "docs" / "0.txt")
     (tmp_path / "elsewhere.txt").write_text("by its link")
     (tmp_path / "docs" / "link.txt").symlink_to(tmp_path / "elsewhere.txt")
-    (names,) = Source(experiment(files=["docs/**/*.txt", "docs/*.txt"]).data, tmp_path).groups.values()
+    (names,) = Corpus(experiment(files=["docs/**/*.txt", "docs/*.txt"]).data, tmp_path).groups.values()
     found = [os.path.relpath(name, tmp_path) for name in names]
     assert sorted(found) == sorted(
         [f"docs/{n}.txt" for n in range(4)] + [f"docs/sub/{n}.txt" for n in range(4)] + ["docs/link.txt"]
@@ -103,7 +107,7 @@ def test_a_file_of_two_groups_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.txt").symlink_to(tmp_path / "a.txt")
     with pytest.raises(UserError, match=r"b\.txt belongs to the groups 'x' and 'y'"):
-        Source(experiment(files={"x": ["a.txt"], "y": ["b.txt"]}).data, tmp_path)
+        Corpus(experiment(files={"x": ["a.txt"], "y": ["b.txt"]}).data, tmp_path)
 
 
 def test_brackets_in_the_working_folder_and_in_a_name(tmp_path, monkeypatch):
@@ -186,11 +190,11 @@ def test_a_huge_word_ends(tmp_path):
 
 
 def test_words_are_cut_only_where_they_are_too_long():
-    n = module.LONGEST_WORD
+    n = bpe_training.LONGEST_WORD
     for text in ("", "a b\n c", "x" * (n - 1), " " * (n - 1)):
-        assert list(cut_words(text)) == ([text] if text else [])
+        assert list(cut_long_words(text)) == ([text] if text else [])
     text = "begin " + "x" * (2 * n + 5) + "  " + "\n" * n + "end"
-    pieces = list(cut_words(text))
+    pieces = list(cut_long_words(text))
     assert "".join(pieces) == text and len(pieces) == 4
     assert max(len(run) for piece in pieces for run in re.findall(r"\S+|\s+", piece)) == n
 
@@ -221,11 +225,11 @@ def test_a_json_file_of_any_form_is_documents(tmp_path):
             )
     for name, content in {"number": "3", "cut": json.dumps(rows)[:-4], "words": "hello there"}.items():
         (tmp_path / f"{name}.json").write_text(content)
-        with pytest.raises(UserError, match=rf"{name}\.json (holds a JSON int|is cut off or no JSON)"):
+        with pytest.raises(UserError, match=rf"{name}\.json (holds a JSON int|is cut off or not JSON)"):
             raws(f"{name}.json")
     (tmp_path / "numbers.json").write_text('[1, {"text": "good"}]')
     chosen = experiment(files=["array.json", "numbers.json"], tokenizer="bpe:258")
-    assert Source(chosen.data, tmp_path).count(str(tmp_path / "numbers.json")) == 2
+    assert Corpus(chosen.data, tmp_path).count(str(tmp_path / "numbers.json")) == 2
 
 
 def test_columns_of_text_of_every_kind(tmp_path):
@@ -269,7 +273,7 @@ def test_documents_that_changed_are_reported_with_a_command_that_works(tmp_path)
     raw["data"] |= {"source": "files", "files": [str(folder / "*.txt")], "tokenizer": "bpe:270"}
     path = write_experiment(tmp_path / "my recipes", raw)
     run_verb("prepare", path, "--workers", "1")
-    prepared = data_dir(load_experiment(path))
+    prepared = get_data_dir(load_experiment(path))
     before = (prepared / "train_00000.bin").read_bytes()
     os.utime(folder / "05.txt")  # touched, not changed
     assert "prepared from other documents" not in run_verb("prepare", path).stdout
@@ -287,7 +291,7 @@ def test_documents_that_changed_are_reported_with_a_command_that_works(tmp_path)
     )
     assert (prepared / "train_00000.bin").read_bytes() == before
     command = (
-        done.stdout.partition("begin anew too: ")[2]
+        done.stdout.partition("start again too): ")[2]
         .splitlines()[0]
         .replace("python", shlex.quote(sys.executable), 1)
     )
@@ -302,7 +306,7 @@ def test_documents_that_changed_are_reported_with_a_command_that_works(tmp_path)
 def test_foreign_files_in_a_data_folder_are_left_alone(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", some_texts(60))
     chosen = experiment(files=["a.jsonl"])
-    folder = data_dir(chosen)
+    folder = get_data_dir(chosen)
     folder.mkdir(parents=True)
     foreign = ["train_00000.bin.bak", "train_notes.bin", "val_00001 (copy).bin", ".DS_Store", "train_7.bin"]
     for name in foreign:
@@ -313,7 +317,7 @@ def test_foreign_files_in_a_data_folder_are_left_alone(tmp_path):
 
 
 def test_a_token_beyond_the_vocabulary_is_named(small):
-    folder = data_dir(load_experiment(small))
+    folder = get_data_dir(load_experiment(small))
     shard = folder / "train_00001.bin"
     content = bytearray(shard.read_bytes())
     content[2000:2002] = (60000).to_bytes(2, "little")
@@ -330,7 +334,7 @@ def test_a_token_beyond_the_vocabulary_is_named(small):
 
 
 def test_a_cut_vocabulary_of_gpt2_is_one_sentence(tmp_path, gpt2_bpe, monkeypatch):
-    from inheritune.data.tokens import Gpt2Tokenizer
+    from inheritune.data.gpt2_tokenizer import Gpt2Tokenizer
 
     Gpt2Tokenizer().save(tmp_path / "whole")
     for name in ("gpt2.tiktoken", "encoder.json"):
@@ -368,14 +372,14 @@ def test_prepare_refuses_in_one_sentence_and_leaves_nothing(tmp_path):
     path = write_experiment(tmp_path, raw)
     said = one_sentence(run_verb("prepare", path, check=False))
     assert "a.jsonl.zst is cut off or damaged" in said
-    assert not (data_dir(load_experiment(path)) / "manifest.json").exists()
+    assert not (get_data_dir(load_experiment(path)) / "manifest.json").exists()
 
 
 def test_a_tokenizer_is_trained_on_the_same_text_as_before(tmp_path):
     """Cutting long words changes nothing for ordinary documents."""
     texts = some_texts(200)
     train_bpe("bpe:400", texts, tmp_path / "whole")
-    train_bpe("bpe:400", (piece for text in texts for piece in cut_words(text)), tmp_path / "cut")
+    train_bpe("bpe:400", (piece for text in texts for piece in cut_long_words(text)), tmp_path / "cut")
     assert (tmp_path / "whole" / "tokenizer.json").read_bytes() == (
         tmp_path / "cut" / "tokenizer.json"
     ).read_bytes()
@@ -390,7 +394,7 @@ def test_documents_that_change_while_they_are_read_are_not_mixed(tmp_path, monke
     write_jsonl(tmp_path / "a.jsonl", some_texts(400))
     split = {"fraction": {"fraction": 0.1, "seed": 1}, "first_shard": {"first_shard": True}}[by]
     chosen = experiment(files=["a.jsonl"], shard_tokens=20_000, validation=split)
-    whole, encode = (tmp_path / "a.jsonl").read_bytes(), module._encode
+    whole, encode = (tmp_path / "a.jsonl").read_bytes(), worker_pool.encode_documents
 
     def meddle(*given):
         if change == "appended":
@@ -401,15 +405,15 @@ def test_documents_that_change_while_they_are_read_are_not_mixed(tmp_path, monke
             )
         return encode(*given)
 
-    monkeypatch.setattr(module, "BATCH_BYTES", 4096)
-    monkeypatch.setattr(module, "_encode", meddle)
+    monkeypatch.setattr(preparation, "BATCH_BYTES", 4096)
+    monkeypatch.setattr(worker_pool, "encode_documents", meddle)
     with pytest.raises(
         UserError,
         match="documents changed while they were read; once nothing writes to them, the same command",
     ):
         prepare(chosen, workers=1)
-    assert not (data_dir(chosen) / "manifest.json").exists()
-    monkeypatch.setattr(module, "_encode", encode)
+    assert not (get_data_dir(chosen) / "manifest.json").exists()
+    monkeypatch.setattr(worker_pool, "encode_documents", encode)
     (tmp_path / "a.jsonl").write_bytes(whole)
     os.utime(tmp_path / "a.jsonl", ns=(1, 1))
     splits = read_json(prepare(chosen, workers=1) / "manifest.json")["splits"]
@@ -423,9 +427,9 @@ def test_a_file_that_was_rewritten_between_two_starts_begins_anew(tmp_path, monk
     """Of the same size: a part of each would be mixed without a word."""
     write_jsonl(tmp_path / "a.jsonl", some_texts(400))
     chosen = experiment(files=["a.jsonl"], shard_tokens=20_000)
-    monkeypatch.setattr(module, "BATCH_BYTES", 4096)
-    monkeypatch.setattr(module.signals, "asked_to_stop", lambda: True)
-    with pytest.raises(module.Stopped):
+    monkeypatch.setattr(preparation, "BATCH_BYTES", 4096)
+    monkeypatch.setattr(module.signals, "get_stop_signal", lambda: True)
+    with pytest.raises(errors.Stopped):
         prepare(chosen, workers=1)
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
@@ -458,8 +462,8 @@ def test_a_column_with_a_dot_in_its_name(tmp_path):
 def test_a_coding_line_of_a_slow_encoding_ends_soon(tmp_path, encoding):
     """punycode takes hours for a megabyte."""
     text = f"# coding: {encoding}\n".encode() + b"abcdefgh" * 200_000
-    with pytest.raises(Unusable, match="no text encoding"):
-        parse("python", text, "text")
+    with pytest.raises(UnusableDocument, match="no text encoding"):
+        extract_text("python", text, "text")
 
 
 # --- the same words for other documents ---------------------------------------------------------------------
@@ -492,7 +496,10 @@ def test_another_projects_documents_are_not_taken_for_ones_own(tmp_path, monkeyp
     prepare(load_experiment(str(first / "small.yaml")), workers=1)
     monkeypatch.chdir(second)
     chosen = load_experiment(str(second / "small.yaml"))
-    for check in (lambda: prepare(chosen, workers=1), lambda: module.check_corpus(chosen, data_dir(chosen))):
+    for check in (
+        lambda: prepare(chosen, workers=1),
+        lambda: corpus_changes.check_corpus(chosen, get_data_dir(chosen)),
+    ):
         with pytest.raises(
             UserError,
             match=f"was prepared from {first}/docs/a.jsonl .*means other documents, such as {second}",
@@ -532,7 +539,10 @@ def test_a_tokenizer_whose_files_changed_is_reported(tmp_path, caplog, monkeypat
     shutil.rmtree(tmp_path / "mine")
     shutil.copytree(tmp_path / "two", tmp_path / "mine")
     prepare(chosen, workers=1)
-    assert f"other files of tokenizer {tmp_path / 'mine'}, and stays as it is; to prepare anew" in caplog.text
+    assert (
+        f"other files of tokenizer {tmp_path / 'mine'}, and stays as it is; to prepare it again"
+        in caplog.text
+    )
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):
@@ -547,9 +557,11 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
 def test_utf_16_without_a_mark_is_no_text():
     text = "Plain words, and some more of them."
     for encoding in ("utf-16-le", "utf-16-be"):
-        with pytest.raises(Unusable, match="NUL characters: UTF-16 without a mark, or no text"):
-            parse("text", text.encode(encoding), "text")
-        with pytest.raises(Unusable, match="NUL characters"):
-            parse("json", json.dumps({"text": text.encode(encoding).decode("latin-1")}).encode(), "text")
+        with pytest.raises(UnusableDocument, match="NUL characters: UTF-16 without a mark, or no text"):
+            extract_text("text", text.encode(encoding), "text")
+        with pytest.raises(UnusableDocument, match="NUL characters"):
+            extract_text(
+                "json", json.dumps({"text": text.encode(encoding).decode("latin-1")}).encode(), "text"
+            )
     stray = "a field\0of a table\0here"
-    assert parse("text", stray.encode(), "text") == stray
+    assert extract_text("text", stray.encode(), "text") == stray

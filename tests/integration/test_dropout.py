@@ -4,8 +4,9 @@ import pytest
 from conftest import experiment_dict, run_verb, write_experiment, write_tokens
 
 from inheritune.config.experiment import load_experiment
-from inheritune.files.rundir import RunDir, data_dir, read_json, read_jsonl
-from inheritune.models.architectures import clear_dropout
+from inheritune.files.json_files import read_json, read_jsonl
+from inheritune.files.rundir import RunDir, get_data_dir
+from inheritune.models.networks import clear_dropout
 
 
 def test_rates_of_dropout_are_cleared_wherever_they_stand():
@@ -37,7 +38,7 @@ def test_a_start_with_dropout_trains_without_it(tmp_path):
     }
     path = write_experiment(tmp_path, experiment_dict(runs=runs, paper=[]))
     loaded = load_experiment(path)
-    write_tokens(data_dir(loaded))
+    write_tokens(get_data_dir(loaded))
     said = run_verb("train", path, "--run", "with,without").stdout
     assert (
         "dropout of the start is off, as in every run: resid_pdrop 0.1, embd_pdrop 0.1, attn_pdrop 0.1"

@@ -21,12 +21,18 @@ from lm_eval_command import lm_eval_command, lm_eval_results
 from tiny_models import random_model
 from transformers import GPT2LMHeadModel
 
-from inheritune.config.experiment import RECIPES, TASKS, Evaluate, Model, load_experiment, validate
-from inheritune.data.tokens import SentencePieceTokenizer, train_bpe
+from inheritune.config.catalog import TASKS
+from inheritune.config.experiment import load_experiment
+from inheritune.config.paths import RECIPES
+from inheritune.config.problems import parse_section
+from inheritune.config.sections import Evaluate, Model
+from inheritune.data.bpe_training import train_bpe
+from inheritune.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from inheritune.errors import UserError
-from inheritune.evaluation.downstream import TASK_FILES, harness, load_tasks, open_tokenizer
-from inheritune.files.rundir import RunDir, data_dir, read_json, write_json
-from inheritune.models import architectures as models
+from inheritune.evaluation.downstream import TASK_FILES, load_tasks, open_tokenizer, wrap_model
+from inheritune.files.json_files import read_json, write_json
+from inheritune.files.rundir import RunDir, get_data_dir
+from inheritune.models import networks
 
 TEXT = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 OWN = {
@@ -39,7 +45,7 @@ ALONE = {"HF_HUB_OFFLINE": 1, "HF_DATASETS_OFFLINE": 1}
 
 def write_model(folder: Path, seed: int = 1) -> Path:
     """A random GPT-2 of the paper's form with a tokenizer of 300 ids."""
-    config = models.hf_config(
+    config = networks.build_config(
         Model(size="gpt2_tiny", layers=3, width=32, heads=2, positions=96, vocab_size=320)
     )  # 3 layers: the scaling by layer matters
     random_model(config, seed).save_pretrained(folder)
@@ -62,7 +68,7 @@ def write_own(tmp_path: Path, checkpoint: Path, tasks: dict = OWN, **files: dict
     raw = experiment_dict(evaluate={"tasks": tasks, "task_files": str(tmp_path / "own"), "batch": 4})
     raw["runs"]["theirs"] = {"init": {"external": {"source": str(checkpoint)}}}
     path = write_experiment(tmp_path / "recipes", raw)
-    folder = data_dir(load_experiment(path))
+    folder = get_data_dir(load_experiment(path))
     if not folder.exists():
         write_tokens(folder)
         shutil.rmtree(folder / "tokenizer")
@@ -140,7 +146,7 @@ def test_scores_of_a_bf16_forward_are_summed_in_fp32(checkpoint):
     request = (("", ""), tokens[:10], tokens[10:])
     sums = {}
     for precision in ("fp32", "bf16_autocast"):
-        ours = harness(model, open_tokenizer(checkpoint), 4, precision)
+        ours = wrap_model(model, open_tokenizer(checkpoint), 4, precision)
         ((sums[precision], _),) = ours._loglikelihood_tokens([request], disable_tqdm=True)
     assert 0 < abs(sums["bf16_autocast"] - sums["fp32"]) < 0.5
     assert float(torch.tensor(sums["bf16_autocast"]).bfloat16()) != sums["bf16_autocast"]
@@ -275,16 +281,17 @@ def test_metrics_and_shots_that_a_task_has_not_are_refused(tmp_path):
     files = str(TASK_FILES / "rehearsal")
 
     def load(name: str, **keys):
-        return load_tasks(validate(Evaluate, {"tasks": {name: keys}}, "here").tasks, files)
+        return load_tasks(parse_section(Evaluate, {"tasks": {name: keys}}, "here").tasks, files)
 
     with pytest.raises(UserError, match="task x has no metric 'f1'; valid names: acc, acc_norm"):
         load("x", task="rehearsal_choice", metrics=["f1"])
     with pytest.raises(UserError, match="unknown task 'arc_esy'; did you mean 'arc_easy'?"):
-        validate(Evaluate, {"tasks": ["arc_esy"]}, "here")
+        parse_section(Evaluate, {"tasks": ["arc_esy"]}, "here")
     with pytest.raises(UserError, match="give a list of names"):
-        validate(Evaluate, {"tasks": "piqa"}, "here")
+        parse_section(Evaluate, {"tasks": "piqa"}, "here")
     assert (
-        validate(Evaluate, {"tasks": {"mmlu": {"shots": 0}}}, "here").tasks["mmlu"].task == "mmlu_plain_mean"
+        parse_section(Evaluate, {"tasks": {"mmlu": {"shots": 0}}}, "here").tasks["mmlu"].task
+        == "mmlu_plain_mean"
     )
 
 

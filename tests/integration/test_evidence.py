@@ -5,6 +5,7 @@ import json
 import os
 import re
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from scipy import stats
 
 from inheritune.config.experiment import load_experiment
 from inheritune.errors import UserError
-from inheritune.files.rundir import data_dir, read_json, write_json
+from inheritune.files.json_files import read_json, write_json
+from inheritune.files.rundir import get_data_dir
 
 EVIDENCE = REPOSITORY / "recipes" / "evidence"
 SCALES = ("cpu", "gpu")
@@ -23,9 +25,11 @@ REPORTED = [scale for scale in SCALES if (EVIDENCE / scale / "evidence.json").is
 @pytest.fixture
 def summary(monkeypatch):
     monkeypatch.syspath_prepend(str(EVIDENCE))
+    import evidence_rows
+    import evidence_seeds
     import summary
 
-    return summary
+    return SimpleNamespace(**vars(evidence_seeds) | vars(evidence_rows) | vars(summary))
 
 
 def written(value) -> str:
@@ -74,7 +78,7 @@ def test_the_script_in_small(own_root, summary):
             assert [row[key][end] for end in ("mean", "low", "high")] == pytest.approx(
                 [values.mean(), low, high], rel=1e-9
             )
-        assert summary.cells(row)[0] in table and summary.words(row["loss"]) in table
+        assert summary.make_cells(row)[0] in table and summary.format_interval(row["loss"]) in table
         assert row["train_flops"] == pytest.approx(
             read_json(runs / f"seed1/{name}/results.json")["train_flops"]
         )
@@ -115,16 +119,16 @@ def test_the_gpu_scale_does_not_train_on_a_cpu():
 
 def test_arms_bring_what_they_start_from(summary):
     experiment = load_experiment(str(EVIDENCE / "cpu.yaml"))
-    assert summary.runs_of(experiment, "core") == list(summary.CORE)
-    assert summary.runs_of(experiment, "stacking window_4") == [
+    assert summary.select_runs(experiment, "core") == list(summary.CORE)
+    assert summary.select_runs(experiment, "stacking window_4") == [
         "reference",
         "stacking_half",
         "stacking",
         "window_4",
     ]
-    assert summary.runs_of(experiment, "all") == list(experiment.runs)
+    assert summary.select_runs(experiment, "all") == list(experiment.runs)
     with pytest.raises(UserError, match="did you mean 'stacking'"):
-        summary.runs_of(experiment, "stackin")
+        summary.select_runs(experiment, "stackin")
 
 
 def test_runs_of_an_earlier_sitting_stay_beside_the_same_reference(summary):
@@ -134,7 +138,7 @@ def test_runs_of_an_earlier_sitting_stay_beside_the_same_reference(summary):
         record |= {"key": "a", "text": "b", "made_by": [{"commit": len(record["models"])}]}
         record["models"] = [model | {"weights": model["run"]} for model in record["models"]]
     before["growth"] = {"grown": {"stage": 1}}
-    both = summary.together(before, now)
+    both = summary.merge_records(before, now)
     assert [(m["run"], m["loss"]["mean"]) for m in both["models"]] == [
         ("reference", 3.0),
         ("random", 3.3),
@@ -142,9 +146,9 @@ def test_runs_of_an_earlier_sitting_stay_beside_the_same_reference(summary):
     ]
     assert both["growth"] == before["growth"] and len(both["made_by"]) == 2
     for key in ("key", "text"):
-        assert summary.together(before | {key: "other"}, now) == now
+        assert summary.merge_records(before | {key: "other"}, now) == now
     before["models"][0]["weights"] = "other bits"
-    assert summary.together(before, now) == now
+    assert summary.merge_records(before, now) == now
 
 
 @pytest.mark.parametrize("script", ["quickstart", "evidence"])
@@ -190,7 +194,7 @@ def test_differences_are_paired_by_seed(summary):
     """Seeds that differ much from one another, all by the same amount between two models: a narrow interval
     around it."""
     records = [made_up(s, reference=s, random=s + 0.5, inheritune=s + 0.25) for s in (1.0, 2.0, 3.0)]
-    rows = {row["run"]: row for row in summary.aggregate(records, ORDER)}
+    rows = {row["run"]: row for row in summary.make_rows(records, ORDER)}
     gap, loss = rows["inheritune"]["to_random"], rows["inheritune"]["loss"]
     assert (gap["mean"], gap["low"], gap["high"], gap["n"]) == pytest.approx((-0.25, -0.25, -0.25, 3))
     assert (loss["mean"], loss["low"]) == pytest.approx(
@@ -200,14 +204,14 @@ def test_differences_are_paired_by_seed(summary):
         rows["inheritune"]["tokens_to_random"] == [500, 500, 500]
         and rows["reference"]["to_reference"] is None
     )
-    assert summary.aggregate(records[:1], ORDER)[0]["loss"] == {
+    assert summary.make_rows(records[:1], ORDER)[0]["loss"] == {
         "mean": 1.0,
         "low": None,
         "high": None,
         "n": 1,
     }
     records[1]["models"].pop()  # a seed that lacks a run: the others count, and the row says how many
-    row = summary.aggregate(records, ORDER)[-1]
+    row = summary.make_rows(records, ORDER)[-1]
     assert row["seeds"] == [1.0, 3.0] and row["to_random"]["n"] == 2
 
 
@@ -219,7 +223,7 @@ def test_what_a_seed_ended_with_has_a_row_of_its_own(summary):
         made_up(2, reference=3.0, random=2.8, grown__1=2.7),
     ]
     records[0]["growth"], records[1]["growth"] = {"grown": {"stage": 2}}, {"grown": {"stage": 1}}
-    rows = {(row["run"], row["stage"]): row for row in summary.aggregate(records, ORDER)}
+    rows = {(row["run"], row["stage"]): row for row in summary.make_rows(records, ORDER)}
     assert rows["grown", 2]["seeds"] == [1] and rows["grown", 1]["seeds"] == [1, 2]
     end = rows["grown", "as grown"]
     assert (
@@ -243,14 +247,14 @@ def test_inheritune_is_set_beside_all_others_of_its_size(summary):
     for record in records:
         record["models"][0]["layers"] = 4
     records[1]["models"].pop(-3)  # one seed has not grown
-    gaps = {run: (gap["mean"], gap["n"]) for run, gap in summary.beside_inheritune(records).items()}
+    gaps = {run: (gap["mean"], gap["n"]) for run, gap in summary.compare_starts(records).items()}
     assert gaps == {"other": (-0.5, 2), "grown": (pytest.approx(-0.6), 1)}
 
 
 def test_a_loss_that_is_not_reached_has_no_tokens(summary):
     first, second = made_up(1, grown__1=3.0, grown__2=2.5)["models"]
-    assert summary.tokens_to([first], 3.0) == 500 and summary.tokens_to([first], 2.9) is None
-    assert summary.tokens_to([first, second], 2.9) == 1500  # the stage before took 1000
+    assert summary.count_tokens([first], 3.0) == 500 and summary.count_tokens([first], 2.9) is None
+    assert summary.count_tokens([first, second], 2.9) == 1500  # the stage before took 1000
 
 
 @pytest.mark.parametrize(
@@ -262,16 +266,16 @@ def test_seeds_that_must_not_be_counted_are_refused_before_they_are_trained(
     path = tmp_path / "cpu.yaml"
     path.write_text((EVIDENCE / "cpu.yaml").read_text())
     experiment = load_experiment(str(path))
-    manifest = data_dir(experiment) / "manifest.json"
+    manifest = get_data_dir(experiment) / "manifest.json"
     manifest.parent.mkdir(parents=True)
     write_json(manifest, {"fingerprint": "this text"})
-    ours = {"seed": 11, "key": summary.experiment_key(experiment), "text": "this text"}
+    ours = {"seed": 11, "key": summary.make_experiment_key(experiment), "text": "this text"}
     write_json(tmp_path / "cpu/seeds/seed11.json", ours)
-    assert "12 train" in summary.missing(experiment, str(path), "core", [12])[0]
+    assert "12 train" in summary.list_missing(experiment, str(path), "core", [12])[0]
     write_json(tmp_path / "cpu/seeds/seed11.json", {**ours, "text": "another text"})
     with pytest.raises(UserError, match=why):
-        summary.missing(experiment, str(path), "core", seeds)
-    assert "11 train" in summary.missing(experiment, str(path), "core", [11])[0]  # which it will replace
+        summary.list_missing(experiment, str(path), "core", seeds)
+    assert "11 train" in summary.list_missing(experiment, str(path), "core", [11])[0]  # which it will replace
 
 
 def test_the_key_is_of_what_changes_a_number(summary, tmp_path):
@@ -279,7 +283,7 @@ def test_the_key_is_of_what_changes_a_number(summary, tmp_path):
 
     def key(old: str, new: str) -> str:
         (tmp_path / "cpu.yaml").write_text((EVIDENCE / "cpu.yaml").read_text().replace(old, new))
-        return summary.experiment_key(load_experiment(str(tmp_path / "cpu.yaml")))
+        return summary.make_experiment_key(load_experiment(str(tmp_path / "cpu.yaml")))
 
     same = key("", "")
     assert (
@@ -309,17 +313,19 @@ def test_what_is_reported_is_what_the_seeds_say(scale, summary, monkeypatch):
     monkeypatch.setenv("PYTHON_PACKAGES", "anywhere")
     folder, experiment = EVIDENCE / scale, load_experiment(str(EVIDENCE / f"{scale}.yaml"))
     records, said = (
-        [read_json(path) for path in summary.seed_files(folder)],
+        [read_json(path) for path in summary.list_seed_files(folder)],
         read_json(folder / "evidence.json"),
     )
-    assert len(records) >= 3 and {record["key"] for record in records} == {summary.experiment_key(experiment)}
+    assert len(records) >= 3 and {record["key"] for record in records} == {
+        summary.make_experiment_key(experiment)
+    }
     assert all(summary.is_complete(record) and not record["rehearsal"] for record in records)
     assert not {record["seed"] for record in records} & {*summary.CHOOSING, *range(100, 1000)}
-    rows = summary.aggregate(records, experiment.runs)
-    assert written(rows) == written(said["rows"]) and summary.depths(records) == said["depths"]
+    rows = summary.make_rows(records, experiment.runs)
+    assert written(rows) == written(said["rows"]) and summary.list_depths(records) == said["depths"]
     table = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| ")]
     assert [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1:]] == [
-        summary.cells(r) for r in rows
+        summary.make_cells(r) for r in rows
     ]
     assert set(summary.CORE) <= {row["run"] for row in rows}
     readme = (REPOSITORY / "README.md").read_text()

@@ -21,12 +21,18 @@ from tiny_models import config_of, random_model, weights_of
 from versions import assert_alike, assert_close, open_in_both
 
 from inheritune.analysis.attention import load_model
-from inheritune.config.experiment import Data, load_experiment
-from inheritune.data.tokens import load_tokenizer, train_bpe
+from inheritune.config.experiment import load_experiment
+from inheritune.config.sections import Data
+from inheritune.data.bpe_training import train_bpe
+from inheritune.data.tokenizer_loading import load_tokenizer
 from inheritune.errors import UserError
+from inheritune.evaluation import card
 from inheritune.evaluation import export as module
-from inheritune.files.rundir import RunDir, data_dir, hash_folder, read_json, write_json
-from inheritune.models.architectures import seeded
+from inheritune.files.json_files import read_json, write_json
+from inheritune.files.markers import hash_folder
+from inheritune.files.rundir import RunDir, get_data_dir
+from inheritune.models.initialization import make_generator
+from inheritune.models.networks import list_checkpoint_shapes
 from inheritune.models.sources import open_source
 from inheritune.models.writer import write_checkpoint
 
@@ -50,7 +56,7 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INHERITUNE_ROOT", str(folder / "root"))
         experiment = load_experiment(path)
-        data = write_tokens(data_dir(experiment))
+        data = write_tokens(get_data_dir(experiment))
         texts = [p.read_text(errors="ignore") for p in sorted(Path(os.__file__).parent.glob("a*.py"))]
         train_bpe("bpe:300", texts, data / "tokenizer")
         for run in ("reference", "half"):
@@ -64,7 +70,7 @@ def trained(tmp_path_factory):
 
 def difference(ours: Path, theirs: Path) -> float:
     """Largest difference of a logit between two folders, over the 300 ids of the tokenizer."""
-    ids = torch.randint(0, 300, (2, 32), generator=seeded("test"))
+    ids = torch.randint(0, 300, (2, 32), generator=make_generator("test"))
     with torch.no_grad():
         first, second = (
             load_model(str(folder), attention="sdpa")(ids).logits[..., :300] for folder in (ours, theirs)
@@ -166,10 +172,10 @@ def test_other_families_lose_their_padding_only(kind, tmp_path):
     (tmp_path / "ours").mkdir(), (tmp_path / "out").mkdir()
     store(tmp_path / "ours", random_model(config_of(kind)))
     source = open_source(tmp_path / "ours")
-    config = module.outside_config(source.config, 57, 56)
-    specs = {name: (shape, torch.float32) for name, shape in module.tensor_shapes(config).items()}
+    config = module.make_portable_config(source.config, 57, 56)
+    specs = {name: (shape, torch.float32) for name, shape in list_checkpoint_shapes(config).items()}
     write_checkpoint(
-        tmp_path / "out", config, specs, lambda name: module.outside_tensor(source, config, name)
+        tmp_path / "out", config, specs, lambda name: module.make_portable_tensor(source, config, name)
     )
     assert module.compare_logits(tmp_path / "ours", tmp_path / "out", 57)["difference"] < 1e-5
     assert config.vocab_size == 57 and source.config.vocab_size == 61
@@ -178,7 +184,7 @@ def test_other_families_lose_their_padding_only(kind, tmp_path):
 def test_an_export_that_computes_something_else_is_not_left(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(
         module,
-        "outside_tensor",
+        "make_portable_tensor",
         lambda source, config, name: source.tensor(name)[: 300 if "wte" in name else None],
     )
     with pytest.raises(RuntimeError, match="computes other logits"):
@@ -191,7 +197,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(trained, tmp_path):
     assert "unknown dtype 'fp16'; did you mean" in refused(
         "export", trained / "half", "--to", out, "--dtype", "fp16"
     )
-    with pytest.raises(UserError, match="is no run folder"):
+    with pytest.raises(UserError, match="is not a run folder"):
         module.export(str(tmp_path), str(out))
     with pytest.raises(UserError, match="give the run's folder, .*half"):
         module.export(str(trained / "half" / "final"), str(out))
@@ -301,21 +307,21 @@ def test_generation_settings_of_the_start_are_kept(trained, tmp_path):
     ],
 )
 def test_special_ids_are_those_of_the_runs_tokenizer(stated, ids):
-    known = module.special_ids(stated, 300, 299)
+    known = module.choose_special_ids(stated, 300, 299)
     assert (known["bos_token_id"], known["eos_token_id"], known["pad_token_id"]) == ids
 
 
 def test_dtype_is_that_of_the_start_unless_another_is_asked_for(trained, tmp_path):
     run = started_from(trained / "half", tmp_path / "run")
     assert (
-        module.stated_dtype(run) == "fp32" == module.stated_dtype(RunDir(trained / "reference"))
+        module.get_source_dtype(run) == "fp32" == module.get_source_dtype(RunDir(trained / "reference"))
     )  # a random start
     for key, stated in (("dtype", "bfloat16"), ("torch_dtype", "bfloat16"), ("dtype", "float16")):
         described = {
             k: v for k, v in read_json(run.init / "config.json").items() if k not in ("dtype", "torch_dtype")
         }
         write_json(run.init / "config.json", described | {key: stated}, seal=False)
-        assert module.stated_dtype(run) == ("bf16" if stated == "bfloat16" else "fp32")
+        assert module.get_source_dtype(run) == ("bf16" if stated == "bfloat16" else "fp32")
     write_json(run.init / "config.json", described | {"dtype": "bfloat16"}, seal=False)
     assert "in bf16" in run_verb("export", run.path, "--to", tmp_path / "out").stdout
     run_verb("export", run.path, "--to", tmp_path / "asked", "--dtype", "fp32")
@@ -374,10 +380,10 @@ def test_card_opens_a_tokenizer_by_a_class_that_gives_the_runs_ids(tmp_path, sen
         else:
             train_bpe(tokenizer, [Path(os.__file__).read_text(), "12345 " * 1000], folder)
         ours = load_tokenizer(data, folder)
-        opener, pad_token_id = module.open_as_others(folder, ours)
+        opener, pad_token_id = module.find_opener(folder, ours)
         assert (opener, pad_token_id) == (openers[name], None)
         snippet = (
-            module.SNIPPETS[opener].format(name=json.dumps(name))
+            card.SNIPPETS[opener].format(name=json.dumps(name))
             + "\nprint('IDS', tokenizer.encode('The\\n\\n  cat 12345'))"
         )
         done = subprocess.run(

@@ -14,8 +14,10 @@ from test_train import plain_loop
 
 from inheritune.config.experiment import load_experiment
 from inheritune.data.batches import Order, Tokens
-from inheritune.files.rundir import RunDir, check_files, hash_folder, read_json, read_jsonl
-from inheritune.runtime.dist import who_lags
+from inheritune.files.json_files import read_json, read_jsonl
+from inheritune.files.markers import check_files, hash_folder
+from inheritune.files.rundir import RunDir
+from inheritune.runtime.watchdog import describe_lag
 from inheritune.training.record import SPIKE_ROWS, Metrics
 
 STAGES = [
@@ -195,8 +197,8 @@ def test_a_disk_that_is_slow_on_one_rank_costs_time_only(tmp_path, unbroken):
 def test_who_lags_is_who_passed_fewest_places_or_does_not_answer():
     nodes = {0: "n1", 1: "n1", 2: "n2", 3: "n2"}
     waiting = dict.fromkeys(nodes, (7, "step 3: forward"))
-    assert "rank 2 on n2 is still at 'step 2'" in who_lags({**waiting, 2: (6, "step 2")}, nodes)
-    assert "rank 1, 3 on n1, n2 does not answer, the others wait at 'step 3: forward'" in who_lags(
+    assert "rank 2 on n2 is still at 'step 2'" in describe_lag({**waiting, 2: (6, "step 2")}, nodes)
+    assert "rank 1, 3 on n1, n2 does not answer, the others wait at 'step 3: forward'" in describe_lag(
         {0: waiting[0], 2: waiting[2]}, nodes
     )
-    assert "all ranks are at 'step 3: forward'" in who_lags(waiting, nodes)
+    assert "all ranks are at 'step 3: forward'" in describe_lag(waiting, nodes)

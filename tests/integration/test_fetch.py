@@ -17,8 +17,9 @@ from conftest import REPOSITORY, experiment_dict, refused, run_verb, write_exper
 from hub_server import COMMIT, Hub
 from tiny_models import config_of, random_model
 
-from inheritune.cluster.fetch import BYTES_PER_TOKEN, enough
-from inheritune.data.tokens import END_OF_TEXT, _gpt2_ranks, _last_merge, _rank_lines, _spell
+from inheritune.cluster.fetch import BYTES_PER_TOKEN, count_files
+from inheritune.data.gpt2_tokenizer import _find_last_merge, _format_ranks, _load_ranks, _spell_token
+from inheritune.data.tokenizer import END_OF_TEXT
 
 WORDS = [f"word{number}" for number in range(30)]
 
@@ -209,7 +210,7 @@ def test_without_internet_or_with_a_wrong_name_it_is_one_sentence(request, tmp_p
     unknown = refused("fetch", write_hub_experiment(tmp_path, files=["sample/009.parquet"]), **variables)
     assert "has no file sample/009.parquet" in unknown
     hub.close()
-    assert "can it be had from the Hub" in refused("fetch", write_hub_experiment(tmp_path), **variables)
+    assert "available from the Hub" in refused("fetch", write_hub_experiment(tmp_path), **variables)
     assert not hub.taken
 
 
@@ -223,9 +224,11 @@ def test_a_rehearsal_takes_nothing(tmp_path):
 def test_gpt2s_bpe_is_kept_where_compute_nodes_find_it(tmp_path, own_root, gpt2_bpe):
     # tiktoken's cache as its download leaves it: OpenAI's two files (checked by tiktoken's own hashes) under
     # names of their URL
-    ranks = _gpt2_ranks(gpt2_bpe)
-    merges = [" ".join(map(_spell, _last_merge(ranks, token))) for token in ranks if len(token) > 1]
-    encoder = {**{_spell(token): rank for token, rank in ranks.items()}, END_OF_TEXT: len(ranks)}
+    ranks = _load_ranks(gpt2_bpe)
+    merges = [
+        " ".join(map(_spell_token, _find_last_merge(ranks, token))) for token in ranks if len(token) > 1
+    ]
+    encoder = {**{_spell_token(token): rank for token, rank in ranks.items()}, END_OF_TEXT: len(ranks)}
     contents = {"vocab.bpe": "\n".join(["#version: 0.2", *merges, ""]), "encoder.json": json.dumps(encoder)}
     (tmp_path / "downloaded").mkdir()
     for name, content in contents.items():
@@ -241,7 +244,7 @@ def test_gpt2s_bpe_is_kept_where_compute_nodes_find_it(tmp_path, own_root, gpt2_
     )
     run_verb("fetch", path, TIKTOKEN_CACHE_DIR=tmp_path / "downloaded", **no_internet)
     kept = own_root / "data" / "gpt2-bpe" / "gpt2.tiktoken"
-    assert kept.read_bytes() == _rank_lines(ranks)
+    assert kept.read_bytes() == _format_ranks(ranks)
     run_verb(
         "fetch", path, TIKTOKEN_CACHE_DIR=tmp_path / "empty", **no_internet
     )  # as on a node that has only our folder
@@ -260,4 +263,4 @@ def test_gpt2s_bpe_is_kept_where_compute_nodes_find_it(tmp_path, own_root, gpt2_
 def test_enough_files_for_the_tokens(tokens, names, count):
     letters, _, suffix = names.partition(".")
     sizes = {f"{letter}.{suffix}": 100 * BYTES_PER_TOKEN for letter in letters}
-    assert enough(sizes, list(sizes), tokens) == count
+    assert count_files(sizes, list(sizes), tokens) == count

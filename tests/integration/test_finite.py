@@ -10,11 +10,13 @@ from tiny_models import config_of, random_model
 
 from inheritune.config.experiment import load_experiment
 from inheritune.errors import UserError
-from inheritune.files.rundir import RunDir, data_dir, read_json, write_json
-from inheritune.models import sources, surgery
-from inheritune.models.architectures import count_not_finite
+from inheritune.files.json_files import read_json, write_json
+from inheritune.files.rundir import RunDir, get_data_dir
+from inheritune.models import extents, targets
+from inheritune.models.extents import count_not_finite
 from inheritune.models.sources import open_source
-from inheritune.models.surgery import check_start, extend, halve, inherit, write_random
+from inheritune.models.surgery import extend_model, halve_width, inherit, write_random
+from inheritune.models.targets import check_start
 
 BAD = "transformer.h.1.mlp.c_fc.weight"
 
@@ -78,13 +80,13 @@ def test_inherit_copies_them_and_says_so(tmp_path, caplog, dtype):
 def test_every_surgery_counts_them(tmp_path):
     source = damaged(tmp_path / "source", layers=4)
     random_model(config_of("public", 1)).save_pretrained(tmp_path / "previous")
-    assert extend(tmp_path / "previous", source, 1, 2, tmp_path / "extended")["not_finite"] == {BAD: 2}
+    assert extend_model(tmp_path / "previous", source, 1, 2, tmp_path / "extended")["not_finite"] == {BAD: 2}
     assert inherit(source, [1], tmp_path / "stacked", copies=2)["not_finite"] == {
         BAD.replace(".1.", ".0."): 2,
         BAD: 2,
         "transformer.ln_f.bias": 1,
     }
-    assert halve(source, tmp_path / "half")["not_finite"] == {
+    assert halve_width(source, tmp_path / "half")["not_finite"] == {
         BAD: 1,
         "transformer.ln_f.bias": 1,
     }  # a corner of it
@@ -114,8 +116,8 @@ def test_blocks_of_a_disk_that_gives_a_few_bytes_at_a_time_are_whole_elements(tm
 
     opened = open_source(source)
     expected = {name: b"".join(map(bytes, opened.blocks(name))) for name in opened.names()}
-    monkeypatch.setattr(sources, "open", Slow, raising=False)
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 40)
+    monkeypatch.setattr(extents, "open", Slow, raising=False)
+    monkeypatch.setattr(extents, "BLOCK_BYTES", 40)
     for name in opened.names():
         blocks = [bytes(block) for block in opened.blocks(name)]
         assert b"".join(blocks) == expected[name] and all(len(block) % 4 == 0 for block in blocks)
@@ -129,9 +131,9 @@ def test_start_of_an_older_version_is_looked_through(tmp_path):
         match=f"init: tensor {BAD} has 2 .*repair the source .*, delete this folder and start again",
     ):
         check_start(tmp_path / "init")
-    manifest = read_json(tmp_path / "init" / surgery.MANIFEST)
+    manifest = read_json(tmp_path / "init" / targets.MANIFEST)
     del manifest["not_finite"]  # as it was written before they were counted
-    write_json(tmp_path / "init" / surgery.MANIFEST, manifest)
+    write_json(tmp_path / "init" / targets.MANIFEST, manifest)
     with pytest.raises(UserError, match=r"init: tensor transformer\.\S+ has \d value"):
         check_start(tmp_path / "init")
     inherit(tmp_path / "source", "0:1", tmp_path / "clean", parts=["blocks"])
@@ -156,7 +158,7 @@ def experiment(tmp_path, own_root) -> str:
         "third": {"init": {"external": {"source": str(tmp_path / "bad")}}},
     }
     path = write_experiment(tmp_path, raw)
-    write_tokens(data_dir(load_experiment(path)))
+    write_tokens(get_data_dir(load_experiment(path)))
     return path
 
 

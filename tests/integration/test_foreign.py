@@ -10,12 +10,14 @@ import pytest
 from conftest import experiment_dict, run_verb, write_experiment, write_tokens
 
 from inheritune.config.experiment import load_experiment
-from inheritune.engines import checkpoint
+from inheritune.engines import checkpoint, resize
 from inheritune.errors import UserError
-from inheritune.files.rundir import RunDir, data_dir, hash_folder, read_json, write_json
+from inheritune.files.json_files import read_json, write_json
+from inheritune.files.markers import hash_folder
+from inheritune.files.rundir import RunDir, get_data_dir
 from inheritune.models.sources import open_source
 from inheritune.runtime.log import logger
-from inheritune.training.record import sync
+from inheritune.training.mirror import sync
 
 FOLDERS = (
     "step_4",
@@ -106,7 +108,7 @@ def trained(tmp_path_factory):
     path = write_experiment(folder, raw)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INHERITUNE_ROOT", str(folder / "root"))
-        data = data_dir(load_experiment(path))
+        data = get_data_dir(load_experiment(path))
         write_tokens(data)
         run = RunDir.of(load_experiment(path), "reference")
         run.path.mkdir(parents=True)
@@ -159,9 +161,9 @@ def test_a_run_whose_only_checkpoints_have_wrong_names_does_not_start_over(run, 
         UserError,
         match="is a copy of the checkpoint of step 4 under a wrong name; rename or delete it; no other",
     ):
-        checkpoint.find(run)
+        checkpoint.find_newest_checkpoint(run)
     run.checkpoint(5).rename(run.checkpoint(4))  # as it says
-    assert checkpoint.find(run) == 4
+    assert checkpoint.find_newest_checkpoint(run) == 4
 
 
 def test_what_was_put_into_a_checkpoint_is_not_read(run, tmp_path):
@@ -174,7 +176,7 @@ def test_what_was_put_into_a_checkpoint_is_not_read(run, tmp_path):
     for file in list((folder / "deepspeed").iterdir()):
         (folder / "deepspeed" / f"._{file.name}").write_bytes(b"\x00\x05\x16\x07")
     assert all(open_source(folder).tensor(name).equal(tensor) for name, tensor in expected.items())
-    assert checkpoint._client_state(folder)["run"]["step"] == 4
+    assert resize.read_client_state(folder)["run"]["step"] == 4
     run_verb("inherit", "--source", folder, "--layers", "0:2", "--out", tmp_path / "cut")
 
 
@@ -242,8 +244,8 @@ def test_what_cannot_be_deleted_is_told_and_stops_nothing(tmp_path, busy, caplog
     (run.checkpoints / ".step_00000001.tmpnode1-0123abcd-7").mkdir()
     busy(run.checkpoints / ".step_00000001.tmpnode1-0123abcd-7" / "open")
     for _ in range(2):
-        checkpoint.prune(run, 6, 1)
-        checkpoint._prepare(run.checkpoints / "new", run.checkpoint(8))
+        checkpoint.prune_checkpoints(run, 6, 1)
+        checkpoint.prepare_folders(run.checkpoints / "new", run.checkpoint(8))
         (run.checkpoints / "new").rmdir()
     assert run.complete_checkpoints() == [6] and not run.checkpoint(4).exists() and run.checkpoint(2).is_dir()
     told = [record.message for record in caplog.records]
@@ -259,7 +261,7 @@ def test_what_a_killed_deletion_left_is_deleted_later(tmp_path):
     for step in (2, 4, 6):
         make_checkpoint(run, step)
     (run.checkpoint(2) / "COMPLETE").unlink()
-    checkpoint.prune(run, 6, 2)
+    checkpoint.prune_checkpoints(run, 6, 2)
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step_00000004", "step_00000006"]
 
 
@@ -268,6 +270,6 @@ def test_a_marker_is_the_first_to_go(tmp_path, busy):
     for step in (2, 4):
         make_checkpoint(run, step)
     busy(run.checkpoint(2) / "0")  # what comes before COMPLETE in the alphabet
-    checkpoint.prune(run, 4, 1)
+    checkpoint.prune_checkpoints(run, 4, 1)
     assert run.checkpoint(2).is_dir() and run.complete_checkpoints() == [4]
     assert read_json(run.checkpoint(4) / "COMPLETE")["step"] == 4

@@ -15,14 +15,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import config_of, random_model
 
-from inheritune.cluster.status import verify
-from inheritune.config.experiment import Experiment, load_experiment, parse_layers, rehearsal, validate
+from inheritune.cluster.verify import verify
+from inheritune.config.experiment import Experiment, load_experiment, rehearse_experiment
+from inheritune.config.layers import parse_layers
+from inheritune.config.problems import parse_section
 from inheritune.data.batches import Tokens
 from inheritune.engines import dslint
-from inheritune.engines.engine import load_json
+from inheritune.engines.deepspeed_json import load_deepspeed_json
 from inheritune.errors import UserError
-from inheritune.files.rundir import read_json, read_jsonl, sealed
-from inheritune.models.sources import open_source, read_safetensors
+from inheritune.files.json_files import add_seal, read_json, read_jsonl
+from inheritune.models.sources import open_source
+from inheritune.models.weight_files import read_safetensors
 
 fuzzed = settings(
     max_examples=int(os.environ.get("FUZZ", "300")),
@@ -84,11 +87,11 @@ EXPERIMENT["name"] = "small"
 @given(changed(EXPERIMENT))
 def test_experiment(raw):
     def load():
-        experiment = validate(Experiment, raw, "small.yaml")
+        experiment = parse_section(Experiment, raw, "small.yaml")
         for run in experiment.runs.values():
             if run.grow:
                 survives(run.grow.depths, run.init.inherit.layers, experiment.model.layers)
-        rehearsal(experiment)
+        rehearse_experiment(experiment)
 
     survives(load)
 
@@ -190,8 +193,8 @@ def test_manifest_of_data(prepared, data):
     survives(verify, folder)
 
 
-LOADED = validate(Experiment, EXPERIMENT, "small.yaml")
-SHIPPED = [load_json(path) for path in sorted((REPOSITORY / "ds_configs").glob("*.json"))]
+LOADED = parse_section(Experiment, EXPERIMENT, "small.yaml")
+SHIPPED = [load_deepspeed_json(path) for path in sorted((REPOSITORY / "ds_configs").glob("*.json"))]
 
 
 @fuzzed
@@ -210,7 +213,11 @@ def test_deepspeed_json(tmp_path, content, ranks):
     path.write_bytes(content)
 
     def check():
-        assert all(dslint.report(path, dslint.lint(load_json(path), LOADED.model, LOADED.train, ranks)))
+        assert all(
+            dslint.check_problems(
+                path, dslint.lint(load_deepspeed_json(path), LOADED.model, LOADED.train, ranks)
+            )
+        )
 
     survives(check)
 
@@ -218,7 +225,7 @@ def test_deepspeed_json(tmp_path, content, ranks):
 @fuzzed
 @given(st.lists(st.one_of(values, changed({"step": 3, "loss": 2.5}))), st.booleans(), st.binary(max_size=9))
 def test_rows(tmp_path, rows, seal, extra):
-    rows = [sealed(row) for row in rows] if seal else rows
+    rows = [add_seal(row) for row in rows] if seal else rows
     (tmp_path / "metrics.jsonl").write_bytes("".join(json.dumps(row) + "\n" for row in rows).encode() + extra)
     survives(read_jsonl, tmp_path / "metrics.jsonl")
 

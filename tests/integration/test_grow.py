@@ -10,7 +10,9 @@ import yaml
 from conftest import experiment_dict, run_verb, write_experiment, write_tokens
 
 from inheritune.config.experiment import load_experiment
-from inheritune.files.rundir import RunDir, data_dir, hash_folder, read_json, read_jsonl
+from inheritune.files.json_files import read_json, read_jsonl
+from inheritune.files.markers import hash_folder
+from inheritune.files.rundir import RunDir, get_data_dir
 
 
 @pytest.mark.slow
@@ -21,7 +23,7 @@ def test_growth_on_three_ranks_with_a_batch_of_twenty(tmp_path, own_root):
     raw["runs"]["grown"]["grow"]["from"] = "previous"
     path = write_experiment(tmp_path, raw)
     experiment = load_experiment(path)
-    write_tokens(data_dir(experiment))
+    write_tokens(get_data_dir(experiment))
     grown, reference = RunDir.of(experiment, "grown"), RunDir.of(experiment, "reference")
 
     said = run_verb("grow", path, "--run", "grown", "--procs", "3").stdout

@@ -21,7 +21,9 @@ from conftest import (
 )
 
 from inheritune.config.experiment import load_experiment
-from inheritune.files.rundir import RunDir, data_dir, hash_folder, read_json, read_jsonl, write_json
+from inheritune.files.json_files import read_json, read_jsonl, write_json
+from inheritune.files.markers import hash_folder
+from inheritune.files.rundir import RunDir, get_data_dir
 from inheritune.runs.job import Job
 from inheritune.runs.starts import prepare_start
 
@@ -47,7 +49,7 @@ def world(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INHERITUNE_ROOT", str(folder / "root"))
         path = write_experiment(folder, raw)
-        write_tokens(data_dir(load_experiment(path)))
+        write_tokens(get_data_dir(load_experiment(path)))
         for run in ("reference,other,third", "grown"):
             run_verb("train", path, "--run", run, *(["--stage", "1"] if run == "grown" else []))
         stopped = RunDir.of(load_experiment(path), "other")
@@ -179,7 +181,7 @@ def put(run: RunDir, change) -> None:
 def test_a_marker_that_lacks_something_is_one_sentence(again, change):
     path = again()
     put(run_of(path, "other"), change)
-    assert "COMPLETE lacks what a marker says, or says it otherwise" in refused(
+    assert "COMPLETE lacks fields of a marker, or holds them in another form" in refused(
         "train", path, "--run", "other"
     )
 

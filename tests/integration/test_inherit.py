@@ -17,13 +17,15 @@ from tiny_models import config_of, logits, random_model, weights_of
 from tiny_tokenizers import TEMPLATE, save_by_newest, write_chat_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from inheritune.config.experiment import MODULES
+from inheritune.config.run import MODULES
 from inheritune.errors import UserError
-from inheritune.files import rundir
-from inheritune.models.architectures import architecture, fresh_tensor, tensor_shapes
+from inheritune.files import json_files, markers
+from inheritune.models.architectures import find_architecture
 from inheritune.models.config_files import OLDER_KEYS
+from inheritune.models.initialization import make_fresh_tensor
+from inheritune.models.networks import list_checkpoint_shapes
 from inheritune.models.sources import open_source
-from inheritune.models.surgery import extend, inherit, write_random
+from inheritune.models.surgery import extend_model, inherit, write_random
 
 KINDS = ("paper", "public", "llama", "llama_tied")
 
@@ -41,7 +43,7 @@ def source(request, tmp_path_factory):
 def truncated(model, layers: list[int]):
     """The model with only the blocks `layers`, cut by hand: ModuleList and configuration."""
     cut = copy.deepcopy(model)
-    table = architecture(model.config.model_type)
+    table = find_architecture(model.config.model_type)
     inner = cut.get_submodule(table.block.split(".{i}")[0])
     kept = [inner[i] for i in layers]
     del inner[:]
@@ -86,9 +88,9 @@ def test_slice_equals_the_model_cut_by_hand(source, tmp_path, layers):
         getattr(model.config, "scale_attn_by_inverse_layer_idx", False)
     )
     assert manifest["moved_blocks"]["changed"] == moves
-    rundir.check_files(tmp_path / "out", manifest["files"])
+    markers.check_files(tmp_path / "out", manifest["files"])
     assert set(manifest["files"]) | {"inherited.json"} == {p.name for p in (tmp_path / "out").iterdir()}
-    assert rundir.read_json(tmp_path / "out" / "inherited.json") == manifest
+    assert json_files.read_json(tmp_path / "out" / "inherited.json") == manifest
     assert (tmp_path / "out" / "tokenizer.json").is_file() and snapshot(folder) == before
 
 
@@ -115,7 +117,7 @@ def test_what_is_not_named_is_that_of_the_random_model(source, tmp_path, parts, 
         module = "norms" if module in ("attn_norm", "mlp_norm") else module
         copied = part in parts and (part != "blocks" or module in modules)
         copied = copied or (tied and part == "token_embedding" and "head" in parts)
-        fresh = fresh_tensor(name, tuple(tensor.shape), target.config, 7)
+        fresh = make_fresh_tensor(name, tuple(tensor.shape), target.config, 7)
         assert torch.equal(random.tensor(name), fresh)
         assert torch.equal(target.tensor(name), tensor if copied else fresh), name
         assert list(manifest["tensors"][name])[0] == ("copied" if copied else "fresh"), name
@@ -135,7 +137,7 @@ def test_half_precision_source_gives_a_half_precision_target(tmp_path):
     inherit(tmp_path / "source", "1:3", tmp_path / "out", parts=["blocks"])
     target = opened(tmp_path / "out")
     assert target.dtype == torch.bfloat16
-    fresh = fresh_tensor("lm_head.weight", (61, 24), target.config, 0)
+    fresh = make_fresh_tensor("lm_head.weight", (61, 24), target.config, 0)
     assert torch.equal(target.lm_head.weight, fresh.bfloat16())
     assert torch.equal(target.model.layers[0].mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight)
 
@@ -153,7 +155,7 @@ def test_chain_of_inheritance_and_random_start(tmp_path):
     config = config_of("paper", layers=6)
     manifest = write_random(config, tmp_path / "random", seed=3)
     assert all(list(row) == ["fresh", "xxh3"] for row in manifest["tensors"].values())
-    assert list(manifest["tensors"]) == list(tensor_shapes(config))
+    assert list(manifest["tensors"]) == list(list_checkpoint_shapes(config))
     inherit(tmp_path / "random", "0:4", tmp_path / "a")
     inherit(tmp_path / "a", "0:2", tmp_path / "b")
     inherit(tmp_path / "random", "0:2", tmp_path / "c")
@@ -171,12 +173,12 @@ def test_tokenizer_templates_and_settings_come_along(tmp_path):
     save_by_newest(tmp_path / "older", source)
     for name in ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json", "notes.md"):
         (source / name).write_text("{}")
-    described = rundir.read_json(source / "config.json") | {
+    described = json_files.read_json(source / "config.json") | {
         "temperature": 0.6,
         "do_sample": True,
         "eos_token_id": [2, 3],
     }
-    rundir.write_json(source / "config.json", described | {"_name_or_path": "/home/me/model"}, seal=False)
+    json_files.write_json(source / "config.json", described | {"_name_or_path": "/home/me/model"}, seal=False)
     manifest = inherit(source, "0:2", out)
     written = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     assert {
@@ -191,15 +193,15 @@ def test_tokenizer_templates_and_settings_come_along(tmp_path):
         "generation_config.json",
     } < written and "notes.md" not in written
     assert set(manifest["files"]) | {"inherited.json"} == written
-    rundir.check_files(out, manifest["files"])
+    markers.check_files(out, manifest["files"])
     assert (out / "chat_template.jinja").read_text() == TEMPLATE
-    assert rundir.read_json(out / "generation_config.json") == {
+    assert json_files.read_json(out / "generation_config.json") == {
         "do_sample": True,
         "temperature": 0.6,
         "eos_token_id": [2, 3],
     }
     assert "/home/me" not in "".join(path.read_text() for path in out.glob("*config.json"))
-    assert rundir.read_json(out / "tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert json_files.read_json(out / "tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
     inherit(out, "0:1", tmp_path / "again")  # a slice of a slice
     for name in written - {"inherited.json", "config.json"}:
         if not name.startswith("model"):
@@ -214,8 +216,8 @@ def test_extend_keeps_what_was_trained_and_adds_blocks_of_the_reference(tmp_path
     previous, reference = random_model(config_of(kind, 2), seed=1), random_model(config_of(kind, 6), seed=2)
     previous.save_pretrained(tmp_path / "previous")
     reference.to(torch.bfloat16).save_pretrained(tmp_path / "reference")
-    manifest = extend(tmp_path / "previous", tmp_path / "reference", 2, 5, tmp_path / "out")
-    ours, table = opened(tmp_path / "out"), architecture(previous.config.model_type)
+    manifest = extend_model(tmp_path / "previous", tmp_path / "reference", 2, 5, tmp_path / "out")
+    ours, table = opened(tmp_path / "out"), find_architecture(previous.config.model_type)
     assert getattr(ours.config, table.layers) == 5 and ours.dtype == torch.float32
     for name, tensor in weights_of(ours).items():
         inside = table.split_name(name)
@@ -225,7 +227,7 @@ def test_extend_keeps_what_was_trained_and_adds_blocks_of_the_reference(tmp_path
         assert Path(row["file"]).parent.name == ("reference" if origin is reference else "previous")
         assert row.get("cast") == ("torch.bfloat16 to torch.float32" if origin is reference else None)
     assert not manifest["moved_blocks"]["changed"]
-    assert extend(tmp_path / "previous", tmp_path / "reference", 2, 5, tmp_path / "out") == manifest
+    assert extend_model(tmp_path / "previous", tmp_path / "reference", 2, 5, tmp_path / "out") == manifest
 
 
 def test_extend_joins_what_names_the_same_positions_in_other_words(tmp_path):
@@ -240,24 +242,26 @@ def test_extend_joins_what_names_the_same_positions_in_other_words(tmp_path):
         random_model(CONFIG_MAPPING[family].from_dict(copy.deepcopy(raw))).save_pretrained(
             folder / "reference"
         )
-        rundir.write_json(folder / "reference" / "config.json", raw | {"architectures": ["X"]}, seal=False)
+        json_files.write_json(
+            folder / "reference" / "config.json", raw | {"architectures": ["X"]}, seal=False
+        )
         inherit(folder / "reference", "0:2", folder / "slice")
-        extend(folder / "slice", folder / "reference", 2, 3, folder / "out")
+        extend_model(folder / "slice", folder / "reference", 2, 3, folder / "out")
         shutil.copytree(folder / "slice", folder / "older")
         (folder / "older" / "inherited.json").unlink()
-        described = rundir.read_json(folder / "older" / "config.json")
+        described = json_files.read_json(folder / "older" / "config.json")
         described = {key: value for key, value in described.items() if key not in OLDER_KEYS}
         if family == "llama":
             described["rope_parameters"]["type"] = "linear"
-        rundir.write_json(folder / "older" / "config.json", described, seal=False)
-        extend(folder / "older", folder / "reference", 2, 3, folder / "again")
+        json_files.write_json(folder / "older" / "config.json", described, seal=False)
+        extend_model(folder / "older", folder / "reference", 2, 3, folder / "again")
         assert (
             opened(folder / "out").config.rope_parameters == opened(folder / "again").config.rope_parameters
         )
         with pytest.raises(UserError, match="differ in rope_parameters"):
             described["rope_parameters"]["rope_theta"] = 78.0
-            rundir.write_json(folder / "older" / "config.json", described, seal=False)
-            extend(folder / "older", folder / "reference", 2, 3, folder / "other")
+            json_files.write_json(folder / "older" / "config.json", described, seal=False)
+            extend_model(folder / "older", folder / "reference", 2, 3, folder / "other")
 
 
 def test_extend_refuses_models_that_do_not_fit(tmp_path):
@@ -277,7 +281,7 @@ def test_extend_refuses_models_that_do_not_fit(tmp_path):
     ]
     for previous, reference, low, high, sentence in cases:
         with pytest.raises(UserError, match=sentence):
-            extend(tmp_path / previous, tmp_path / reference, low, high, tmp_path / "out")
+            extend_model(tmp_path / previous, tmp_path / reference, low, high, tmp_path / "out")
     assert_nothing_written(tmp_path / "out")
 
 
@@ -302,7 +306,7 @@ REFUSALS = {
     "unknown part": ({"parts": ["block"]}, "parts: unknown name 'block'; did you mean 'blocks'"),
     "unknown module": ({"modules": ["attention"]}, "modules: unknown name 'attention'"),
     "no part": ({"parts": []}, "parts is empty"),
-    "no source": ({"source": "/no/such/folder"}, "is no folder"),
+    "no source": ({"source": "/no/such/folder"}, "is neither a folder"),
 }
 
 
@@ -318,7 +322,7 @@ def test_same_surgery_again_changes_nothing(llama, tmp_path, capsys):
     out = tmp_path / "out"
     manifest = inherit(llama, "0:2", out)
     before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
-    assert inherit(llama, [0, 1], out) == manifest and "already there" in capsys.readouterr().out
+    assert inherit(llama, [0, 1], out) == manifest and "already complete" in capsys.readouterr().out
     assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
     for changed in ({"layers": "0:3"}, {"seed": 1}, {"parts": ["blocks"]}):
         with pytest.raises(UserError, match=f"another surgery .its {next(iter(changed))} differs"):

@@ -16,9 +16,12 @@ from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment
 from test_fetch import environment, files, make_hub, write_hub_experiment  # noqa: F401 - files is a fixture
 from test_stop import make
 
-from inheritune.config.experiment import Model, load_experiment
-from inheritune.files.rundir import RunDir, data_dir, hash_folder, read_json
-from inheritune.models.architectures import hf_config
+from inheritune.config.experiment import load_experiment
+from inheritune.config.sections import Model
+from inheritune.files.json_files import read_json
+from inheritune.files.markers import hash_folder
+from inheritune.files.rundir import RunDir, get_data_dir
+from inheritune.models.networks import build_config
 from inheritune.models.surgery import write_random
 from inheritune.runtime.signals import ONE_PRESS_S
 
@@ -138,7 +141,7 @@ def test_a_second_one_ends_ranks_that_hang(run):
 IN_A_LIBRARY = """
 import hashlib
 from inheritune.runtime import signals
-signals.listen()
+signals.listen_for_signals()
 print("begun", flush=True)
 hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
 """
@@ -168,7 +171,7 @@ def test_a_growth_stops_within_a_stage_and_says_so_once(tmp_path, monkeypatch):
         Program("grow", path, "--run", "grown", "--procs", 2).until(begun(reference)).press().ended()
     )
     assert code == DIED and err == SAVING, out + err
-    assert "inheritune: grown: stopped within train reference; the same command goes on from there" in out
+    assert "inheritune: grown: stopped within train reference; the same command continues from there" in out
     assert reference.complete_checkpoints()
 
 
@@ -206,7 +209,7 @@ def corpus(tmp_path, monkeypatch):
     for number in range(12):
         (tmp_path / f"{number:02}.txt").write_text(text[number:])
     path = write_experiment(tmp_path, raw)
-    return path, data_dir(load_experiment(path))
+    return path, get_data_dir(load_experiment(path))
 
 
 @pytest.mark.slow
@@ -217,9 +220,9 @@ def test_preparing_saves_and_resumes_with_the_same_bytes(corpus, tmp_path, worke
         lambda: (folder / "train_00000.bin").is_file()
     )
     code, out, err = program.press().ended()
-    assert code == DIED and err == SAVING and "the same command goes on from there" in out, out + err
+    assert code == DIED and err == SAVING and "the same command resumes from there" in out, out + err
     assert not (folder / "manifest.json").exists()
-    assert "going on after" in run_verb("prepare", path).stdout
+    assert "resuming after" in run_verb("prepare", path).stdout
     broken = hash_folder(folder)
     unbroken = tmp_path / "other"
     run_verb("prepare", path, INHERITUNE_ROOT=unbroken)
@@ -232,7 +235,7 @@ def test_workers_that_have_only_just_started_leave_it_to_their_parent(corpus):
     program = Program("prepare", path, "--workers", 2)
     program.until(lambda: len(program.ranks()) >= 2)  # one is multiprocessing's own
     code, out, err = program.press().ended()
-    assert code == DIED and err == SAVING and "the same command goes on from there" in out, out + err
+    assert code == DIED and err == SAVING and "the same command resumes from there" in out, out + err
 
 
 @pytest.mark.slow
@@ -251,7 +254,7 @@ def test_a_second_one_ends_the_workers_too(corpus):
 
 def test_inherit_leaves_no_temporary_file(tmp_path):
     sizes = {"layers": 4, "width": 1024, "heads": 2, "positions": 32, "vocab_size": 40_000}
-    write_random(hf_config(Model(size="gpt2_tiny", **sizes), 4), tmp_path / "source")  # 300 MB
+    write_random(build_config(Model(size="gpt2_tiny", **sizes), 4), tmp_path / "source")  # 300 MB
     out = tmp_path / "cut"
     program = Program("inherit", "--source", tmp_path / "source", "--layers", "0:4", "--out", out)
     code, _, err = program.until(lambda: list(tmp_path.glob(".cut.*"))).press().ended()

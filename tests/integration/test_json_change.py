@@ -16,9 +16,12 @@ import torch
 from conftest import REPOSITORY, experiment_dict, refused, run_verb, write_experiment, write_tokens
 from launching import launch_locally
 
-from inheritune.config.experiment import RESUMABLE_KEYS, load_experiment
+from inheritune.config.experiment import load_experiment
+from inheritune.config.sections import RESUMABLE_KEYS
 from inheritune.engines import dslint
-from inheritune.files.rundir import RunDir, data_dir, hash_folder, read_json, read_jsonl, write_json
+from inheritune.files.json_files import read_json, read_jsonl, write_json
+from inheritune.files.markers import hash_folder
+from inheritune.files.rundir import RunDir, get_data_dir
 
 RESUME = dslint.VERDICTS["resume"]
 AT, STEPS = 4, 8
@@ -128,7 +131,7 @@ class Lab:
         self.experiment = load_experiment(self.path)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("INHERITUNE_ROOT", str(folder))
-            self.data = data_dir(self.experiment).name
+            self.data = get_data_dir(self.experiment).name
         write_tokens(folder / "data" / self.data)
 
     def job(self, root: str, settings: dict, path: str | None = None, **more) -> dict:
@@ -447,7 +450,7 @@ def test_several_runs_of_one_start_keep_weights_twice_per_node(tmp_path, own_roo
     path = write_experiment(
         tmp_path, experiment_dict(runs={"a": {"init": "random"}, "b": {"init": "random"}}, paper=[])
     )
-    write_tokens(data_dir(load_experiment(path)))
+    write_tokens(get_data_dir(load_experiment(path)))
     run_verb("train", path, "--run", "a,b", "--ds", tmp_path / "hpz.json", procs=2)
     a, b = (RunDir.of(load_experiment(path), name) for name in "ab")
     assert hash_folder(a.final) == hash_folder(b.final)

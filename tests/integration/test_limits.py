@@ -18,14 +18,19 @@ from conftest import REPOSITORY, experiment_dict, one_sentence, run_verb, write_
 from drill import write_documents
 from test_stop import make
 
-from inheritune.config.experiment import Model, load_experiment
+from inheritune.config.experiment import load_experiment
+from inheritune.config.sections import Model
 from inheritune.errors import UserError
+from inheritune.files.json_files import read_jsonl
 from inheritune.files.lock import Lock
-from inheritune.files.rundir import RunDir, data_dir, hash_folder, read_jsonl, remove
-from inheritune.models.architectures import hf_config
+from inheritune.files.markers import hash_folder
+from inheritune.files.rundir import RunDir, get_data_dir
+from inheritune.files.writing import remove_path
+from inheritune.models.networks import build_config
 from inheritune.models.surgery import write_random
-from inheritune.runtime.dist import limit_error
-from inheritune.training.record import Metrics, start_wandb
+from inheritune.runtime.limits import explain_limit
+from inheritune.training.mirror import start_wandb
+from inheritune.training.record import Metrics
 
 
 def limited(megabytes: int, *words) -> str:
@@ -47,7 +52,7 @@ def test_prepare_out_of_memory_is_one_sentence_and_goes_on_with_more(tmp_path):
     raw = experiment_dict()
     raw["data"] |= {"source": "files", "files": [str(tmp_path / "docs.jsonl")], "tokenizer": "bpe:300"}
     path = write_experiment(tmp_path, raw)
-    folder = data_dir(load_experiment(path))
+    folder = get_data_dir(load_experiment(path))
     assert "out of memory" in limited(20, "prepare", path, "--workers", 1)
     assert not (folder / "manifest.json").exists() and not list(folder.glob(".*"))
     run_verb("prepare", path, "--workers", 1)
@@ -57,7 +62,7 @@ def test_prepare_out_of_memory_is_one_sentence_and_goes_on_with_more(tmp_path):
 def test_inherit_out_of_memory_is_one_sentence_and_leaves_nothing(tmp_path):
     sizes = {"layers": 2, "width": 1024, "heads": 2, "positions": 32, "vocab_size": 20_000}
     write_random(
-        hf_config(Model(size="gpt2_tiny", **sizes), 2), tmp_path / "source"
+        build_config(Model(size="gpt2_tiny", **sizes), 2), tmp_path / "source"
     )  # its embedding has 80 MB
     words = ("inherit", "--source", tmp_path / "source", "--layers", "0:1", "--out", tmp_path / "out")
     for megabytes in (1, 10):
@@ -82,7 +87,7 @@ def few_files(most: int, *words) -> subprocess.CompletedProcess:
 def test_64_open_files_are_enough_for_a_run_of_many_shards(tmp_path, monkeypatch):
     path, root, run = make(tmp_path, steps=3)
     monkeypatch.setenv("INHERITUNE_ROOT", str(root))
-    folder = data_dir(load_experiment(path))
+    folder = get_data_dir(load_experiment(path))
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["splits"]["train"]["shards"] *= 50
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -167,7 +172,7 @@ def test_a_disk_that_fills_up_at_any_moment_of_any_verb(tmp_path, monkeypatch, d
         run_verb(*words)
         needs = disk.used() - before
         for entry in disk.path.iterdir():
-            remove(entry)
+            remove_path(entry)
         shutil.copytree(tmp_path / "saved", disk.path, dirs_exist_ok=True)
         shutil.rmtree(tmp_path / "saved")
         for share in (0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97):
@@ -202,7 +207,7 @@ def test_no_lock_is_left_where_it_could_not_be_written(tmp_path, monkeypatch):
     [OSError(errno.EDQUOT, "Disk quota exceeded"), Exception("No space left on device (os error 28)")],
 )
 def test_a_full_disk_is_told_whoever_says_so(error):
-    assert "no space left while writing" in str(limit_error(error))
+    assert "no space left while writing" in str(explain_limit(error))
 
 
 # --- W&B ----------------------------------------------------------------------------------------------------

@@ -17,26 +17,27 @@ from test_damage import modes_count
 
 from inheritune.config.experiment import load_experiment
 from inheritune.errors import UserError
-from inheritune.files.lock import Lock, lock_holder, lock_holders
-from inheritune.files.processes import birth, fate, machine
-from inheritune.files.rundir import ABANDONED_S, data_dir, remove_leftovers, replacing, temporary_of
+from inheritune.files.lock import Lock, find_lock_holder, find_lock_holders
+from inheritune.files.processes import find_process_state, identify_machine, read_start_time
+from inheritune.files.rundir import get_data_dir
+from inheritune.files.writing import ABANDONED_S, get_temporary_path, remove_leftovers, replace_atomically
 
 # --- alive, dead, unknown -----------------------------------------------------------------------------------
 
 
 def test_a_process_is_alive_dead_or_unknown():
-    here, own = machine(), os.getpid()
+    here, own = identify_machine(), os.getpid()
     ended = subprocess.Popen(["true"])
     deadline = time.monotonic() + 30
-    while birth(ended.pid) != "":  # it has ended and is not waited for: a zombie
+    while read_start_time(ended.pid) != "":  # it has ended and is not waited for: a zombie
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert fate(here, ended.pid, "1") == "dead"
+    assert find_process_state(here, ended.pid, "1") == "dead"
     ended.wait()
-    assert fate(here, ended.pid, "1") == "dead"
-    assert fate(here, own, birth(own)) == "alive"
-    assert fate(here, own, "1") == "dead"  # the number is used again
-    assert fate(here, own) == "unknown"
+    assert find_process_state(here, ended.pid, "1") == "dead"
+    assert find_process_state(here, own, read_start_time(own)) == "alive"
+    assert find_process_state(here, own, "1") == "dead"  # the number is used again
+    assert find_process_state(here, own) == "unknown"
     for where, pid in (
         ("another machine", own),
         (None, own),
@@ -46,7 +47,7 @@ def test_a_process_is_alive_dead_or_unknown():
         (here, -1),
         (here, 10**30),
     ):
-        assert fate(where, pid, "1") == "unknown"
+        assert find_process_state(where, pid, "1") == "unknown"
 
 
 @pytest.fixture
@@ -113,16 +114,16 @@ def check_unknown(path: Path) -> None:
     with pytest.raises(UserError) as caught:
         Lock(path, wait=0).acquire()
     assert f"is being written by a process that its lock file {file} does not name" in str(caught.value)
-    assert lock_holder(path)["silent"] < Lock.SILENCE
+    assert find_lock_holder(path)["silent"] < Lock.SILENCE
     age(file, Lock.SILENCE + 30)
-    assert lock_holder(path) is None
+    assert find_lock_holder(path) is None
     with Lock(path, wait=0):
         pass
 
 
 @pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS)
 def test_a_damaged_lock_file_counts_until_it_is_old(tmp_path, content):
-    lock_file(tmp_path / "run").write_bytes(content.replace(b"%s", machine().encode()))
+    lock_file(tmp_path / "run").write_bytes(content.replace(b"%s", identify_machine().encode()))
     check_unknown(tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
@@ -150,7 +151,7 @@ def test_what_is_named_like_a_lock_but_not_as_ours_is_no_lock(tmp_path):
     with Lock(tmp_path / "run", wait=0):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
-    assert list(lock_holders(tmp_path)) == ["other"]
+    assert list(find_lock_holders(tmp_path)) == ["other"]
 
 
 def test_a_lock_from_the_future_is_not_for_ever(tmp_path):
@@ -167,7 +168,9 @@ def test_a_copy_of_a_run_at_work_is_not_locked_by_the_original(tmp_path):
         shutil.copytree(tmp_path / "seed0", tmp_path / "copied")
         (copy,) = (tmp_path / "copied").iterdir()
         age(copy, Lock.SILENCE + 30)
-        assert lock_holder(tmp_path / "copied" / "run") is None and lock_holder(tmp_path / "seed0" / "run")
+        assert find_lock_holder(tmp_path / "copied" / "run") is None and find_lock_holder(
+            tmp_path / "seed0" / "run"
+        )
         with Lock(tmp_path / "copied" / "run", wait=0):
             pass
         with pytest.raises(UserError, match=f"by process {os.getpid()} on"):
@@ -219,13 +222,13 @@ def test_a_temporary_of_a_process_elsewhere_is_removed_when_it_is_old_only(tmp_p
     lives."""
     left = other_temporary(tmp_path / "out", "00000000")
     for _ in range(2):
-        with replacing(tmp_path / "out") as temporary:
+        with replace_atomically(tmp_path / "out") as temporary:
             temporary.write_text("x")
         assert left.is_dir()
         age(left, ABANDONED_S + 60)  # the file in it is still written to
     age(left / "part", ABANDONED_S + 60)
     age(left, ABANDONED_S + 60)
-    with replacing(tmp_path / "out") as temporary:
+    with replace_atomically(tmp_path / "out") as temporary:
         temporary.write_text("x")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -250,7 +253,7 @@ def test_only_leftovers_of_ours_are_removed(tmp_path):
         tmp_path / ".DONE.tmpnode-1-2-33",
     ]  # and an older form
     ours[1].write_text("x")
-    ours.append(temporary_of(tmp_path / "final"))
+    ours.append(get_temporary_path(tmp_path / "final"))
     ours[2].write_text("x")
     remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FOREIGN)
@@ -262,7 +265,7 @@ def test_only_leftovers_of_ours_are_removed(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_who_waits_for_a_lock_leaves_when_asked(small, number):
     """`prepare` waits without a limit, and once heard nothing meanwhile."""
-    folder = data_dir(load_experiment(small))
+    folder = get_data_dir(load_experiment(small))
     shutil.rmtree(folder)
     with Lock(folder):
         process = subprocess.Popen(
@@ -291,7 +294,7 @@ def test_a_lock_that_came_with_a_copy_is_named(tmp_path, capsys):
         with pytest.raises(UserError, match="delete that file if it came with a copy of the folder"):
             Lock(tmp_path / "copied" / "run", wait=0.1).acquire()
         assert (
-            f"(so says {copy}; delete that file if it came with a copy of the folder): waiting"
+            f"(according to {copy}; delete that file if it came with a copy of the folder): waiting"
             in capsys.readouterr().out
         )
         copy.unlink()

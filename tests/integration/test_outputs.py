@@ -11,11 +11,13 @@ import pytest
 from conftest import one_sentence, refused, run_verb
 from tiny_models import config_of, random_model
 
-from inheritune.analysis.attention import check_replaced
+from inheritune.analysis.analyze import check_replaced
 from inheritune.errors import UserError
 from inheritune.evaluation.evaluate import check_results
+from inheritune.files.json_files import read_json, write_jsonl
 from inheritune.files.outputs import check_new_file, check_new_folder, check_writable, resolve_output
-from inheritune.files.rundir import RunDir, read_json, replacing, write_jsonl
+from inheritune.files.rundir import RunDir
+from inheritune.files.writing import replace_atomically
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def test_link_to_an_empty_folder_stays_a_link(source, tmp_path):
         done = inherit_to(source, out, tmp_path)
         assert done.returncode == 0, done.stderr
         assert os.readlink(tmp_path / "link") == "real" and (tmp_path / "real" / "inherited.json").is_file()
-    assert "already there" in done.stdout  # the second time
+    assert "already complete" in done.stdout  # the second time
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
 
 
@@ -83,7 +85,7 @@ def test_disk_that_is_read_only(source, disk):
     with pytest.raises(UserError, match="cannot be written to"):
         check_writable(disk.path / "results")
     with pytest.raises(UserError, match="cannot write .*Read-only file system"):
-        with replacing(disk.path / "deep" / "file"):
+        with replace_atomically(disk.path / "deep" / "file"):
             pass
 
 
@@ -107,7 +109,7 @@ def test_a_file_never_takes_the_place_of_a_folder(tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("precious")
     with pytest.raises(UserError, match="is a folder, so no file of that name can be written"):
-        with replacing(tmp_path / "thesis") as temporary:
+        with replace_atomically(tmp_path / "thesis") as temporary:
             temporary.write_text("{}")
     assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "precious"
     assert [p.name for p in tmp_path.iterdir()] == ["thesis"]

@@ -15,10 +15,12 @@ from conftest import REPOSITORY, run_verb
 from test_tables import SCRIPTS
 
 from inheritune.config.experiment import load_experiment
-from inheritune.files.rundir import RunDir, read_json, read_jsonl
+from inheritune.files.json_files import read_json, read_jsonl
+from inheritune.files.rundir import RunDir
 from inheritune.models.sources import open_source
-from inheritune.paper.items import load_experiments, load_item, model_folder
-from inheritune.paper.tables import paper_folder
+from inheritune.paper.items import load_experiments, load_item
+from inheritune.paper.measured import find_folder
+from inheritune.paper.table_files import locate_results
 
 # distilled, nothing to train; the drill runs them all
 SHORT = ("fig17_distillation", "table6_model_configs")
@@ -58,13 +60,13 @@ def check_drawn(script: str) -> None:
     ):
         item = load_item(name)
         experiments = load_experiments(item)
-        folder, there = paper_folder(bool(experiments), 0), {}
+        folder, there = locate_results(bool(experiments), 0), {}
         measured = bool(item.panels) or any(
             c.metric not in (None, "parameters") or c.mean for c in item.columns.values()
         )
         for row in (row for row in item.models() if row.run and measured):
             experiment, run = experiments[row.run.rpartition("/")[0]], row.run.rpartition("/")[2]
-            there[row.label, row.run] = model_folder(experiment, row, 0) is not None
+            there[row.label, row.run] = find_folder(experiment, row, 0) is not None
             if not there[row.label, row.run]:
                 assert row.stage and row.stage > read_json(RunDir.of(experiment, run).done)["stage"], (
                     name,
@@ -81,7 +83,7 @@ def check_drawn(script: str) -> None:
         wanted = [
             p
             for p in item.panels
-            if any(model_folder(experiments[r.run.rpartition("/")[0]], r, 0) for r in p.rows)
+            if any(find_folder(experiments[r.run.rpartition("/")[0]], r, 0) for r in p.rows)
         ]
         assert len(drawn) == len(wanted) + item.drawn
 

@@ -10,15 +10,21 @@ from tiny_families import FAMILIES, POSITIONS, family_config, positions_config
 from tiny_tokenizers import write_chat_tokenizer
 
 from inheritune.data.tokenizer_files import (
+    convert_special_tokens,
+    convert_tokenizer_config,
+    convert_trained_config,
     copy_tokenizer,
-    special_tokens_map,
-    tokenizer_config,
-    trained_config,
     write_tokenizer,
 )
 from inheritune.errors import UserError
-from inheritune.models.architectures import load_config, write_config
-from inheritune.models.config_files import add_older_keys, copy_settings, drop_older_keys, settings_in_config
+from inheritune.models.config_files import (
+    add_older_keys,
+    copy_settings,
+    drop_older_keys,
+    extract_settings,
+    load_config,
+    write_config,
+)
 
 BOTH = ["input_ids", "attention_mask"]
 BPE = {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}
@@ -90,7 +96,7 @@ NEWEST = {
 
 
 def test_words_of_one_version_or_machine_are_replaced_or_dropped():
-    assert tokenizer_config(NEWEST, BPE) == {
+    assert convert_tokenizer_config(NEWEST, BPE) == {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "additional_special_tokens": ["<|user|>"],
         "eos_token": "</s>",
@@ -98,35 +104,40 @@ def test_words_of_one_version_or_machine_are_replaced_or_dropped():
         "clean_up_tokenization_spaces": True,
         "model_input_names": BOTH,
     }
-    without = tokenizer_config(
+    without = convert_tokenizer_config(
         NEWEST
     )  # no tokenizer.json: the family's own class, and its code if there is any
     assert "tokenizer_class" not in without and without["auto_map"] == NEWEST["auto_map"]
-    assert trained_config(NEWEST, BPE) == tokenizer_config(NEWEST, BPE) | {
+    assert convert_trained_config(NEWEST, BPE) == convert_tokenizer_config(NEWEST, BPE) | {
         "clean_up_tokenization_spaces": False,
         "add_prefix_space": True,
     }
-    once = trained_config(NEWEST, BPE)
-    assert trained_config(once, BPE) == once
+    once = convert_trained_config(NEWEST, BPE)
+    assert convert_trained_config(once, BPE) == once
 
 
 def test_class_that_both_versions_have_stays_with_a_source():
     for name in ("GPT2Tokenizer", "LlamaTokenizerFast", "Qwen2Tokenizer"):
-        assert tokenizer_config({"tokenizer_class": name}, BPE)["tokenizer_class"] == name
-        assert trained_config({"tokenizer_class": name}, BPE)["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert tokenizer_config({}, BPE) == {"model_input_names": BOTH}
+        assert convert_tokenizer_config({"tokenizer_class": name}, BPE)["tokenizer_class"] == name
+        assert (
+            convert_trained_config({"tokenizer_class": name}, BPE)["tokenizer_class"]
+            == "PreTrainedTokenizerFast"
+        )
+    assert convert_tokenizer_config({}, BPE) == {"model_input_names": BOTH}
 
 
 def test_inputs_that_a_tokenizer_names_are_kept_where_the_model_takes_them():
     stated = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
-    assert tokenizer_config(stated, BPE, token_types=True) == stated
-    assert tokenizer_config(stated, BPE)["model_input_names"] == BOTH
-    assert tokenizer_config({}, BPE, token_types=True)["model_input_names"] == BOTH
-    assert tokenizer_config({"model_input_names": ["input_ids"]}, BPE)["model_input_names"] == ["input_ids"]
+    assert convert_tokenizer_config(stated, BPE, token_types=True) == stated
+    assert convert_tokenizer_config(stated, BPE)["model_input_names"] == BOTH
+    assert convert_tokenizer_config({}, BPE, token_types=True)["model_input_names"] == BOTH
+    assert convert_tokenizer_config({"model_input_names": ["input_ids"]}, BPE)["model_input_names"] == [
+        "input_ids"
+    ]
 
 
 def test_special_tokens_map_in_words_of_both():
-    assert special_tokens_map({"eos_token": "x", "extra_special_tokens": ["a"]}) == {
+    assert convert_special_tokens({"eos_token": "x", "extra_special_tokens": ["a"]}) == {
         "eos_token": "x",
         "additional_special_tokens": ["a"],
     }
@@ -135,7 +146,7 @@ def test_special_tokens_map_in_words_of_both():
         "additional_special_tokens": ["a"],
         "extra_special_tokens": {"image_token": "b"},
     }
-    assert special_tokens_map(kept) == kept
+    assert convert_special_tokens(kept) == kept
 
 
 def test_every_file_of_a_tokenizer_is_copied_and_no_other(tmp_path):
@@ -182,8 +193,8 @@ def test_settings_that_a_config_of_transformers_4_states_become_a_file(tmp_path)
         "top_p": 0.9,
     }
     wanted = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 3]}
-    assert settings_in_config(raw) == wanted
-    assert settings_in_config({"model_type": "llama", "eos_token_id": 2, "use_cache": True}) == {}
+    assert extract_settings(raw) == wanted
+    assert extract_settings({"model_type": "llama", "eos_token_id": 2, "use_cache": True}) == {}
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir(), target.mkdir()
     (source / "config.json").write_text(json.dumps(raw))

@@ -18,13 +18,17 @@ import pytest
 import sentencepiece
 import zstandard
 
-import inheritune.data.prepare
-from inheritune.config.experiment import REPOSITORY, Experiment
+import inheritune.data.preparation
+from inheritune.config.experiment import Experiment
+from inheritune.config.paths import REPOSITORY
 from inheritune.data.batches import Tokens
+from inheritune.data.bpe_training import train_bpe
 from inheritune.data.prepare import prepare
-from inheritune.data.tokens import load_tokenizer, train_bpe
+from inheritune.data.tokenizer_loading import load_tokenizer
 from inheritune.errors import UserError
-from inheritune.files.rundir import data_dir, hash_file, read_json
+from inheritune.files.json_files import read_json
+from inheritune.files.markers import hash_file
+from inheritune.files.rundir import get_data_dir
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 
@@ -168,11 +172,11 @@ def test_validation_documents_are_those_of_the_datasets_library(tmp_path):
     job = SimpleNamespace(
         counts={"": 8_013_769}, data=experiment(files=["-"], validation={"fraction": 0.0005}).data
     )
-    assert inheritune.data.prepare._Job._split(job)[0].sum() == 4_007
+    assert inheritune.data.preparation.Preparation._split(job)[0].sum() == 4_007
 
 
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(inheritune.data.prepare, "BATCH_BYTES", 10_000)
+    monkeypatch.setattr(inheritune.data.preparation, "BATCH_BYTES", 10_000)
     write_jsonl(tmp_path / "a.jsonl", some_texts(2000))
     chosen = experiment(files=[str(tmp_path / "a.jsonl")], max_tokens=200_000)
     results = []
@@ -187,7 +191,7 @@ def test_a_killed_prepare_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeyp
     chosen = experiment(files=[str(tmp_path / "a.jsonl")], shard_tokens=150_000)
     unbroken = contents(prepare(chosen, 2))
     monkeypatch.setenv("INHERITUNE_ROOT", str(tmp_path / "killed"))
-    folder = data_dir(chosen)
+    folder = get_data_dir(chosen)
     for shards in (1, 4):  # killed twice
         process = start(chosen)
         while not (folder / "progress.json").is_file() or len(shards_done(folder)) < shards:
@@ -227,7 +231,7 @@ def test_documents_that_changed_start_it_anew(tmp_path, monkeypatch, caplog):
     path = write_jsonl(tmp_path / "a.jsonl", some_texts(400))
     chosen = experiment(files=[str(path)], shard_tokens=5_000)
     monkeypatch.setattr(
-        inheritune.data.prepare._Job, "_finish", lambda self: self.save()
+        inheritune.data.preparation.Preparation, "_finish", lambda self: self.save()
     )  # stop short of the manifest
     folder = prepare(chosen, 1)
     monkeypatch.undo()
@@ -287,7 +291,7 @@ def test_token_shares_follow_the_weights(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "code.jsonl", ["<code>" + text for text in texts])
     write_jsonl(tmp_path / "books.jsonl", ["<book>" + text for text in texts])
     weights = {"web": 6, "code": 1, "books": 3}
-    monkeypatch.setattr(inheritune.data.prepare, "MIXED_BATCH_BYTES", 2000)
+    monkeypatch.setattr(inheritune.data.preparation, "MIXED_BATCH_BYTES", 2000)
     results = []
     for workers in (1, 2):
         monkeypatch.setenv("INHERITUNE_ROOT", str(tmp_path / f"root{workers}"))
@@ -298,9 +302,9 @@ def test_token_shares_follow_the_weights(tmp_path, monkeypatch):
         )
         results.append(contents(prepare(chosen, workers)))
     assert results[0] == results[1]
-    tokenizer = load_tokenizer(chosen.data, data_dir(chosen) / "tokenizer")
+    tokenizer = load_tokenizer(chosen.data, get_data_dir(chosen) / "tokenizer")
     taken = dict.fromkeys(weights, 0)
-    for text in decode_all(data_dir(chosen), tokenizer):
+    for text in decode_all(get_data_dir(chosen), tokenizer):
         taken[{"<code>": "code", "<book>": "books"}.get(text[:6], "web")] += (
             len(tokenizer.encode_batch([text])[0]) + 1
         )
@@ -320,7 +324,7 @@ def decode_all(folder: Path, tokenizer) -> list[str]:
 
 def test_reading_ends_with_the_first_group_that_has_no_more(tmp_path, caplog, monkeypatch):
     caplog.set_level("INFO")
-    monkeypatch.setattr(inheritune.data.prepare, "MIXED_BATCH_BYTES", 2000)
+    monkeypatch.setattr(inheritune.data.preparation, "MIXED_BATCH_BYTES", 2000)
     texts = some_texts(600)
     write_jsonl(tmp_path / "small.jsonl", texts[:60])
     write_jsonl(tmp_path / "large.jsonl", texts)
@@ -411,7 +415,7 @@ def test_refusals(tmp_path):
         refused("empty corpus, no usable document .1 empty text, 1 no key", **empty)
     refused("cut.jsonl.gz is cut off or damaged", files=[str(tmp_path / "cut.jsonl.gz")])
     refused("cut.jsonl.zst is cut off or damaged", files=[str(tmp_path / "cut.jsonl.zst")])
-    refused("cut.parquet is no whole parquet file", files=[str(tmp_path / "cut.parquet")])
+    refused("cut.parquet is not a complete parquet file", files=[str(tmp_path / "cut.parquet")])
     refused("no column 'text' .* did you mean 'txt'", files=[str(tmp_path / "good.parquet")])
     refused("column 'number' .* holds int64", files=[str(tmp_path / "good.parquet")], text_key="number")
     refused(
@@ -420,7 +424,7 @@ def test_refusals(tmp_path):
         validation={"first_shard": True},
         shard_tokens=10**6,
     )
-    refused("'main' is no commit of", source="hub", repo="a/b", revision="main", files=["x.jsonl"])
+    refused("'main' is not a commit of", source="hub", repo="a/b", revision="main", files=["x.jsonl"])
 
 
 def test_a_full_disk_is_one_sentence_and_can_be_gone_on_from(tmp_path, monkeypatch, disk):
@@ -459,7 +463,7 @@ def test_hub_files_come_from_its_cache_and_only_as_many_as_needed(tmp_path):
     output = process.communicate()[1]
     assert process.returncode == 0, output
     assert f"offline: someone/texts@{COMMIT} is taken to be the 2 files" in output
-    from_hub = read_json(data_dir(chosen) / "manifest.json")
+    from_hub = read_json(get_data_dir(chosen) / "manifest.json")
     assert [(f["name"], f["revision"]) for f in from_hub["source_files"]] == [
         ("sample/000.parquet", COMMIT),
         ("sample/001.parquet", COMMIT),

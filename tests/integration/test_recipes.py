@@ -12,11 +12,14 @@ import pytest
 import torch
 import yaml
 
-from inheritune.config.experiment import RECIPES, REPOSITORY, load_experiment, parse_layers
-from inheritune.data.tokens import GPT2_SIZE, check_vocabulary
-from inheritune.engines.engine import load_json
-from inheritune.models.architectures import build, count_parameters, hf_config
-from inheritune.models.surgery import cut_config, half_config
+from inheritune.config.experiment import load_experiment
+from inheritune.config.layers import parse_layers
+from inheritune.config.paths import RECIPES, REPOSITORY
+from inheritune.data.gpt2_tokenizer import GPT2_SIZE
+from inheritune.data.tokenizer import check_vocabulary
+from inheritune.engines.deepspeed_json import load_deepspeed_json
+from inheritune.models.networks import build_config, build_model, count_parameters
+from inheritune.models.surgery import cut_config, halve_config
 
 # experiment: (row of table_model_configs.csv, batch in tokens, steps, first learning rate)
 TRAINED = {
@@ -86,8 +89,8 @@ def configs(experiment) -> dict[str, list]:
     found = {}
     for name, run in experiment.runs.items():
         if name == "reference" or not run.init.external:
-            whole = [hf_config(experiment.model, layers) for layers in depths(experiment, name)]
-            found[name] = [half_config(config) for config in whole] if run.init.half_width else whole
+            whole = [build_config(experiment.model, layers) for layers in depths(experiment, name)]
+            found[name] = [halve_config(config) for config in whole] if run.init.half_width else whole
     return found
 
 
@@ -99,7 +102,7 @@ def test_every_run_builds_at_full_size_with_the_papers_parameter_count(name):
         size = config.num_hidden_layers, config.hidden_size
         if size not in counts:
             with torch.device("meta"):
-                model = build(config)
+                model = build_model(config)
             assert config.num_hidden_layers == len(model.base_model.h if family else model.base_model.layers)
             counts[size] = count_parameters(config)
     if family is None:
@@ -132,7 +135,7 @@ def test_batch_steps_and_rate_are_the_papers(name):
     assert train.betas == ((0.9, 0.999) if "fineweb" in name else (0.9, 0.95))
     assert (train.weight_decay, train.clip, train.schedule) == (0.1, 1.0, "cosine")
     assert train.warmup_steps == (2000 if name.startswith("gpt2") else 1000)
-    assert train.precision == "bf16_autocast" and load_json(train.deepspeed)
+    assert train.precision == "bf16_autocast" and load_deepspeed_json(train.deepspeed)
     changed = {run: spec.train for run, spec in experiment.runs.items() if spec.train}
     if name.endswith("_owt"):
         small = ROUNDS[name][-1]
@@ -277,7 +280,7 @@ def test_a_public_start_needs_no_trained_reference():
     assert run.init.inherit.source == "openai-community/gpt2-xl" and not run.grow
     # OpenAI's config.json: 50257 tokens, trained biases, standard scaling; what is cut from it stays so, and
     # our tokens fit
-    public = hf_config(experiment.model)
+    public = build_config(experiment.model)
     public.vocab_size, public.frozen_zero_biases, public.scale_attn_by_inverse_layer_idx = (
         GPT2_SIZE,
         False,
@@ -349,7 +352,7 @@ def test_rehearsal_keeps_the_growth_and_the_kept_steps(name):
     made = configs(small)
     for run, spec in small.runs.items():
         with torch.device("meta"):
-            build(made.get(run, made["reference"])[-1])
+            build_model(made.get(run, made["reference"])[-1])
         assert not spec.grow or len(depths(small, run)) >= 2
         assert len(spec.keep_at) == len(whole.runs[run].keep_at)
         assert spec.distil == whole.runs[run].distil

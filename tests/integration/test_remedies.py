@@ -31,18 +31,13 @@ from test_foreign import unfinish
 from test_prepare import children, some_texts, write_jsonl
 
 from inheritune.config.experiment import load_experiment
-from inheritune.data.tokens import train_bpe
+from inheritune.data.bpe_training import train_bpe
 from inheritune.errors import UserError
 from inheritune.evaluation.downstream import TASK_FILES
-from inheritune.files.rundir import (
-    RunDir,
-    data_dir,
-    disk_error,
-    finished_weights,
-    moved_by,
-    read_json,
-    replacing,
-)
+from inheritune.files.json_files import read_json
+from inheritune.files.rundir import RunDir, get_data_dir, require_weights
+from inheritune.files.storage import explain_disk_error, find_moving_variable
+from inheritune.files.writing import replace_atomically
 
 
 @contextmanager
@@ -74,59 +69,60 @@ def test_each_place_is_moved_by_its_own_variable(tmp_path, monkeypatch):
     ):
         monkeypatch.delenv(name, raising=False)
     root, home = Path(os.environ["INHERITUNE_ROOT"]), Path.home() / ".cache" / "huggingface"
-    assert moved_by(root / "runs" / "a" / "b") == ("INHERITUNE_ROOT", root)
-    assert moved_by(root / "data" / "a") == ("INHERITUNE_ROOT", root)
-    assert moved_by(home / "hub" / "models--a") == ("HF_HOME", home)
-    assert moved_by(home / "datasets" / "a.lock") == ("HF_DATASETS_CACHE", home / "datasets")
-    assert moved_by(Path("/tmp/tmp0a1b2c3d/tokenizer.json")) == ("TMPDIR", Path("/tmp"))
+    assert find_moving_variable(root / "runs" / "a" / "b") == ("INHERITUNE_ROOT", root)
+    assert find_moving_variable(root / "data" / "a") == ("INHERITUNE_ROOT", root)
+    assert find_moving_variable(home / "hub" / "models--a") == ("HF_HOME", home)
+    assert find_moving_variable(home / "datasets" / "a.lock") == ("HF_DATASETS_CACHE", home / "datasets")
+    assert find_moving_variable(Path("/tmp/tmp0a1b2c3d/tokenizer.json")) == ("TMPDIR", Path("/tmp"))
     for own in (tmp_path / "cut", root / "cut", Path("/tmp/cut"), Path("cut"), home.parent / "cut"):
-        assert moved_by(own) == (None, own)
+        assert find_moving_variable(own) == (None, own)
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert moved_by(tmp_path / "cache" / "huggingface" / "hub" / "a")[0] == "HF_HOME"
+    assert find_moving_variable(tmp_path / "cache" / "huggingface" / "hub" / "a")[0] == "HF_HOME"
     monkeypatch.setenv("HF_HOME", str(root / "data" / "hf"))  # the nearest decides
-    assert moved_by(root / "data" / "hf" / "xet" / "a") == ("HF_HOME", root / "data" / "hf")
+    assert find_moving_variable(root / "data" / "hf" / "xet" / "a") == ("HF_HOME", root / "data" / "hf")
     monkeypatch.setenv("HUGGINGFACE_HUB_CACHE", str(tmp_path / "hub"))
-    assert moved_by(tmp_path / "hub" / "a") == ("HUGGINGFACE_HUB_CACHE", tmp_path / "hub")
+    assert find_moving_variable(tmp_path / "hub" / "a") == ("HUGGINGFACE_HUB_CACHE", tmp_path / "hub")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub2"))
     assert (
-        moved_by(tmp_path / "hub2" / "a")[0] == "HF_HUB_CACHE" and moved_by(tmp_path / "hub" / "a")[0] is None
+        find_moving_variable(tmp_path / "hub2" / "a")[0] == "HF_HUB_CACHE"
+        and find_moving_variable(tmp_path / "hub" / "a")[0] is None
     )
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "sets"))
-    assert moved_by(tmp_path / "sets" / "a") == ("HF_DATASETS_CACHE", tmp_path / "sets")
+    assert find_moving_variable(tmp_path / "sets" / "a") == ("HF_DATASETS_CACHE", tmp_path / "sets")
     (tmp_path / "link").symlink_to(tmp_path / "sets")
-    assert moved_by(tmp_path / "link" / "a")[0] == "HF_DATASETS_CACHE"
+    assert find_moving_variable(tmp_path / "link" / "a")[0] == "HF_DATASETS_CACHE"
     monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
-    assert moved_by(tmp_path / "scratch" / "tmpabc" / "x")[0] == "TMPDIR"
+    assert find_moving_variable(tmp_path / "scratch" / "tmpabc" / "x")[0] == "TMPDIR"
 
 
 def test_a_sentence_names_what_there_is_to_copy(tmp_path, monkeypatch):
     full, closed = OSError(errno.ENOSPC, "x"), OSError(errno.EROFS, "x")
     root = Path(os.environ["INHERITUNE_ROOT"])
     assert "free some, or set INHERITUNE_ROOT to a folder on a larger disk" in str(
-        disk_error(full, root / "runs" / "a")
+        explain_disk_error(full, root / "runs" / "a")
     )
     (root / "data").mkdir(parents=True)
     assert f"free some, or set INHERITUNE_ROOT to a copy of {root} on a larger disk" in str(
-        disk_error(full, root / "runs" / "a")
+        explain_disk_error(full, root / "runs" / "a")
     )
     assert f"set INHERITUNE_ROOT to a copy of {root} that you can write" in str(
-        disk_error(closed, root / "runs" / "a")
+        explain_disk_error(closed, root / "runs" / "a")
     )
-    assert "; choose a folder that you can write" in str(disk_error(closed, tmp_path / "cut"))
-    assert "free some, or choose a folder on a larger disk" in str(disk_error(full, tmp_path / "cut"))
+    assert "; choose a folder that you can write" in str(explain_disk_error(closed, tmp_path / "cut"))
+    assert "free some, or choose a folder on a larger disk" in str(explain_disk_error(full, tmp_path / "cut"))
 
 
 def test_an_error_of_another_file_is_not_told_of_the_one_that_is_written(tmp_path):
     """Reading a source that may not be read is no fault of the place that is written to."""
-    with pytest.raises(PermissionError), replacing(tmp_path / "out") as temporary:
+    with pytest.raises(PermissionError), replace_atomically(tmp_path / "out") as temporary:
         temporary.mkdir()
         raise PermissionError(
             errno.EACCES, "Permission denied", str(tmp_path / "source" / "model.safetensors")
         )
     with (
         pytest.raises(UserError, match=f"cannot write {tmp_path}/out: "),
-        replacing(tmp_path / "out") as temporary,
+        replace_atomically(tmp_path / "out") as temporary,
     ):
         temporary.mkdir()
         raise PermissionError(errno.EACCES, "Permission denied", str(temporary / "model.safetensors"))
@@ -153,7 +149,7 @@ def test_a_full_disk_is_left_for_a_copy_on_a_larger_one(tmp_path, monkeypatch, d
     path = write_experiment(tmp_path, raw)
     root = disk.path / "root"
     monkeypatch.setenv("INHERITUNE_ROOT", str(root))
-    write_tokens(data_dir(load_experiment(path)))
+    write_tokens(get_data_dir(load_experiment(path)))
     run = RunDir.of(load_experiment(path), "reference")
     run_verb("train", path, "--run", "reference")
     unfinish(run)
@@ -192,13 +188,13 @@ def test_the_command_that_trains_a_source_is_that_of_the_same_file(tmp_path, sma
     """Not of one of this name in recipes/, and of the rehearsal if that was asked for."""
     for rehearse in (False, True):
         with pytest.raises(UserError) as caught:
-            finished_weights(load_experiment(small, rehearse), "reference", 3)
+            require_weights(load_experiment(small, rehearse), "reference", 3)
         command = re.search("first: python -m inheritune (.*)", str(caught.value))[1]
         words = ["train", small, *(["--rehearse"] if rehearse else []), "--run", "reference", "--seed", "3"]
         assert shlex.split(command) == words
     spaced = write_experiment(tmp_path / "two words", experiment_dict())
     with pytest.raises(UserError) as caught:
-        finished_weights(load_experiment(spaced), "grown")
+        require_weights(load_experiment(spaced), "grown")
     assert shlex.split(str(caught.value))[-4:] == ["grow", spaced, "--run", "grown"]
 
 
@@ -228,7 +224,7 @@ def test_a_preparation_whose_worker_was_killed_goes_on_with_fewer(tmp_path):
     said = one_sentence(subprocess.CompletedProcess(command, process.returncode, out, err))
     assert "start again with fewer workers than 2: what is written is kept" in said
     run_verb("prepare", path, "--workers", 1)
-    assert (data_dir(load_experiment(path)) / "manifest.json").is_file()
+    assert (get_data_dir(load_experiment(path)) / "manifest.json").is_file()
 
 
 def test_a_full_temporary_folder_is_moved(tmp_path, disk):

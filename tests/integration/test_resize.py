@@ -16,7 +16,8 @@ from conftest import experiment_dict, run_verb, write_experiment, write_tokens
 from launching import launch_jobs
 
 from inheritune.config.experiment import load_experiment
-from inheritune.files.rundir import RunDir, data_dir, read_jsonl
+from inheritune.files.json_files import read_jsonl
+from inheritune.files.rundir import RunDir, get_data_dir
 from inheritune.models.sources import open_source
 
 AT, STEPS = 4, 14
@@ -92,8 +93,8 @@ class Lab:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("INHERITUNE_ROOT", str(self.root(now, fault)))
             experiment = load_experiment(self.paths[kind])
-            if not data_dir(experiment).exists():
-                write_tokens(data_dir(experiment))
+            if not get_data_dir(experiment).exists():
+                write_tokens(get_data_dir(experiment))
             return RunDir.of(experiment, "from_{}_{}".format(*before))
 
     def stopped_copy(self, kind: str, before, now, fault: str = "") -> RunDir:

@@ -13,7 +13,9 @@ import pytest
 from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment, write_tokens
 
 from inheritune.config.experiment import load_experiment
-from inheritune.files.rundir import RunDir, data_dir, hash_folder, read_jsonl
+from inheritune.files.json_files import read_jsonl
+from inheritune.files.markers import hash_folder
+from inheritune.files.rundir import RunDir, get_data_dir
 
 STEPS = 14
 RECORD = ("step", "tokens", "loss", "lr", "grad_norm", "val_loss")
@@ -39,7 +41,7 @@ def make(tmp_path, name: str, stage: int):
     path = write_experiment(tmp_path, raw)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INHERITUNE_ROOT", str(root))
-        write_tokens(data_dir(load_experiment(path)))
+        write_tokens(get_data_dir(load_experiment(path)))
         return path, root, RunDir.of(load_experiment(path), "reference")
 
 
@@ -111,7 +113,7 @@ def test_finished_run_is_a_no_op_and_damage_is_passed_over(tmp_path):
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
     again = run_verb("train", path, "--run", "reference", procs=2, INHERITUNE_ROOT=root)
-    assert "checkpoint of step 12 is passed over" in again.stdout and "resumed at step 9" in again.stdout
+    assert "checkpoint of step 12 is skipped" in again.stdout and "resumed at step 9" in again.stdout
     assert record(run) == whole and hash_folder(run.final) == before
     assert [row["step"] for row in read_jsonl(run.discarded_metrics)][:1] == [10]
 

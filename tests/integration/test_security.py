@@ -22,14 +22,17 @@ from tiny_models import config_of, random_model
 
 from inheritune.analysis.attention import load_model
 from inheritune.cli import main
-from inheritune.config.experiment import Task, load_experiment
-from inheritune.data.tokens import load_tokenizer, train_bpe
+from inheritune.config.experiment import load_experiment
+from inheritune.config.sections import Task
+from inheritune.data.bpe_training import train_bpe
+from inheritune.data.tokenizer_loading import load_tokenizer
 from inheritune.errors import UserError
 from inheritune.evaluation.downstream import load_tasks, open_tokenizer
-from inheritune.evaluation.taskcode import TASK_FILES, code_in, code_of_template
+from inheritune.evaluation.taskcode import TASK_FILES, find_code, find_template_code
 from inheritune.files.rundir import RunDir
-from inheritune.models.sources import deepspeed_classes, load_skeleton, open_source
+from inheritune.models.sources import open_source
 from inheritune.models.surgery import inherit
+from inheritune.models.torch_files import list_deepspeed_classes, load_skeleton
 
 # --- code of others -----------------------------------------------------------------------------------------
 
@@ -100,7 +103,7 @@ def test_a_member_of_deepspeeds_enum_is_read_as_every_python_writes_it(tmp_path)
     for number, written in enumerate((ZeroStageEnum.gradients, Getattr(ZeroStageEnum, "gradients"))):
         torch.save({"stage": written}, tmp_path / f"{number}.pt")
         assert load_skeleton(tmp_path / f"{number}.pt")["stage"] == ZeroStageEnum.gradients
-        with torch.serialization.safe_globals(deepspeed_classes()):
+        with torch.serialization.safe_globals(list_deepspeed_classes()):
             assert (
                 torch.load(tmp_path / f"{number}.pt", weights_only=True)["stage"] is ZeroStageEnum.gradients
             )
@@ -118,7 +121,10 @@ def test_nothing_but_a_member_of_an_enum_is_got(tmp_path, name):
         torch.save({"stage": asked}, tmp_path / f"{number}.pt")
         with pytest.raises(UserError, match="asks to run|cannot be read as a torch file"):
             load_skeleton(tmp_path / f"{number}.pt")
-        with torch.serialization.safe_globals(deepspeed_classes()), pytest.raises(Exception, match="getattr"):
+        with (
+            torch.serialization.safe_globals(list_deepspeed_classes()),
+            pytest.raises(Exception, match="getattr"),
+        ):
             torch.load(tmp_path / f"{number}.pt", weights_only=True)
 
 
@@ -300,7 +306,7 @@ def test_task_files_without_code_are_free_though_code_lies_beside_them(tmp_path,
     monkeypatch.chdir(tmp_path)
     folder = task_folder(tmp_path, content)
     shutil.rmtree(folder / "other")
-    assert code_in(folder) == []
+    assert find_code(folder) == []
 
 
 def test_lm_evals_own_files_may_be_included(tmp_path):
@@ -308,7 +314,7 @@ def test_lm_evals_own_files_may_be_included(tmp_path):
     assert arc.is_file()
     folder = task_folder(tmp_path, f"include: {arc}\ntask: plain")
     shutil.rmtree(folder / "other")
-    assert code_in(folder) == []
+    assert find_code(folder) == []
 
 
 def test_a_template_that_hides_what_it_reads_meets_the_sandbox(tmp_path, monkeypatch):
@@ -340,7 +346,7 @@ def test_the_sandbox_refuses_no_template_of_lm_eval():
     ]
     assert len(texts) > 10_000
     found = [part for text in texts for part in re.findall(r"\{[{%][^}]*?(?:\.|\[['\"])_[^}]*\}\}", text)]
-    assert not [part for part in found if code_of_template(part)]
+    assert not [part for part in found if find_template_code(part)]
 
 
 # --- what a run leaves --------------------------------------------------------------------------------------

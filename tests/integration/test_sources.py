@@ -20,9 +20,10 @@ from tiny_models import config_of, logits, random_model, weights_of
 from transformers import AutoModelForCausalLM
 
 from inheritune.errors import UserError
-from inheritune.files.rundir import hash_folder, write_json
-from inheritune.models import sources
-from inheritune.models.architectures import tensor_shapes
+from inheritune.files.json_files import write_json
+from inheritune.files.markers import hash_folder
+from inheritune.models import deepspeed_files, extents
+from inheritune.models.networks import list_checkpoint_shapes
 from inheritune.models.sources import open_source
 from inheritune.models.writer import CheckpointWriter, write_checkpoint
 
@@ -184,7 +185,7 @@ def test_only_the_tensor_asked_for_is_read(tmp_path, monkeypatch):
                 read.append(len(buffer))
                 return self.file.readinto(buffer)
 
-        monkeypatch.setattr(sources, "open", Counting, raising=False)
+        monkeypatch.setattr(extents, "open", Counting, raising=False)
         source.tensor("model.layers.1.mlp.up_proj.weight")
         monkeypatch.undo()
         assert read == [27 * 24 * 4]
@@ -240,13 +241,13 @@ def test_zero_checkpoints_give_the_engines_weights(zero_checkpoints, ranks, stag
 def test_zero_checkpoints_give_adamws_moments_and_step(zero_checkpoints, ranks, stage, kind):
     folder = zero_checkpoints / str(ranks) / f"{kind}_zero{stage}_ranks{ranks}"
     for moment, truth in torch.load(f"{folder}.moments").items():
-        stored = sources.read_deepspeed(folder, moment)
+        stored = deepspeed_files.read_deepspeed(folder, moment)
         assert set(stored) == set(truth)
         for name, tensor in truth.items():
-            assert torch.equal(sources.read_tensor(stored[name]), tensor), (moment, name)
-    assert float(sources.read_tensor(sources.read_deepspeed(folder, "step")["step"])) == 2
+            assert torch.equal(extents.read_tensor(stored[name]), tensor), (moment, name)
+    assert float(extents.read_tensor(deepspeed_files.read_deepspeed(folder, "step")["step"])) == 2
     with pytest.raises(UserError, match="holds no momentum_buffer of AdamW"):
-        sources.read_deepspeed(folder, "momentum_buffer")
+        deepspeed_files.read_deepspeed(folder, "momentum_buffer")
 
 
 def copy_of(folder: Path, to: Path) -> Path:
@@ -511,7 +512,7 @@ def test_family_with_code_of_its_own_is_read_without_it(tmp_path):
 
 
 def test_sources_that_are_not_there(tmp_path):
-    with pytest.raises(UserError, match="is no folder, and no Hub id"):
+    with pytest.raises(UserError, match="is neither a folder nor a Hub id"):
         open_source(tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
@@ -531,7 +532,7 @@ def test_hub_id_from_the_cache_without_network(tmp_path, monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="cannot be had from the Hub"):
+    with pytest.raises(UserError, match="is not available from the Hub"):
         open_source("someone/tiny")
     repo, commit = tmp_path / "models--someone--tiny", "0" * 40
     model = random_model(config_of("public"))
@@ -547,7 +548,7 @@ def test_hub_id_from_the_cache_without_network(tmp_path, monkeypatch):
 
 
 def specs_of(config, dtype=torch.float32):
-    return {name: (shape, dtype) for name, shape in tensor_shapes(config).items()}
+    return {name: (shape, dtype) for name, shape in list_checkpoint_shapes(config).items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -619,7 +620,7 @@ def test_a_shard_that_fails_ends_the_others(tmp_path):
 def test_writer_without_a_folder_takes_part_and_writes_nothing(tmp_path):
     config = config_of("llama")
     writer = CheckpointWriter(None, config, specs_of(config))
-    for name, shape in tensor_shapes(config).items():
+    for name, shape in list_checkpoint_shapes(config).items():
         writer.add(name, torch.zeros(shape))
     assert writer.close() == {} and not list(tmp_path.iterdir())
 

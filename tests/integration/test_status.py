@@ -18,16 +18,18 @@ from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment, wr
 from slurm_cluster import session_cluster, slurm  # noqa: F401
 from test_damage import modes_count
 
-from inheritune.cluster.status import Job, last_rows, read_jobs
+from inheritune.cluster.record_tail import read_last_rows
+from inheritune.cluster.slurm_queue import QueuedJob, read_jobs
 from inheritune.cluster.status import status as show
 from inheritune.config import experiment as config
 from inheritune.config.experiment import load_experiment
 from inheritune.errors import UserError
-from inheritune.files.lock import Lock, lock_holder
-from inheritune.files.rundir import RunDir, data_dir, read_json, read_jsonl, write_json
-from inheritune.paper.items import curve_of, published_curves, published_loss
-from inheritune.runtime import dist
-from inheritune.training.record import record_provenance
+from inheritune.files.json_files import read_json, read_jsonl, write_json
+from inheritune.files.lock import Lock, find_lock_holder
+from inheritune.files.rundir import RunDir, get_data_dir
+from inheritune.paper.published import interpolate_loss, load_curves, select_curve
+from inheritune.runtime import job_reports
+from inheritune.training.provenance import record_provenance
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +82,10 @@ def test_states_of_a_run(small, capsys, monkeypatch):
             and "1,234" in said["reference"]
             and "2.0 min" in said["reference"]
         )
-        assert f"process {lock_holder(run.path)['pid']} on " in said["reference"] and "reference:" not in said
+        assert (
+            f"process {find_lock_holder(run.path)['pid']} on " in said["reference"]
+            and "reference:" not in said
+        )
 
     said = lines(capsys, small)  # the lock is free, nothing says why
     assert "failed" in said["reference"] and "ended without a word" in said["reference:"]
@@ -95,8 +100,8 @@ def test_states_of_a_run(small, capsys, monkeypatch):
 
     # a job failed, as the program tells it
     monkeypatch.setenv("INHERITUNE_JOB", str(run.path.parents[2] / "jobs" / "12_3"))
-    dist.tell_run(run.path)
-    dist.tell_failure("CUDA out of memory\nTried to allocate")
+    job_reports.report_run(run.path)
+    job_reports.report_failure("CUDA out of memory\nTried to allocate")
     said = lines(capsys, small)
     assert "failed" in said["reference"] and "job 12_3 failed: " in said["reference:"]
     assert "rank 0: CUDA out of memory; next: " in said["reference:"]
@@ -137,10 +142,10 @@ def test_last_rows_come_from_the_end_of_a_long_record(tmp_path):
     path.write_text(
         "\n".join([rows[0], *rows, '{"step": 1, "val_loss": 2.0}', *rows[:2000]]) + '\n{"step": 9'
     )
-    found = last_rows(path, ("loss", "val_loss"))
+    found = read_last_rows(path, ("loss", "val_loss"))
     assert found["loss"]["step"] == 1999 and found["val_loss"]["val_loss"] == 2.0
     path.write_text("")
-    assert last_rows(path, ("loss",)) == {} == last_rows(tmp_path / "none", ("loss",))
+    assert read_last_rows(path, ("loss",)) == {} == read_last_rows(tmp_path / "none", ("loss",))
 
 
 # --- the paper's curves -------------------------------------------------------------------------------------
@@ -148,15 +153,15 @@ def test_last_rows_come_from_the_end_of_a_long_record(tmp_path):
 
 def test_published_losses_are_the_papers():
     """Milestones of the authors' logs; of a step that a log repeats, the last."""
-    medium = published_curves("gpt2_medium_owt")
-    assert published_loss(curve_of(medium, "reference", 24), 100_000) == 2.8187
-    assert published_loss(curve_of(medium, "inheritune", 14), 50_000) == 2.9419
-    assert curve_of(medium, "inheritune", 13) == {} and published_loss({}, 1) is None
-    large = curve_of(published_curves("gpt2_large_owt"), "reference", 36)
-    assert published_loss(large, 100_000) == 2.8531
-    assert published_loss(large, 1500) == pytest.approx((large[1000] + large[2000]) / 2)
-    assert published_loss(large, 100_001) is None
-    assert published_curves("quickstart") == {}
+    medium = load_curves("gpt2_medium_owt")
+    assert interpolate_loss(select_curve(medium, "reference", 24), 100_000) == 2.8187
+    assert interpolate_loss(select_curve(medium, "inheritune", 14), 50_000) == 2.9419
+    assert select_curve(medium, "inheritune", 13) == {} and interpolate_loss({}, 1) is None
+    large = select_curve(load_curves("gpt2_large_owt"), "reference", 36)
+    assert interpolate_loss(large, 100_000) == 2.8531
+    assert interpolate_loss(large, 1500) == pytest.approx((large[1000] + large[2000]) / 2)
+    assert interpolate_loss(large, 100_001) is None
+    assert load_curves("quickstart") == {}
 
 
 def test_distance_to_the_curve_is_shown(capsys):
@@ -313,8 +318,8 @@ def test_runs_that_are_a_link_are_shown(three, capsys, own_root, tmp_path, monke
     (own_root / "runs").symlink_to(tmp_path / "elsewhere")
     run = RunDir.of(load_experiment(three), "middle")
     monkeypatch.setenv("INHERITUNE_JOB", str(own_root / "runs" / "jobs" / "12_3"))
-    dist.tell_run(run.path)
-    dist.tell_failure("CUDA out of memory")
+    job_reports.report_run(run.path)
+    job_reports.report_failure("CUDA out of memory")
     said = lines(capsys, three)
     check_others(said)
     assert "job 12_3 failed: " in said["middle:"]
@@ -416,7 +421,7 @@ def counting(calls: Counter, function):
 
 
 def test_array_that_waits_is_told(own_root):
-    queue = {name: Job(name, "", "PENDING", "(Dependency)") for name in ("12_4", "12_5")}
+    queue = {name: QueuedJob(name, "", "PENDING", "(Dependency)") for name in ("12_4", "12_5")}
     folder = own_root / "runs" / "jobs" / "12_3"
     folder.mkdir(parents=True)
     (folder / "run").write_text("runs/small/seed0/reference\n")
@@ -434,7 +439,7 @@ def test_status_on_a_cluster(slurm, tmp_path, own_root, monkeypatch):  # noqa: F
     raw["train"] |= {"steps": 4000, "checkpoint_every": 20, "eval_every": 1000}
     path = write_experiment(tmp_path, raw)
     experiment = load_experiment(path)
-    write_tokens(data_dir(experiment))
+    write_tokens(get_data_dir(experiment))
     run = RunDir.of(experiment, "reference")
 
     def asked() -> dict[str, str]:
@@ -457,8 +462,8 @@ def test_status_on_a_cluster(slurm, tmp_path, own_root, monkeypatch):  # noqa: F
     slurm.wait(job)
     assert "stopped" in asked()["reference"] and read_json(run.stopped)["why"] in asked()["reference:"]
 
-    shutil.rmtree(data_dir(experiment) / "tokenizer")
-    (data_dir(experiment) / "train_00000.bin").unlink()
+    shutil.rmtree(get_data_dir(experiment) / "tokenizer")
+    (get_data_dir(experiment) / "train_00000.bin").unlink()
     job = slurm.submit(REPOSITORY / "slurm" / "train.sh", path, "reference", **shape)
     slurm.wait(job, timeout=120)
     said = asked()

@@ -11,10 +11,13 @@ import time
 import pytest
 from conftest import REPOSITORY, experiment_dict, free_port, run_verb, write_experiment, write_tokens
 
+from inheritune.cluster import launch
 from inheritune.config.experiment import load_experiment
 from inheritune.errors import UserError
+from inheritune.files.json_files import read_json, read_jsonl
 from inheritune.files.lock import Lock
-from inheritune.files.rundir import RunDir, data_dir, hash_folder, read_json, read_jsonl
+from inheritune.files.markers import hash_folder
+from inheritune.files.rundir import RunDir, get_data_dir
 
 RECORD = ("step", "tokens", "loss", "lr", "grad_norm", "val_loss")
 
@@ -36,7 +39,7 @@ def make(folder, stage: int = 3, root=None, **train):
     path = write_experiment(folder, raw)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INHERITUNE_ROOT", str(root))
-        write_tokens(data_dir(load_experiment(path)))
+        write_tokens(get_data_dir(load_experiment(path)))
         return path, root, RunDir.of(load_experiment(path), "reference")
 
 
@@ -134,7 +137,9 @@ def test_a_growth_tells_the_trainings_on_its_way_of_its_stop_file(small, monkeyp
 
     seen = []
     monkeypatch.setattr(
-        stages, "launch", lambda verb, procs, as_step: seen.append((verb, os.environ["INHERITUNE_STOP"])) or 0
+        launch,
+        "launch_verb",
+        lambda verb, procs, as_step: seen.append((verb, os.environ["INHERITUNE_STOP"])) or 0,
     )
     monkeypatch.setenv("INHERITUNE_STOP", "")
     with pytest.raises(RuntimeError, match="left no result"):
@@ -274,7 +279,8 @@ def test_a_missing_rank_is_named_with_its_node(tmp_path):
     control = tmp_path / "scontrol"
     control.write_text("#!/bin/sh\nprintf 'node3\\nnode4\\n'\n")
     control.chmod(0o755)
-    code = "from inheritune.runtime import dist; dist.RENDEZVOUS_S = 1; dist.start()"
+    code = "from inheritune.runtime import dist, rendezvous\n"
+    code += "rendezvous.RENDEZVOUS_S = 1; dist.init_distributed()"
     environment = {
         "RANK": "0",
         "WORLD_SIZE": "4",

@@ -21,9 +21,11 @@ from conftest import REPOSITORY, experiment_dict, free_port, write_experiment, w
 
 from inheritune.config.experiment import load_experiment
 from inheritune.data.batches import Order, Tokens
-from inheritune.engines.engine import compile_blocks, learning_rate
-from inheritune.files.rundir import RunDir, data_dir, read_json, read_jsonl
-from inheritune.models.architectures import build, hf_config, linear_weights
+from inheritune.engines.adamw import compute_learning_rate
+from inheritune.engines.engine import compile_blocks
+from inheritune.files.json_files import read_json, read_jsonl
+from inheritune.files.rundir import RunDir, get_data_dir
+from inheritune.models.networks import build_config, build_model, find_linear_weights
 from inheritune.models.sources import open_source
 
 STEPS = 50
@@ -113,7 +115,7 @@ def write_family(root, family: str) -> str:
     path = write_experiment(
         root, experiment_dict(model=FAMILIES[family], train=TRAIN, runs=runs, paper=[]), family
     )
-    folder = data_dir(load_experiment(path))
+    folder = get_data_dir(load_experiment(path))
     if not folder.exists():
         write_tokens(folder)
     return path
@@ -198,17 +200,17 @@ def plain_loop(run: RunDir, experiment, broken: str = "") -> tuple[np.ndarray, n
     -> losses, gradient norms before clipping. `broken` changes one thing, to show that the comparison would
     see it."""
     train = experiment.train_of(next(iter(experiment.runs.values())))
-    tokens = Tokens(data_dir(experiment), "train")
+    tokens = Tokens(get_data_dir(experiment), "train")
     if broken == "one shard":
         tokens._shards, tokens._ends = tokens._shards[:1], tokens._ends[:1]
         tokens.n_tokens = int(tokens._ends[-1])
     order = Order(tokens, "random_windows", 32, 20, seed=0)
     source = open_source(str(run.seed_checkpoint(experiment.model.layers)))
-    model = build(source.config)
+    model = build_model(source.config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(source.tensor(name))
-    decayed = {id(p) for p in linear_weights(model).values()}
+    decayed = {id(p) for p in find_linear_weights(model).values()}
     trained = [p for p in model.parameters() if p.requires_grad or broken == "trained biases"]
     for parameter in trained:
         parameter.requires_grad_(True)
@@ -233,7 +235,7 @@ def plain_loop(run: RunDir, experiment, broken: str = "") -> tuple[np.ndarray, n
         clip = math.inf if broken == "no clip" else train.clip
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained, clip)))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step if broken == "schedule off by one" else step + 1, train)
+            group["lr"] = compute_learning_rate(step if broken == "schedule off by one" else step + 1, train)
         if not (broken == "fourth step not taken" and step == 3):
             optimizer.step()
         losses.append(float(loss.detach()))
@@ -294,11 +296,11 @@ def test_learning_rate_is_the_written_out_one():
     expected = [0.25, 0.5, 0.75, 1.0] + [
         0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(1, 9)
     ]
-    assert np.allclose([learning_rate(step, train) for step in range(1, 13)], expected, rtol=1e-12)
-    assert learning_rate(12, train) == pytest.approx(0.1)
+    assert np.allclose([compute_learning_rate(step, train) for step in range(1, 13)], expected, rtol=1e-12)
+    assert compute_learning_rate(12, train) == pytest.approx(0.1)
     linear = train.model_copy(update={"schedule": "linear"})
-    assert learning_rate(8, linear) == pytest.approx(0.55)
-    assert learning_rate(12, train.model_copy(update={"schedule": "constant"})) == 1.0
+    assert compute_learning_rate(8, linear) == pytest.approx(0.55)
+    assert compute_learning_rate(12, train.model_copy(update={"schedule": "constant"})) == 1.0
 
 
 @pytest.mark.slow
@@ -317,7 +319,7 @@ def test_activation_checkpointing_and_compile_leave_the_losses_alone(tmp_path, o
         raw["runs"][name] = {"init": "random", "train": {"deepspeed": str(tmp_path / f"{name}.json")}}
     path = write_experiment(tmp_path, raw)
     experiment = load_experiment(path)
-    write_tokens(data_dir(experiment))
+    write_tokens(get_data_dir(experiment))
     launch(
         ["tests/support/train_many.py", *(f"{path}:{name}" for name in blocks)], 1, INHERITUNE_ROOT=own_root
     )
@@ -332,11 +334,11 @@ def test_activation_checkpointing_and_compile_leave_the_losses_alone(tmp_path, o
 def test_every_block_of_a_deep_model_is_compiled():
     """Each of the paper's GPT-2 scales its attention by its depth, which torch takes for another code (limit:
     8 of them)."""
-    from inheritune.config.experiment import Model
+    from inheritune.config.sections import Model
 
     graphs = []
-    model = build(
-        hf_config(Model(size="gpt2_tiny", layers=12, width=32, heads=2, positions=16, vocab_size=64))
+    model = build_model(
+        build_config(Model(size="gpt2_tiny", layers=12, width=32, heads=2, positions=16, vocab_size=64))
     )
     with torch._dynamo.config.patch(recompile_limit=8):
         compile_blocks(model, backend=lambda graph, _: graphs.append(graph) or graph.forward)
@@ -353,10 +355,10 @@ import contextlib, torch
 from transformers.integrations import deepspeed
 from inheritune.runtime import dist
 from inheritune.engines import engine
-from inheritune.config.experiment import Model, Train
-from inheritune.models.architectures import hf_config
-dist.start()
-config = hf_config(Model(size="llama_tiny", layers=1, width=64, heads=2, mlp_width=48, vocab_size=320))
+from inheritune.config.sections import Model, Train
+from inheritune.models.networks import build_config
+dist.init_distributed()
+config = build_config(Model(size="llama_tiny", layers=1, width=64, heads=2, mlp_width=48, vocab_size=320))
 train = Train(steps=2, batch_tokens=64, lr=1e-3, warmup_steps=0, precision="bf16")
 for guard in (deepspeed.prevent_arange_dtype_change, contextlib.nullcontext):
     deepspeed.prevent_arange_dtype_change = guard
@@ -376,7 +378,7 @@ def test_pure_bf16_rounds_no_frequency_of_the_positions():
 
 def test_groups_that_deepspeed_makes_have_the_patience_of_ours():
     code = (
-        "import torch; from inheritune.runtime import dist; dist.start(); group = "
+        "import torch; from inheritune.runtime import dist; dist.init_distributed(); group = "
         "torch.distributed.new_group()\n"
     )
     code += "print(group._get_backend(torch.device('cpu')).options._timeout)"
@@ -389,7 +391,8 @@ def test_groups_that_deepspeed_makes_have_the_patience_of_ours():
 
 def test_ranks_on_one_gpu_are_told_so():
     """Before NCCL is asked, whose words are "invalid usage"."""
-    code = "from inheritune.runtime import dist; dist._device_name = lambda: 'GPU-1'; dist.start()"
+    code = "from inheritune.runtime import dist, rendezvous\n"
+    code += "rendezvous._identify_device = lambda: 'GPU-1'; dist.init_distributed()"
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
         subprocess.Popen(

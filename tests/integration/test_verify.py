@@ -13,10 +13,13 @@ import pytest
 from conftest import REPOSITORY, write_tokens
 from test_damage import modes_count
 
-from inheritune.cluster.status import verify
+from inheritune.cluster.verify import verify
 from inheritune.errors import UserError
-from inheritune.files import rundir
-from inheritune.files.rundir import RunDir, flush, hash_folder, replacing, write_json
+from inheritune.files import writing
+from inheritune.files.json_files import write_json
+from inheritune.files.markers import hash_folder
+from inheritune.files.rundir import RunDir
+from inheritune.files.writing import replace_atomically, sync_path
 from inheritune.runtime.log import logger
 from inheritune.training.record import Metrics
 
@@ -153,13 +156,13 @@ def test_nothing_to_verify_is_told(tree):
 
 def test_what_a_killed_process_left_is_removed_by_the_next_attempt(tmp_path):
     code = "import os, sys, pathlib, inheritune.files.rundir as r\n"
-    code += "with r.replacing(pathlib.Path(sys.argv[1])) as t: t.mkdir(), os._exit(9)"
+    code += "with r.replace_atomically(pathlib.Path(sys.argv[1])) as t: t.mkdir(), os._exit(9)"
     for _ in range(2):
         subprocess.run([sys.executable, "-c", code, tmp_path / "out"], cwd=REPOSITORY, check=False)
     ours = tmp_path / f".out.tmp{socket.gethostname()}-{os.getppid()}"  # of a process that lives
     ours.mkdir()
     assert len(list(tmp_path.iterdir())) == 2
-    with replacing(tmp_path / "out") as temporary:
+    with replace_atomically(tmp_path / "out") as temporary:
         temporary.mkdir()
     assert sorted(tmp_path.iterdir()) == [ours, tmp_path / "out"]
 
@@ -174,7 +177,7 @@ def test_a_folder_and_all_its_files_are_on_disk_before_its_name(tmp_path, monkey
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", noting)
-    with replacing(tmp_path / "made") as folder:
+    with replace_atomically(tmp_path / "made") as folder:
         (folder / "tokenizer").mkdir(parents=True)
         (folder / "tokenizer" / "vocab.json").write_text("{}")
         (folder / "config.json").write_text("{}")
@@ -192,7 +195,7 @@ def test_a_folder_whose_file_system_cannot_sync_is_no_error(folder):
     with pytest.raises(OSError, match="Invalid argument"):
         os.fsync(descriptor)
     os.close(descriptor)
-    flush(Path(folder))
+    sync_path(Path(folder))
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.ENOSYS])
@@ -208,9 +211,9 @@ def test_files_are_written_where_folders_cannot_be_synced(tmp_path, monkeypatch,
     monkeypatch.setattr(os, "fsync", refusing)
     monkeypatch.setattr(logger, "propagate", True)
     caplog.set_level("DEBUG", logger.name)
-    rundir._tell_unsynced.cache_clear()
+    writing._log_unsynced.cache_clear()
     for name in ("a", "b"):
-        with replacing(tmp_path / name) as folder:
+        with replace_atomically(tmp_path / name) as folder:
             folder.mkdir()
             (folder / "config.json").write_text(name)
     assert (tmp_path / "b" / "config.json").read_text() == "b"
@@ -238,7 +241,7 @@ def test_a_full_or_failing_disk_is_told_by_the_sync_too(tmp_path, monkeypatch, c
 
 def test_what_was_written_but_cannot_be_read_is_no_error(tmp_path):
     """Under a umask that keeps a file's own owner from reading it, and with links that lead nowhere."""
-    with modes_count(), replacing(tmp_path / "made") as folder:
+    with modes_count(), replace_atomically(tmp_path / "made") as folder:
         folder.mkdir()
         (folder / "dangling").symlink_to("/nowhere")
         (folder / "written").write_text("x")

@@ -18,9 +18,12 @@ from transformers import CONFIG_MAPPING
 from versions import assert_alike, assert_close, open_in_both
 
 from inheritune.config.experiment import load_experiment
-from inheritune.data.tokens import PROBE, load_tokenizer, train_bpe
+from inheritune.data.bpe_training import train_bpe
+from inheritune.data.tokenizer import PROBE
+from inheritune.data.tokenizer_loading import load_tokenizer
 from inheritune.evaluation.evaluate import load_weights
-from inheritune.files.rundir import RunDir, data_dir, read_json, write_json
+from inheritune.files.json_files import read_json, write_json
+from inheritune.files.rundir import RunDir, get_data_dir
 from inheritune.models.sources import open_source
 from inheritune.models.surgery import inherit
 
@@ -153,7 +156,7 @@ def sources(tmp_path_factory, sentencepiece_models) -> Path:
 
 
 def _data(tokenizer: str):
-    from inheritune.config.experiment import Data
+    from inheritune.config.sections import Data
 
     raw = experiment_dict()["data"] | {"tokenizer": tokenizer}
     return Data.model_validate(raw)
@@ -202,7 +205,7 @@ def train_from(source: Path, folder: Path) -> RunDir:
     path = write_experiment(folder, raw)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INHERITUNE_ROOT", str(folder / "root"))
-        data = write_tokens(data_dir(load_experiment(path)))
+        data = write_tokens(get_data_dir(load_experiment(path)))
         shutil.rmtree(data / "tokenizer")
         load_tokenizer(_data(str(source))).save(data / "tokenizer")
         run_verb("train", path, "--run", "cut")

@@ -17,7 +17,9 @@ from conftest import REPOSITORY, experiment_dict, last_step, run_verb, write_exp
 from slurm_cluster import Slurm, cluster, session_cluster, slurm  # noqa: F401
 
 from inheritune.config.experiment import load_experiment
-from inheritune.files.rundir import RunDir, data_dir, hash_folder, read_json, read_jsonl
+from inheritune.files.json_files import read_json, read_jsonl
+from inheritune.files.markers import hash_folder
+from inheritune.files.rundir import RunDir, get_data_dir
 
 SLURM = REPOSITORY / "slurm"
 TWO_NODES = {"GPUS": 2, "SITE_GPUS_PER_NODE": 1, "SITE_CPUS_PER_GPU": 1, "SITE_MEM_PER_GPU": "1G"}
@@ -46,7 +48,7 @@ def make(folder: Path, root: Path, monkeypatch, steps: int = STEPS) -> tuple[str
     )
     path = write_experiment(folder, raw)
     experiment = load_experiment(path)
-    write_tokens(data_dir(experiment))
+    write_tokens(get_data_dir(experiment))
     return path, RunDir.of(experiment, "grown"), RunDir.of(experiment, "reference")
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from slurm_cluster import REPOSITORY, cluster, session_cluster, slurm  # noqa: F401
 
-from inheritune.cli import Verbs
+from inheritune.cli.verbs import Verbs
 from inheritune.config.experiment import load_experiment
 from inheritune.files.rundir import RunDir
 

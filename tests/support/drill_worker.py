@@ -57,7 +57,9 @@ POINTS = {
 def strike(trace: str, point: str, sign: str, who: str) -> None:
     with open(trace, "a", encoding="utf-8") as file:
         file.write(
-            json.dumps({"point": point, "signal": sign, "who": who, "pid": os.getpid(), "rank": dist.rank()})
+            json.dumps(
+                {"point": point, "signal": sign, "who": who, "pid": os.getpid(), "rank": dist.get_rank()}
+            )
             + "\n"
         )
         file.flush()
@@ -77,7 +79,7 @@ def arm(trace: str, point: str, n: int, sign: str, who: str) -> None:
     def wrapped(*args, **kwargs):
         nonlocal passed
         # all ranks: the first one that comes here strikes for all
-        if is_meant(*args) and (who == "all" or dist.rank() == int(who)):
+        if is_meant(*args) and (who == "all" or dist.get_rank() == int(who)):
             passed += 1
             if passed == n and not Path(trace).exists():
                 strike(trace, point, sign, who)

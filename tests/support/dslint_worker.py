@@ -42,7 +42,7 @@ if __name__ == "__main__":
     from inheritune.cli import leave
     from inheritune.runtime import dist
 
-    dist.start()
+    dist.init_distributed()
     with open(sys.argv[1], encoding="utf-8") as file:
         cases = json.load(file)
     outcomes = {name: outcome(settings) for name, settings in cases.items()}

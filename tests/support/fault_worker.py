@@ -17,7 +17,7 @@ import sys
 import time
 
 from inheritune import cli as program
-from inheritune.runtime import dist
+from inheritune.runtime import dist, watchdog
 from inheritune.training import loop as train
 from inheritune.training import validate
 
@@ -67,9 +67,9 @@ def at_step(order, number: int, share) -> None:
     global due
     if watch and number == int(step) - 1:
         watch.limit_s = HANG_S
-    due = (number >= int(step) - 1 if kind == "losses" else number == int(step) - 1) and dist.rank() == int(
-        who
-    )
+    due = (
+        number >= int(step) - 1 if kind == "losses" else number == int(step) - 1
+    ) and dist.get_rank() == int(who)
     if due and kind == "weight":
         spoil_a_weight()
     elif due and kind in HANGS:
@@ -105,7 +105,7 @@ if kind == "unsaved":
         before=lambda engine: spoil_a_weight() if engine.global_steps == int(step) else None,
     )
 elif kind == "slow":
-    wrap(os, "fsync", before=lambda file: time.sleep(0.5) if dist.rank() == int(who) else None)
+    wrap(os, "fsync", before=lambda file: time.sleep(0.5) if dist.get_rank() == int(who) else None)
 elif kind in HANGS:
-    wrap(dist, "Watchdog", after=keep_watch)
+    wrap(watchdog, "Watchdog", after=keep_watch)
 program.leave(program.main(["train", experiment, "--run", run]))

@@ -15,8 +15,8 @@ import traceback
 from pathlib import Path
 
 from inheritune.errors import UserError
-from inheritune.files.lock import Lock, lock_holder
-from inheritune.files.rundir import replacing
+from inheritune.files.lock import Lock, find_lock_holder
+from inheritune.files.writing import replace_atomically
 
 USERS = (12345, 12346)
 
@@ -47,7 +47,7 @@ def hold(path: Path) -> None:
 
 
 def write_slowly(path: Path) -> None:
-    with replacing(path) as temporary:
+    with replace_atomically(path) as temporary:
         temporary.mkdir()
         (temporary / "part").write_text("of a living process")
         path.with_name("writing").touch()
@@ -65,7 +65,7 @@ def contend(path: Path, answer: Path) -> None:
 
 
 def replace(path: Path) -> None:
-    with replacing(path) as temporary:
+    with replace_atomically(path) as temporary:
         temporary.write_text("of the second user")
 
 
@@ -95,7 +95,7 @@ def meet(folder: Path) -> dict:
     wait_for(folder / "held")
     (lock,) = folder.glob(".run.lock.*")
     found["beating"] = asked()
-    found["holder"] = lock_holder(run) is not None
+    found["holder"] = find_lock_holder(run) is not None
     os.kill(first, signal.SIGKILL)
     os.waitpid(first, 0)
     found["killed"] = asked()

@@ -11,6 +11,9 @@ import os
 import sys
 from pathlib import Path
 
+from inheritune.engines import memory
+from inheritune.models import initialization, networks
+
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import deepspeed
@@ -18,9 +21,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from inheritune.cli import leave
-from inheritune.config.experiment import Model, Train
+from inheritune.config.sections import Model, Train
 from inheritune.engines import engine as engines
-from inheritune.models import architectures as models
 from inheritune.training import validate
 
 
@@ -44,17 +46,17 @@ class Fresh:
     """Initial weights by name, as a checkpoint would give them."""
 
     def __init__(self, config):
-        self.shapes, self.config = models.model_shapes(config), config
+        self.shapes, self.config = networks.list_model_shapes(config), config
 
     def tensor(self, name: str) -> torch.Tensor:
-        return models.fresh_tensor(name, self.shapes[name], self.config, seed=0)
+        return initialization.make_fresh_tensor(name, self.shapes[name], self.config, seed=0)
 
 
 def run(case: dict, out: Path) -> None:
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     model = Model(**case["model"])
     train = Train(steps=10, batch_tokens=1, lr=1e-3, warmup_steps=0, precision=case["precision"])
-    config = models.hf_config(model, case["layers"])
+    config = networks.build_config(model, case["layers"])
     shape = (case["sequences"], case["length"] + 1)
     held, kept = {}, []
 
@@ -71,7 +73,7 @@ def run(case: dict, out: Path) -> None:
                 )
                 engine.backward(losses.mean())
                 if micro == case["accumulation"] - 1:
-                    held.update(engines.held_bytes(engine))
+                    held.update(memory.count_held_bytes(engine))
                 engine.step()
 
     peak = peak_bytes(work)

@@ -9,7 +9,7 @@ def write_shards(folder: Path, sizes: dict[str, list[int]], vocabulary: int) -> 
     """Write shards of `sizes` (tokens, by split) into `folder`.  -> `splits` of its manifest
 
     The tokens are a random walk over the vocabulary: something can be learned from it."""
-    from inheritune.files.rundir import hash_file
+    from inheritune.files.markers import hash_file
 
     generator, splits = np.random.default_rng(0), {}
     for split, counts in sizes.items():

@@ -12,13 +12,13 @@ import torch
 
 from inheritune.cli import leave
 from inheritune.config.experiment import load_experiment
-from inheritune.engines import checkpoint, engine
+from inheritune.engines import adamw, resize
 from inheritune.errors import UserError
 from inheritune.runs.job import Job
 from inheritune.runtime import dist
 from inheritune.training.loop import train_job
 
-original, groups = checkpoint.restore_resized, engine.parameter_groups
+original, groups = resize.restore_resized, adamw.make_parameter_groups
 
 
 def broken(fault: str):
@@ -51,19 +51,19 @@ def reversed_groups(model, weight_decay: float) -> list[dict]:
 def run(job: dict) -> None:
     os.environ["INHERITUNE_ROOT"] = job["root"]
     fault = job.get("fault")
-    engine.parameter_groups = reversed_groups if fault == "parameters in another order" else groups
-    checkpoint.restore_resized = broken(fault) if fault else original
+    adamw.make_parameter_groups = reversed_groups if fault == "parameters in another order" else groups
+    resize.restore_resized = broken(fault) if fault else original
     if not job.get("refused"):
         return train_job(Job(load_experiment(job["experiment"]), job["run"]), job["ds"])
     try:
         train_job(Job(load_experiment(job["experiment"]), job["run"]), job["ds"])
     except UserError as error:
-        if dist.rank() == 0:
+        if dist.get_rank() == 0:
             Path(job["refused"]).write_text(str(error))
     return None
 
 
 for job in json.loads(Path(sys.argv[1]).read_text()):
     run(job)
-dist.stop()
+dist.leave_group()
 leave(0)

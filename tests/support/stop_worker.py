@@ -23,7 +23,7 @@ seen = 0
 
 
 def strike() -> None:
-    if dist.rank() == int(who):
+    if dist.get_rank() == int(who):
         print(f"struck: {when}", flush=True)
         os.kill(os.getpid(), getattr(signal, name))
 
@@ -54,5 +54,5 @@ elif moment == "saving":
 elif moment == "validation":
     before(validate, "token_losses", is_nth_validation_forward)
 elif moment == "unchecked":  # the disk fills up between the look at it and the write
-    checkpoint.checkpoint_bytes = lambda *sizes: 0
+    checkpoint.count_checkpoint_bytes = lambda *sizes: 0
 program.leave(program.main(["train", experiment, "--run", run]))

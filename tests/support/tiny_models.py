@@ -4,8 +4,8 @@ not."""
 import torch
 from transformers import GPT2Config, LlamaConfig
 
-from inheritune.config.experiment import Model
-from inheritune.models import architectures as models
+from inheritune.config.sections import Model
+from inheritune.models import initialization, networks
 
 
 def config_of(kind: str, layers: int = 4):
@@ -20,7 +20,7 @@ def config_of(kind: str, layers: int = 4):
             "positions": 12,
             "vocab_size": 61,
         }
-        return models.hf_config(Model(size="gpt2_tiny", **sizes))
+        return networks.build_config(Model(size="gpt2_tiny", **sizes))
     no_tokens = {"bos_token_id": None, "eos_token_id": None}
     if kind == "public":
         return GPT2Config(vocab_size=61, n_positions=12, n_embd=15, n_layer=layers, n_head=3, **no_tokens)
@@ -40,9 +40,9 @@ def config_of(kind: str, layers: int = 4):
 def random_model(config, seed: int = 1) -> torch.nn.Module:
     """A model of `config` in evaluation mode whose every tensor differs from every fresh one (frozen biases
     stay zero)."""
-    model = models.build(config, "eager").eval()
+    model = networks.build_model(config, "eager").eval()
     for name, parameter in model.named_parameters():
-        values = torch.randn(parameter.shape, generator=models.seeded(seed, name)) * 0.3
+        values = torch.randn(parameter.shape, generator=initialization.make_generator(seed, name)) * 0.3
         parameter.data.copy_(values if parameter.requires_grad else torch.zeros_like(values))
     return model
 
@@ -58,4 +58,6 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def logits(model: torch.nn.Module) -> torch.Tensor:
     """Logits of two fixed sequences."""
     with torch.no_grad():
-        return model(torch.randint(0, 61, (2, 12), generator=models.seeded("ids"))).logits  # (2, 12, 61)
+        return model(
+            torch.randint(0, 61, (2, 12), generator=initialization.make_generator("ids"))
+        ).logits  # (2, 12, 61)

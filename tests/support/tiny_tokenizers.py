@@ -5,8 +5,8 @@ from pathlib import Path
 
 from conftest import REPOSITORY
 
-from inheritune.data.tokens import train_bpe
-from inheritune.files.rundir import read_json, write_json
+from inheritune.data.bpe_training import train_bpe
+from inheritune.files.json_files import read_json, write_json
 
 TEMPLATE = "{% for m in messages %}<|user|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
 

@@ -12,5 +12,5 @@ from inheritune.training.loop import train_job
 for word in sys.argv[1:]:
     path, _, run = word.rpartition(":")
     train_job(Job(load_experiment(path), run))
-dist.stop()
+dist.leave_group()
 leave(0)

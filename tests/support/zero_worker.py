@@ -9,6 +9,8 @@ import os
 import sys
 from pathlib import Path
 
+from inheritune.models import config_files, initialization, networks
+
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import deepspeed
@@ -16,7 +18,6 @@ import torch
 from tiny_models import config_of
 
 from inheritune.cli import leave
-from inheritune.models import architectures as models
 
 
 def true_weights(engine, stage: int) -> dict[str, torch.Tensor]:
@@ -51,10 +52,10 @@ def true_moments(engine) -> dict[str, dict[str, torch.Tensor]]:
 
 def save(out: Path, kind: str, config, stage: int) -> None:
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    model = models.build(config, "eager")
+    model = networks.build_model(config, "eager")
     for name, parameter in model.named_parameters():
-        parameter.data.copy_(models.fresh_tensor(name, tuple(parameter.shape), config, seed=5))
-    decayed = {id(p) for p in models.linear_weights(model).values()}
+        parameter.data.copy_(initialization.make_fresh_tensor(name, tuple(parameter.shape), config, seed=5))
+    decayed = {id(p) for p in networks.find_linear_weights(model).values()}
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if id(p) in decayed], "weight_decay": 0.1},
@@ -74,7 +75,7 @@ def save(out: Path, kind: str, config, stage: int) -> None:
         model=model, optimizer=torch.optim.AdamW(groups, lr=1e-2), config=settings
     )
     for step in range(2):
-        ids = torch.randint(0, 61, (2, 12), generator=models.seeded(step, rank))
+        ids = torch.randint(0, 61, (2, 12), generator=initialization.make_generator(step, rank))
         engine.backward(engine(input_ids=ids, labels=ids).loss)
         engine.step()
     folder = out / f"{kind}_zero{stage}_ranks{world}"
@@ -82,7 +83,7 @@ def save(out: Path, kind: str, config, stage: int) -> None:
     weights = true_weights(engine, stage)
     moments = true_moments(engine) if stage else {}
     if rank == 0:
-        models.write_config(folder / "config.json", config, torch.float32)
+        config_files.write_config(folder / "config.json", config, torch.float32)
         torch.save(weights, out / f"{folder.name}.truth")
         torch.save(moments, out / f"{folder.name}.moments")
     engine.destroy()

@@ -10,19 +10,16 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from inheritune.analysis import attention
-from inheritune.analysis.attention import (
-    TAUS,
-    analyze,
-    approximate_rank,
-    column_mass,
-    suggest_layers,
-    watch_attention,
-)
+from inheritune.analysis import analyze, attention, layers
+from inheritune.analysis.attention import measure_model, watch_attention
+from inheritune.analysis.layers import suggest_layers
+from inheritune.analysis.measures import approximate_rank, column_mass
+from inheritune.analysis.thresholds import TAUS
 from inheritune.config.experiment import load_experiment
 from inheritune.data.batches import Tokens
 from inheritune.errors import UserError
-from inheritune.files.rundir import RunDir, read_jsonl
+from inheritune.files.json_files import read_jsonl
+from inheritune.files.rundir import RunDir
 
 VOCAB, LENGTH, HEADS = 64, 24, 4
 
@@ -227,7 +224,9 @@ def test_hooks_see_the_maps_that_transformers_returns(checkpoint, data):
 
 def test_rows_follow_from_transformers_maps(checkpoint, data):
     tokens = Tokens(data, "val")
-    rows = analyze(str(checkpoint), tokens, n_sequences=7, length=LENGTH, seed=3, maps=[(2, 1)], batch=3)
+    rows = measure_model(
+        str(checkpoint), tokens, n_sequences=7, length=LENGTH, seed=3, maps=[(2, 1)], batch=3
+    )
     maps = all_maps(checkpoint, attention.read_windows(tokens, 7, LENGTH, seed=3))
     layers = [row for row in rows if row["kind"] == "layer"]
     assert [row["kind"] for row in rows] == ["header"] + ["layer"] * 3 + ["group"] * 5 + ["map", "summary"]
@@ -250,8 +249,8 @@ def test_rows_follow_from_transformers_maps(checkpoint, data):
 
 def test_seed_and_batch(checkpoint, data):
     tokens = Tokens(data, "val")
-    one = analyze(str(checkpoint), tokens, n_sequences=6, length=LENGTH, seed=0, batch=1)
-    assert analyze(str(checkpoint), tokens, n_sequences=6, length=LENGTH, seed=0, batch=6) == one
+    one = measure_model(str(checkpoint), tokens, n_sequences=6, length=LENGTH, seed=0, batch=1)
+    assert measure_model(str(checkpoint), tokens, n_sequences=6, length=LENGTH, seed=0, batch=6) == one
     windows = attention.read_windows(tokens, 20, LENGTH, 0)
     assert not torch.equal(windows, attention.read_windows(tokens, 20, LENGTH, 1))
 
@@ -320,7 +319,7 @@ def test_sinks_are_lazy_and_uniform_attention_is_not(data, tmp_path):
         sink.weight[0, 32:64] = 1.0  # keys read the mark
         sink.bias[:32] = 100.0  # queries, the same for every token, ask for it
     model.save_pretrained(tmp_path / "m")
-    rows = analyze(str(tmp_path / "m"), Tokens(data, "val"), n_sequences=3, length=LENGTH)
+    rows = measure_model(str(tmp_path / "m"), Tokens(data, "val"), n_sequences=3, length=LENGTH)
     layers = [row for row in rows if row["kind"] == "layer"]
     assert rows[-1]["lazy_layers"] == [1] and layers[1]["heads_rank_1"] == HEADS
     assert layers[1]["avg_mass"]["0.9"] == 1 and layers[1]["max_rank_std"]["0.9"] == 0
@@ -332,9 +331,9 @@ def test_lazy_is_exact():
     decides."""
     ranks = np.ones((len(TAUS), 50, 2), int)
     masses = np.ones((1, 50, 2), int)
-    assert attention.layer_row(0, ranks, masses)["lazy"]
+    assert layers.summarize_layer(0, ranks, masses)["lazy"]
     ranks[2:, 7, 1] = 2  # at tau 0.90 and above
-    row = attention.layer_row(0, ranks, masses)
+    row = layers.summarize_layer(0, ranks, masses)
     assert (row["lazy"], row["near_lazy"], row["heads_rank_1"], row["heads_near_1"]) == (False, True, 1, 2)
     assert row["max_rank"]["0.9"] == 1.02 and row["max_rank_std"]["0.9"] == pytest.approx(0.14, abs=1e-6)
 
@@ -375,7 +374,7 @@ def test_paper_curves_suggest_about_half():
 
 
 def test_groups():
-    rows = attention.group_rows(layers_of(9, 5, 3, 1, 1.5, 1))
+    rows = layers.summarize_groups(layers_of(9, 5, 3, 1, 1.5, 1))
     assert [(row["first"], row["end"], row["lazy"]) for row in rows] == [
         (0, 3, False),
         (3, 6, True),
@@ -392,21 +391,21 @@ def test_groups():
 def test_refusals(checkpoint, data, tmp_path):
     tokens, model = Tokens(data, "val"), str(checkpoint)
     with pytest.raises(UserError, match="beyond the 32 positions"):
-        analyze(model, tokens, n_sequences=3, length=33)
+        measure_model(model, tokens, n_sequences=3, length=33)
     with pytest.raises(UserError, match="use --sequences 250"):
-        analyze(model, tokens, n_sequences=251, length=LENGTH)
+        measure_model(model, tokens, n_sequences=251, length=LENGTH)
     with pytest.raises(UserError, match="at least 1 sequence"):
-        analyze(model, tokens, n_sequences=0, length=LENGTH)
+        measure_model(model, tokens, n_sequences=0, length=LENGTH)
     with pytest.raises(UserError, match=r"map \(3, 0\)"):
-        analyze(model, tokens, n_sequences=3, length=LENGTH, maps=[(3, 0)])
+        measure_model(model, tokens, n_sequences=3, length=LENGTH, maps=[(3, 0)])
     with pytest.raises(UserError, match="no model folder"):
-        analyze(str(tmp_path / "nothing"), tokens, n_sequences=3, length=LENGTH)
+        measure_model(str(tmp_path / "nothing"), tokens, n_sequences=3, length=LENGTH)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be loaded"):
-        analyze(str(tmp_path), tokens, n_sequences=3, length=LENGTH)
+        measure_model(str(tmp_path), tokens, n_sequences=3, length=LENGTH)
     tokens.vocab_size = VOCAB + 1
     with pytest.raises(UserError, match=f"vocabulary of {VOCAB + 1} tokens"):
-        analyze(model, tokens, n_sequences=3, length=LENGTH)
+        measure_model(model, tokens, n_sequences=3, length=LENGTH)
 
 
 def test_models_without_attention_maps_are_refused(data, tmp_path):
@@ -415,7 +414,7 @@ def test_models_without_attention_maps_are_refused(data, tmp_path):
     mamba = MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4))
     mamba.save_pretrained(tmp_path / "mamba")
     with pytest.raises(UserError, match="no attention to analyze"):
-        analyze(str(tmp_path / "mamba"), Tokens(data, "val"), n_sequences=3, length=LENGTH)
+        measure_model(str(tmp_path / "mamba"), Tokens(data, "val"), n_sequences=3, length=LENGTH)
 
 
 def test_attention_that_is_not_returned_is_refused(checkpoint, data, monkeypatch):
@@ -428,7 +427,7 @@ def test_attention_that_is_not_returned_is_refused(checkpoint, data, monkeypatch
 
     monkeypatch.setattr(attention, "load_model", with_sdpa)
     with pytest.raises(UserError, match="0 attention maps came out of the 3 layers"):
-        analyze(str(checkpoint), Tokens(data, "val"), n_sequences=3, length=LENGTH)
+        measure_model(str(checkpoint), Tokens(data, "val"), n_sequences=3, length=LENGTH)
 
 
 def test_damaged_weights_are_refused(data, tmp_path):
@@ -437,12 +436,12 @@ def test_damaged_weights_are_refused(data, tmp_path):
         model.transformer.h[1].attn.c_attn.weight[0, 0] = torch.nan
     model.save_pretrained(tmp_path / "nan")
     with pytest.raises(UserError, match=r"layer 1 \(from 0\) is not finite"):
-        analyze(str(tmp_path / "nan"), Tokens(data, "val"), n_sequences=3, length=LENGTH)
+        measure_model(str(tmp_path / "nan"), Tokens(data, "val"), n_sequences=3, length=LENGTH)
 
     state = {k: v for k, v in make_gpt2().state_dict().items() if "h.2.mlp" not in k}
     model.save_pretrained(tmp_path / "short", state_dict=state)
     with pytest.raises(UserError, match="lacks the weights"):
-        analyze(str(tmp_path / "short"), Tokens(data, "val"), n_sequences=3, length=LENGTH)
+        measure_model(str(tmp_path / "short"), Tokens(data, "val"), n_sequences=3, length=LENGTH)
 
 
 def test_the_verb(data, tmp_path, monkeypatch, capsys):
@@ -451,7 +450,7 @@ def test_the_verb(data, tmp_path, monkeypatch, capsys):
     make_gpt2().save_pretrained(run / "final")
     make_gpt2().save_pretrained(run / "at_00000010")
 
-    folder = attention.run_analyze(str(run / "final"), str(data), sequences=4, length=LENGTH)
+    folder = analyze.run_analyze(str(run / "final"), str(data), sequences=4, length=LENGTH)
     assert folder == run and sorted(p.name for p in run.iterdir()) == [
         "at_00000010",
         "attention.jsonl",
@@ -466,13 +465,13 @@ def test_the_verb(data, tmp_path, monkeypatch, capsys):
         and rows[-1]["reason"] in table
     )
 
-    kept = attention.run_analyze(str(run / "at_00000010"), str(data), sequences=4, length=LENGTH)
+    kept = analyze.run_analyze(str(run / "at_00000010"), str(data), sequences=4, length=LENGTH)
     assert kept == tmp_path / "runs" / "analysis" / "reference--at_00000010"
     assert (
-        attention.run_analyze(str(run / "final"), str(data), str(tmp_path / "o"), 4, LENGTH) == tmp_path / "o"
+        analyze.run_analyze(str(run / "final"), str(data), str(tmp_path / "o"), 4, LENGTH) == tmp_path / "o"
     )
     with pytest.raises(UserError, match="no experiment"):
-        attention.run_analyze(str(run / "final"), "no_such_experiment")
+        analyze.run_analyze(str(run / "final"), "no_such_experiment")
 
 
 def test_a_rehearsal_is_marked_and_as_short_as_its_sequences(data, tmp_path, monkeypatch):
@@ -481,6 +480,6 @@ def test_a_rehearsal_is_marked_and_as_short_as_its_sequences(data, tmp_path, mon
     run = RunDir.of(experiment, "reference")
     make_gpt2(n_positions=64).save_pretrained(run.final)
     run.experiment.write_text(yaml.safe_dump(experiment.model_dump(mode="json", by_alias=True)))
-    assert attention.run_analyze(str(run.final), str(data), sequences=3) == run.path
+    assert analyze.run_analyze(str(run.final), str(data), sequences=3) == run.path
     header = read_jsonl(run.attention)[0]
     assert header["rehearsal"] is True and header["length"] == 64

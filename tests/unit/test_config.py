@@ -3,7 +3,9 @@
 import pytest
 from conftest import experiment_dict, write_experiment
 
-from inheritune.config.experiment import RECIPES, load_experiment, parse_layers
+from inheritune.config.experiment import load_experiment
+from inheritune.config.layers import parse_layers
+from inheritune.config.paths import RECIPES
 from inheritune.errors import UserError
 
 

@@ -7,8 +7,8 @@ import threading
 import pytest
 from conftest import REPOSITORY, run_verb
 
-from inheritune.cluster import grow as stages
-from inheritune.runtime import dist
+from inheritune.cluster import launch
+from inheritune.runtime import devices, rendezvous
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def gpu_machine(tmp_path, monkeypatch):
 
 
 def test_gpu_that_torch_cannot_use_is_named_with_versions_and_the_way_out(gpu_machine):
-    sentence = dist.unused_gpu("2.13.0+cpu", None)
+    sentence = devices.find_unused_gpu("2.13.0+cpu", None)
     assert (
         "driver 550.54, CUDA up to 12.4" in sentence
         and "torch 2.13.0+cpu (built for the CPU only)" in sentence
@@ -33,10 +33,10 @@ def test_gpu_that_torch_cannot_use_is_named_with_versions_and_the_way_out(gpu_ma
 
 def test_hidden_gpus_and_machines_without_any_are_fine(gpu_machine, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert dist.unused_gpu("2.13.0+cpu", None) is None
+    assert devices.find_unused_gpu("2.13.0+cpu", None) is None
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setenv("PATH", "/nonexistent")
-    assert dist.unused_gpu("2.13.0+cpu", None) is None
+    assert devices.find_unused_gpu("2.13.0+cpu", None) is None
 
 
 def test_training_is_refused_there_instead_of_using_the_cpu(gpu_machine, small):
@@ -50,8 +50,8 @@ def test_training_is_refused_there_instead_of_using_the_cpu(gpu_machine, small):
 
 def test_first_failing_process_ends_the_others_with_its_code(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    assert stages.launch(["train", "quickstart", "--run", "nothing"], 2) == 2
-    assert stages.launch(["--help"], 2) == 0
+    assert launch.launch_verb(["train", "quickstart", "--run", "nothing"], 2) == 2
+    assert launch.launch_verb(["--help"], 2) == 0
 
 
 def test_a_port_that_the_job_before_still_holds_is_waited_for(monkeypatch):
@@ -61,6 +61,6 @@ def test_a_port_that_the_job_before_still_holds_is_waited_for(monkeypatch):
         monkeypatch.setenv("RANK", "0")
         monkeypatch.setenv("WORLD_SIZE", "1")
         threading.Timer(2, held.close).start()
-        store = dist._open_store("127.0.0.1", held.getsockname()[1])
+        store = rendezvous.open_store("127.0.0.1", held.getsockname()[1])
         store.set("key", "value")
         assert store.get("key") == b"value"

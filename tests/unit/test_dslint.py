@@ -14,13 +14,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from inheritune.engines import deepspeed_keys
+
 sys.path.extend(str(Path(__file__).resolve().parents[2] / place) for place in ("tests", "tests/support"))
 from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment, write_tokens
 
 from inheritune.config.experiment import load_experiment
 from inheritune.engines import dslint
 from inheritune.errors import UserError
-from inheritune.files.rundir import data_dir
+from inheritune.files.rundir import get_data_dir
 
 CASES = yaml.safe_load((REPOSITORY / "tests" / "dslint_cases.yaml").read_text(encoding="utf-8"))
 SHIPPED = sorted((REPOSITORY / "ds_configs").glob("*.json"))
@@ -53,7 +55,7 @@ def file_of(case: dict) -> str:
 
 def said_of(case: dict, folder: Path, capsys) -> tuple[str, str]:
     """What check says of the case: (severity, sentences without the file's name)."""
-    from inheritune.cluster.grow import check
+    from inheritune.cluster.check import check
 
     raw = merged(experiment_dict(), case.get("experiment", {}))
     raw["train"] |= case.get("train", {})
@@ -146,7 +148,7 @@ def known(path: tuple = ()) -> set[str]:
     from deepspeed.runtime import config
 
     found = set()
-    for canonical, deprecated in dslint.valid_keys(path).values():
+    for canonical, deprecated in deepspeed_keys.valid_keys(path).values():
         name = ".".join((*path, canonical))
         if not deprecated and not (not path and canonical in config._REMOVED_TOP_LEVEL_CONFIG_KEYS):
             found |= {name} | known((*path, canonical))
@@ -218,11 +220,11 @@ def test_a_key_that_deepspeed_gains_is_noticed(monkeypatch):
     monkeypatch.setattr(
         config, "get_steps_per_print", lambda block: block.get("brand_new_key") or reads(block)
     )
-    dslint.valid_keys.cache_clear()
+    deepspeed_keys.valid_keys.cache_clear()
     try:
-        assert "brand_new_key" in dslint.valid_keys(()) and not verdict_of("brand_new_key")
+        assert "brand_new_key" in deepspeed_keys.valid_keys(()) and not verdict_of("brand_new_key")
     finally:
-        dslint.valid_keys.cache_clear()
+        deepspeed_keys.valid_keys.cache_clear()
 
 
 # --- DeepSpeed itself ---------------------------------------------------------------------------------------
@@ -276,10 +278,10 @@ def test_deepspeed_raises_for_each_broken_file(case, tmp_path):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_json_passes_check(path):
-    from inheritune.engines.engine import load_json
+    from inheritune.engines.deepspeed_json import load_deepspeed_json
 
     experiment = load_experiment("gpt2_xl_owt")
-    settings = load_json(path)
+    settings = load_deepspeed_json(path)
     assert dslint.lint(settings, experiment.model, experiment.train, 16) == []
     text = path.read_text(encoding="utf-8")
     assert (
@@ -308,7 +310,7 @@ def test_every_shipped_json_trains_two_steps(tmp_path, own_root):
             )
         raw["runs"][path.stem] = {"init": "random", "train": {"deepspeed": ds}}
     experiment = write_experiment(tmp_path, raw)
-    write_tokens(data_dir(load_experiment(experiment)))
+    write_tokens(get_data_dir(load_experiment(experiment)))
     launch(
         ["tests/support/train_many.py", *(f"{experiment}:{path.stem}" for path in SHIPPED)],
         4,
@@ -350,7 +352,7 @@ def test_train_refuses_and_warns_as_check_does(small, tmp_path):
         and "Traceback" not in done.stderr
     )
     done = run_verb("train", small, "--run", "reference", "--ds", doubtful, procs=2)
-    assert done.stdout.count("'disable_allgather' is read by nothing") == 1
+    assert done.stdout.count("'disable_allgather' is not read by") == 1
 
 
 # --- the list for readers -----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from inheritune.errors import UserError
-from inheritune.paper import figures
+from inheritune.paper import attention_plots, loss_plots, table_plots
 
 
 def make_rows(n_layers=6, n_heads=3, maps=True, rehearsal=False):
@@ -51,17 +51,19 @@ def png_size(path):
 
 
 DRAWN = {
-    "max_rank": lambda path, **how: figures.plot_max_rank(
+    "max_rank": lambda path, **how: attention_plots.plot_max_rank(
         [("ours", make_rows()), ("full", make_rows(12))], path, **how
     ),
-    "taus": lambda path, **how: figures.plot_tau_ablation(make_rows(), path, "reference", **how),
-    "avg_mass": lambda path, **how: figures.plot_avg_mass([("ours", make_rows())], path, **how),
-    "heat_map": lambda path, **how: figures.plot_heat_map(make_rows(30, 30), path, "reference", **how),
-    "maps": lambda path, **how: figures.plot_attention_maps(make_rows(), path, "reference", **how),
-    "loss": lambda path, **how: figures.plot_loss_curves(
+    "taus": lambda path, **how: attention_plots.plot_tau_ablation(make_rows(), path, "reference", **how),
+    "avg_mass": lambda path, **how: attention_plots.plot_avg_mass([("ours", make_rows())], path, **how),
+    "heat_map": lambda path, **how: attention_plots.plot_heat_map(
+        make_rows(30, 30), path, "reference", **how
+    ),
+    "maps": lambda path, **how: attention_plots.plot_attention_maps(make_rows(), path, "reference", **how),
+    "loss": lambda path, **how: loss_plots.plot_loss_curves(
         [("a", make_curve(100, 8, 3)), ("b", make_curve(200, 8, 2.9))], path, reference_loss=3.01, **how
     ),
-    "cells": lambda path, **how: figures.plot_cells(make_cells(), path, "two columns", **how),
+    "cells": lambda path, **how: table_plots.plot_cells(make_cells(), path, "two columns", **how),
 }
 
 
@@ -103,7 +105,7 @@ def test_all_figures_of_a_model_without_torch(tmp_path):
         "".join(json.dumps(row) + "\n" for row in make_rows(rehearsal=True))
     )
     code = (
-        "import sys; from inheritune.paper.figures import plot_attention; paths = "
+        "import sys; from inheritune.paper.attention_plots import plot_attention; paths = "
         "plot_attention(sys.argv[1])\n"
         "assert all(path.is_file() for path in paths) and len(paths) == 5\n"
         "assert not {'torch', 'transformers', 'inheritune.analysis.attention', 'matplotlib.pyplot'} & "
@@ -114,39 +116,39 @@ def test_all_figures_of_a_model_without_torch(tmp_path):
     (tmp_path / "attention.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in make_rows(maps=False))
     )
-    assert [path.name for path in figures.plot_attention(tmp_path)][-1] == "rank_heat_map.png"
+    assert [path.name for path in attention_plots.plot_attention(tmp_path)][-1] == "rank_heat_map.png"
 
 
 def test_rows_read_off_the_paper_have_no_deviation(tmp_path):
     rows = [{"kind": "layer", "layer": layer, "max_rank": {"0.9": 3.0}} for layer in range(2, 24)]
-    figures.plot_max_rank([("paper", rows)], tmp_path / "paper.png")
+    attention_plots.plot_max_rank([("paper", rows)], tmp_path / "paper.png")
     assert png_size(tmp_path / "paper.png")
 
 
 def test_edges(tmp_path):
     """One layer, one head, one evaluation, equal losses, all ranks 1."""
     one = [{**row, "rank": {"0.9": [1.0]}, "max_rank": {"0.9": 1.0}} for row in make_rows(1, 1, maps=False)]
-    figures.plot_heat_map(one, tmp_path / "heat.png")
-    figures.plot_max_rank([("one", one)], tmp_path / "rank.png")
+    attention_plots.plot_heat_map(one, tmp_path / "heat.png")
+    attention_plots.plot_max_rank([("one", one)], tmp_path / "rank.png")
     flat = [{"step": step, "tokens": step * 64, "val_loss": 3.0} for step in (0, 5)]
-    figures.plot_loss_curves([("flat", flat)], tmp_path / "flat.png")
-    figures.plot_loss_curves([("start", flat[:1])], tmp_path / "start.png", smooth=10)
-    figures.plot_loss_curves([("none", [{"step": 7, "val_loss": 3.0}])], tmp_path / "no_tokens.png")
+    loss_plots.plot_loss_curves([("flat", flat)], tmp_path / "flat.png")
+    loss_plots.plot_loss_curves([("start", flat[:1])], tmp_path / "start.png", smooth=10)
+    loss_plots.plot_loss_curves([("none", [{"step": 7, "val_loss": 3.0}])], tmp_path / "no_tokens.png")
     assert len(list(tmp_path.glob("*.png"))) == 5
 
 
 def test_trailing_mean():
-    assert figures.trailing_mean([4.0, 2.0, 6.0, 1.0], 2) == [4.0, 3.0, 4.0, 3.5]
-    assert figures.trailing_mean([4.0, 2.0], 1) == [4.0, 2.0]
+    assert loss_plots.compute_trailing_mean([4.0, 2.0, 6.0, 1.0], 2) == [4.0, 3.0, 4.0, 3.5]
+    assert loss_plots.compute_trailing_mean([4.0, 2.0], 1) == [4.0, 2.0]
 
 
 def test_refusals(tmp_path):
     with pytest.raises(UserError, match="analyze"):
-        figures.plot_attention(tmp_path)
+        attention_plots.plot_attention(tmp_path)
     with pytest.raises(UserError, match="no layer rows"):
-        figures.plot_max_rank([("x", [{"kind": "header"}])], tmp_path / "x.png")
+        attention_plots.plot_max_rank([("x", [{"kind": "header"}])], tmp_path / "x.png")
     with pytest.raises(UserError, match="no attention maps"):
-        figures.plot_attention_maps(make_rows(maps=False), tmp_path / "x.png")
+        attention_plots.plot_attention_maps(make_rows(maps=False), tmp_path / "x.png")
     with pytest.raises(UserError, match="run 'x' has no validation loss"):
-        figures.plot_loss_curves([("x", [{"step": 1, "loss": 2.0}])], tmp_path / "x.png")
+        loss_plots.plot_loss_curves([("x", [{"step": 1, "loss": 2.0}])], tmp_path / "x.png")
     assert not list(tmp_path.iterdir())

@@ -17,15 +17,16 @@ from slurm_cluster import session_cluster, slurm  # noqa: F401 - fixtures
 
 from inheritune.config.experiment import load_experiment
 from inheritune.errors import UserError
-from inheritune.files.rundir import RunDir, read_json
-from inheritune.runtime import dist
+from inheritune.files.json_files import read_json
+from inheritune.files.rundir import RunDir
+from inheritune.runtime import rendezvous
 from inheritune.runtime.launcher import (
     ALONE,
     count_processes,
+    find_first_host,
     find_launch,
-    first_host,
     read_launch,
-    without_launch,
+    remove_launch,
 )
 
 TORCH = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "head", "MASTER_PORT": "29500"}
@@ -107,9 +108,9 @@ REFUSED = [
         {**SRUN, "SLURM_PROCID": "4"},
         "SLURM_PROCID=4, which must be a whole number from 0 to 3 of SLURM_STEP_NUM_TASKS=4",
     ),
-    ({**SRUN, "RANK": "3"}, "has RANK=3 beside srun's SLURM_PROCID=3"),
-    ({**SRUN, "RANK": "0", "WORLD_SIZE": "1"}, "has RANK=0 WORLD_SIZE=1 beside srun's"),
-    ({**SRUN, "WORLD_SIZE": "8"}, "has WORLD_SIZE=8 beside srun's"),
+    ({**SRUN, "RANK": "3"}, "has RANK=3 alongside srun's SLURM_PROCID=3"),
+    ({**SRUN, "RANK": "0", "WORLD_SIZE": "1"}, "has RANK=0 WORLD_SIZE=1 alongside srun's"),
+    ({**SRUN, "WORLD_SIZE": "8"}, "has WORLD_SIZE=8 alongside srun's"),
     (OPENMPI, "mpirun's OMPI_COMM_WORLD_SIZE=2 but not MASTER_ADDR and MASTER_PORT"),
     ({**HYDRA, "MASTER_ADDR": "head"}, "mpirun's PMI_SIZE=2 but not MASTER_PORT"),
     ({"PMI_RANK": "1", "PMI_SIZE": "2", **PLACE}, "mpirun's PMI_SIZE=2 but not MPI_LOCALRANKID"),
@@ -163,7 +164,7 @@ def test_local_launches_are_told_from_others():
     ],
 )
 def test_first_host_of_a_list_of_nodes(nodes, first):
-    assert first_host(nodes) == first
+    assert find_first_host(nodes) == first
 
 
 JOB = {"SLURM_JOB_ID": "7", "INHERITUNE_LAUNCH": "srun --ntasks=8"}
@@ -218,7 +219,7 @@ def test_what_is_started_anew_knows_nothing_of_the_launch_of_its_parent():
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "LOCAL_SIZE": "2",
     }
-    assert without_launch({**left, "PATH": "/bin", "ROLE_ARN": "mine"}) == {
+    assert remove_launch({**left, "PATH": "/bin", "ROLE_ARN": "mine"}) == {
         "PATH": "/bin",
         "ROLE_ARN": "mine",
     }
@@ -379,12 +380,12 @@ def test_a_local_launch_listens_on_the_loopback_interface_only(small):
 
 STORE = """
 import sys
-from inheritune.runtime import dist
-store = dist._open_store(*sys.argv[1:2], int(sys.argv[2]))
-if dist.rank() == 0:
+from inheritune.runtime import dist, rendezvous
+store = rendezvous.open_store(*sys.argv[1:2], int(sys.argv[2]))
+if dist.get_rank() == 0:
     print("open", flush=True)
     sys.stdin.readline()
-store.set(f"here {dist.rank()}", "yes")
+store.set(f"here {dist.get_rank()}", "yes")
 store.wait([f"here {rank}" for rank in range(2)])
 """
 
@@ -418,9 +419,9 @@ def test_the_ranks_of_two_addresses_meet_at_that_of_the_first(tmp_path):
 def test_a_name_that_is_no_address_of_this_machine_is_met_on_all_interfaces():
     """A service in front of a pod, or a name that the machine itself takes for its loopback."""
     for name in ("192.0.2.77", "localhost", "no-such-machine.invalid"):
-        with dist._bind(name, 0, local=False) as server:
+        with rendezvous.bind_socket(name, 0, local=False) as server:
             assert server.getsockname()[0] in ("::", "0.0.0.0")
-    with dist._bind("localhost", 0, local=True) as server:
+    with rendezvous.bind_socket("localhost", 0, local=True) as server:
         assert server.getsockname()[0] in ("127.0.0.1", "::1")
 
 

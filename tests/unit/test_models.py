@@ -8,17 +8,17 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from inheritune.config.experiment import Model
+from inheritune.config.sections import Model
 from inheritune.errors import UserError
-from inheritune.models.architectures import (
-    architecture,
-    build,
+from inheritune.models.architectures import find_architecture
+from inheritune.models.initialization import make_fresh_tensor
+from inheritune.models.networks import (
+    build_config,
+    build_model,
+    count_flops_per_token,
     count_parameters,
-    flops_per_token,
-    fresh_tensor,
+    find_linear_weights,
     fuse_gelu,
-    hf_config,
-    linear_weights,
 )
 from inheritune.training import validate
 
@@ -49,7 +49,7 @@ def paper_sizes():
 
 @pytest.mark.parametrize(("size", "layers", "parameters"), list(paper_sizes()))
 def test_gpt2_counts_are_the_papers(size, layers, parameters):
-    assert count_parameters(hf_config(model_of(size), layers)) == parameters
+    assert count_parameters(build_config(model_of(size), layers)) == parameters
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_gpt2_counts_are_the_papers(size, layers, parameters):
     ],
 )
 def test_llama_counts_are_the_papers(size, layers, billions):
-    assert round(count_parameters(hf_config(model_of(size), layers)) / 1e9, 3) == billions
+    assert round(count_parameters(build_config(model_of(size), layers)) / 1e9, 3) == billions
 
 
 def test_other_llama_shapes():
@@ -73,17 +73,17 @@ def test_other_llama_shapes():
         ("llama2_7b", 32, 4096, 11008),
     ):
         assert (
-            count_parameters(hf_config(model_of(size)))
+            count_parameters(build_config(model_of(size)))
             == 2 * 32000 * d + layers * (4 * d * d + 3 * d * m + 2 * d) + d
         )
 
 
 def test_flops_are_six_per_matrix_parameter_plus_attention():
-    config = hf_config(model_of("gpt2_medium"))
+    config = build_config(model_of("gpt2_medium"))
     matrices = (
         24 * 12 * 1024**2 + 50304 * 1024
     )  # four projections and a 4x MLP, and the (tied) head's product
-    assert flops_per_token(config, 1024) == 6 * matrices + 12 * 24 * 1024 * 1024
+    assert count_flops_per_token(config, 1024) == 6 * matrices + 12 * 24 * 1024 * 1024
 
 
 def plain_gpt2(weights: dict, tokens: np.ndarray, layers: int, heads: int) -> np.ndarray:
@@ -116,11 +116,11 @@ def plain_gpt2(weights: dict, tokens: np.ndarray, layers: int, heads: int) -> np
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_logits_equal_an_independent_implementation(attention):
-    config = hf_config(model_of("gpt2_tiny", layers=5, width=60, heads=5))
-    model = build(config, attention)
+    config = build_config(model_of("gpt2_tiny", layers=5, width=60, heads=5))
+    model = build_model(config, attention)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(fresh_tensor(name, parameter.shape, config, seed=0))
+            parameter.copy_(make_fresh_tensor(name, parameter.shape, config, seed=0))
             if name.endswith("weight"):
                 parameter += 0.1 * torch.randn(
                     parameter.shape, generator=torch.Generator().manual_seed(len(name))
@@ -138,45 +138,47 @@ def test_logits_equal_an_independent_implementation(attention):
 def test_biases_are_frozen_zeros_in_the_papers_gpt2_only():
     from transformers import GPT2Config
 
-    paper = build(hf_config(model_of("gpt2_tiny")))
+    paper = build_model(build_config(model_of("gpt2_tiny")))
     assert all(p.requires_grad != name.endswith(".bias") for name, p in paper.named_parameters())
-    public = build(GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=100, n_positions=16))
+    public = build_model(GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=100, n_positions=16))
     assert all(p.requires_grad for p in public.parameters())
 
 
 def test_only_linear_weights_are_decayed():
-    tied = build(hf_config(model_of("gpt2_tiny", layers=1)))
-    assert sorted(linear_weights(tied)) == [
+    tied = build_model(build_config(model_of("gpt2_tiny", layers=1)))
+    assert sorted(find_linear_weights(tied)) == [
         f"transformer.h.0.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     ]
-    untied = build(hf_config(model_of("llama_tiny", layers=1)))
-    assert "lm_head.weight" in linear_weights(untied) and len(linear_weights(untied)) == 8
+    untied = build_model(build_config(model_of("llama_tiny", layers=1)))
+    assert "lm_head.weight" in find_linear_weights(untied) and len(find_linear_weights(untied)) == 8
 
 
 def test_initialization_follows_the_paper():
-    config = hf_config(model_of("gpt2_tiny", width=256, layers=8))
-    embedding = fresh_tensor("transformer.wte.weight", (1024, 256), config, seed=0)
-    projection = fresh_tensor("transformer.h.3.mlp.c_proj.weight", (1024, 256), config, seed=0)
+    config = build_config(model_of("gpt2_tiny", width=256, layers=8))
+    embedding = make_fresh_tensor("transformer.wte.weight", (1024, 256), config, seed=0)
+    projection = make_fresh_tensor("transformer.h.3.mlp.c_proj.weight", (1024, 256), config, seed=0)
     assert abs(float(embedding.std()) - 0.02) < 2e-4 and abs(float(projection.std()) - 0.02 / 4) < 5e-5
-    assert torch.equal(fresh_tensor("transformer.ln_f.weight", (256,), config, 0), torch.ones(256))
-    assert torch.equal(fresh_tensor("transformer.ln_f.bias", (256,), config, 0), torch.zeros(256))
+    assert torch.equal(make_fresh_tensor("transformer.ln_f.weight", (256,), config, 0), torch.ones(256))
+    assert torch.equal(make_fresh_tensor("transformer.ln_f.bias", (256,), config, 0), torch.zeros(256))
     # keyed by seed, name and shape, not by what was drawn before
-    assert torch.equal(embedding, fresh_tensor("transformer.wte.weight", (1024, 256), config, seed=0))
-    assert not torch.equal(embedding, fresh_tensor("transformer.wte.weight", (1024, 256), config, seed=1))
-    assert not torch.equal(embedding, fresh_tensor("lm_head.weight", (1024, 256), config, seed=0))
+    assert torch.equal(embedding, make_fresh_tensor("transformer.wte.weight", (1024, 256), config, seed=0))
+    assert not torch.equal(
+        embedding, make_fresh_tensor("transformer.wte.weight", (1024, 256), config, seed=1)
+    )
+    assert not torch.equal(embedding, make_fresh_tensor("lm_head.weight", (1024, 256), config, seed=0))
 
 
 def test_unknown_family_is_refused_with_the_list():
     with pytest.raises(
         UserError, match="family 'mamba' is not in the architecture table; known: bloom, .*, llama, "
     ):
-        architecture("mamba")
+        find_architecture("mamba")
 
 
 def test_every_tensor_of_both_families_has_a_part():
     for size in ("gpt2_tiny", "llama_tiny"):
-        model = build(hf_config(model_of(size, layers=2)))
-        table = architecture(model.config.model_type)
+        model = build_model(build_config(model_of(size, layers=2)))
+        table = find_architecture(model.config.model_type)
         parts = {table.part_of(name) for name in model.state_dict()}
         blocks = {("blocks", m) for m in ("attn", "mlp", "attn_norm", "mlp_norm")}
         assert blocks | {("token_embedding", None), ("final_norm", None)} <= parts
@@ -208,7 +210,7 @@ def test_token_losses_and_their_gradient_are_torchs(monkeypatch, dtype):
 
 
 def test_a_fused_gelu_is_the_one_written_out():
-    model = build(hf_config(model_of("gpt2_tiny")))
+    model = build_model(build_config(model_of("gpt2_tiny")))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     ids = torch.arange(40)[None]

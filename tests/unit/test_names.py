@@ -11,9 +11,10 @@ from test_tables import finish
 from inheritune.config import names
 from inheritune.config.experiment import load_experiment
 from inheritune.errors import UserError
-from inheritune.files import processes, rundir
-from inheritune.files.lock import Lock, lock_holder
-from inheritune.files.rundir import RunDir, replacing
+from inheritune.files import processes, writing
+from inheritune.files.lock import Lock, find_lock_holder
+from inheritune.files.rundir import RunDir
+from inheritune.files.writing import replace_atomically
 from inheritune.paper import figures, tables
 
 
@@ -29,8 +30,8 @@ def refused_run(tmp_path, *runs: str) -> str:
 @pytest.mark.parametrize(
     ("run", "says"),
     [
-        ("random_init_2_layers", "begins as the random starts"),
-        ("Random_Init_x", "begins as the random starts"),
+        ("random_init_2_layers", "begins like the random starts"),
+        ("Random_Init_x", "begins like the random starts"),
         ("stage1", "is the name of a stage"),
         ("at_00000010", "weights kept at a step"),
         ("final", "within every run"),
@@ -40,8 +41,8 @@ def refused_run(tmp_path, *runs: str) -> str:
         ("a.lock", "holds '.lock' or '.tmp'"),
         ("a.lock.b", "holds '.lock' or '.tmp'"),
         ("a.TMP", "holds '.lock' or '.tmp'"),
-        ("table.md", "ends as the tables and plots"),
-        ("loss.png", "ends as the tables and plots"),
+        ("table.md", "ends like the tables and plots"),
+        ("loss.png", "ends like the tables and plots"),
         ("--x", "begins with '-'"),
         ("-", "begins with '-'"),
         ("a" * 151, "has 151 bytes"),
@@ -57,14 +58,12 @@ def test_a_run_whose_name_is_ours_is_refused_by_name(tmp_path, run, says):
 
 
 def test_runs_that_differ_in_capitals_only_are_one_folder_somewhere(tmp_path):
-    assert "'Twin' and 'twin' are one folder where capitals do not count" in refused_run(
-        tmp_path, "Twin", "twin"
-    )
+    assert "'Twin' and 'twin' are one folder where case is ignored" in refused_run(tmp_path, "Twin", "twin")
 
 
 @pytest.mark.parametrize("name", [*names.FOLDERS, "JOBS", "Rehearsal"])
 def test_an_experiment_whose_name_is_ours_is_refused(tmp_path, name):
-    with pytest.raises(UserError, match=f"name: '{name}' is the name of a folder of ours in runs/"):
+    with pytest.raises(UserError, match=f"name: '{name}' is a reserved folder name in runs/"):
         load_experiment(write_experiment(tmp_path, experiment_dict(), name))
 
 
@@ -91,7 +90,7 @@ def test_no_name_is_a_flag_or_breaks_a_line(tmp_path, name, says):
 @pytest.mark.parametrize("task", ["none", "a,b", "a.b", "a b", ""])
 def test_a_task_has_a_name_that_tasks_can_list(tmp_path, task):
     raw = experiment_dict(evaluate={"tasks": {task: {"task": "piqa", "metrics": ["acc"]}}})
-    with pytest.raises(UserError, match="is no name of a task"):
+    with pytest.raises(UserError, match="is not a valid task name"):
         load_experiment(write_experiment(tmp_path, raw))
 
 
@@ -141,7 +140,8 @@ def test_every_file_of_a_run_is_in_the_list(tmp_path):
     assert len(found) > 15
     assert {path.name for path in found.values()} == set(names.WITHIN_RUN)
     assert all(
-        names.run_problem(path.name) for path in (run.stage(3).path, run.kept(10), run.seed_checkpoint(2))
+        names.find_run_problem(path.name)
+        for path in (run.stage(3).path, run.kept(10), run.seed_checkpoint(2))
     )
 
 
@@ -151,18 +151,18 @@ def test_tables_and_plots_beside_the_runs_take_no_name_that_a_run_may_have(tmp_p
     figures.figure("gpt2_medium_owt")
     folder = RunDir.of(load_experiment("gpt2_medium_owt"), "reference").path.parent
     beside = [path.name for path in folder.iterdir() if path.name != "reference"]
-    assert len(beside) >= 4 and all(names.run_problem(name) for name in beside)
+    assert len(beside) >= 4 and all(names.find_run_problem(name) for name in beside)
 
 
 def test_locks_and_temporary_names_have_room(tmp_path, monkeypatch):
     """The longest names here, on a machine with the longest name."""
     monkeypatch.setattr(processes.socket, "gethostname", lambda: "h" * 64)
-    monkeypatch.setattr(rundir.os, "getpid", lambda: 4_194_304)
-    longest = tmp_path / ("a" * names.MOST_BYTES)
-    assert not names.run_problem(longest.name)
+    monkeypatch.setattr(writing.os, "getpid", lambda: 4_194_304)
+    longest = tmp_path / ("a" * names.MAX_NAME_BYTES)
+    assert not names.find_run_problem(longest.name)
     with Lock(longest, wait=0):
         assert len(Lock(longest).file.name) <= 255 and names.LOCK in Lock(longest).file.name
-    with replacing(longest.with_name(f"{longest.name}-{'0' * 12}")) as temporary:
+    with replace_atomically(longest.with_name(f"{longest.name}-{'0' * 12}")) as temporary:
         assert len(temporary.name) <= 255 and names.TEMPORARY in temporary.name
         temporary.write_text("x")
 
@@ -170,4 +170,6 @@ def test_locks_and_temporary_names_have_room(tmp_path, monkeypatch):
 def test_the_lock_of_one_run_is_not_taken_for_anothers(tmp_path):
     """Which it would be, were 'a.lock.b' a name."""
     with Lock(tmp_path / "a", wait=0), Lock(tmp_path / "a.b", wait=0), Lock(tmp_path / "a.locker", wait=0):
-        assert [lock_holder(tmp_path / name) is not None for name in ("a", "a.b", "a.locker")] == [True] * 3
+        assert [find_lock_holder(tmp_path / name) is not None for name in ("a", "a.b", "a.locker")] == [
+            True
+        ] * 3

@@ -12,9 +12,12 @@ import pytest
 import torch
 from conftest import REPOSITORY, free_port, run_verb
 
-from inheritune.config.experiment import RECIPES, Model, Train, load_experiment
-from inheritune.engines.engine import load_json
-from inheritune.models import architectures as models
+from inheritune.config.experiment import load_experiment
+from inheritune.config.paths import RECIPES
+from inheritune.config.sections import Model, Train
+from inheritune.engines.deepspeed_json import load_deepspeed_json
+from inheritune.models import networks, sizes
+from inheritune.planning import activations, memory, proposals, states
 from inheritune.planning import plan as planning
 from inheritune.training import validate
 
@@ -46,7 +49,9 @@ def planned(its: dict, ranks: int) -> dict:
     """plan's memory of a case; one step of it has `accumulation` micro batches on every rank."""
     tokens = its["sequences"] * its["length"] * its["accumulation"] * ranks
     train = Train(steps=10, batch_tokens=tokens, lr=1e-3, warmup_steps=0, precision=its["precision"])
-    return planning.memory(Model(**its["model"]), its["layers"], its["settings"], train, ranks, its["length"])
+    return memory.estimate_memory(
+        Model(**its["model"]), its["layers"], its["settings"], train, ranks, its["length"]
+    )
 
 
 @pytest.fixture(
@@ -133,10 +138,10 @@ SHAPES = [  # other than those of the cases above, and than those the formulas w
 
 
 def a_model(sizes: dict, precision: str):
-    model = models.build(models.hf_config(Model(**sizes), sizes["layers"]))
+    model = networks.build_model(networks.build_config(Model(**sizes), sizes["layers"]))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    models.fuse_gelu(model)  # as start_engine does
+    networks.fuse_gelu(model)  # as start_engine does
     return model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
 
 
@@ -157,7 +162,9 @@ def test_what_autograd_saves_is_planned_to_ten_percent(sizes, length, sequences,
     window = torch.randint(0, sizes["vocab_size"], (sequences, length + 1))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         validate.token_losses(model(input_ids=window[:, :-1], use_cache=False).logits, window[:, 1:])
-    its = planning.activations(Model(**sizes), sizes["layers"], precision, sequences * length, length, False)
+    its = activations.count_activations(
+        Model(**sizes), sizes["layers"], precision, sequences * length, length, False
+    )
     expected = its["activations"] + its["logits"]
     assert expected == pytest.approx(sum(t.untyped_storage().nbytes() for t in saved.values()), rel=0.10)
 
@@ -175,8 +182,8 @@ def test_what_checkpointing_keeps_is_planned_to_ten_percent(sizes, length, seque
         losses = validate.token_losses(model(input_ids=window[:, :-1], use_cache=False).logits, window[:, 1:])
     alive = sum(e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
     tokens, its = sequences * length, Model(**sizes)
-    made = planning.activations(its, sizes["layers"], "fp32", tokens, length, True)
-    block = planning.block_activations(its, "fp32", length)  # made again in backward
+    made = activations.count_activations(its, sizes["layers"], "fp32", tokens, length, True)
+    block = activations.count_block_activations(its, "fp32", length)  # made again in backward
     expected = made["activations"] - tokens * block + made["logits"]
     assert losses.shape == (sequences, length) and expected == pytest.approx(alive, rel=0.10)
 
@@ -185,26 +192,23 @@ def test_what_checkpointing_keeps_is_planned_to_ten_percent(sizes, length, seque
 
 
 @pytest.mark.parametrize(
-    "sizes",
+    "shape",
     [GPT2, LLAMA, {**LLAMA, "tied_head": True}, {"size": "gpt2_xl"}, {"size": "openllama_3b"}],
     ids=["gpt2", "llama", "tied llama", "gpt2_xl", "openllama_3b"],
 )
-def test_parameters_and_flops_are_those_of_the_model(sizes):
-    its = Model(**sizes)
-    config = models.hf_config(its, 3)
-    assert planning.parameters(its, 3) == models.count_parameters(config)
-    assert planning.flops_per_token(its, 3, 64) == models.flops_per_token(config, 64)
+def test_parameters_and_flops_are_those_of_the_model(shape):
+    its = Model(**shape)
+    config = networks.build_config(its, 3)
+    assert sizes.count_trained_elements(its, 3) == networks.count_parameters(config)
+    assert sizes.predict_flops_per_token(its, 3, 64) == networks.count_flops_per_token(config, 64)
 
 
 def test_defaults_are_those_of_the_installed_deepspeed():
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     fields = {field.alias or name: field.default for name, field in DeepSpeedZeroConfig.model_fields.items()}
-    assert {key: fields[key] for key in planning.DEFAULTS} == planning.DEFAULTS
-    assert (
-        planning.EVAL_BATCH == validate.EVAL_BATCH
-        and validate._TokenLosses.CHUNK["cuda"] == planning.LOSS_CHUNK
-    )
+    assert {key: fields[key] for key in states.ZERO_DEFAULTS} == states.ZERO_DEFAULTS
+    assert validate._TokenLosses.CHUNK["cuda"] == activations.LOSS_CHUNK
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
@@ -219,7 +223,7 @@ def test_every_experiment_is_planned_in_a_second(name):
         if facts.get("change"):
             experiment = load_experiment(name)
             train = experiment.train_of(experiment.run(facts["run"]))
-            better = planning.changed(load_json(train.deepspeed), facts["change"])
+            better = proposals.apply_change(load_deepspeed_json(train.deepspeed), facts["change"])
             args = (
                 experiment.model,
                 facts["layers"],
@@ -228,12 +232,12 @@ def test_every_experiment_is_planned_in_a_second(name):
                 facts["gpus"],
                 experiment.data.sequence_length,
             )
-            assert planning.memory(*args)["peak"] <= 24e9 < facts["peak"] and facts["diff"]
+            assert memory.estimate_memory(*args)["peak"] <= 24e9 < facts["peak"] and facts["diff"]
 
 
 def test_cheapest_change_comes_first_and_offload_last():
     experiment = load_experiment("gpt2_xl_owt")
-    settings = load_json("ds_configs/zero2.json")
+    settings = load_deepspeed_json("ds_configs/zero2.json")
 
     def change(room):
         return planning.plan_model(experiment, "reference", None, 48, settings, 8, room, "H100", 0.4)[
@@ -249,7 +253,7 @@ def test_cheapest_change_comes_first_and_offload_last():
 def test_a_padded_batch_takes_longer_and_says_up_to_how_many_gpus_it_pays():
     experiment, settings = (
         load_experiment("gpt2_large_fineweb"),
-        load_json("ds_configs/zero1.json"),
+        load_deepspeed_json("ds_configs/zero1.json"),
     )  # 60 sequences
 
     def facts(gpus):
@@ -267,15 +271,16 @@ def test_a_padded_batch_takes_longer_and_says_up_to_how_many_gpus_it_pays():
 def test_flash_attention_and_offload_save_what_they_should():
     model = Model(size="gpt2_medium")
     flash, eager = (
-        planning.block_activations(model, "bf16_autocast", 1024, eager=eager) for eager in (False, True)
+        activations.count_block_activations(model, "bf16_autocast", 1024, eager=eager)
+        for eager in (False, True)
     )
     assert eager - flash == 16 * (
         1024 * 6 - 4
     )  # heads x (fp32 softmax and its rounded copy - one log-sum-exp)
     train = Train(steps=1, batch_tokens=8192, lr=1e-3, warmup_steps=0, precision="bf16_autocast")
-    settings = load_json("ds_configs/zero2.json")
-    away = planning.changed(settings, {"zero_optimization.offload_optimizer": planning.ON_HOST})
-    here, there = (planning.memory(model, 24, its, train, 2, 1024) for its in (settings, away))
+    settings = load_deepspeed_json("ds_configs/zero2.json")
+    away = proposals.apply_change(settings, {"zero_optimization.offload_optimizer": proposals.ON_HOST})
+    here, there = (memory.estimate_memory(model, 24, its, train, 2, 1024) for its in (settings, away))
     assert (
         there["peak"] < here["peak"]
         and there["pinned"] > 0 == here["pinned"]
@@ -313,7 +318,7 @@ def test_plan_prints_every_stage_and_the_sum():
         (["--gpus", "0"], "--gpus must be at least 1 (got 0)"),
         (
             ["--run", "public"],
-            "run 'public' of gpt2_xl_owt is a finished model of others; there is no training to plan",
+            "run 'public' of gpt2_xl_owt is a third-party model; there is no training to plan",
         ),
         (["--run", "referense"], "did you mean 'reference'?"),
         (["--ds", "ds_configs/zero9.json"], "did you mean"),

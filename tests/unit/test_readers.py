@@ -24,14 +24,21 @@ from test_prepare import experiment, some_texts
 from tiny_models import config_of, random_model
 from written import filled, markdown
 
-from inheritune.config.experiment import Data, load_experiment
+from inheritune.config.experiment import load_experiment
+from inheritune.config.sections import Data
 from inheritune.data.batches import Tokens
-from inheritune.data.documents import KINDS, Source, Unusable, _suffix, parse
-from inheritune.data.tokens import Gpt2Tokenizer, load_tokenizer, train_bpe
-from inheritune.engines.engine import load_json
+from inheritune.data.bpe_training import train_bpe
+from inheritune.data.documents import KINDS, Corpus, UnusableDocument, _find_suffix, extract_text
+from inheritune.data.gpt2_tokenizer import Gpt2Tokenizer
+from inheritune.data.tokenizer_loading import load_tokenizer
+from inheritune.engines.deepspeed_json import load_deepspeed_json
 from inheritune.errors import UserError
-from inheritune.files.rundir import RunDir, hash_folder, read_json, seal_of, write_json
-from inheritune.models.sources import load_skeleton, open_source, read_bin, read_safetensors
+from inheritune.files.json_files import compute_seal, read_json, write_json
+from inheritune.files.markers import hash_folder
+from inheritune.files.rundir import RunDir
+from inheritune.models.sources import open_source
+from inheritune.models.torch_files import load_skeleton, read_bin
+from inheritune.models.weight_files import read_safetensors
 
 TABLE = REPOSITORY / "tests" / "damage.md"
 MAKER = "tests/unit/test_readers.py"
@@ -118,7 +125,7 @@ def write_run(folder: Path, name: str) -> Path:
     facts = {
         "steps": 6,
         "record": record,
-        "weights": seal_of(done["final"]),
+        "weights": compute_seal(done["final"]),
         "validation": {"mean": 3.0, "n": 300},
     }
     write_json(run.results, facts)
@@ -144,11 +151,11 @@ def write_deepspeed_json(folder: Path, name: str) -> Path:
 
 def read_documents(path: Path):
     """The texts of a file; those that cannot be used are counted."""
-    source, texts, counted = Source(experiment(files=[str(path)]).data, path.parent), [], 0
+    source, texts, counted = Corpus(experiment(files=[str(path)]).data, path.parent), [], 0
     for _, raw in source.documents(str(path)):
         try:
-            texts.append(parse(KINDS[_suffix(path.name)], raw, "text"))
-        except Unusable:
+            texts.append(extract_text(KINDS[_find_suffix(path.name)], raw, "text"))
+        except UnusableDocument:
             counted += 1
     return texts, counted
 
@@ -219,7 +226,7 @@ READERS: dict[str, tuple[Callable, str, Callable]] = {
     "token shard, validation": (write_data, "val_00000.bin", read_shard),
     "manifest.json": (write_data, "manifest.json", lambda path: read_shard(path.parent / "train_00000.bin")),
     "experiment .yaml": (write_file_of_experiment, "", lambda path: load_experiment(str(path))),
-    "DeepSpeed JSON": (write_deepspeed_json, "ds.json", lambda path: load_json(path)),
+    "DeepSpeed JSON": (write_deepspeed_json, "ds.json", lambda path: load_deepspeed_json(path)),
 }
 
 

@@ -11,10 +11,10 @@ from conftest import REPOSITORY, experiment_dict, write_experiment
 
 from inheritune.config import reading
 from inheritune.config.experiment import load_experiment
-from inheritune.config.reading import compose, read_yaml
-from inheritune.engines.engine import load_json
+from inheritune.config.reading import compose_nodes, read_yaml
+from inheritune.engines.deepspeed_json import load_deepspeed_json
 from inheritune.errors import UserError
-from inheritune.files.rundir import read_json, write_json
+from inheritune.files.json_files import read_json, write_json
 
 SOUND = yaml.safe_dump(experiment_dict(), sort_keys=False)
 
@@ -103,10 +103,10 @@ def test_no_yaml_of_the_repository_has_a_key_twice():
     files = [path for path in REPOSITORY.rglob("*.yaml") if ".venv" not in path.parts]
     assert len(files) > 20
     for path in files:
-        node = compose(path, yaml.SafeLoader(path.read_text(encoding="utf-8")))
-        for mapping in (inner for inner in reading.walk(node) if isinstance(inner, yaml.MappingNode)):
+        node = compose_nodes(path, yaml.SafeLoader(path.read_text(encoding="utf-8")))
+        for mapping in (inner for inner in reading.walk_nodes(node) if isinstance(inner, yaml.MappingNode)):
             keys = [key.value for key, _ in mapping.value]
-            assert len(keys) == len(set(keys)), (path, reading.line(mapping))
+            assert len(keys) == len(set(keys)), (path, reading.find_line(mapping))
 
 
 # --- what nobody writes by hand -----------------------------------------------------------------------------
@@ -124,15 +124,15 @@ def bomb(levels: int, width: int, form: str = "[{}]") -> str:
         (bomb(10, 10), "holds more than 100,000 values, aliases (*name) written out"),
         (bomb(200, 1), "holds more than 40 levels of nesting"),
         (bomb(10, 10, "{{<<: [{}]}}"), "100,000 values"),
-        ("a: &a [*a]", "an alias refers to what it is part of"),
-        ("a: &a {b: {c: *a}}", "an alias refers to what it is part of"),
+        ("a: &a [*a]", "an alias refers to a value that contains it"),
+        ("a: &a {b: {c: *a}}", "an alias refers to a value that contains it"),
         ("[" * 5000, "levels of nesting"),
         ("a: " * 1, "data: Field required"),
         ("{a: " * 100 + "1" + "}" * 100, "holds more than 40 levels of nesting"),
         ("- " * 3000 + "a", "levels of nesting"),
         ("x: " + "y" * (2 << 20), "has 2.1 MB; a file of this kind has kilobytes, name another"),
-        (b"\xff\xfed\x00a\x00", "is no text in UTF-8 (byte 0); save it as UTF-8"),
-        (b"\x89PNG\r\n\x1a\n\x00\x00", "is no text in UTF-8 (byte 0)"),
+        (b"\xff\xfed\x00a\x00", "is not UTF-8 text (byte 0); save it as UTF-8"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00", "is not UTF-8 text (byte 0)"),
         (b"a: \x00", "is not valid YAML"),
         ("a:\n\t- b", "is not valid YAML"),
         ("a: 1\n---\nb: 2", "is not valid YAML"),
@@ -143,7 +143,7 @@ def bomb(levels: int, width: int, form: str = "[{}]") -> str:
         ),
         ("", "must hold a mapping with data, model, train and runs, not NoneType"),
         ("- a", "must hold a mapping"),
-        ("? [a, b]\n: c", "a list or mapping stands where a key is meant"),
+        ("? [a, b]\n: c", "a list or mapping is used as a key"),
     ],
     ids=lambda value: str(value)[:30] if isinstance(value, str) else value[:20].hex(),
 )
@@ -172,9 +172,7 @@ def test_a_key_that_yaml_does_not_read_as_text(tmp_path, key, says):
     text = SOUND.replace("  reference:\n", f"  {key}: {{init: random}}\n  reference:\n")
     if says:
         said = said_of(tmp_path, text)
-        assert (
-            f"{says} stands where a key is meant; put it in quotes if it is one" in said and ", line " in said
-        )
+        assert f"{says} is used as a key; put it in quotes if it is one" in said and ", line " in said
     else:
         assert key in loaded(tmp_path, text).runs  # no date
     if key != "~":
@@ -282,11 +280,11 @@ def test_reading_a_sound_file_is_as_in_an_experiment(tmp_path):
         ),
         (
             '"zero_optimization": {"stage": 1, "reduce_bucket_size": NaN\n}',
-            "reduce_bucket_size = 'NaN' is no valid integer",
+            "reduce_bucket_size = 'NaN' is not a valid integer",
         ),
         (
             '"zero_optimization": {"stage": 1, "reduce_bucket_size": -Infinity\n}',
-            "'-Infinity' is no valid integer",
+            "'-Infinity' is not a valid integer",
         ),
         (
             '"zero_optimization": {"stage": 1, "reduce_bucket_size": -5}',
@@ -294,11 +292,11 @@ def test_reading_a_sound_file_is_as_in_an_experiment(tmp_path):
         ),
         (
             '"zero_optimization": {"stage": 1, "reduce_bucket_size": true}',
-            "reduce_bucket_size = True is no valid integer",
+            "reduce_bucket_size = True is not a valid integer",
         ),
         (
             '"zero_optimization": {"stage": 1, "reduce_bucket_size": 1.5}',
-            "reduce_bucket_size = 1.5 is no valid integer",
+            "reduce_bucket_size = 1.5 is not a valid integer",
         ),
         (
             '"zero_optimization": {"stage": 3, "sub_group_size": 0}',
@@ -306,9 +304,12 @@ def test_reading_a_sound_file_is_as_in_an_experiment(tmp_path):
         ),
         (
             '"zero_optimization": {"stage": 3, "sub_group_size": "5"}',
-            "sub_group_size = '5' is no valid integer",
+            "sub_group_size = '5' is not a valid integer",
         ),
-        ('"zero_optimization": {"stage": 3, "stage3_max_live_parameters": "x"}', "= 'x' is no valid integer"),
+        (
+            '"zero_optimization": {"stage": 3, "stage3_max_live_parameters": "x"}',
+            "= 'x' is not a valid integer",
+        ),
         (f'"zero_optimization": {{"stage": 1, "reduce_bucket_size": 1{"0" * 5000}}}', "is not valid JSON"),
         ('"x": ' + "[" * 5000, "is not valid JSON: maximum recursion"),
         (
@@ -321,7 +322,7 @@ def test_reading_a_sound_file_is_as_in_an_experiment(tmp_path):
 def test_numbers_of_the_deepspeed_json(line, says, tmp_path):
     (tmp_path / "ds.json").write_text(f'{{"train_micro_batch_size_per_gpu": 2, {line}}}')
     with pytest.raises(UserError) as caught:
-        load_json(tmp_path / "ds.json")
+        load_deepspeed_json(tmp_path / "ds.json")
     assert says in str(caught.value)
 
 
@@ -329,7 +330,7 @@ def test_sizes_of_the_deepspeed_json_may_be_written_as_powers(tmp_path):
     (tmp_path / "ds.json").write_text(
         '{"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1, "reduce_bucket_size": 5e8}}'
     )
-    assert load_json(tmp_path / "ds.json")["zero_optimization"]["reduce_bucket_size"] == 5e8
+    assert load_deepspeed_json(tmp_path / "ds.json")["zero_optimization"]["reduce_bucket_size"] == 5e8
 
 
 def test_a_key_given_twice_in_json_of_ours_is_refused(tmp_path):

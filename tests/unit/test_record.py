@@ -11,8 +11,11 @@ from conftest import experiment_dict, run_verb, write_experiment, write_tokens
 from test_foreign import unfinish
 
 from inheritune.config.experiment import load_experiment
-from inheritune.data.prepare import Shards
-from inheritune.files.rundir import RunDir, break_links, data_dir, hash_folder, read_jsonl
+from inheritune.data.token_shards import Shards
+from inheritune.files.json_files import read_jsonl
+from inheritune.files.markers import hash_folder
+from inheritune.files.rundir import RunDir, get_data_dir
+from inheritune.files.writing import break_links
 from inheritune.runtime.log import logger
 from inheritune.training.record import SPIKE_ROWS, Metrics
 
@@ -111,7 +114,7 @@ def test_a_run_copied_by_links_does_not_touch_the_original(tmp_path, monkeypatch
     raw = experiment_dict(runs={"reference": {"init": "random"}}, paper=[])
     path = write_experiment(tmp_path, raw)
     monkeypatch.setenv("INHERITUNE_ROOT", str(tmp_path / "root"))
-    write_tokens(data_dir(load_experiment(path)))
+    write_tokens(get_data_dir(load_experiment(path)))
     original = RunDir.of(load_experiment(path), "reference")
     run_verb("train", path, "--run", "reference")
     unfinish(original)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from inheritune.cluster.grow import Action, StageResult, next_action, parity
-from inheritune.config.experiment import Grow
+from inheritune.cluster.planner import Action, StageResult, has_parity, plan_next_action
+from inheritune.config.run import Grow
 from inheritune.errors import UserError
 
 GROW = Grow(by=2, max_layers=16, margin=0.01)
@@ -16,7 +16,7 @@ def stage(layers, mean, half=0.005):
 
 
 def plan(stages, reference_done=True, data_ready=True, depths=(12, 14, 16)):
-    return next_action(list(depths), GROW, reference_done, data_ready, "reference", "grown", stages)
+    return plan_next_action(list(depths), GROW, reference_done, data_ready, "reference", "grown", stages)
 
 
 def test_depths_follow_the_paper():
@@ -37,8 +37,8 @@ def test_data_then_reference_then_stages():
 
 
 def test_parity_stops_growth_by_the_upper_end_of_the_interval():
-    assert parity(stage(12, 0.004).difference, 0.01)
-    assert not parity(stage(12, 0.006).difference, 0.01)  # mean within the margin, interval not
+    assert has_parity(stage(12, 0.004).difference, 0.01)
+    assert not has_parity(stage(12, 0.006).difference, 0.01)  # mean within the margin, interval not
     action = plan([stage(12, 0.06), stage(14, -0.02)])
     assert action.verb == "finish" and action.stage == 2
     assert action.verdict["parity"] and action.verdict["layers"] == 14

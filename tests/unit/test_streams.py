@@ -11,7 +11,7 @@ import pytest
 from conftest import REPOSITORY, experiment_dict, one_sentence, run_verb, write_experiment, write_tokens
 
 from inheritune.config.experiment import load_experiment
-from inheritune.files.rundir import RunDir, data_dir
+from inheritune.files.rundir import RunDir, get_data_dir
 
 
 def started(*words, **options) -> subprocess.CompletedProcess:
@@ -61,7 +61,7 @@ def test_work_whose_words_a_full_disk_did_not_take_is_done(small, tmp_path, full
     raw["data"] |= {"max_tokens": 50_000, "shard_tokens": 20_000, "validation": {"first_shard": True}}
     path = write_experiment(tmp_path / "other", raw)
     done = started("prepare", path, "--workers", 1, stdout=full, stderr=full)
-    assert done.returncode == 0 and (data_dir(load_experiment(path)) / "manifest.json").is_file()
+    assert done.returncode == 0 and (get_data_dir(load_experiment(path)) / "manifest.json").is_file()
 
 
 def test_a_refusal_that_nobody_can_read_keeps_its_exit_code(full, unread):
@@ -108,7 +108,7 @@ def test_training_with_closed_streams_writes_into_its_own_files_only(small):
 C_LIBRARY = """
 import os, subprocess
 from inheritune.runtime import streams
-streams.guard()
+streams.guard_streams()
 with open("first", "w"):
     os.write(1, b"of a library")
     subprocess.run(["sh", "-c", "echo of a child"], check=True)
@@ -145,7 +145,7 @@ def test_a_terminal_that_does_not_wait_gets_every_line():
     """Some programs leave the terminal that they share in the mode in which a write may fail for now."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    code = "from inheritune.runtime import streams; streams.guard(); print('x' * 1_000_000)"
+    code = "from inheritune.runtime import streams; streams.guard_streams(); print('x' * 1_000_000)"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=writer)
     os.close(writer)
     with open(reader) as said:
@@ -165,7 +165,7 @@ def accented(tmp_path):
     path = write_experiment(
         tmp_path, experiment_dict(paper=[], runs={"reference": {"init": "random"}}), name="größe"
     )
-    write_tokens(data_dir(load_experiment(path)))
+    write_tokens(get_data_dir(load_experiment(path)))
     return path
 
 

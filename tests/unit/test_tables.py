@@ -14,17 +14,30 @@ import pytest
 from conftest import experiment_dict, run_verb, write_experiment
 from matplotlib.figure import Figure
 
-from inheritune.config.experiment import RECIPES, load_experiment
+from inheritune.config.experiment import load_experiment
+from inheritune.config.paths import RECIPES
 from inheritune.errors import UserError
-from inheritune.evaluation import export
-from inheritune.files import escape
-from inheritune.files.rundir import RunDir, write_json, write_text
-from inheritune.paper import figures, tables
+from inheritune.evaluation import card
+from inheritune.files import escape, rundir
+from inheritune.files.json_files import write_json
+from inheritune.files.rundir import RunDir
+from inheritune.files.writing import write_text
+from inheritune.paper import (
+    experiment_table,
+    figures,
+    prerequisites,
+    published,
+    table_cells,
+    table_files,
+    tables,
+)
 from inheritune.paper import items as paper
-from inheritune.paper.items import item_names, load_experiments, load_item, missing, published, read_csv
+from inheritune.paper.items import list_items, load_experiments, load_item
+from inheritune.paper.prerequisites import list_missing
+from inheritune.paper.published import find_published, read_csv
 
-TABLES = [name for name in item_names() if load_item(name).columns]
-FIGURES = [name for name in item_names() if load_item(name).panels]
+TABLES = [name for name in list_items() if load_item(name).columns]
+FIGURES = [name for name in list_items() if load_item(name).panels]
 SCRIPTS = sorted(path for kind in ("table", "fig") for path in RECIPES.glob(f"{kind}*.sh"))
 
 
@@ -70,21 +83,21 @@ def score(value: float, stderr: float | None, metric="acc", **more) -> dict:
 
 def rows_of(name: str) -> dict[tuple[str, str], dict]:
     """{(row, column): record} of the CSV file that `table` wrote."""
-    with open(tables.paper_folder(False, 0) / f"{name}.csv", newline="") as file:
+    with open(table_files.locate_results(False, 0) / f"{name}.csv", newline="") as file:
         return {(row["row"], row["column"]): row for row in csv.DictReader(file)}
 
 
 # --- the data -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", item_names())
+@pytest.mark.parametrize("name", list_items())
 def test_every_item_names_what_exists(name):
     item = load_item(name)
     load_experiments(item)  # each experiment and run
     assert bool(item.columns) != bool(item.panels) and (item.rows or item.panels)
     for row in item.rows:
         for column in item.columns.values():
-            published(item, row, column)  # one row of the CSV file, or none asked for
+            find_published(item, row, column)  # one row of the CSV file, or none asked for
     for row in item.models():
         spec = (
             load_experiment(row.run.rpartition("/")[0]).runs[row.run.rpartition("/")[2]] if row.run else None
@@ -92,7 +105,7 @@ def test_every_item_names_what_exists(name):
         assert not row.stage or row.stage <= len(spec.grow.depths(spec.init.inherit.layers, 99))
         assert not row.kept or row.kept <= len(spec.keep_at)
         if row.file and row in [r for panel in item.panels for r in panel.rows]:
-            assert len(paper.rows_like(row.file, row.match)) > 5 and row.value in read_csv(row.file)[0]
+            assert len(published.find_rows(row.file, row.match)) > 5 and row.value in read_csv(row.file)[0]
 
 
 # columns with the paper's numbers, and how many of them the items must show
@@ -130,7 +143,7 @@ def test_every_number_of_the_csv_is_in_its_table(name):
     file, columns = NUMBERS[name]
     item = load_item(name)
     shown = Counter(
-        f["value"] for r in item.rows for c in item.columns.values() if (f := published(item, r, c))
+        f["value"] for r in item.rows for c in item.columns.values() if (f := find_published(item, r, c))
     )
     expected = Counter(row[column] for row in read_csv(file) for column in columns if row[column])
     assert expected and not expected - shown, expected - shown
@@ -138,7 +151,7 @@ def test_every_number_of_the_csv_is_in_its_table(name):
 
 def test_every_number_on_fresh_and_repeated_tokens_is_in_its_table():
     item = load_item("mmlu_tokens")
-    shown = Counter(published(item, row, item.columns["mmlu"])["value"] for row in item.rows)
+    shown = Counter(find_published(item, row, item.columns["mmlu"])["value"] for row in item.rows)
     files = (
         "fig_v1_mmlu_vs_fresh_tokens.csv",
         "table_v1_mmlu_repeat_vs_fresh.csv",
@@ -156,8 +169,8 @@ def test_logs_give_the_noise_that_the_csv_tells(name):
     digits."""
     item, checked = load_item(name), 0
     for row in (row for row in item.rows if row.match):
-        (told,) = paper.rows_like(item.file, row.match)
-        log = paper.last_ten(paper.row_curve(row))
+        (told,) = published.find_rows(item.file, row.match)
+        log = published.summarize_last_ten(published.load_curve(row))
         assert f"{log[0]:.4f}" == told["log_final_val_loss"]
         if "log_mean_last10" in told:
             assert (
@@ -173,7 +186,7 @@ def test_the_number_of_questions_gives_the_papers_standard_errors():
     item, checked = load_item("table7"), 0
     for row in item.rows:
         for column in (c for c in item.columns.values() if c.n and c.metric.endswith(("acc", "acc_norm"))):
-            facts = published(item, row, column)
+            facts = find_published(item, row, column)
             if facts:
                 share = float(facts["value"]) / 100
                 assert 100 * np.sqrt(share * (1 - share) / column.n) == pytest.approx(
@@ -187,13 +200,13 @@ def test_the_number_of_questions_gives_the_papers_standard_errors():
 
 
 def test_verdicts():
-    assert tables.judge(0.009, [0.0], 0.01, higher_is_better=False) == "matches"
+    assert table_cells.judge_difference(0.009, [0.0], 0.01, higher_is_better=False) == "matches"
     assert (
-        tables.judge(0.05, [0.02, 0.02], 0.01, higher_is_better=False) == "within noise"
+        table_cells.judge_difference(0.05, [0.02, 0.02], 0.01, higher_is_better=False) == "within noise"
     )  # 2 sqrt(2) 0.02 = 0.057
-    assert tables.judge(0.06, [0.02, 0.02], 0.01, higher_is_better=False) == "worse"
-    assert tables.judge(-0.06, [0.02, None], 0.01, higher_is_better=False) == "better"
-    assert tables.judge(3.0, [1.0, 1.0], 0.01, higher_is_better=True) == "better"
+    assert table_cells.judge_difference(0.06, [0.02, 0.02], 0.01, higher_is_better=False) == "worse"
+    assert table_cells.judge_difference(-0.06, [0.02, None], 0.01, higher_is_better=False) == "better"
+    assert table_cells.judge_difference(3.0, [1.0, 1.0], 0.01, higher_is_better=True) == "better"
 
 
 def test_table_of_losses_with_a_part_of_the_runs(capsys):
@@ -228,7 +241,7 @@ def test_table_of_losses_with_a_part_of_the_runs(capsys):
         "4096",
     )
     assert record["state"] == "matches" and record["provenance"].startswith("read from")
-    stem = tables.paper_folder(False, 0) / "table5"
+    stem = table_files.locate_results(False, 0) / "table5"
     assert (
         stem.with_suffix(".md").read_text() in page
         and r"\begin{tabular}" in stem.with_suffix(".tex").read_text()
@@ -336,7 +349,7 @@ def test_highlights_models_of_others_and_those_that_are_not_run(capsys):
         and "**25.19**" not in eight
     )
     assert "71.44±1.05 / as published" in cells["MPT-1.3B (200B)"] and "never run" in said
-    assert "**" not in (tables.paper_folder(False, 0) / "openllama_commonsense.tex").read_text()
+    assert "**" not in (table_files.locate_results(False, 0) / "openllama_commonsense.tex").read_text()
 
 
 def test_model_sizes_are_computed_here(capsys):
@@ -421,7 +434,7 @@ def test_words_are_shown_as_they_are_in_markdown(nasty):
     rows = [line for line in page.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + len(WORDS)
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {
-        len(tables.COLUMNS) + 1
+        len(experiment_table.RESULT_COLUMNS) + 1
     }  # no new cell, no lost row
     labels = [re.split(r"(?<!\\)\|", row)[1].strip() for row in rows[2:]]
     shown = {
@@ -456,7 +469,9 @@ def test_words_are_shown_as_they_are_in_latex(nasty, tmp_path):
         and r"\$x\_1" in table
     )
     assert not re.search(r"(?<!\\)[$#%]|\\input|\\frac", table)
-    tables.write_table(tmp_path / "x", "t\n\\input{x}", ["m"], [["a"]], ["note\n\\input{y}"], [{"m": "a"}])
+    table_files.write_table(
+        tmp_path / "x", "t\n\\input{x}", ["m"], [["a"]], ["note\n\\input{y}"], [{"m": "a"}]
+    )
     lines = (tmp_path / "x.tex").read_text().splitlines()  # a comment ends with its line
     assert [line[0] for line in lines if "input" in line] == ["%", "%"]
 
@@ -469,7 +484,7 @@ def test_words_are_no_formula_in_csv_and_numbers_stay_numbers(nasty):
     assert labels[6] == "two lines three" and labels[8] == "'=x" and len(rows) == len(WORDS)
     gap = [row["difference to the reference (95% interval)"] for row in rows]
     assert gap[1].startswith("-1.0000 (+2.9000 to ") and gap[0].startswith("+0.0000 (+1.9000")
-    assert [escape.csv_cell(number) for number in (-1.5, "-1.5", "+3e-4", "-1,234.5", "+12.5%", None)] == [
+    assert [escape.escape_csv(number) for number in (-1.5, "-1.5", "+3e-4", "-1,234.5", "+12.5%", None)] == [
         -1.5,
         "-1.5",
         "+3e-4",
@@ -502,7 +517,7 @@ def test_words_are_shown_as_they_are_in_plots(tmp_path):
 def test_words_are_shown_as_they_are_in_the_verdict_and_the_model_card(tmp_path):
     experiment = load_experiment(write_experiment(tmp_path, experiment_dict(), "a|b <i>"))
     described = {"experiment": experiment.name, "run_name": "x", "stage": None, "seed": 0}
-    assert export._title(described) == r"run 'x' of experiment a\|b &lt;i&gt; (seed 0)"
+    assert card.format_run_title(described) == r"run 'x' of experiment a\|b &lt;i&gt; (seed 0)"
 
 
 # --- refusals -----------------------------------------------------------------------------------------------
@@ -540,7 +555,7 @@ def test_a_rehearsal_is_no_result(capsys):
         and "6.0000" in said
         and "2.8000" not in said
     )
-    assert (tables.paper_folder(True, 0) / "table5.md").is_file() and not tables.paper_folder(
+    assert (table_files.locate_results(True, 0) / "table5.md").is_file() and not table_files.locate_results(
         False, 0
     ).exists()
 
@@ -561,7 +576,8 @@ def test_unknown_items_and_the_wrong_verb():
 def plan(name: str, *there: tuple, rehearse=False) -> list[str]:
     item = load_item(name)
     return [
-        s.line() for s in missing(item, load_experiments(item, rehearse), lambda *what: what[:3] in there)
+        s.line()
+        for s in list_missing(item, load_experiments(item, rehearse), lambda *what: what[:3] in there)
     ]
 
 
@@ -627,8 +643,13 @@ def test_growth_that_ended_early_leaves_no_stage_to_wait_for():
         write_attention(folder)
     experiments = load_experiments(load_item("fig08"))
     write_json(RunDir.of(experiments["gpt2_medium_owt"], "inheritune").done, {"stage": 1})
-    write_json(RunDir(paper.data_dir(experiments["gpt2_medium_owt"])).path / "manifest.json", {})
-    assert missing(load_item("fig08"), experiments, paper.on_disk(load_item("fig08"), experiments, 0)) == []
+    write_json(RunDir(rundir.get_data_dir(experiments["gpt2_medium_owt"])).path / "manifest.json", {})
+    assert (
+        list_missing(
+            load_item("fig08"), experiments, prerequisites.make_disk_check(load_item("fig08"), experiments, 0)
+        )
+        == []
+    )
 
 
 # --- figures ------------------------------------------------------------------------------------------------
@@ -691,7 +712,8 @@ def test_curve_check_of_a_run_in_progress(capsys):
         assert figures.figure("fig05")
         said = capsys.readouterr().out
         assert (
-            f"step 10,000: ours {loss:.4f}, the paper 3.2850, {loss - 3.285:+.4f} (±0.0202): {where}" in said
+            f"step 10,000: this repository {loss:.4f}, the paper 3.2850, {loss - 3.285:+.4f} (±0.0202): "
+            f"{where}" in said
         )
 
 
@@ -714,11 +736,11 @@ def test_training_losses_are_means_between_evaluations():
         {"step": 3, "loss": 5.0},
         {"step": 3, "val_loss": 9.0},
     ]
-    assert [(row["step"], row["val_loss"]) for row in figures.curve_rows(rows, "train_loss")] == [
+    assert [(row["step"], row["val_loss"]) for row in figures.select_evaluations(rows, "train_loss")] == [
         (2, 1.5),
         (3, 5.0),
     ]
-    assert [row["val_loss"] for row in figures.curve_rows(rows, "val_loss")] == [9.0, 9.0]
+    assert [row["val_loss"] for row in figures.select_evaluations(rows, "val_loss")] == [9.0, 9.0]
 
 
 # --- scripts ------------------------------------------------------------------------------------------------
@@ -730,18 +752,22 @@ def test_scripts_are_sound_and_cover_every_item():
         text = script.read_text()
         named += text.splitlines()[-1].partition('paper_item.sh" ')[2].split()
         assert f"recipes/{script.name}" in text, script
-    assert sorted(named) == sorted(item_names())
+    assert sorted(named) == sorted(list_items())
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", "--exclude=SC1091", *SCRIPTS, RECIPES / "paper_item.sh"], check=True)
 
 
 def test_the_papers_numbers_are_listed_with_their_source():
-    listed = re.findall(r"\]\((\w+\.(?:csv|yaml))\)", (paper.PAPER / "README.md").read_text(encoding="utf-8"))
-    assert set(listed) == {path.name for path in paper.PAPER.iterdir() if path.suffix in (".csv", ".yaml")}
+    listed = re.findall(
+        r"\]\((\w+\.(?:csv|yaml))\)", (paper.PAPER_FOLDER / "README.md").read_text(encoding="utf-8")
+    )
+    assert set(listed) == {
+        path.name for path in paper.PAPER_FOLDER.iterdir() if path.suffix in (".csv", ".yaml")
+    }
 
 
 def test_the_index_names_every_script_and_is_current():
     text = (RECIPES / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"\]\(((?:table|fig)\w+\.sh)\)", text)) == {script.name for script in SCRIPTS}
     assert text == paper_index.document(), "recipes/README.md is stale: python tools/paper_index.py"
-    assert all(load_item(name).reports for name in item_names())
+    assert all(load_item(name).reports for name in list_items())

@@ -10,10 +10,14 @@ from pathlib import Path
 import pytest
 from tiny_tokenizers import TEMPLATE, save_by_newest, write_chat_tokenizer
 
-from inheritune.config.experiment import REPOSITORY, Data
-from inheritune.data.tokens import LETTERS, PROBE, bpe_size, check_vocabulary, load_tokenizer, train_bpe
+from inheritune.config.paths import REPOSITORY
+from inheritune.config.sections import Data
+from inheritune.data.bpe_training import parse_bpe_size, train_bpe
+from inheritune.data.gpt2_tokenizer import LETTERS
+from inheritune.data.tokenizer import PROBE, check_vocabulary
+from inheritune.data.tokenizer_loading import load_tokenizer
 from inheritune.errors import UserError
-from inheritune.files.rundir import read_json, write_json
+from inheritune.files.json_files import read_json, write_json
 
 TEXTS = [PROBE, "", " ", "hello  world", "<|endoftext|> in a text </s><s>", "x" * 3000 + "\n" * 50]
 TEXTS.append((REPOSITORY / "inheritune" / "config" / "experiment.py").read_text())
@@ -87,8 +91,8 @@ def test_trained_bpe_is_the_same_each_time_and_reopens_anywhere(tmp_path):
     texts = [path.read_text() for path in sorted((REPOSITORY / "inheritune").rglob("*.py"))]
     train_bpe("bpe:512", iter(texts), tmp_path / "one")
     code = (
-        "import sys; from pathlib import Path; from inheritune.data.tokens import train_bpe; "
-        "train_bpe('bpe:512', [p.read_text() for p in sorted(Path(sys.argv[1]).glob('*.py'))], "
+        "import sys; from pathlib import Path; from inheritune.data.bpe_training import train_bpe; "
+        "train_bpe('bpe:512', [p.read_text() for p in sorted(Path(sys.argv[1]).rglob('*.py'))], "
         "Path(sys.argv[2]))"
     )
     command = [sys.executable, "-c", code, REPOSITORY / "inheritune", tmp_path / "two"]
@@ -107,7 +111,7 @@ def test_trained_bpe_is_the_same_each_time_and_reopens_anywhere(tmp_path):
     assert saved(TEXTS[:4])["input_ids"] == ids[:4] and saved.decode(ids[0]) == PROBE
     ours.save(tmp_path / "again")
     assert load_tokenizer(data("bpe:512"), tmp_path / "again").fingerprint == ours.fingerprint
-    train_bpe("bpe:512", iter(texts[:3]), tmp_path / "other")
+    train_bpe("bpe:512", iter(texts[::2]), tmp_path / "other")
     assert load_tokenizer(data("bpe:512"), tmp_path / "other").fingerprint != ours.fingerprint
 
 
@@ -142,7 +146,7 @@ def test_sentencepiece_ids_are_its_own_and_a_saved_folder_has_the_same(
 def test_sentencepiece_conversion_with_other_ids_is_not_kept(
     sentencepiece_models, tmp_path, monkeypatch, caplog
 ):
-    from inheritune.data.tokens import SentencePieceTokenizer
+    from inheritune.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
     path = sentencepiece_models["llama"]
     monkeypatch.setattr(
@@ -258,8 +262,9 @@ def test_sentencepiece_model_of_the_hub_comes_from_its_cache(sentencepiece_model
     snapshot.mkdir(parents=True)
     (snapshot / "tokenizer.model").write_bytes(sentencepiece_models["llama"].read_bytes())
     code = (
-        "import sys; from inheritune.config.experiment import Data\n"
-        "from inheritune.errors import UserError; from inheritune.data.tokens import load_tokenizer\n"
+        "import sys; from inheritune.config.sections import Data\n"
+        "from inheritune.errors import UserError; from inheritune.data.tokenizer_loading import "
+        "load_tokenizer\n"
         "try: print(load_tokenizer(Data.model_validate_json(sys.argv[1])).fingerprint)\n"
         "except UserError as error: print(error)"
     )
@@ -279,7 +284,7 @@ def test_sentencepiece_model_of_the_hub_comes_from_its_cache(sentencepiece_model
 def test_refusals(tmp_path):
     for name in ("bpe:", "bpe:2k", "bpe:256"):
         with pytest.raises(UserError, match="write bpe:N with N above 257"):
-            bpe_size(name)
+            parse_bpe_size(name)
     with pytest.raises(UserError, match="is trained by 'prepare'"):
         load_tokenizer(data("bpe:512"))
     with pytest.raises(UserError, match="yields only"):

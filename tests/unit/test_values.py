@@ -1,5 +1,5 @@
-"""Numbers that you write (values.py): whatever is no number of its kind is refused before the first step, in
-an experiment, on the command line and in the environment alike; and what would be no JSON is not met after
+"""Numbers that you write (values.py): whatever is not a number of its kind is refused before the first step,
+in an experiment, on the command line and in the environment alike; and what would be no JSON is not met after
 the work."""
 
 import ast
@@ -14,13 +14,16 @@ import yaml
 from conftest import REPOSITORY, experiment_dict, refused, run_verb, write_experiment, write_tokens
 from tiny_models import random_model
 
-from inheritune.cli import Verbs, bind, main
+from inheritune.cli import main
+from inheritune.cli.arguments import bind_arguments
+from inheritune.cli.verbs import Verbs
 from inheritune.config import environment, values
-from inheritune.config.experiment import Experiment, Strict, load_experiment
+from inheritune.config.experiment import Experiment, load_experiment
+from inheritune.config.fields import Strict
 from inheritune.config.values import ARGUMENTS, Kind
 from inheritune.errors import UserError
-from inheritune.files.rundir import RunDir, data_dir
-from inheritune.models.architectures import hf_config
+from inheritune.files.rundir import RunDir, get_data_dir
+from inheritune.models.networks import build_config
 from inheritune.paper.items import Item  # noqa: F401 - a class of Strict
 
 # --- the experiment -----------------------------------------------------------------------------------------
@@ -84,7 +87,7 @@ def test_every_number_of_an_experiment_has_a_kind_and_is_tried_here():
     for model in below(Strict):
         for key, kinds in fields_of(model).items():
             assert all(isinstance(kind, Kind) for kind in kinds), (model, key)
-            assert key in tried or model.__module__ != "inheritune.config.experiment", (model, key)
+            assert key in tried or not model.__module__.startswith("inheritune.config."), (model, key)
 
 
 def kind_at(path: tuple) -> Kind:
@@ -149,7 +152,7 @@ def test_a_step_to_keep_that_never_comes_is_refused_with_the_run_and_its_steps(t
     reference = small.runs["reference"]
     assert max(reference.keep_at) <= small.train_of(reference).steps
     raw["runs"]["theirs"] = {"init": {"external": {"source": "gpt2"}}, "keep_at": [1]}
-    with pytest.raises(UserError, match="runs.theirs.keep_at: a model of others is not trained"):
+    with pytest.raises(UserError, match="runs.theirs.keep_at: a third-party model is not trained"):
         load_experiment(write_experiment(tmp_path, raw))
 
 
@@ -186,7 +189,7 @@ def bound(verb: str, name: str, text: str):
     """The value that the verb would get."""
     parameters = inspect.signature(VERBS[verb]).parameters.items()
     needed = [f"--{key}=x" for key, p in parameters if p.default is p.empty and key not in ("self", name)]
-    return bind(verb, VERBS[verb], [*needed, f"--{name.replace('_', '-')}={text}"])[name]
+    return bind_arguments(verb, VERBS[verb], [*needed, f"--{name.replace('_', '-')}={text}"])[name]
 
 
 @pytest.mark.parametrize(("verb", "name"), TYPED)
@@ -293,21 +296,23 @@ def test_what_is_no_number_of_its_kind_is_refused_in_the_environment(name, monke
         said = capsys.readouterr().err
         assert f"inheritune: {name}={text}" in said and "unset it" in said and said.count("\n") == 1
     monkeypatch.setenv(name, "1")
-    assert environment.number(name) == 1
+    assert environment.read_number(name) == 1
     for unset in ("", None):
         monkeypatch.setenv(name, "") if unset == "" else monkeypatch.delenv(name)
-        assert environment.number(name) == variable.default
+        assert environment.read_number(name) == variable.default
 
 
 def test_the_environments_numbers_reach_who_reads_them(tmp_path, monkeypatch):
     from inheritune.files.lock import Lock
-    from inheritune.runtime.dist import patience_s
+    from inheritune.runtime.rendezvous import get_collective_timeout_s
 
     monkeypatch.setenv("INHERITUNE_LOCK_WAIT", "2.5")
     monkeypatch.setenv("DEEPSPEED_TIMEOUT", "7")
     monkeypatch.setenv("REHEARSE", "1")
     assert (
-        Lock(tmp_path / "x").wait == 2.5 and patience_s() == 420 and load_experiment("quickstart").rehearsal
+        Lock(tmp_path / "x").wait == 2.5
+        and get_collective_timeout_s() == 420
+        and load_experiment("quickstart").rehearsal
     )
     monkeypatch.setenv("REHEARSE", "0")
     assert not load_experiment("quickstart").rehearsal
@@ -375,17 +380,19 @@ def test_what_would_break_the_result_is_refused_before_the_first_step(section, s
 
 def test_a_validation_text_of_one_window_is_refused_before_the_first_step(tmp_path, own_root):
     path = write_experiment(tmp_path, experiment_dict())
-    write_tokens(data_dir(load_experiment(path)), val_tokens=40)
+    write_tokens(get_data_dir(load_experiment(path)), val_tokens=40)
     said = refused("train", path, "--run", "reference")
     assert "has 40 tokens, one window of 32 + 1; an interval needs two: hold out more" in said
     assert not (own_root / "runs").exists()
 
 
 def test_damaged_weights_have_no_validation_loss(tmp_path, small):
-    model = random_model(hf_config(load_experiment(small).model, 2))
+    model = random_model(build_config(load_experiment(small).model, 2))
     model.transformer.ln_f.weight.data[:] = 3e38  # finite, but no logit is
     model.save_pretrained(tmp_path / "model")
-    shutil.copytree(data_dir(load_experiment(small)) / "tokenizer", tmp_path / "model", dirs_exist_ok=True)
+    shutil.copytree(
+        get_data_dir(load_experiment(small)) / "tokenizer", tmp_path / "model", dirs_exist_ok=True
+    )
     said = refused(
         "evaluate", small, "--model", tmp_path / "model", "--tasks", "none", "--out", tmp_path / "r.json"
     )
@@ -393,16 +400,21 @@ def test_damaged_weights_have_no_validation_loss(tmp_path, small):
 
 
 def test_a_score_that_is_not_finite_is_refused_by_its_name():
-    from inheritune.config.experiment import Task
-    from inheritune.evaluation.downstream import check_finite, finite
+    from inheritune.config.sections import Task
+    from inheritune.evaluation.downstream import check_scores, parse_stderr
 
     task = Task(task="lambada", metrics=["perplexity", "acc"])
     row = {"perplexity": {"score": float("inf"), "stderr": None}, "acc": {"score": 0.0, "stderr": None}}
     with pytest.raises(UserError, match="perplexity of task words is inf"):
-        check_finite("words", row, task)
+        check_scores("words", row, task)
     row["perplexity"]["score"] = 12.0
-    check_finite("words", row, task)
-    assert [finite(value) for value in ("N/A", 0.5, float("nan"), float("inf"))] == [None, 0.5, None, None]
+    check_scores("words", row, task)
+    assert [parse_stderr(value) for value in ("N/A", 0.5, float("nan"), float("inf"))] == [
+        None,
+        0.5,
+        None,
+        None,
+    ]
 
 
 def test_a_run_of_the_least_windows_trains_to_its_end(small, own_root):

@@ -1,0 +1,148 @@
+"""The verb `analyze`: which model and text it means, where its rows go, and what it must not overwrite.
+
+python -m inheritune analyze --model runs/quickstart/seed0/reference/final --data quickstart
+"""
+
+from pathlib import Path
+
+from inheritune.analysis.attention import measure_model
+from inheritune.analysis.layers import describe_rows
+from inheritune.config import names
+from inheritune.config.experiment import Experiment, load_experiment
+from inheritune.config.paths import RECIPES
+from inheritune.config.reading import read_yaml
+from inheritune.data.batches import Tokens
+from inheritune.errors import UserError
+from inheritune.files.json_files import is_sealed, write_jsonl
+from inheritune.files.outputs import check_writable, resolve_output
+from inheritune.files.rundir import RunDir, get_results_dir, parse_weights_name, require_weights
+from inheritune.files.storage import find_root
+from inheritune.models.networks import build_config
+from inheritune.models.surgery import write_random
+
+
+def find_run(model: str, experiment: Experiment, seed: int = 0) -> tuple[str, str | None, Path] | None:
+    """Return (checkpoint, its revision, folder for the rows) of a run of `experiment`: RUN, RUN/stage2,
+    RUN@10000; or of a run of another one, measured on the data of `experiment`: EXPERIMENT/RUN. Returns None
+    if `model` is not such a name.
+
+    In a rehearsal, a random model of the same size stands in for a third-party one. Raises UserError if the
+    run is not finished."""
+    name, *_ = parse_weights_name(model)
+    owner, _, run = name.rpartition("/")
+    if Path(model).exists() or (owner and not (RECIPES / f"{owner}.yaml").is_file()):
+        return None
+    owned = load_experiment(owner, experiment.rehearsal) if owner else experiment
+    if run not in owned.runs:
+        return None
+    folder, external = RunDir.of(owned, run, seed), owned.runs[run].init.external
+    weights: str | Path
+    revision = None
+    if external and owned.rehearsal:
+        weights = folder.seed_checkpoint(owned.model.layers)
+        write_random(build_config(owned.model, owned.model.layers), weights, seed)
+    elif external:
+        weights, revision = external.source, external.revision
+    else:
+        finished = require_weights(owned, model.removeprefix(f"{owner}/"), seed)
+        weights, folder = finished, get_results_dir(finished)
+    return str(weights), revision, folder.path / f"on_{experiment.name}" if owner else folder.path
+
+
+def check_replaced(folder: RunDir, model: str, revision: str | None) -> None:
+    """Raise UserError if `folder` holds files that would be overwritten, unless they are those of an earlier
+    analysis of the same model: an attention.jsonl as analyze left it, and its plots."""
+    kept = "and is left as it is; give another --out"
+    if not folder.attention.exists():
+        for name in names.PLOTS:
+            if (folder.path / name).exists():
+                raise UserError(
+                    f"{folder.path / name} lies without an attention.jsonl, so it was not drawn by analyze, "
+                    f"{kept}"
+                )
+        return
+    try:
+        header, sealed = next(iter(folder.read_attention()), {}), is_sealed(folder.attention)
+    except UserError:  # damaged, or of another program
+        header, sealed = {}, False
+    if not sealed or header.get("kind") != "header" or not isinstance(header.get("model"), str):
+        raise UserError(f"{folder.attention} is not as analyze leaves it, {kept}")
+    same = header["model"] == str(model) or Path(header["model"]).resolve() == Path(model).resolve()
+    if not same or header.get("revision") != revision:
+        both = ((header["model"], header.get("revision")), (model, revision))
+        of, asked = (f"{name}@{at}" if at else name for name, at in both)
+        raise UserError(f"{folder.attention} was measured on {of}, not on {asked}, {kept}")
+
+
+def run_analyze(
+    model: str,
+    data: str,
+    out: str | None = None,
+    sequences: int = 100,
+    length: int = 100,
+    seed: int = 0,
+    maps: list[tuple[int, int]] | None = None,
+    revision: str | None = None,
+) -> Path:
+    """Measure a model, write attention.jsonl and print the table. Returns the folder of attention.jsonl, for
+    figures.plot_attention.
+
+    `model` is an HF checkpoint, a Hub id, the folder of a finished run (of a grown one, its chosen stage), or
+    the name of a run of that seed (`find_run`). `data` is an experiment or a folder of prepared data. `out`
+    is by default the run folder that holds the weights, else runs/analysis/<model>. In a rehearsal, whose
+    models have few positions, `length` is cut to its sequences.
+
+    Raises UserError, before it measures, if `out` holds files that would be overwritten and were not written
+    by analyze (`check_replaced`)."""
+    given = Path(resolve_output(out)) if out else None
+    if given:
+        check_writable(given)
+    experiment, tokens = _open_data(data)
+    folder = given
+    if experiment and (named := find_run(model, experiment, seed)):
+        model, revision, folder = named[0], revision or named[1], folder or named[2]
+    if RunDir(model).is_done():
+        model = str(RunDir(model).weights())
+    run = RunDir(Path(model).resolve().parent)
+    is_final = Path(model).resolve() == run.final and run.final.is_dir()
+    rehearsed_lengths = _find_rehearsed_lengths(experiment, run if is_final else None)
+    length = min([length, *rehearsed_lengths])
+    is_beside_weights = is_final and folder is None
+    if is_beside_weights:
+        folder = run.path
+    elif folder is None:
+        folder = _name_folder(model, bool(rehearsed_lengths))
+    if given:
+        check_replaced(RunDir(given), model, revision)
+    rows = measure_model(model, tokens, sequences, length, seed, maps, revision=revision, progress=True)
+    rows[0]["rehearsal"] = bool(rehearsed_lengths)
+    if is_beside_weights and run.is_done():
+        rows[0]["weights"] = run.weights_hash()
+    write_jsonl(RunDir(folder).attention, rows)
+    print(describe_rows(rows))
+    return folder
+
+
+def _open_data(data: str) -> tuple[Experiment | None, Tokens]:
+    """Open the validation text of an experiment, or of a folder of prepared data, which has no experiment."""
+    if (Path(data) / "manifest.json").is_file():
+        return None, Tokens(data, "val")
+    experiment = load_experiment(data)
+    return experiment, Tokens.of(experiment, "val")
+
+
+def _find_rehearsed_lengths(experiment: Experiment | None, run: RunDir | None) -> list[int]:
+    """Return the sequence lengths of those, of the experiment and the run, that are rehearsals."""
+    described = [experiment.model_dump(mode="json")] if experiment else []
+    if run and run.experiment.is_file():
+        described.append(read_yaml(run.experiment))
+    return [one["data"]["sequence_length"] for one in described if one["rehearsal"]]
+
+
+def _name_folder(model: str, is_rehearsal: bool) -> Path:
+    """Return the folder for the rows of a model that is not the result of a run: runs/analysis/<name>."""
+    # a local folder is named by its last two parts, since at_00010000 alone would not say whose it is; a Hub
+    # id by both of its own
+    path = Path(model).resolve() if Path(model).exists() else Path(model)
+    name = "--".join(path.parts[-2:])
+    return find_root() / "runs" / (names.REHEARSAL if is_rehearsal else "") / names.ANALYSIS / name

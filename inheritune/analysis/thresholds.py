@@ -1,0 +1,12 @@
+"""The numbers that define the measures: shares tau and eta, and what counts as lazy. No imports, so that
+figures can be drawn without torch."""
+
+TAUS = (0.80, 0.85, 0.90, 0.95)
+"""Shares of the squared singular values; the paper uses 0.90 and ablates the others (its Figure 10)."""
+ETAS = (0.90,)
+"""Share of the squared Frobenius norm for the column mass."""
+MAIN = "0.9"
+"""Key of the tau that decides whether a layer is lazy, and of the eta that is shown beside it."""
+NEAR_ONE = 1.5
+"""A mean rank below this is 'near 1': what looks like 1 in the paper's plots. Such heads and layers are only
+counted; nothing depends on them."""

@@ -1,0 +1,118 @@
+"""What a grown run needs next (paper, Algorithm 1): pure functions of what is finished on disk.
+
+Nothing here starts a process or imports torch, so the growth logic is tested in milliseconds.
+"""
+
+from dataclasses import dataclass
+
+from inheritune.config.experiment import Experiment
+from inheritune.config.run import Grow, Run
+from inheritune.errors import UserError
+from inheritune.files.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a finished stage left: its depth and the paired difference to the reference, in nats."""
+
+    layers: int
+    difference: dict
+    paper_rule: bool
+    train_flops: float
+    weights: str | None = None
+    """Hash that identifies its weights."""
+
+
+@dataclass(frozen=True)
+class Action:
+    """What comes next: `prepare`, `train` (a run, or a stage of the grown run) or `finish`."""
+
+    verb: str
+    run: str = ""
+    stage: int | None = None
+    verdict: dict | None = None
+
+    def title(self) -> str:
+        return f"{self.verb} {self.run}".strip() + (f" stage {self.stage}" if self.stage else "")
+
+
+def has_parity(difference: dict, margin: float) -> bool:
+    """Return whether a stage meets the stop rule: the upper end of the 95% interval of (ours - reference) is
+    at or below `margin` nats."""
+    return difference["high"] <= margin
+
+
+def plan_next_action(
+    depths: list[int],
+    grow: Grow,
+    reference_done: bool,
+    data_ready: bool,
+    reference: str,
+    run: str,
+    stages: list[StageResult],
+) -> Action:
+    """Return what to do next, given what is finished (pure).
+
+    The stop rule is applied to each stage once, after its full schedule."""
+    if not data_ready:
+        return Action("prepare")
+    if not reference_done:
+        return Action("train", run=reference)
+    reached = bool(stages) and has_parity(stages[-1].difference, grow.margin)
+    if reached:
+        return Action("finish", run=run, stage=len(stages), verdict=_make_verdict(stages, len(stages), grow))
+    if stages and len(stages) == len(depths):
+        # without parity the chosen stage is the best one, which need not be the deepest
+        best = min(range(len(stages)), key=lambda i: stages[i].difference["mean"]) + 1
+        return Action("finish", run=run, stage=best, verdict=_make_verdict(stages, best, grow))
+    return Action("train", run=run, stage=len(stages) + 1)
+
+
+def _make_verdict(stages: list[StageResult], best: int, grow: Grow) -> dict:
+    """Return the content of the grown run's DONE: stage number `best` was chosen."""
+    by_paper = next((i + 1 for i, stage in enumerate(stages) if stage.paper_rule), None)
+    return {
+        "stage": best,
+        "layers": stages[best - 1].layers,
+        "weights": stages[best - 1].weights,
+        "parity": has_parity(stages[-1].difference, grow.margin),
+        "margin": grow.margin,
+        "max_layers": grow.max_layers,
+        "difference": stages[best - 1].difference,
+        "paper_rule_stage": by_paper,
+        "train_flops_of_all_stages": sum(stage.train_flops for stage in stages),
+        "note": "the interval covers the choice of validation windows, not of seeds: one seed can stop by "
+        "luck",
+    }
+
+
+def read_stages(folder: RunDir, n_stages: int) -> list[StageResult]:
+    """Return the results of the finished stages, in order, up to the first unfinished one."""
+    found = []
+    for number in range(1, n_stages + 1):
+        stage = folder.stage(number)
+        if not stage.is_done():
+            break
+        results = stage.read_results()
+        if "difference" not in results:
+            raise UserError(
+                f"{stage.results} holds no difference to the reference; run evaluate, or train the stage "
+                f"again"
+            )
+        found.append(
+            StageResult(
+                layers=results["layers"],
+                difference=results["difference"],
+                paper_rule=results["paper_rule"],
+                train_flops=results["train_flops"],
+                weights=results.get("weights"),
+            )
+        )
+    return found
+
+
+def find_unfinished_source(experiment: Experiment, spec: Run, seed: int) -> str | None:
+    """Return the name of an unfinished run of this experiment that `spec` starts from or learns from, or
+    None."""
+    needed = (source for source, _ in spec.sources() if source in experiment.runs)
+    return next((source for source in needed if not RunDir.of(experiment, source, seed).is_done()), None)

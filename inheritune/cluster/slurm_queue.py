@@ -1,0 +1,94 @@
+"""The user's Slurm jobs: which are in the queue, and which job worked last on each run."""
+
+import os
+import re
+import subprocess
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from inheritune.config import names
+from inheritune.files.storage import find_root
+
+SQUEUE = ["squeue", "-h", "-r", "--me", "-o", "%i|%A|%T|%N|%r"]
+"""Array tasks one by one: job (123_4), its own number, state, nodes, reason for waiting."""
+JOB_NAME = re.compile(r"[0-9]+(_[0-9]+)?")
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """The last Slurm job that worked on a run. `state` is squeue's; it is empty if the job has left the
+    queue."""
+
+    name: str
+    failure: str = ""
+    state: str = ""
+    where: str = ""
+
+    def describe(self) -> str:
+        """Return the job's name with its place in the queue, as a cell."""
+        if self.state == "RUNNING":
+            return f"{self.name} on {self.where}"
+        return f"{self.name} {self.state} {self.where}".rstrip()
+
+
+def read_queue() -> dict[str, QueuedJob] | None:
+    """Return {number or name: job} of the user's jobs in the queue; None where there is no Slurm or it does
+    not answer."""
+    try:
+        done = subprocess.run(SQUEUE, capture_output=True, text=True, errors="replace", timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = {}
+    for line in done.stdout.splitlines():
+        name, number, state, nodes, reason = line.split("|", 4)
+        found[name] = found[number] = QueuedJob(name, "", state, nodes or f"({reason})")
+    return found
+
+
+def read_jobs(queue: dict[str, QueuedJob] | None) -> dict[Path, QueuedJob]:
+    """Return {run folder: the last job that worked on it}, from runs/jobs/ (job_reports.report_run,
+    slurm/job.sh).
+
+    If this job has finished and other tasks of its array wait, it is the first of these. Entries that are not
+    named like a job or cannot be read are ignored."""
+    queued = queue or {}
+    arrays: dict[str, QueuedJob] = {}
+    for name, job in queued.items():
+        arrays.setdefault(_name_array(name), job)
+    base, found = find_root(), {}
+    folder = base / "runs" / names.JOBS
+    for name, run in _list_jobs(folder):
+        job = queued.get(name) or arrays.get(_name_array(name)) or QueuedJob(name)
+        failure = _read_failure(folder / name / "failure")
+        found[base / run] = QueuedJob(job.name, failure, job.state, job.where)
+    return found
+
+
+def _name_array(job: str) -> str:
+    """Return the common start of the names of an array's tasks: 123_ for 123_4."""
+    return job.partition("_")[0] + "_"
+
+
+def _list_jobs(folder: Path) -> list[tuple[str, str]]:
+    """Return (job, path of its run below $INHERITUNE_ROOT) of each folder in runs/jobs/, oldest first."""
+    marks: list[tuple[int, str, str]] = []
+    listed: list[str] = []
+    with suppress(OSError):
+        listed = os.listdir(folder)
+    for name in filter(JOB_NAME.fullmatch, listed):
+        with suppress(OSError):
+            run = folder / name / "run"
+            changed_ns = run.stat().st_mtime_ns
+            marks.append((changed_ns, name, run.read_text(encoding="utf-8", errors="replace").strip()))
+    return [(name, run) for _, name, run in sorted(marks)]
+
+
+def _read_failure(file: Path) -> str:
+    """Return the first line of a job's failure file; an empty string if there is none."""
+    try:
+        return file.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        return f"{file} cannot be read ({error.strerror})"

@@ -1,0 +1,16 @@
+"""Entries that you choose by name: model sizes, downstream tasks and GPUs, each a table in YAML."""
+
+from pathlib import Path
+
+import yaml
+
+from inheritune.config.paths import RECIPES
+
+
+def _read_table(path: Path) -> dict[str, dict]:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+MODEL_SIZES = _read_table(Path(__file__).parent / "sizes.yaml")
+TASKS = _read_table(RECIPES / "lm_eval" / "tasks.yaml")
+GPU_SPECS = _read_table(Path(__file__).parent / "gpus.yaml")

@@ -1,0 +1,387 @@
+"""One preparation in progress: the tokenizer, the split into training and validation, the writing of encoded
+documents, and the state from which a later process resumes."""
+
+import itertools
+import json
+import logging
+import math
+import platform
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from inheritune.config.sections import Data
+from inheritune.data.bpe_training import cut_long_words, parse_bpe_size, train_bpe
+from inheritune.data.documents import (
+    Corpus,
+    DocumentBatch,
+    UnusableDocument,
+    batch_documents,
+    extract_text,
+)
+from inheritune.data.progress_meter import ProgressMeter
+from inheritune.data.token_shards import Shards
+from inheritune.data.tokenizer import Tokenizer
+from inheritune.data.tokenizer_loading import load_tokenizer
+from inheritune.data.worker_pool import Encoded, encode_batches
+from inheritune.errors import Stopped, UserError
+from inheritune.files.json_files import read_json, write_json
+from inheritune.files.markers import hash_folder
+from inheritune.files.writing import remove_path, replace_atomically
+from inheritune.runtime import signals
+
+log = logging.getLogger(__name__)
+
+BATCH_BYTES = 1 << 19
+"""Of documents per task: 0.1 s of work for one core."""
+MIXED_BATCH_BYTES = 1 << 16
+"""The same where groups have weights: they alternate by batch, so batches are smaller."""
+BPE_SAMPLE_BYTES = 50_000_000
+"""Of documents, from which a bpe:N is trained."""
+SAVE_EVERY_S = 60.0
+EXAMPLES = 5
+"""Named documents per kind of defect."""
+LICENCES = {"embedded": "Python Software Foundation License Version 2 (PSF-2.0)"}
+
+
+class Preparation:
+    """One preparation of a data folder: the tokenizer, the split, and the state that makes it resumable."""
+
+    def __init__(self, data: Data, folder: Path, corpus: Corpus):
+        self.data, self.folder, self.corpus = data, folder, corpus
+        self.tokenizer_dir, self.progress_file = folder / "tokenizer", folder / "progress.json"
+        self.inputs = corpus.state()
+        state = self._load_progress()
+        self.counts: dict[str, int] | None = state.get("counts") or self._count_documents()
+        self.heldout, self.first = self._split()
+        self.tokenizer = self._open_tokenizer()
+        self.position: dict[str, tuple[int, int]] = {}
+        """Where reading of each group continues: (index of the file, number of its documents read)."""
+        self.read: dict[str, int] = {}
+        """Documents of each group that were read, usable or not."""
+        self.taken: dict[str, int] = {}
+        """Tokens of each group that were written."""
+        for group in corpus.groups:
+            file, done = state.get("position", {}).get(group, (0, 0))
+            self.position[group] = (file, done)
+            self.read[group] = state.get("read", {}).get(group, 0)
+            self.taken[group] = state.get("taken", {}).get(group, 0)
+        self.bad: dict[str, dict] = state.get("bad", {})
+        splits = state.get("splits", {})
+        self.splits = {
+            name: Shards(folder, name, self.tokenizer.dtype, data.shard_tokens, splits.get(name))
+            for name in ("train", "val")
+        }
+        self.save()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens written so far, in both parts of the split."""
+        return sum(split.tokens for split in self.splits.values())
+
+    # --- progress -------------------------------------------------------------------------------------------
+
+    def _load_progress(self) -> dict:
+        """Return what an earlier, killed process left. It is empty if the documents have changed since, or if
+        a file of it is gone."""
+        if self.progress_file.is_file():
+            state = read_json(self.progress_file)
+            splits = state["splits"].values()
+            files = [(shard["file"], shard["bytes"]) for split in splits for shard in split["shards"]]
+            files += [(split["open"], split["open_bytes"]) for split in splits]
+            if state["inputs"] == self.inputs and all(itertools.starmap(self._has_bytes, files)):
+                done = sum(split["tokens"] for split in splits)
+                log.info("resuming after %d tokens in %s", done, self.folder)
+                return state
+            log.warning("%s was started with other documents, or has lost files: starting anew", self.folder)
+        remove_path(self.progress_file)
+        remove_path(self.tokenizer_dir)  # trained on documents that may have changed
+        return {}
+
+    def _has_bytes(self, name: str, size: int) -> bool:
+        """Return whether a file of the folder has at least `size` bytes. One of no bytes need not exist."""
+        path = self.folder / name
+        return not size or path.is_file() and path.stat().st_size >= size
+
+    def save(self) -> None:
+        """Record how far the files are good. Called between batches only."""
+        splits = {name: split.save() for name, split in self.splits.items()}
+        state = {"inputs": self.inputs, "counts": self.counts, "position": self.position, "read": self.read}
+        write_json(self.progress_file, state | {"taken": self.taken, "bad": self.bad, "splits": splits})
+
+    def _check_stop(self, during: str) -> None:
+        """Raise Stopped when asked to stop where nothing has been written yet."""
+        if signals.get_stop_signal():
+            raise Stopped(
+                f"preparing {self.folder} stopped while {during}; the same command starts that again"
+            )
+
+    def _make_changed_error(self) -> UserError:
+        return UserError(
+            f"{self.data.name}: documents changed while they were read; once nothing writes to them, the "
+            f"same command prepares them from the start"
+        )
+
+    def _make_empty_error(self, defects: dict[str, int]) -> UserError:
+        return UserError(
+            f"{self.data.name}: empty corpus, no usable document "
+            f"({_format_defects(defects) or 'no document at all'})"
+        )
+
+    # --- the split and the tokenizer ------------------------------------------------------------------------
+
+    def _count_documents(self) -> dict[str, int] | None:
+        """Return the number of documents of each group, None unless the split needs it: this reads or
+        downloads every file."""
+        if self.data.validation.fraction is None:
+            return None
+        log.info("counting the documents of %s", self.data.name)
+        return {group: sum(map(self._count_file, names)) for group, names in self.corpus.groups.items()}
+
+    def _count_file(self, name: str) -> int:
+        self._check_stop("counting documents")
+        return self.corpus.count(name)
+
+    def _split(self) -> tuple[np.ndarray | None, dict[str, int]]:
+        """Return which documents are held out for validation, (documents,) bool, and the index of each
+        group's first document.
+
+        They are those that datasets' train_test_split(fraction, seed) puts into its test part, as in nanoGPT.
+        All documents count, in the order of the source, unusable ones too."""
+        fraction = self.data.validation.fraction
+        if self.counts is None or fraction is None:
+            return None, {}
+        ends = list(itertools.accumulate(self.counts.values()))
+        count = ends[-1]
+        n_heldout = math.ceil(fraction * count)
+        if count and n_heldout == count:
+            raise UserError(
+                f"{self.data.name}: of {count} document(s), validation.fraction {fraction} holds out "
+                f"{n_heldout}, so none is left to train on; give more files, write one document per line "
+                f"(.jsonl), or hold out the first N tokens: 'validation: {{first_shard: true}}' with "
+                f"'shard_tokens: N'"
+            )
+        heldout = np.zeros(count, bool)
+        order = np.random.default_rng(self.data.validation.seed).permutation(count)
+        heldout[order[:n_heldout]] = True
+        return heldout, dict(zip(self.counts, [0, *ends], strict=False))
+
+    def _open_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer, opened from the data folder, so that the workers and later users open the
+        same. It is trained or saved there first if it is missing."""
+        data = self.data
+        if not self.tokenizer_dir.is_dir():
+            with replace_atomically(self.tokenizer_dir) as folder:
+                if parse_bpe_size(data.tokenizer):
+                    log.info("training tokenizer %s", data.tokenizer)
+                    train_bpe(data.tokenizer, self._sample_texts(), folder)
+                else:
+                    load_tokenizer(data).save(folder)
+        return load_tokenizer(data, self.tokenizer_dir)
+
+    def _sample_texts(self) -> Iterator[str]:
+        """Yield training documents for a tokenizer: the first 50 MB, each group with its share if there are
+        weights.
+
+        With `first_shard` they include the validation text: which tokens that is, is known only once there
+        are tokens."""
+        weights, left, n_texts = self.data.weights, float(BPE_SAMPLE_BYTES), 0
+        defects: Counter[str] = Counter()
+        for group in self.corpus.groups:
+            if weights:
+                left = BPE_SAMPLE_BYTES * weights[group] / sum(weights.values())
+            number = self.first.get(group, 0)
+            for batch in batch_documents(self.corpus, group, (0, 0), BATCH_BYTES):
+                self._check_stop("training the tokenizer")
+                for raw in self._select_training(batch.raws, number):
+                    if left <= 0:
+                        break
+                    try:
+                        text = extract_text(batch.kind, raw, self.data.text_key)
+                    except UnusableDocument as defect:
+                        defects[str(defect)] += 1
+                        continue
+                    yield from cut_long_words(text)
+                    left, n_texts = left - len(raw or b""), n_texts + 1
+                number += len(batch.raws)
+                if left <= 0:
+                    break
+        if not n_texts:
+            raise self._make_empty_error(defects)
+
+    def _select_training(self, raws: list[bytes | None], first: int) -> list[bytes | None]:
+        """Return those of consecutive documents, from the index `first`, that are not held out."""
+        if self.heldout is None:
+            return raws
+        if first + len(raws) > len(self.heldout):
+            raise self._make_changed_error()
+        return [raw for number, raw in enumerate(raws, first) if not self.heldout[number]]
+
+    # --- encoding and writing -------------------------------------------------------------------------------
+
+    def run(self, pool: Executor, window: int) -> None:
+        """Encode and write all that is left, then the manifest."""
+        meter, start_time, start_tokens = ProgressMeter(self.tokens), time.monotonic(), self.tokens
+        saved, limit = time.monotonic(), self.data.max_tokens or sys.maxsize
+        stream = self._mix_groups(pool, window) if self.tokens < limit else iter(())
+        for batch, encoded in stream:
+            filled = self._write_batch(batch, encoded, limit)
+            meter.show(self.tokens, self._expect_tokens())
+            if filled or time.monotonic() - saved > SAVE_EVERY_S:
+                self.save()
+                saved = time.monotonic()
+            if self.tokens >= limit:
+                break
+            if signals.get_stop_signal():
+                self.save()
+                raise Stopped(
+                    f"preparing {self.folder} stopped at {self.tokens} tokens; the same command resumes from "
+                    f"there"
+                )
+        meter.close()
+        self._finish()
+        spent, tokens = time.monotonic() - start_time, self.tokens - start_tokens
+        log.info("prepared %s: %d tokens, %.0f tokens/s", self.folder, self.tokens, tokens / spent)
+
+    def _mix_groups(self, pool: Executor, window: int) -> Iterator[tuple[DocumentBatch, Encoded]]:
+        """Yield encoded batches of all groups: one group after another, or, with weights, each from the group
+        that is furthest behind its share of the tokens.
+
+        With weights, reading ends with the first group that has no more documents: the shares would not
+        hold."""
+        weights = self.data.weights
+        size = MIXED_BATCH_BYTES if weights else BATCH_BYTES
+        streams = {
+            group: encode_batches(
+                batch_documents(self.corpus, group, self.position[group], size), pool, window
+            )
+            for group in self.corpus.groups
+        }
+        if not weights:
+            for stream in streams.values():
+                yield from stream
+            return
+        while True:
+            group = min(streams, key=lambda g: self.taken[g] / weights[g])
+            item = next(streams[group], None)
+            if item is None:
+                log.info("group '%s' has no more documents: reading stops, so that the weights hold", group)
+                return
+            yield item
+
+    def _write_batch(self, batch: DocumentBatch, encoded: Encoded, limit: int) -> bool:
+        """Write one encoded batch into the two parts of the split, up to `limit` tokens in all, and return
+        whether a shard was filled."""
+        self._record_defects(batch, encoded.defects)
+        ends = np.minimum(encoded.lengths.cumsum(), limit - self.tokens)  # max_tokens may cut a document
+        lengths = np.diff(ends, prepend=0)
+        ids = encoded.ids[: ends[-1]]
+        held = self._find_heldout(batch.group, len(lengths))
+        if held is None:
+            into_val = np.zeros(len(ids), bool)
+            into_val[: max(0, self.data.shard_tokens - self.splits["val"].tokens)] = True
+            val_documents = int((lengths > 0)[ends <= into_val.sum()].sum())
+        else:
+            into_val, val_documents = np.repeat(held, lengths), int((held & (lengths > 0)).sum())
+        filled = self.splits["val"].write(ids[into_val], val_documents)
+        filled |= self.splits["train"].write(ids[~into_val], int((lengths > 0).sum()) - val_documents)
+        self.taken[batch.group] += len(ids)
+        self.read[batch.group] += len(lengths)
+        self.position[batch.group] = batch.end
+        return filled
+
+    def _record_defects(self, batch: DocumentBatch, defects: list[tuple[int, str]]) -> None:
+        """Count the unusable documents of a batch, and name the first ones of each kind."""
+        names = self.corpus.groups[batch.group]
+        for index, defect in defects:
+            entry = self.bad.setdefault(defect, {"count": 0, "examples": []})
+            entry["count"] += 1
+            if len(entry["examples"]) < EXAMPLES:
+                file, line = batch.places[index]
+                entry["examples"].append(f"{names[file]}:{line}")
+
+    def _find_heldout(self, group: str, count: int) -> np.ndarray | None:
+        """Return which of the next `count` documents of a group are held out, (count,) bool; None if the
+        first shard is held out instead."""
+        if self.heldout is None or self.counts is None:
+            return None
+        first = self.read[group]
+        if first + count > self.counts[group]:
+            raise self._make_changed_error()
+        return self.heldout[self.first[group] + first :][:count]
+
+    def _expect_tokens(self) -> int | None:
+        """Return how many tokens there will be: max_tokens, or as many per document as so far. None if
+        neither is known."""
+        known = [self.data.max_tokens] if self.data.max_tokens else []
+        if self.counts and sum(self.read.values()):
+            known.append(int(self.tokens * sum(self.counts.values()) / sum(self.read.values())))
+        return min(known) if known else None
+
+    # --- the manifest ---------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        """Check that there is text, close the shards, write the manifest and remove the progress file."""
+        if self.corpus.state() != self.inputs:
+            raise self._make_changed_error()
+        defects = {defect: entry["count"] for defect, entry in self.bad.items()}
+        if not self.tokens:
+            raise self._make_empty_error(defects)
+        for name, split in self.splits.items():
+            if not split.tokens:
+                raise UserError(
+                    f"{self.data.name}: all {self.tokens} tokens fall into the other part, none into "
+                    f"'{name}'; prepare more text, or change data.validation or data.shard_tokens "
+                    f"({self.data.shard_tokens})"
+                )
+            split.finish()
+        write_json(self.folder / "manifest.json", self._make_manifest())
+        remove_path(self.progress_file)
+        if self.bad:
+            log.warning(
+                "%s: documents left out: %s; examples are in manifest.json",
+                self.folder,
+                _format_defects(defects),
+            )
+
+    def _make_manifest(self) -> dict:
+        """Return the manifest of the finished shards."""
+        tokenizer, data, groups = self.tokenizer, self.data, self.corpus.groups
+        used = {g: names[: self.position[g][0] + 1] for g, names in groups.items() if self.read[g]}
+        splits = {
+            n: {"tokens": s.tokens, "documents": s.documents, "shards": s.shards}
+            for n, s in self.splits.items()
+        }
+        key = json.dumps([tokenizer.fingerprint, tokenizer.dtype, splits])
+        manifest = {
+            "name": data.name,
+            "preparation": data.preparation(),
+            "source_files": [self.corpus.describe(name) for names in used.values() for name in names],
+            "all_files": sum(map(len, used.values())) == sum(map(len, groups.values())),
+            "tokenizer": {
+                "name": tokenizer.name,
+                "class": tokenizer.kind,
+                "vocab_size": tokenizer.vocab_size,
+                "end_of_text": tokenizer.end_of_text,
+                "fingerprint": tokenizer.fingerprint,
+            },
+            "dtype": tokenizer.dtype,
+            "splits": splits,
+            "bad_documents": self.bad,
+            "fingerprint": xxhash.xxh3_128_hexdigest(key.encode()),
+        }
+        if data.source == "embedded":
+            manifest |= {"python": platform.python_version(), "licence": LICENCES["embedded"]}
+        files = hash_folder(self.tokenizer_dir)
+        manifest["tokenizer_files"] = {f"tokenizer/{name}": facts for name, facts in files.items()}
+        return manifest
+
+
+def _format_defects(defects: dict[str, int]) -> str:
+    return ", ".join(f"{count} {defect}" for defect, count in defects.items())

@@ -1,0 +1,35 @@
+"""Failures on one rank that every rank must learn of."""
+
+import errno
+from pathlib import Path
+
+from inheritune.errors import UserError
+from inheritune.files import storage
+from inheritune.files.processes import get_node_name
+from inheritune.files.writing import remove_path
+from inheritune.runtime.dist import gather_objects, run_on_rank0
+from inheritune.runtime.ranks import get_rank
+
+
+def explain_write_error(error: Exception, path: Path) -> Exception:
+    """Return `error` as a UserError if the disk is full, which torch's zip writer reports as a RuntimeError
+    of its own."""
+    if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
+        return storage.explain_disk_error(OSError(errno.ENOSPC, "no space left"), path)
+    return storage.explain_disk_error(error, path) if isinstance(error, OSError) else error
+
+
+def raise_on_all_ranks(problem: Exception | None, unfinished: Path | None = None) -> None:
+    """Raise on every rank if any rank has a `problem`, after deleting the folder `unfinished`. A rank raises
+    its own problem if that is no UserError; the other ranks raise a UserError that names the rank."""
+    problems = gather_objects(
+        None if problem is None else f"{get_node_name()} (rank {get_rank()}): {problem}"
+    )
+    failed = next(filter(None, problems), None)
+    if failed is None:
+        return
+    if unfinished:
+        run_on_rank0(remove_path, unfinished)
+    if problem is not None and not isinstance(problem, UserError):
+        raise problem
+    raise UserError(failed)

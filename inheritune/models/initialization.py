@@ -1,0 +1,34 @@
+"""Initial values of tensors: each from a generator of its own, so that no value depends on another's."""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import xxhash
+
+from inheritune.models.architectures import Shape, find_architecture
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def make_generator(*parts: object) -> torch.Generator:
+    """Return a CPU generator keyed by `parts`: the same on every rank, whatever was drawn before."""
+    return torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(repr(parts).encode()) & (2**63 - 1))
+
+
+def make_fresh_tensor(name: str, shape: Shape, config: "PreTrainedConfig", seed: int) -> torch.Tensor:
+    """Return the initial fp32 value of one tensor, drawn from a generator keyed by (seed, name, shape).
+
+    Norms are one, biases zero, the rest N(0, 0.02); projections onto the residual stream are
+    N(0, 0.02 / sqrt(2 layers)) (FACTS section 4)."""
+    table = find_architecture(config.model_type)
+    if name.endswith(".bias"):
+        return torch.zeros(shape)
+    if len(shape) == 1 or "norm." in name:  # Cohere's norms of queries and keys are matrices
+        return torch.full(shape, float(table.norm_weight))
+    key = "initializer_range" if getattr(config, "initializer_range", None) else "init_std"  # OPT's key
+    std: float = getattr(config, key, 0.02)
+    if any(name.endswith(suffix) for suffix in table.residual):
+        std /= math.sqrt(2 * getattr(config, table.layers))
+    return torch.randn(shape, generator=make_generator(seed, name, tuple(shape))).mul_(std)

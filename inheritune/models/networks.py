@@ -1,0 +1,213 @@
+"""Models that transformers builds from a configuration: their tensors, parameter and FLOP counts.
+
+The paper's GPT-2 (FACTS section 4) is a plain Hugging Face GPT-2 with `scale_attn_by_inverse_layer_idx` and
+with biases held at zero. Its config carries `frozen_zero_biases`, which every slice of it inherits. A public
+GPT-2 lacks this key and keeps its trainable biases and standard scaling.
+"""
+
+import copy
+import inspect
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from inheritune.config.sections import Model
+from inheritune.errors import UserError
+from inheritune.models.architectures import Shape, find_architecture
+from inheritune.models.sizes import compute_flops_per_token
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# --- configurations -----------------------------------------------------------------------------------------
+
+
+def build_config(model: Model, layers: int | None = None) -> "PreTrainedConfig":
+    """Return the transformers configuration of `model`, `layers` blocks deep (default: the reference's)."""
+    from transformers import GPT2Config, LlamaConfig
+
+    layers = layers or model.layers
+    if model.family == "gpt2":
+        own: dict[str, Any] = {"frozen_zero_biases": True}  # our key, unknown to transformers
+        return GPT2Config(
+            vocab_size=model.vocab_size,
+            n_positions=model.positions,
+            n_embd=model.width,
+            n_layer=layers,
+            n_head=model.heads,
+            n_inner=model.mlp_width,
+            activation_function="gelu_new",
+            layer_norm_epsilon=model.norm_eps,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            scale_attn_by_inverse_layer_idx=True,
+            tie_word_embeddings=model.tied_head,
+            use_cache=False,
+            bos_token_id=None,
+            eos_token_id=None,
+            architectures=["GPT2LMHeadModel"],
+            **own,
+        )
+    return LlamaConfig(
+        vocab_size=model.vocab_size,
+        max_position_embeddings=model.positions,
+        hidden_size=model.width,
+        num_hidden_layers=layers,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.kv_heads,
+        intermediate_size=model.mlp_width,
+        rms_norm_eps=model.norm_eps,
+        tie_word_embeddings=model.tied_head,
+        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        architectures=["LlamaForCausalLM"],
+    )
+
+
+DROPOUT_RATES = re.compile(r"^(?!summary_|classifier_|seq_|qa_).*(drop|jitter)")
+"""Config keys of dropout rates. Those of heads that are not a language model's are left out: nothing here
+uses them."""
+
+
+def clear_dropout(config: "PreTrainedConfig") -> dict[str, float]:
+    """Set the dropout rates of `config`, and of the configs nested in it, to 0; return those that were not.
+
+    The paper trains without dropout, and so does every run: a loss must not depend on how ranks draw random
+    numbers. A source can have rates of its own: transformers gives a GPT-2 0.1 where its config is silent."""
+    cleared: dict[str, float] = {}
+    for key, value in list(vars(config).items()):
+        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            cleared |= {f"{key}.{inner}": rate for inner, rate in clear_dropout(value).items()}
+        elif DROPOUT_RATES.search(key) and type(value) in (int, float) and value:
+            cleared[key] = value
+            setattr(config, key, 0.0)
+    return cleared
+
+
+# --- models -------------------------------------------------------------------------------------------------
+
+
+def build_model(config: "PreTrainedConfig", attention: str | None = None) -> "PreTrainedModel":
+    """Build a model of `config` in fp32 with uninitialized weights, biases frozen where the config says so.
+
+    It is built on the current default device; inside `deepspeed.zero.Init` its parameters are partitioned as
+    they are made. `attention` is transformers' name of an implementation; None is SDPA, where the family has
+    it (Gemma 2 and Bloom do not)."""
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    find_architecture(config.model_type)  # raises UserError for an unknown family
+    config = copy.deepcopy(config)  # from_config writes the attention implementation into its argument
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    model.tie_weights()
+    if getattr(config, "frozen_zero_biases", False):
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.requires_grad_(False)
+    return model
+
+
+def build_meta_model(config: "PreTrainedConfig") -> "PreTrainedModel":
+    """Build a model of `config` on device meta: shapes without data."""
+    with torch.device("meta"):
+        return build_model(config)
+
+
+def fuse_gelu(model: torch.nn.Module) -> None:
+    """Compute GELU (gelu_new) with one kernel instead of the operations that transformers writes out.
+
+    The function is the same to rounding (1e-7 in fp32). It is faster and keeps two tensors for backward
+    instead of five."""
+    from transformers.activations import GELUTanh, NewGELUActivation
+
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if type(child) is NewGELUActivation:
+                setattr(parent, name, GELUTanh())
+
+
+def takes_token_types(config: "PreTrainedConfig") -> bool:
+    """Return whether the family's model takes token_type_ids, as GPT-2 does to add an embedding for each."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return "token_type_ids" in inspect.signature(kind.forward).parameters
+
+
+# --- their tensors ------------------------------------------------------------------------------------------
+
+
+def list_model_shapes(config: "PreTrainedConfig", where: str | Path = "the config") -> dict[str, Shape]:
+    """Return {name: shape} of every tensor of a model of `config`, in the model's order and by its names.
+
+    A tied head is left out. Raises UserError (naming `where`) if no model can be built from the config."""
+    try:
+        state = build_meta_model(config).state_dict()
+    except Exception as error:  # transformers and torch raise many kinds for numbers that make no model
+        raise UserError(
+            f"{where} describes no possible model: {' '.join(str(error).split())[:300]}"
+        ) from None
+    table = find_architecture(config.model_type)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if not config.tie_word_embeddings:
+        return shapes
+    return {
+        name: shape for name, shape in shapes.items() if table.head not in table.in_checkpoint(name, shape)
+    }
+
+
+def list_checkpoint_shapes(config: "PreTrainedConfig", where: str | Path = "the config") -> dict[str, Shape]:
+    """Return {name: shape} of every tensor of a checkpoint of `config`, in the model's order.
+
+    A tied head is left out. Raises UserError as `list_model_shapes` does."""
+    table, shapes = find_architecture(config.model_type), list_model_shapes(config, where)
+    return {
+        piece: piece_shape
+        for name, shape in shapes.items()
+        for piece, piece_shape in table.in_checkpoint(name, shape).items()
+    }
+
+
+def find_linear_weights(model: "PreTrainedModel") -> dict[str, torch.nn.Parameter]:
+    """Return {name: parameter} of the weights that are decayed: the matrices that multiply activations.
+
+    A head tied to the embedding is left out (FACTS section 4: embeddings, the tied head and norms are not
+    decayed)."""
+    embedding = model.get_input_embeddings().weight
+    return {
+        f"{name}.{key}": weight
+        for name, module in model.named_modules()
+        if not isinstance(module, torch.nn.Embedding)
+        and "Norm" not in type(module).__name__  # Cohere's norms are matrices too
+        for key, weight in module.named_parameters(recurse=False)
+        if len(getattr(weight, "ds_shape", weight.shape)) > 1  # ZeRO 3 leaves weights flat
+        and weight is not embedding
+    }
+
+
+def count_parameters(config: "PreTrainedConfig") -> int:
+    """Return the number of trainable parameters: a tied head counted once, biases held at zero not counted.
+
+    This is the count of FACTS section 4."""
+    return sum(p.numel() for p in build_meta_model(config).parameters() if p.requires_grad)
+
+
+def count_flops_per_token(config: "PreTrainedConfig", sequence_length: int) -> float:
+    """Return the training FLOPs per token of a model of `config`, by sizes.compute_flops_per_token."""
+    model = build_meta_model(config)
+    # A token passes through some of the experts only. Their weights are three-dimensional: (experts, outputs,
+    # inputs).
+    active = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_local_experts", 1)
+    weights = find_linear_weights(model).values()
+    matrices = sum(p.numel() * (active if p.dim() == 3 else 1) for p in weights)
+    if config.tie_word_embeddings:  # find_linear_weights leaves the tied head to the embedding
+        matrices += model.get_output_embeddings().weight.numel()
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return compute_flops_per_token(matrices, config.num_hidden_layers, width, sequence_length)

@@ -1,0 +1,97 @@
+"""Sizes of a model without torch: its parameters, FLOPs per token, and the rule of half width.
+
+The counts are those of the paper's two families (`Model.family`), computed from the numbers of an experiment
+alone. networks.py counts the same things for any family, from the tensors that transformers builds; a test
+compares the two.
+"""
+
+from dataclasses import dataclass
+
+from inheritune.config.sections import Model
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter: its elements, whether it is trained, and whether it is decayed (AdamW's first group)."""
+
+    numel: int
+    trained: bool = True
+    decayed: bool = False
+
+
+def list_parameters(model: Model, layers: int) -> list[Parameter]:
+    """Return the parameters of `model`, `layers` blocks deep, in the model's order; a tied head once."""
+    d, f = model.width, model.mlp_width
+    embedding = Parameter(model.vocab_size * d)
+    head = [] if model.tied_head else [Parameter(embedding.numel, decayed=True)]
+    if model.family == "gpt2":  # biases are held at zero
+        norm = [Parameter(d), Parameter(d, trained=False)]
+
+        def list_linear(n: int, m: int) -> list[Parameter]:
+            return [Parameter(n * m, decayed=True), Parameter(m, trained=False)]
+
+        attention = [*list_linear(d, 3 * d), *list_linear(d, d)]
+        block = [*norm, *attention, *norm, *list_linear(d, f), *list_linear(f, d)]
+        return [embedding, Parameter(model.positions * d), *block * layers, *norm, *head]
+    kv = d * model.kv_heads // model.heads
+    matrices = [Parameter(n * d, decayed=True) for n in (d, kv, kv, d, f, f, f)]
+    block = [*matrices, Parameter(d), Parameter(d)]
+    return [embedding, *block * layers, Parameter(d), *head]
+
+
+def count_trained_elements(model: Model, layers: int) -> int:
+    """Return the number of trained parameters, as networks.count_parameters counts them."""
+    return sum(p.numel for p in list_parameters(model, layers) if p.trained)
+
+
+def count_matrix_elements(model: Model, layers: int) -> int:
+    """Return the number of elements of the matrices that multiply a token, the head's included."""
+    elements = sum(p.numel for p in list_parameters(model, layers) if p.decayed)
+    if model.tied_head:  # it is the embedding, which is not decayed
+        elements += model.vocab_size * model.width
+    return elements
+
+
+def predict_flops_per_token(model: Model, layers: int, sequence_length: int) -> float:
+    """Return the training FLOPs per token, as networks.count_flops_per_token counts them."""
+    matrices = count_matrix_elements(model, layers)
+    return compute_flops_per_token(matrices, layers, model.width, sequence_length)
+
+
+def compute_flops_per_token(
+    matrix_elements: float, layers: int, attention_width: int, sequence_length: int
+) -> float:
+    """Return the training FLOPs (forward and backward) per token of a model with these sizes.
+
+    6 per matrix element, plus 12 L d T for the two products of attention, where d is all heads together. This
+    is the count of PaLM (appendix B) and nanoGPT: attention is the full T x T, look-ups of embeddings are
+    free, and the head's product is counted."""
+    return 6.0 * matrix_elements + 12.0 * layers * attention_width * sequence_length
+
+
+def halve_heads(heads: int, kv_heads: int) -> tuple[int, int]:
+    """Return (heads, key and value heads) of a model at half width.
+
+    Half of the key and value heads are kept, of an odd number the smaller half, each with its group of query
+    heads: of 25 heads these are 12."""
+    kept = kv_heads // 2
+    return heads // kv_heads * kept, kept
+
+
+def scale_width(width: int, kept_heads: int, heads: int) -> int:
+    """Return `width` in proportion to the heads that are kept; each head keeps its own width."""
+    return width * kept_heads // heads
+
+
+def halve_model(model: Model) -> Model:
+    """Return `model` with half the heads, and width and MLP scaled down in the same proportion.
+
+    surgery.halve_config does the same to a configuration of transformers."""
+    heads, kv_heads = halve_heads(model.heads, model.kv_heads)
+    sizes = {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "width": scale_width(model.width, heads, model.heads),
+        "mlp_width": scale_width(model.mlp_width, heads, model.heads),
+    }
+    return model.model_copy(update=sizes)

@@ -1,0 +1,246 @@
+"""Plots of the attention measures: approximate rank and column mass per layer, heat map, attention maps.
+
+`plot_attention(folder)` draws all plots of one analyzed model. The other functions take rows of
+attention.jsonl, so that several models share one figure. Rows count layers and heads from 0; the plots count
+from 1, as the paper's figures do. The same rows give the same bytes.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from inheritune.config import names
+from inheritune.errors import UserError
+from inheritune.files.escape import escape_plot_label
+from inheritune.files.rundir import RunDir
+from inheritune.paper.canvas import (
+    GRID_GREY,
+    POINT_MARKERS,
+    REFERENCE_GREY,
+    open_canvas,
+    place_legend,
+    style_lines,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MAIN_THRESHOLD = "0.9"
+"""Key of the tau and eta of the paper's main figures."""
+RANK_COLORS = ("#67000D", "#CB181D", "#F16913", "#FDBE85", "#D9F0A3", "#ADE8B0")
+RANK_TICKS = (1, 2, 3, 5, 10, 20, 30, 50, 100)
+
+Series = list[tuple[str, list[dict]]]
+"""(label, rows) of each line."""
+
+
+def _select_layers(rows: list[dict]) -> list[dict]:
+    """Return the layer rows. Raises UserError if there are none."""
+    layers = [row for row in rows if row["kind"] == "layer"]
+    if not layers:
+        raise UserError("no layer rows to draw; run 'python -m inheritune analyze --model M --data D' first")
+    return layers
+
+
+def _list_ticks(last: int) -> list[int]:
+    """Return the ticks of an axis that counts from 1 to `last`: all of them, or 1 and, from 4 on, multiples
+    of 2 or 4."""
+    if last <= 12:
+        return list(range(1, last + 1))
+    return [1, *range(4, last + 1, 2 if last <= 24 else 4)]
+
+
+def _draw_lines(axes: "Axes", lines: list[tuple[str, list[dict], str, str]]) -> None:
+    """Draw one line with a band of one standard deviation per (label, layer rows, field, key).
+
+    A row without a deviation, such as one read off the paper's figures, has no band."""
+    styles = style_lines([line[0] for line in lines])
+    for index, (label, layers, field, key) in enumerate(lines):
+        x = [row["layer"] + 1 for row in layers]
+        y = [row[field][key] for row in layers]
+        std = [row.get(f"{field}_std", {}).get(key, 0.0) for row in layers]
+        axes.fill_between(
+            x,
+            [max(1.0, m - s) for m, s in zip(y, std, strict=True)],
+            [m + s for m, s in zip(y, std, strict=True)],
+            color=styles[index]["color"],
+            alpha=0.15,
+            linewidth=0,
+        )
+        axes.plot(
+            x, y, marker=POINT_MARKERS[index % len(POINT_MARKERS)], markersize=4, label=label, **styles[index]
+        )
+    last = max(row["layer"] + 1 for _, layers, _, _ in lines for row in layers)
+    axes.set_xticks(_list_ticks(last))
+    axes.set_xlim(0.5, last + 0.5)
+    axes.set_ylim(0, 1.05 * axes.dataLim.y1)  # a margin of the data's own range cuts flat lines off
+    axes.set_xlabel("layer")
+    axes.grid(axis="y", color=GRID_GREY, linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _mark_rank_one(axes: "Axes") -> None:
+    axes.axhline(1, color=REFERENCE_GREY, linewidth=1, linestyle=":")
+    axes.annotate(
+        "rank 1 = lazy",
+        (1, 1),
+        xycoords=("axes fraction", "data"),
+        xytext=(4, 0),
+        textcoords="offset points",
+        fontsize=8,
+        color=REFERENCE_GREY,
+        va="center",
+        annotation_clip=False,
+    )
+
+
+def _join_title(title: str, label: str) -> str:
+    return f"{title}: {label}" if label else title
+
+
+def plot_max_rank(
+    series: Series, path: Path, tau: str = MAIN_THRESHOLD, rehearsal: bool = False, title: str = ""
+) -> None:
+    """Plot MaxRank per layer, one line per (label, rows of attention.jsonl).
+
+    These are the paper's Figures 1, 2a, 8, 13 and 15."""
+    with open_canvas(path, 7, 4, rehearsal) as figure:
+        axes = figure.add_subplot()
+        _draw_lines(axes, [(label, _select_layers(rows), "max_rank", tau) for label, rows in series])
+        _mark_rank_one(axes)
+        axes.set_ylabel(f"MaxRank (τ = {float(tau):.2f})")
+        title = title or (series[0][0] if len(series) == 1 else "")
+        axes.set_title(_join_title("Approximate rank of attention per layer", title))
+        place_legend(axes, len(series))
+
+
+def plot_tau_ablation(rows: list[dict], path: Path, label: str = "", rehearsal: bool = False) -> None:
+    """Plot MaxRank per layer of one model at every measured tau: the paper's Figure 10."""
+    layers = _select_layers(rows)
+    with open_canvas(path, 7, 4, rehearsal) as figure:
+        axes = figure.add_subplot()
+        taus = list(layers[0]["max_rank"])
+        _draw_lines(axes, [(f"τ = {float(tau):.2f}", layers, "max_rank", tau) for tau in taus])
+        _mark_rank_one(axes)
+        axes.set_ylabel("MaxRank")
+        axes.set_title(_join_title("Approximate rank at different thresholds τ", label))
+        place_legend(axes, len(taus))
+
+
+def plot_avg_mass(
+    series: Series, path: Path, eta: str = MAIN_THRESHOLD, rehearsal: bool = False, title: str = ""
+) -> None:
+    """Plot AvgMass per layer, one line per (label, rows): the paper's Figures 14 to 16."""
+    with open_canvas(path, 7, 4, rehearsal) as figure:
+        axes = figure.add_subplot()
+        _draw_lines(axes, [(label, _select_layers(rows), "avg_mass", eta) for label, rows in series])
+        axes.set_ylabel(f"AvgMass (columns holding {float(eta):.0%} of the mass)")
+        title = title or (series[0][0] if len(series) == 1 else "")
+        axes.set_title(_join_title("Columns that hold the attention, per layer", title))
+        place_legend(axes, len(series))
+
+
+def plot_heat_map(
+    rows: list[dict], path: Path, label: str = "", tau: str = MAIN_THRESHOLD, rehearsal: bool = False
+) -> None:
+    """Plot the mean rank of every head (down) in every layer (across): the paper's Figures 11, 21, 22.
+
+    The scale is logarithmic, red near 1 and green above. The colours also grow lighter with the rank, for
+    colour-blind readers and grey prints."""
+    layers = _select_layers(rows)
+    n_heads, n_layers = max(len(row["rank"][tau]) for row in layers), len(layers)
+    grid = [
+        [row["rank"][tau][head] if head < len(row["rank"][tau]) else float("nan") for row in layers]
+        for head in range(n_heads)
+    ]
+    top = max(2.0, max(max(row["rank"][tau]) for row in layers))
+    cell = min(0.3, 7 / max(n_layers, n_heads))
+    size = max(4.0, cell * n_layers + 2), max(2.2, cell * n_heads + 1.2)
+    with open_canvas(path, *size, rehearsal) as figure:
+        _draw_heat_map(figure, grid, top, f"rank (τ = {float(tau):.2f})")
+        figure.axes[0].set_title(_join_title("Mean rank of each head", label))
+
+
+def _draw_heat_map(figure: "Figure", grid: list[list[float]], top: float, label: str) -> None:
+    """Draw `grid` (head, layer) with its colour bar, whose scale is 1 to `top`."""
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    n_heads, n_layers = len(grid), len(grid[0])
+    axes = figure.add_subplot()
+    image = axes.pcolormesh(
+        [index + 0.5 for index in range(n_layers + 1)],
+        [index + 0.5 for index in range(n_heads + 1)],
+        grid,
+        cmap=LinearSegmentedColormap.from_list("rank", list(RANK_COLORS)),
+        norm=LogNorm(1, top),
+        edgecolors="white",
+        linewidth=0.3,
+    )
+    axes.invert_yaxis()
+    axes.xaxis.set_major_locator(FixedLocator(_list_ticks(n_layers)))
+    axes.yaxis.set_major_locator(FixedLocator(_list_ticks(n_heads)))
+    axes.set_xlabel("layer")
+    axes.set_ylabel("head")
+    bar = figure.colorbar(image, ax=axes, label=label)
+    bar.ax.yaxis.set_major_locator(FixedLocator([tick for tick in RANK_TICKS if tick <= top]))
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:g}"))
+
+
+def plot_attention_maps(rows: list[dict], path: Path, label: str = "", rehearsal: bool = False) -> None:
+    """Plot the `map` rows side by side, with each head's rank: the paper's Figures 9 and 12.
+
+    The maps are causal. The paper shows maps without the mask, which is not what the model computes."""
+    maps = [row for row in rows if row["kind"] == "map"]
+    if not maps:
+        raise UserError("no attention maps to draw; give 'maps' to analyze")
+    rank = {row["layer"]: row["rank"][MAIN_THRESHOLD] for row in _select_layers(rows)}
+    n_columns = min(5, len(maps))
+    n_lines = -(-len(maps) // n_columns)
+    with open_canvas(path, 2.5 * n_columns + 0.9, 2.35 * n_lines + 0.85, rehearsal) as figure:
+        grid = figure.subplots(n_lines, n_columns, squeeze=False)
+        for axes in grid.flat:
+            axes.set_visible(False)
+        for axes, row in zip(grid.flat, maps, strict=False):
+            axes.set_visible(True)
+            n_tokens = len(row["mean"])
+            image = axes.imshow(row["mean"], cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+            axes.set_title(
+                f"layer {row['layer'] + 1}, head {row['head'] + 1}\nrank "
+                f"{rank[row['layer']][row['head']]:.2f}",
+                size=10,
+            )
+            axes.set_xticks([0, n_tokens - 1], ["1", str(n_tokens)])
+            axes.set_yticks([0, n_tokens - 1], ["1", str(n_tokens)])
+            axes.set_xlabel("key token", labelpad=-8)
+        for axes in grid[:, 0]:
+            axes.set_ylabel("query token", labelpad=-8)
+        figure.colorbar(image, ax=grid.ravel().tolist(), label="attention", fraction=0.03)
+        figure.suptitle(_join_title("Attention maps", label))
+        figure.supxlabel(
+            f"causal; mean of {maps[0]['sequences']} sequences, first {len(maps[0]['mean'])} tokens", size=8
+        )
+
+
+def plot_attention(folder: str | Path) -> list[Path]:
+    """Draw all plots of one analyzed model into the folder of its attention.jsonl. Returns their paths."""
+    run = RunDir(folder)
+    rows = run.read_attention()
+    if not rows:
+        raise UserError(
+            f"{run.attention} is missing or empty; run 'python -m inheritune analyze --model M --data D' "
+            f"first"
+        )
+    header = rows[0]
+    label = escape_plot_label("/".join(Path(header["model"]).parts[-2:]))
+    rehearsal = header.get("rehearsal", False)
+    paths = [run.path / name for name in names.PLOTS]
+    plot_max_rank([(label, rows)], paths[0], rehearsal=rehearsal)
+    plot_tau_ablation(rows, paths[1], label, rehearsal)
+    plot_avg_mass([(label, rows)], paths[2], rehearsal=rehearsal)
+    plot_heat_map(rows, paths[3], label, rehearsal=rehearsal)
+    if not any(row["kind"] == "map" for row in rows):
+        return paths[:-1]
+    plot_attention_maps(rows, paths[4], label, rehearsal)
+    return paths

@@ -1,0 +1,138 @@
+"""The table of an experiment: its `paper` section names the rows, the first of which is the reference.
+
+A grown run gives one row per stage.
+"""
+
+from dataclasses import dataclass
+
+from inheritune.config.experiment import Experiment
+from inheritune.errors import UserError
+from inheritune.files.escape import escape_markdown
+from inheritune.files.json_files import read_jsonl
+from inheritune.files.rundir import RunDir
+from inheritune.paper.table_cells import measure_cell, refuse_mixture
+from inheritune.paper.training_costs import find_step_at_loss, read_validation_curve
+
+RESULT_COLUMNS = (
+    "model",
+    "layers",
+    "parameters",
+    "steps",
+    "validation loss (95% interval)",
+    "difference to the reference (95% interval)",
+    "steps to the reference's loss",
+    "tokens/s",
+    "training FLOPs",
+)
+
+
+@dataclass(frozen=True)
+class TableEntry:
+    """One finished run, or one stage of a grown run."""
+
+    label: str
+    folder: RunDir
+    results: dict
+    flops: float
+    """Training FLOPs, including those of the stages before it."""
+
+
+def list_entries(experiment: Experiment, seed: int = 0) -> list[TableEntry]:
+    """Return the table's rows in order, without the runs that are not finished.
+
+    Raises UserError if the experiment defines no rows or its rows were measured on different data."""
+    if not experiment.paper:
+        raise UserError(f"experiment '{experiment.name}' has no 'paper' section that names table rows")
+    found = []
+    for row in experiment.paper:
+        folder = RunDir.of(experiment, row.run, seed)
+        if experiment.run(row.run).grow:
+            found += _list_stages(row.label, folder)
+        elif folder.is_done():
+            results = folder.read_results()
+            found.append(TableEntry(row.label, folder, results, results.get("train_flops", 0.0)))
+    losses = [(entry.label, measure_cell(entry.results, "validation")) for entry in found]
+    refuse_mixture("validation loss", f"the table of {experiment.name}", losses)
+    return found
+
+
+def _list_stages(label: str, folder: RunDir) -> list[TableEntry]:
+    """Return an entry for each finished stage of a grown run."""
+    found: list[TableEntry] = []
+    number, flops = 1, 0.0
+    while folder.stage(number).is_done():
+        results = folder.stage(number).read_results()
+        flops += results["train_flops"]
+        found.append(TableEntry(f"{label}, stage {number}", folder.stage(number), results, flops))
+        number += 1
+    return found
+
+
+def make_rows(found: list[TableEntry]) -> list[list[str]]:
+    """Return the cells of the table, RESULT_COLUMNS wide."""
+    curve = read_validation_curve(found[0].folder)
+    target = curve[-1]["val_loss"] if curve else None
+    return [_make_row(entry, target) for entry in found]
+
+
+def _make_row(entry: TableEntry, target: float | None) -> list[str]:
+    """Return the cells of one row; `target` is the reference's last validation loss."""
+    results, loss = entry.results, entry.results["validation"]
+    gap, reached = results.get("difference"), None
+    if target is not None:
+        reached = find_step_at_loss(read_validation_curve(entry.folder), target)
+    rate = read_speed(entry.folder)
+    return [
+        entry.label,
+        str(results["layers"]),
+        f"{results['parameters'] / 1e6:.2f}M",
+        str(results["steps"]),
+        f"{loss['mean']:.4f} ({loss['low']:.4f} to {loss['high']:.4f})",
+        f"{gap['mean']:+.4f} ({gap['low']:+.4f} to {gap['high']:+.4f})" if gap else "",
+        "not reached" if reached is None else str(reached),
+        f"{rate:,.0f}" if rate else "",
+        f"{entry.flops:.2e}",
+    ]
+
+
+def read_speed(folder: RunDir) -> float | None:
+    """Return the median tokens/s of the logged steps, or None."""
+    rates = sorted(row["tokens_per_s"] for row in read_jsonl(folder.metrics) if row.get("tokens_per_s"))
+    return rates[len(rates) // 2] if rates else None
+
+
+def describe_outcome(experiment: Experiment, found: list[TableEntry]) -> str:
+    """Return the result in words: the first grown run's chosen stage against the reference and against the
+    random starts."""
+    growths = {row.run: grow for row in experiment.paper if (grow := experiment.run(row.run).grow)}
+    grower = next(iter(growths), "")
+    grown = [entry for entry in found if entry.results["run"] == grower]
+    if not grown:
+        return "No grown run is finished yet."
+    folder = RunDir(grown[-1].folder.path.parent)
+    decision = folder.chosen().path if folder.is_done() else grown[-1].folder.path
+    chosen = next(entry for entry in grown if entry.folder.path == decision)
+    gap, margin = chosen.results["difference"], growths[grower].margin
+    mark = "REHEARSAL, not a result. " if experiment.rehearsal else ""
+    size = f"{chosen.results['layers']} of the reference's {found[0].results['layers']} layers"
+    reached = "reaches" if gap["high"] <= margin else "does not reach"
+    text = (
+        f"{mark}With {size}, Inheritune {reached} the reference's validation loss: {gap['mean']:+.4f} nats "
+        f"({gap['low']:+.4f} to {gap['high']:+.4f})"
+    )
+    for entry in found[1:]:
+        run = experiment.run(entry.results["run"])
+        if run.init.random and experiment.reference_of(run) == experiment.paper[0].run:
+            text += _compare_random(entry, chosen, margin)
+    return text + "."
+
+
+def _compare_random(entry: TableEntry, chosen: TableEntry, margin: float) -> str:
+    """Return a clause that compares a random start with the chosen stage."""
+    gap = entry.results["validation"]["mean"] - chosen.results["validation"]["mean"]
+    side = "above" if gap > 0 else "below"
+    shape = f"{entry.results['layers']} layers, {entry.results['steps']} steps"
+    text = f"; the {escape_markdown(entry.label)} ({shape}) ends {abs(gap):.4f} {side} it"
+    if entry.results.get("difference", {"high": margin + 1})["high"] <= margin:
+        text += " and reaches the reference's loss too"
+    return text

@@ -1,0 +1,49 @@
+"""Where the results of this repository's models are: the folders of a row, its scores, its attention."""
+
+from inheritune.config.experiment import Experiment
+from inheritune.config.rehearsal import shrink_layers
+from inheritune.files.rundir import RunDir, find_weights, get_results_dir
+from inheritune.paper.items import Row, split_run
+
+
+def name_weights(experiment: Experiment, row: Row) -> str:
+    """Return the name of the weights that a row shows: RUN, RUN/stage2, or RUN@10000 (weights kept at a
+    step)."""
+    run = split_run(row)[1]
+    kept = f"@{experiment.runs[run].keep_at[row.kept - 1]}" if row.kept else ""
+    return run + (f"/stage{row.stage}" if row.stage else "") + kept
+
+
+def find_folder(experiment: Experiment, row: Row, seed: int) -> RunDir | None:
+    """Return the folder with the results of the row's run, stage, kept weights or third-party model; None if
+    it is not finished."""
+    run = split_run(row)[1]
+    if experiment.run(run).init.external:
+        return RunDir.of(experiment, run, seed)
+    weights = find_weights(experiment, name_weights(experiment, row), seed)
+    return get_results_dir(weights) if weights else None
+
+
+def locate_attention(folder: RunDir, row: Row) -> RunDir:
+    """Return the folder of a row's attention.jsonl: the model's, or a folder in it if `row.data` is set."""
+    return RunDir(folder.path / f"on_{row.data}") if row.data else folder
+
+
+def list_maps(experiment: Experiment, row: Row) -> list[tuple[int, int]]:
+    """Return (layer, head), counted from 0, of the row's attention maps.
+
+    In a rehearsal, they are those of the small model at the same relative depth."""
+    pairs = [(layer - 1, head - 1) for layer, head in row.maps]
+    if experiment.rehearsal:
+        pairs = [(shrink_layers(layer + 1) - 1, head % experiment.model.heads) for layer, head in pairs]
+    return list(dict.fromkeys(pairs))
+
+
+def find_score(results: dict, metric: str) -> dict | None:
+    """Return {score, stderr, n, task, version, shots} of metric tasks.NAME.METRIC in a results.json, or
+    None."""
+    _, task, name = metric.split(".")
+    found = results.get("tasks", {}).get(task, {})
+    if name not in found:
+        return None
+    return {**found[name], **{key: found.get(key) for key in ("n", "task", "version", "shots")}}
