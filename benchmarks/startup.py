@@ -66,14 +66,15 @@ def setup(work: dict, folder: Path) -> None:
 
 STOP = """
 import sys
-from inheritune.runtime import dist
+from inheritune.errors import Stopped
 from inheritune.runtime import signals
 from inheritune.training import loop as train
-log_step = train.Trainer._log_step
+from inheritune.training.step_log import StepLog
+log_step = StepLog._log_step
 def stop_at_two(self, state, *rest):
     log_step(self, state, *rest)
-    signals.received.append("benchmark") if state["step"] == 2 else None
-train.Trainer._log_step = stop_at_two
+    signals.received.append("benchmark") if state.step == 2 else None
+StepLog._log_step = stop_at_two
 try:
     train.train(sys.argv[1], "reference")
 except Stopped:
@@ -98,10 +99,12 @@ def resumed(work: dict, folder: Path) -> dict:
 
     from inheritune.engines import checkpoint
     from inheritune.training import loop as training
+    from inheritune.training import start
+    from inheritune.training.step_log import StepLog
 
     stamps, originals = (
         {"imports_s": since_start()},
-        (training.start_engine, checkpoint.restore_checkpoint, checkpoint.find_newest_checkpoint),
+        (start.start_engine, checkpoint.restore_checkpoint, checkpoint.find_newest_checkpoint),
     )
 
     def stamped(name, function):
@@ -116,12 +119,12 @@ def resumed(work: dict, folder: Path) -> dict:
     def first(self, state, *_):
         raise FirstStep
 
-    training.start_engine = stamped("engine_s", originals[0])
+    start.start_engine = stamped("engine_s", originals[0])
     checkpoint.restore_checkpoint, checkpoint.find_newest_checkpoint = (
         stamped("restore_s", originals[1]),
         stamped("hashes_s", originals[2]),
     )
-    training.Trainer._log_step = first
+    StepLog._log_step = first
     try:
         with _profiler or nullcontext():
             training.train(str(folder / "resume" / "resume.yaml"), "reference")

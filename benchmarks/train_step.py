@@ -137,10 +137,11 @@ def ours(work: dict, folder: Path, run: str = "ours") -> dict:
     from inheritune.files.rundir import RunDir
     from inheritune.runtime import dist
     from inheritune.training import loop as training
+    from inheritune.training.step_log import StepLog
 
     stamps, log_step, path = (
         Stamps(),
-        training.Trainer._log_step,
+        StepLog._log_step,
         str(folder / work["key"] / f"{work['key']}.yaml"),
     )
 
@@ -148,7 +149,7 @@ def ours(work: dict, folder: Path, run: str = "ours") -> dict:
         log_step(self, state, losses, *rest)
         stamps.add(losses["loss"])
 
-    training.Trainer._log_step = log_and_stamp
+    StepLog._log_step = log_and_stamp
     with _profiler or nullcontext():
         training.train(path, run)
     if dist.get_rank() == 0:  # the next turn trains it again

@@ -13,9 +13,15 @@ from inheritune.config.paths import RECIPES
 from inheritune.config.reading import read_yaml
 from inheritune.data.batches import Tokens
 from inheritune.errors import UserError
-from inheritune.files.json_files import is_sealed, write_jsonl
+from inheritune.files.json_files import is_sealed, read_json, write_jsonl
 from inheritune.files.outputs import check_writable, resolve_output
-from inheritune.files.rundir import RunDir, get_results_dir, parse_weights_name, require_weights
+from inheritune.files.rundir import (
+    RunDir,
+    find_measured_run,
+    get_results_dir,
+    parse_weights_name,
+    require_weights,
+)
 from inheritune.files.storage import find_root
 from inheritune.models.networks import build_config
 from inheritune.models.surgery import write_random
@@ -92,8 +98,9 @@ def run_analyze(
     is by default the run folder that holds the weights, else runs/analysis/<model>. In a rehearsal, whose
     models have few positions, `length` is cut to its sequences.
 
-    Raises UserError, before it measures, if `out` holds files that would be overwritten and were not written
-    by analyze (`check_replaced`)."""
+    A run's own analysis is renewed; that of a run on other data than its own is in a folder on_<data> of the
+    run. Raises UserError, before it measures, if another folder holds files that would be overwritten and are
+    not an analysis of this model (`check_replaced`)."""
     given = Path(resolve_output(out)) if out else None
     if given:
         check_writable(given)
@@ -107,20 +114,29 @@ def run_analyze(
     is_final = Path(model).resolve() == run.final and run.final.is_dir()
     rehearsed_lengths = _find_rehearsed_lengths(experiment, run if is_final else None)
     length = min([length, *rehearsed_lengths])
-    is_beside_weights = is_final and folder is None
-    if is_beside_weights:
-        folder = run.path
+    if is_final and folder is None:
+        folder = run.path if _has_data_of(run, tokens) else run.path / f"on_{_name_data(experiment, data)}"
     elif folder is None:
         folder = _name_folder(model, bool(rehearsed_lengths))
-    if given:
-        check_replaced(RunDir(given), model, revision)
+    if not find_measured_run(RunDir(folder)):  # a run's own analysis is renewed
+        check_replaced(RunDir(folder), model, revision)
     rows = measure_model(model, tokens, sequences, length, seed, maps, revision=revision, progress=True)
     rows[0]["rehearsal"] = bool(rehearsed_lengths)
-    if is_beside_weights and run.is_done():
-        rows[0]["weights"] = run.weights_hash()
+    if measured := find_measured_run(RunDir(folder)):
+        rows[0]["weights"] = measured.weights_hash()
     write_jsonl(RunDir(folder).attention, rows)
     print(describe_rows(rows))
     return folder
+
+
+def _has_data_of(run: RunDir, tokens: Tokens) -> bool:
+    """Return whether a run was trained on the data of `tokens`; true of a run that does not say so."""
+    described = read_json(run.results) if run.results.is_file() else {}
+    return described.get("data_fingerprint", tokens.fingerprint) == tokens.fingerprint
+
+
+def _name_data(experiment: Experiment | None, data: str) -> str:
+    return experiment.name if experiment else Path(data).resolve().name
 
 
 def _open_data(data: str) -> tuple[Experiment | None, Tokens]:

@@ -44,7 +44,7 @@ def grow(
     while not folder.is_done():
         if folder.stop.is_file():
             raise Stopped(
-                f"{run} is not grown further: {folder.stop} is there; delete it to go on", again=False
+                f"{run} is not grown further: {folder.stop} exists; delete it to continue", again=False
             )
         action = plan_next_action(
             depths,

@@ -34,9 +34,10 @@ def status(experiment: str, seed: int = 0, rehearse: bool | None = None) -> None
     shown = [[row[i] for i in used] for row in cells]
     headers = [STATUS_COLUMNS[i] for i in used]
     print(tabulate(shown, headers=headers, tablefmt="simple", disable_numparse=True))
-    remarks.append(
-        f"all that is finished: python -m inheritune table {experiment}{_list_flags(loaded, seed)}"
-    )
+    if loaded.paper:
+        remarks.append(
+            f"all that is finished: python -m inheritune table {experiment}{_list_flags(loaded, seed)}"
+        )
     print("\n" + "\n".join(remarks))
 
 

@@ -17,7 +17,8 @@ def parse_bpe_size(name: str) -> int | None:
         return None
     if not re.fullmatch(r"bpe:[0-9]{1,8}", name) or int(name[4:]) <= 257:
         raise UserError(
-            f"tokenizer '{name}': write bpe:N with N above 257 (256 bytes, end of text, merges), e.g. "
+            f"tokenizer '{name}': write bpe:N with N from 258 (256 bytes, end of text, merges) to 99999999, "
+            f"e.g. "
             f"bpe:2048"
         )
     return int(name[4:])

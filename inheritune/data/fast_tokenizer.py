@@ -101,6 +101,8 @@ def open_pretrained(name: str, revision: str | None) -> FastTokenizer:
     from transformers import AutoTokenizer
 
     local = resolve_path(name)
+    if local.is_file():
+        raise UserError(f"tokenizer '{name}' is a file; name its folder, {local.parent}")
     if local.is_dir():
         tokenizer = _open_folder(name, local)
     else:

@@ -257,14 +257,16 @@ def _check_rules(values: dict) -> list[Problem]:
 
 def _matches_rule(rule: dict, values: dict) -> bool:
     """Return whether the rule applies to `values`. Its key has one of the values in `is` (any, without it; or
-    is missing, with `absent`) and none of `isnt`, the keys of `with` have theirs, and no key of `unless`
-    has."""
+    is missing, with `absent`; or is no multiple of `multiple`) and none of `isnt`, the keys of `with` have
+    theirs, and no key of `unless` has."""
 
     def has(key: str, among: list | None) -> bool:
         return key in values and (among is None or values[key] in among)
 
     own = rule["key"] not in values if rule.get("absent") else has(rule["key"], rule.get("is"))
     own = own and values.get(rule["key"]) not in rule.get("isnt", [])
+    if own and "multiple" in rule:
+        own = values[rule["key"]] % rule["multiple"] != 0
     others = all(has(*pair) for pair in rule.get("with", {}).items())
     return own and others and not any(has(*pair) for pair in rule.get("unless", {}).items())
 

@@ -171,7 +171,7 @@ def open_tokenizer(folder: Path) -> Any:
                 f"the tokenizer in {folder} does not give the ids of its sentencepiece model "
                 f"(tokenizer.model) for a probe: its scores would mean nothing; evaluate a copy of the "
                 f"folder with a tokenizer.json that does, such as the one that 'prepare' writes to "
-                f"data/<name>/tokenizer"
+                f"data/<name>/tokenizer, or the run itself (--run), whose ids are those of its training"
             )
     return tokenizer
 

@@ -28,8 +28,9 @@ from inheritune.files.outputs import check_new_file, resolve_output
 from inheritune.files.rundir import RunDir, get_results_dir, parse_weights_name, require_weights
 from inheritune.models.networks import build_model, count_parameters
 from inheritune.models.sources import Source, open_source
+from inheritune.runs.changes import check_own_run, describe_change_since, find_changes_since, find_job
 from inheritune.runs.comparison import compare_with_reference, compute_interval
-from inheritune.runs.identity import find_changes_since
+from inheritune.runs.identity import check_origin
 from inheritune.runs.job import Job
 from inheritune.runs.starts import make_random_start
 from inheritune.runtime import dist, signals
@@ -116,7 +117,20 @@ def open_weights(experiment: Experiment, name: str, seed: int) -> tuple[Job, Sou
         return job, open_source(external.source, external.revision), job.dir.results
     weights = require_weights(experiment, name, seed)
     check_same_data(job, weights.parent)
+    run_dir = RunDir(weights.parent)
+    own = find_job(experiment, job.name, seed, run_dir)
+    check_own_run(run_dir, own)
+    check_reference(run_dir, own)
     return job, open_source(str(weights)), get_results_dir(weights).results
+
+
+def check_reference(run_dir: RunDir, job: Job) -> None:
+    """Raise UserError if the run in `run_dir` was started from weights of its reference, and the reference
+    has been trained anew since: the two would no longer be an original and its cut."""
+    name = job.experiment.reference_of(job.run)
+    if name and run_dir.provenance.is_file():
+        before = run_dir.read_starts()[0].get("start_weights") or {}
+        check_origin(job, {run: weights for run, weights in before.items() if run == name})
 
 
 def check_same_data(job: Job, folder: Path) -> None:
@@ -144,6 +158,8 @@ def measure_checkpoint(
     Raises UserError if `target` has results of other weights of a model of that name."""
     dist.init_distributed()
     set_up_logging()
+    if job and (note := describe_change_since(RunDir(source.folder.parent), job)):
+        logger.info("%s: %s", source.folder.parent, note)
     tokens, foreign = Tokens.of(loaded, "val"), job is None or job.run.init.external is not None
     # All that can be refused comes before the work.
     benchmarks = downstream.load_tasks(chosen, loaded.evaluate.task_files, allow_code)

@@ -210,9 +210,10 @@ class RunDir:
 
     def _check_measured(self, facts: dict, file: Path) -> None:
         """Raises UserError if `facts`, from `file`, were measured on other weights than DONE names."""
-        if "weights" in facts and self.is_done() and facts["weights"] != self.weights_hash():
+        run = find_measured_run(self)
+        if "weights" in facts and run and facts["weights"] != run.weights_hash():
             raise UserError(
-                f"{file} was measured on other weights than those of {self.final}: they were replaced, or "
+                f"{file} was measured on other weights than those of {run.final}: they were replaced, or "
                 f"the file is older"
             )
 
@@ -242,8 +243,9 @@ class RunDir:
             run = f"{results['run']}/stage{stage}" if stage else results["run"]
             raise UserError(
                 f"{self.results} compares with weights of run '{name}', which has been trained anew since; "
-                f"compare again: python -m inheritune evaluate {results['experiment']} --run "
-                f"{run}{format_seed_flag(results['seed'])}"
+                f"compare again with evaluate (experiment {results['experiment']}): python -m inheritune "
+                f"evaluate "
+                f"EXPERIMENT --run {run}{format_seed_flag(results['seed'])}"
             )
 
     def read_starts(self, *keys: str) -> list[dict]:
@@ -267,6 +269,13 @@ class RunDir:
             raise UserError(f"{self.attention} is empty; analyze the model again")
         self._check_measured(rows[0] if rows else {}, self.attention)
         return rows
+
+
+def find_measured_run(folder: RunDir) -> RunDir | None:
+    """Return the finished run that measurements in `folder` are of: the folder itself, or the run that
+    has it as on_<data>. None of other folders."""
+    run = RunDir(folder.path.parent) if folder.path.name.startswith("on_") else folder
+    return run if run.is_done() and run.final.is_dir() else None
 
 
 def _has_keys(start: Any, keys: tuple[str, ...]) -> bool:

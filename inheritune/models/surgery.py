@@ -226,7 +226,7 @@ def halve_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
     half, mlp_key = copy.deepcopy(config), MLP_WIDTH[config.model_type]
     kept, kept_kv = halve_heads(heads, kv_heads)
     half.num_attention_heads, half.hidden_size = kept, scale_width(config.hidden_size, kept, heads)
-    if kv_heads != heads:
+    if hasattr(config, "num_key_value_heads"):
         half.num_key_value_heads = kept_kv
     if (mlp_width := getattr(config, mlp_key)) is not None:
         setattr(half, mlp_key, scale_width(mlp_width, kept, heads))

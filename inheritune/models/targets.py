@@ -161,7 +161,7 @@ def _check_room(out: Path, need: int) -> None:
     free = storage.count_free_bytes(out)
     if free < need + SPARE_BYTES:
         raise UserError(
-            f"{out} needs {need / 1e6:.0f} MB, its disk has {free / 1e6:.0f} MB free; "
+            f"{out} needs {(need + SPARE_BYTES) / 1e6:.0f} MB, its disk has {free / 1e6:.0f} MB free; "
             f"{storage.suggest_more_space(out)}"
         )
 

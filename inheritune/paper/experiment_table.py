@@ -3,7 +3,7 @@
 A grown run gives one row per stage.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from inheritune.config.experiment import Experiment
 from inheritune.errors import UserError
@@ -12,6 +12,8 @@ from inheritune.files.json_files import read_jsonl
 from inheritune.files.rundir import RunDir
 from inheritune.paper.table_cells import measure_cell, refuse_mixture
 from inheritune.paper.training_costs import find_step_at_loss, read_validation_curve
+from inheritune.runs.changes import check_own_run
+from inheritune.runs.job import Job
 
 RESULT_COLUMNS = (
     "model",
@@ -36,34 +38,46 @@ class TableEntry:
     flops: float
     """Training FLOPs, including those of the stages before it."""
 
+    note: str = ""
+    """What has changed in the experiment since this was trained."""
+
 
 def list_entries(experiment: Experiment, seed: int = 0) -> list[TableEntry]:
     """Return the table's rows in order, without the runs that are not finished.
 
-    Raises UserError if the experiment defines no rows or its rows were measured on different data."""
+    Raises UserError if the experiment defines no rows, if its rows were measured on different data, or if a
+    folder holds another run than the experiment describes."""
     if not experiment.paper:
         raise UserError(f"experiment '{experiment.name}' has no 'paper' section that names table rows")
     found = []
     for row in experiment.paper:
         folder = RunDir.of(experiment, row.run, seed)
         if experiment.run(row.run).grow:
-            found += _list_stages(row.label, folder)
+            found += _list_stages(row.label, folder, Job(experiment, row.run, seed))
         elif folder.is_done():
+            note = check_own_run(folder, Job(experiment, row.run, seed))
             results = folder.read_results()
-            found.append(TableEntry(row.label, folder, results, results.get("train_flops", 0.0)))
+            found.append(TableEntry(row.label, folder, results, results.get("train_flops", 0.0), note))
     losses = [(entry.label, measure_cell(entry.results, "validation")) for entry in found]
     refuse_mixture("validation loss", f"the table of {experiment.name}", losses)
     return found
 
 
-def _list_stages(label: str, folder: RunDir) -> list[TableEntry]:
+def list_notes(found: list[TableEntry]) -> list[str]:
+    """Return a sentence for each row whose run was trained under other settings than the experiment has
+    now."""
+    return [f"note: {entry.folder.path}: {entry.note}" for entry in found if entry.note]
+
+
+def _list_stages(label: str, folder: RunDir, job: Job) -> list[TableEntry]:
     """Return an entry for each finished stage of a grown run."""
     found: list[TableEntry] = []
     number, flops = 1, 0.0
     while folder.stage(number).is_done():
+        note = check_own_run(folder.stage(number), replace(job, stage=number))
         results = folder.stage(number).read_results()
         flops += results["train_flops"]
-        found.append(TableEntry(f"{label}, stage {number}", folder.stage(number), results, flops))
+        found.append(TableEntry(f"{label}, stage {number}", folder.stage(number), results, flops, note))
         number += 1
     return found
 
@@ -72,13 +86,13 @@ def make_rows(found: list[TableEntry]) -> list[list[str]]:
     """Return the cells of the table, RESULT_COLUMNS wide."""
     curve = read_validation_curve(found[0].folder)
     target = curve[-1]["val_loss"] if curve else None
-    return [_make_row(entry, target) for entry in found]
+    return [_make_row(entry, target, found[0].results["run"]) for entry in found]
 
 
-def _make_row(entry: TableEntry, target: float | None) -> list[str]:
-    """Return the cells of one row; `target` is the reference's last validation loss."""
+def _make_row(entry: TableEntry, target: float | None, reference: str) -> list[str]:
+    """Return the cells of one row; `target` is the last validation loss of the run `reference`."""
     results, loss = entry.results, entry.results["validation"]
-    gap, reached = results.get("difference"), None
+    reached = None
     if target is not None:
         reached = find_step_at_loss(read_validation_curve(entry.folder), target)
     rate = read_speed(entry.folder)
@@ -88,11 +102,21 @@ def _make_row(entry: TableEntry, target: float | None) -> list[str]:
         f"{results['parameters'] / 1e6:.2f}M",
         str(results["steps"]),
         f"{loss['mean']:.4f} ({loss['low']:.4f} to {loss['high']:.4f})",
-        f"{gap['mean']:+.4f} ({gap['low']:+.4f} to {gap['high']:+.4f})" if gap else "",
+        _format_difference(results, reference),
         "not reached" if reached is None else str(reached),
         f"{rate:,.0f}" if rate else "",
         f"{entry.flops:.2e}",
     ]
+
+
+def _format_difference(results: dict, reference: str) -> str:
+    """Return the difference that was measured, "" without one; if it is not to the table's reference, with
+    the name of the run that it is to."""
+    if not (gap := results.get("difference")):
+        return ""
+    name = results.get("compared_with", reference)
+    to = "" if name == reference else f"to {escape_markdown(name)}: "
+    return f"{to}{gap['mean']:+.4f} ({gap['low']:+.4f} to {gap['high']:+.4f})"
 
 
 def read_speed(folder: RunDir) -> float | None:

@@ -22,7 +22,7 @@ from inheritune.paper.attention_plots import (
     plot_tau_ablation,
 )
 from inheritune.paper.canvas import PAPER_SUFFIX
-from inheritune.paper.experiment_table import TableEntry, list_entries
+from inheritune.paper.experiment_table import TableEntry, list_entries, list_notes
 from inheritune.paper.items import Panel, Row, list_items, load_experiments, load_item, split_run
 from inheritune.paper.loss_plots import plot_loss_curves
 from inheritune.paper.measured import find_folder, list_maps, locate_attention
@@ -54,6 +54,7 @@ def figure(item: str, seed: int = 0, rehearse: bool | None = None) -> list[Path]
         raise UserError(f"no run of {experiment.name} (seed {seed}) is finished: nothing to draw")
     folder, small = found[0].folder.path.parent, experiment.rehearsal
     paths = [folder / "loss.png"]
+    print(*list_notes(found), sep="\n", end="\n" if list_notes(found) else "")
     losses = [(_make_label(entry), read_validation_curve(entry.folder)) for entry in found]
     plot_loss_curves(losses, paths[0], losses[0][1][-1]["val_loss"], rehearsal=small)
     analyzed = [
@@ -61,11 +62,25 @@ def figure(item: str, seed: int = 0, rehearse: bool | None = None) -> list[Path]
         for entry in found
         if entry.folder.attention.is_file()
     ]
+    check_comparable(analyzed)
     if analyzed:
         paths += [folder / "max_rank.png", folder / "avg_mass.png"]
         plot_max_rank(analyzed, paths[1], rehearsal=small)
         plot_avg_mass(analyzed, paths[2], rehearsal=small)
     return paths
+
+
+def check_comparable(series: Series, keys: tuple[str, ...] = ("data", "length", "sequences")) -> None:
+    """Raise UserError if models of one plot were analyzed on different texts or lengths."""
+    for label, rows in series[1:]:
+        for key in keys:
+            first, its = series[0][1][0].get(key), rows[0].get(key)
+            if first != its:
+                raise UserError(
+                    f"'{label}' was analyzed with {key} {its}, '{series[0][0]}' with {first}: they cannot "
+                    f"share a "
+                    f"plot; analyze one of them again"
+                )
 
 
 def _make_label(entry: TableEntry) -> str:
@@ -97,15 +112,18 @@ def _draw_attention_panel(
     """Draw what `analyze` measured of the panel's rows; return False if there is nothing."""
     field = FIELDS.get(panel.kind)
     series: Series = []
+    measured: Series = []
     for row in panel.rows:
         rows = _read_attention(panel, row, experiments[split_run(row)[0]], seed, small)
         print(f"{panel.title}, {row.label}: {'drawn' if rows else 'not run'}")
         if rows:
             series.append((row.label, rows))
+            measured.append(series[-1])
         if field and row.file and not small:
             series.append((row.label + PAPER_SUFFIX, _read_published_layers(row, field)))
     if not series:
         return False
+    check_comparable(measured, ("length", "sequences"))
     if field:
         LINE_PLOTS[panel.kind](series, path, rehearsal=small, title=panel.title)
     else:

@@ -4,6 +4,7 @@ from inheritune.config.experiment import Experiment
 from inheritune.config.rehearsal import shrink_layers
 from inheritune.files.rundir import RunDir, find_weights, get_results_dir
 from inheritune.paper.items import Row, split_run
+from inheritune.runs.changes import check_own_run, find_job
 
 
 def name_weights(experiment: Experiment, row: Row) -> str:
@@ -16,12 +17,18 @@ def name_weights(experiment: Experiment, row: Row) -> str:
 
 def find_folder(experiment: Experiment, row: Row, seed: int) -> RunDir | None:
     """Return the folder with the results of the row's run, stage, kept weights or third-party model; None if
-    it is not finished."""
+    it is not finished.
+
+    Raises UserError if the folder holds another run than the experiment describes."""
     run = split_run(row)[1]
     if experiment.run(run).init.external:
         return RunDir.of(experiment, run, seed)
     weights = find_weights(experiment, name_weights(experiment, row), seed)
-    return get_results_dir(weights) if weights else None
+    if weights is None:
+        return None
+    run_dir = RunDir(weights.parent)
+    check_own_run(run_dir, find_job(experiment, run, seed, run_dir))
+    return get_results_dir(weights)
 
 
 def locate_attention(folder: RunDir, row: Row) -> RunDir:

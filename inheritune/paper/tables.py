@@ -15,6 +15,7 @@ from inheritune.paper.experiment_table import (
     TableEntry,
     describe_outcome,
     list_entries,
+    list_notes,
     make_rows,
 )
 from inheritune.paper.items import Item, list_items, load_experiments, load_item
@@ -64,7 +65,9 @@ def table(item: str, seed: int = 0, rehearse: bool | None = None, missing: bool 
     columns, cells = _add_scores(experiment, found, make_rows(found))
     records = [dict(zip(columns, row, strict=True)) for row in cells]
     stem = RunDir.of(experiment, "table", seed).path
-    write_table(stem, title, columns, cells, [note, describe_outcome(experiment, found)], records)
+    write_table(
+        stem, title, columns, cells, [note, *list_notes(found), describe_outcome(experiment, found)], records
+    )
     return None
 
 

@@ -10,58 +10,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from inheritune.config.reading import read_yaml
-from inheritune.config.sections import RESUMABLE_KEYS, Train
+from inheritune.config.sections import Train
 from inheritune.errors import UserError
 from inheritune.files.json_files import read_json
-from inheritune.files.rundir import RunDir, find_weights, get_results_dir
+from inheritune.files.rundir import find_weights, get_results_dir
 from inheritune.models.architectures import find_architecture
 from inheritune.models.networks import build_config
 from inheritune.models.surgery import INCIDENTAL, halve_config
+from inheritune.runs.changes import find_changes_of_run, find_changes_since, find_differences
 from inheritune.runs.job import Job
 
 FREE_BETWEEN_STAGES = ("run.grow.max_layers", "run.grow.margin")
 """Keys that may change between two stages: how far growth may go, and when it ends. They change no stage."""
 
-UNRESOLVED = ("train.precision",)
-"""Keys that may be `auto` before the device is known."""
-
 
 def describe_run(job: Job, train: Train, data_fingerprint: str) -> dict:
     """Return all that distinguishes a run (with `train` as resolved) from other runs, as JSON stores it."""
     return json.loads(json.dumps({**job.resolved(train), "data_fingerprint": data_fingerprint}))
-
-
-def find_differences(before: Any, now: Any, path: str = "") -> list[tuple[str, object, object]]:
-    """Return (key path, old, new) wherever two nested dicts differ."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = [*before, *(key for key in now if key not in before)]
-        return [
-            d
-            for key in keys
-            for d in find_differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
-        ]
-    return [] if before == now else [(path, before, now)]
-
-
-def find_changes_of_run(
-    before: dict, now: dict, free: tuple[str, ...] = ()
-) -> list[tuple[str, object, object]]:
-    """Return the differences that make `now` another run: all but those of RESUMABLE_KEYS and `free`."""
-    changes = find_differences(before, now)
-    return [c for c in changes if c[0].removeprefix("train.") not in RESUMABLE_KEYS and c[0] not in free]
-
-
-def find_changes_since(
-    file: Path, job: Job, train: Train, free: tuple[str, ...] = ()
-) -> list[tuple[str, object, object]]:
-    """Return `find_changes_of_run` from `file`, the experiment.yaml of a run, to `job` (`train` resolved);
-    [] if it does not exist."""
-    if not file.is_file():
-        return []
-    return find_changes_of_run(read_yaml(file), yaml.safe_load(yaml.safe_dump(job.resolved(train))), free)
 
 
 def check_unchanged(job: Job, train: Train, free: tuple[str, ...] = ()) -> None:
@@ -168,13 +133,3 @@ def check_start_model(job: Job, config: Any, folder: Path) -> None:
             f"experiment's {new}; go back to that, or delete the folder if it is left from before, or "
             "give the experiment another name"
         )
-
-
-def describe_change_since(run_dir: RunDir, job: Job) -> str:
-    """Return a sentence that names a change of the experiment since the finished run in `run_dir` was
-    trained, or ""."""
-    changes = find_changes_since(run_dir.experiment, job, job.settings, UNRESOLVED)
-    if not changes:
-        return ""
-    key, old, new = changes[0]
-    return f"it was trained with {key} = {old}, the experiment now has {new}"

@@ -27,7 +27,7 @@ from inheritune.files.lock import Lock
 from inheritune.files.processes import get_node_name
 from inheritune.files.rundir import get_data_dir
 from inheritune.models.networks import count_flops_per_token
-from inheritune.runs import identity
+from inheritune.runs import changes, identity
 from inheritune.runs.comparison import compute_interval
 from inheritune.runs.job import Job
 from inheritune.runtime import dist, job_reports, node_checks, rendezvous, signals, watchdog
@@ -130,7 +130,7 @@ def train_job(job: Job, ds: str | None = None) -> None:
 def _report_done(job: Job) -> None:
     if dist.get_rank() == 0:
         print(f"{job.title()} is finished: {job.dir.final}")
-        if note := identity.describe_change_since(job.dir, job):
+        if note := changes.describe_change_since(job.dir, job):
             print(f"note: {note}; to train that, start a run of another name")
 
 
@@ -138,7 +138,7 @@ def _open_tokens(job: Job) -> Tokens:
     """Open the training data. Raises UserError on every rank if it is damaged or not that of the
     experiment."""
     # before the data is opened: that of another experiment lies in another folder, or does not exist
-    dist.run_on_rank0(identity.check_unchanged, job, job.settings, identity.UNRESOLVED)
+    dist.run_on_rank0(identity.check_unchanged, job, job.settings, changes.UNRESOLVED)
     tokens = Tokens.of(job.experiment, "train")
     dist.run_on_rank0(check_corpus, job.experiment, tokens.folder)
     check_vocabulary(

@@ -146,7 +146,7 @@ class Chain:
         sign = self.choose.choice(SIGNALS)
         who = self.choose.choice(["all", *map(str, range(ranks))]) if "reading the old" not in point else "0"
         if (
-            POINTS[point][1] in ("write_json", "remove", "CheckpointWriter.add", "model_card")
+            POINTS[point][1] in ("write_json", "remove_path", "CheckpointWriter.add", "format_card")
             and who != "all"
         ):
             who = "0"  # only rank 0 writes

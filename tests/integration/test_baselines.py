@@ -325,6 +325,16 @@ def test_half_width_keeps_the_first_half_of_the_heads(tmp_path, kind):
     assert torch.equal(logits(opened(tmp_path / "out")), logits(small))
 
 
+def test_half_width_of_a_llama_without_grouped_queries_computes(tmp_path):
+    config = build_config(Model(size="llama_tiny", layers=2, width=16, heads=4, mlp_width=24, vocab_size=64))
+    assert config.num_key_value_heads == config.num_attention_heads
+    write_random(config, tmp_path / "big", 0)
+    halve_width(tmp_path / "big", tmp_path / "half")
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    assert (half.config.num_attention_heads, half.config.num_key_value_heads) == (2, 2)
+    assert half(torch.arange(8)[None]).logits.isfinite().all()
+
+
 def test_half_of_the_papers_models():
     """Parameter counts of recipes/paper/table_model_configs.csv; XL's 25 heads become 12 of 64, as the
     docstring says."""

@@ -17,9 +17,10 @@ RUNS = {
     "reference": {"init": "random", "keep_at": [3]},
     "other": {"init": "random", "layers": 2, "compare": "reference"},
     "grown": {"init": START, "grow": {"by": 1, "max_layers": 2, "margin": -9.0}},
+    "stacked": {"init": {"stack": {"source": "other", "layers": "0:2"}}},
     "beside": {"init": "random", "layers": 2, "compare": "grown"},
 }
-PAPER = [{"run": "reference", "label": "reference"}, {"run": "other", "label": "other"}]
+PAPER = [{"run": name, "label": name} for name in ("reference", "other", "stacked")]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def world(tmp_path_factory):
         patch.setenv("INHERITUNE_ROOT", str(folder / "root"))
         path = write_experiment(folder, raw)
         write_tokens(get_data_dir(load_experiment(path)))
-        run_verb("train", path, "--run", "reference,other")
+        run_verb("train", path, "--run", "reference,other,stacked")
         run_verb("train", path, "--run", "reference", "--seed", "1")
         run_verb("grow", path, "--run", "grown")
     return folder, raw
@@ -46,6 +47,7 @@ def replace_reference(path: str) -> None:
     old, new = run_of(path, "reference"), run_of(path, "reference", 1)
     shutil.rmtree(old.path)
     shutil.copytree(new.path, old.path)
+    old.experiment.write_text(new.experiment.read_text().replace("seed: 1", "seed: 0"))
 
 
 def test_a_table_does_not_show_a_difference_to_a_reference_that_is_gone(again):
@@ -57,7 +59,7 @@ def test_a_table_does_not_show_a_difference_to_a_reference_that_is_gone(again):
         "other/results.json compares with weights of run 'reference', which has been trained anew since"
         in said
     )
-    assert "python -m inheritune evaluate small --run other" in said
+    assert "(experiment small): python -m inheritune evaluate EXPERIMENT --run other" in said
     run_verb("evaluate", path, "--run", "other", "--tasks", "none")
     assert (
         run_of(path, "other").read_results()["compared_weights"] == run_of(path, "reference").weights_hash()
@@ -74,11 +76,10 @@ def test_growth_does_not_go_on_against_another_reference(again):
     assert "grown/stage1/results.json compares with weights of run 'reference'" in refused(
         "grow", path, "--run", "grown"
     )
-    run_verb("evaluate", path, "--run", "grown/stage1", "--tasks", "none")
-    said = refused("train", path, "--run", "grown", "--stage", "2")  # stage 1 still comes from the old one
-    assert (
-        f"{grown.path} was started from weights of run 'reference', which has been trained anew since" in said
-    )
+    gone = f"{grown.path} was started from weights of run 'reference', which has been trained anew since"
+    # stage 1 still comes from the old one: it is no cut of the new one, and is not grown further
+    assert gone in refused("evaluate", path, "--run", "grown/stage1", "--tasks", "none")
+    assert gone in refused("train", path, "--run", "grown", "--stage", "2")
 
 
 @pytest.mark.parametrize("change", [{"data": {"sequence_length": 16}}, {"train": {"final_windows": 8}}])
@@ -154,3 +155,97 @@ def again_with_rate(path: str) -> str:
     assert "lr: 0.001" in text
     Path(path).write_text(text.replace("lr: 0.001", "lr: 0.02"))
     return path
+
+
+# --- tables, figures and analyses show the runs that the experiment describes -------------------------------
+
+
+def test_a_difference_to_another_run_than_the_tables_reference_names_it(again):
+    path = again()
+    table = run_verb("table", path).stdout
+    (row,) = [line for line in table.splitlines() if line.startswith("| stacked")]
+    gap = run_of(path, "stacked").read_results()["difference"]
+    assert f"| to other: {gap['mean']:+.4f} (" in row
+    (row,) = [line for line in table.splitlines() if line.startswith("| other")]
+    assert "to other" not in row and "to reference" not in row
+
+
+def test_a_run_that_was_copied_is_not_shown_as_another(again):
+    path = again()
+    seeds = run_of(path, "reference").path.parent.parent
+    shutil.copytree(seeds / "seed0", seeds / "seed7")
+    for words in (["table", path], ["figure", path], ["evaluate", path, "--run", "other", "--tasks", "none"]):
+        assert "holds another run than small describes: its seed is 0, the experiment's is 7" in refused(
+            *words, "--seed", "7"
+        )
+    other, stacked = run_of(path, "other"), run_of(path, "stacked")
+    shutil.rmtree(stacked.path)
+    shutil.copytree(other.path, stacked.path)
+    assert "its run_name is other, the experiment's is stacked" in refused("table", path)
+    path = again(runs={"other": {**RUNS["other"], "layers": 3}})
+    shutil.rmtree(stacked.path)
+    assert "its run.layers is 2, the experiment's is 3" in refused("table", path)
+
+
+def test_a_run_of_other_settings_than_now_is_shown_with_a_note(again):
+    path = again(train={"lr": 5e-4})
+    for words in (["table", path], ["figure", path], ["evaluate", path, "--run", "other", "--tasks", "none"]):
+        assert (
+            "it was trained with train.lr = 0.001, the experiment now has 0.0005" in run_verb(*words).stdout
+        )
+
+
+def test_a_stage_is_not_compared_with_a_reference_that_it_was_not_cut_from(again):
+    path = again()
+    replace_reference(path)
+    said = refused("evaluate", path, "--run", "grown/stage1", "--tasks", "none")
+    assert "was started from weights of run 'reference', which has been trained anew since" in said
+    run_verb("evaluate", path, "--run", "other", "--tasks", "none")  # from random: it has no origin
+
+
+def test_an_analysis_is_of_the_weights_that_lie_beside_it(again):
+    path = again()
+    other = run_of(path, "other")
+    measure = ["--length", "16", "--sequences", "4"]
+    run_verb("analyze", "--model", "other", "--data", path, *measure)
+    kept = other.attention.read_bytes()
+    shutil.rmtree(other.final)
+    shutil.copytree(run_of(path, "stacked").final, other.final)
+    done = read_json(run_of(path, "stacked").done)
+    write_json(other.done, done)
+    assert "was measured on other weights than those of" in refused("figure", path)
+    assert other.attention.read_bytes() == kept
+
+
+def test_an_analysis_on_another_text_leaves_the_runs_own(again):
+    path = again()
+    other = run_of(path, "other")
+    run_verb("analyze", "--model", "other", "--data", path, "--length", "16", "--sequences", "4")
+    own = other.attention.read_bytes()
+    foreign = copy.deepcopy(experiment_dict(paper=[], runs={"reference": {"init": "random"}}))
+    foreign["data"]["name"] = "foreign"
+    text = write_experiment(other.path.parents[3] / "recipes", foreign, "foreign")
+    write_tokens(get_data_dir(load_experiment(text)), fingerprint="foreign")
+    run_verb("analyze", "--model", other.final, "--data", text, "--length", "16", "--sequences", "4")
+    assert other.attention.read_bytes() == own and (other.path / "on_foreign" / "attention.jsonl").is_file()
+
+
+def test_models_analyzed_differently_share_no_plot(again):
+    path = again()
+    run_verb("analyze", "--model", "other", "--data", path, "--length", "16", "--sequences", "4")
+    run_verb("analyze", "--model", "stacked", "--data", path, "--length", "8", "--sequences", "4")
+    said = refused("figure", path)
+    assert "'stacked, 4 layers' was analyzed with length 8, 'other, 2 layers' with 16" in said
+
+
+def test_an_analysis_does_not_replace_that_of_a_model_of_the_same_name(again):
+    path = again()
+    first = run_of(path, "reference").kept(3)
+    second = run_of(path, "reference", 1).kept(3)
+    measure = ["--data", path, "--length", "16", "--sequences", "4"]
+    run_verb("analyze", "--model", first, *measure)
+    (made,) = (run_of(path, "reference").path.parents[2] / "analysis").glob("*/attention.jsonl")
+    kept = made.read_bytes()
+    assert f"was measured on {first}, not on {second}" in refused("analyze", "--model", second, *measure)
+    assert made.read_bytes() == kept
+    run_verb("analyze", "--model", first, *measure)  # again, it renews its own

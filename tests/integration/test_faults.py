@@ -165,7 +165,7 @@ def test_a_rank_that_hangs_ends_the_job_with_every_stack_and_is_named(tmp_path, 
     path, root, run = make(tmp_path, stage=1)
     codes, said = faulty(path, root, f"{kind}@3:1", INHERITUNE_JOB=str(tmp_path / "job"))
     assert codes[0] == 1 and f"struck: {kind}@3:1" in said, said
-    assert "(rank 0) has been at 'step 3: forward, backward and update'" in said and "in _loop" in said
+    assert "(rank 0) has been at 'step 3: forward, backward and update'" in said and "in train_step" in said
     sentence = (tmp_path / "job" / "failure").read_text()
     if kind == "sleep":
         assert (

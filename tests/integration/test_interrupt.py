@@ -135,7 +135,7 @@ def test_a_second_one_ends_ranks_that_hang(run):
     done = run_verb(
         "train", path, "--run", "reference", check=False, STOP=folder.stop.touch()
     )  # nothing holds it
-    assert f"{folder.stop} is there; delete it to go on" in done.stdout
+    assert f"{folder.stop} exists; delete it to continue" in done.stdout
 
 
 IN_A_LIBRARY = """

@@ -122,14 +122,14 @@ def test_stop_file_keeps_a_run_from_starting_and_asks_for_no_requeue(tmp_path):
     done = run_verb(
         "train", path, "--run", "reference", INHERITUNE_ROOT=root, INHERITUNE_JOB=tmp_path / "job"
     )
-    assert f"{run.stop} is there; delete it to go on" in done.stdout
+    assert f"{run.stop} exists; delete it to continue" in done.stdout
     assert not (tmp_path / "job" / "more").exists() and list(run.path.iterdir()) == [run.stop]
     assert "delete it to go on" in (tmp_path / "job" / "stopped").read_text()
     run.stop.rename(tmp_path / "STOP")  # that of a growth, whose reference this is
     done = run_verb(
         "train", path, "--run", "reference", INHERITUNE_ROOT=root, INHERITUNE_STOP=tmp_path / "STOP"
     )
-    assert f"{tmp_path}/STOP is there; delete it to go on" in done.stdout and not run.is_done()
+    assert f"{tmp_path}/STOP exists; delete it to continue" in done.stdout and not run.is_done()
 
 
 def test_a_growth_tells_the_trainings_on_its_way_of_its_stop_file(small, monkeypatch):

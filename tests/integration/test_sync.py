@@ -111,7 +111,7 @@ def refused(*words, **environment) -> str:
 
 
 def test_what_cannot_be_synced_is_one_sentence(folder, tmp_path):
-    assert "is no run folder" in refused("sync", tmp_path / "nowhere")
+    assert "is not a run folder" in refused("sync", tmp_path / "nowhere")
     grown = tmp_path / "grown"
     (grown / "stage1").mkdir(parents=True)
     (grown / "stage1" / "metrics.jsonl").write_text("")

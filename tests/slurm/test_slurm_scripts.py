@@ -301,7 +301,7 @@ def test_a_job_whose_run_has_a_stop_file_says_so_last(slurm, small, own_root):  
     (record,) = slurm.wait(job, timeout=120)
     assert record["JobState"] == "COMPLETED" and not run.is_done(), slurm.logs()
     last = slurm.log(job).splitlines()[-1]
-    assert "stopped, not finished:" in last and f"{run.stop} is there; delete it to go on" in last, (
+    assert "stopped, not finished:" in last and f"{run.stop} exists; delete it to continue" in last, (
         slurm.logs()
     )
 

@@ -283,7 +283,7 @@ def test_sentencepiece_model_of_the_hub_comes_from_its_cache(sentencepiece_model
 
 def test_refusals(tmp_path):
     for name in ("bpe:", "bpe:2k", "bpe:256"):
-        with pytest.raises(UserError, match="write bpe:N with N above 257"):
+        with pytest.raises(UserError, match="write bpe:N with N from 258"):
             parse_bpe_size(name)
     with pytest.raises(UserError, match="is trained by 'prepare'"):
         load_tokenizer(data("bpe:512"))

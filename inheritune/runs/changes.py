@@ -1,0 +1,85 @@
+"""What an experiment describes now, compared with what a run's experiment.yaml says that it was trained as.
+
+Nothing here imports torch: tables and figures compare too.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from inheritune.config.experiment import Experiment
+from inheritune.config.reading import read_yaml
+from inheritune.config.sections import RESUMABLE_KEYS, Train
+from inheritune.errors import UserError
+from inheritune.files.rundir import RunDir
+from inheritune.runs.job import Job
+
+UNRESOLVED = ("train.precision",)
+"""Keys that may be `auto` before the device is known."""
+
+IDENTIFYING = ("experiment", "rehearsal", "run_name", "seed", "stage")
+"""Keys that name a run."""
+
+SHAPING = ("model", "run.layers", "run.init", "run.distil")
+"""Keys (with all below them) that say which model a run is and where it came from. A change of another key,
+such as a learning rate, leaves it the run of that name."""
+
+
+def find_differences(before: Any, now: Any, path: str = "") -> list[tuple[str, object, object]]:
+    """Return (key path, old, new) wherever two nested dicts differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [*before, *(key for key in now if key not in before)]
+        return [
+            d
+            for key in keys
+            for d in find_differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
+        ]
+    return [] if before == now else [(path, before, now)]
+
+
+def find_changes_of_run(
+    before: dict, now: dict, free: tuple[str, ...] = ()
+) -> list[tuple[str, object, object]]:
+    """Return the differences that make `now` another run: all but those of RESUMABLE_KEYS and `free`."""
+    changes = find_differences(before, now)
+    return [c for c in changes if c[0].removeprefix("train.") not in RESUMABLE_KEYS and c[0] not in free]
+
+
+def find_changes_since(
+    file: Path, job: Job, train: Train, free: tuple[str, ...] = ()
+) -> list[tuple[str, object, object]]:
+    """Return `find_changes_of_run` from `file`, the experiment.yaml of a run, to `job` (`train` resolved);
+    [] if it does not exist."""
+    if not file.is_file():
+        return []
+    return find_changes_of_run(read_yaml(file), yaml.safe_load(yaml.safe_dump(job.resolved(train))), free)
+
+
+def describe_change_since(run_dir: RunDir, job: Job) -> str:
+    """Return a sentence that names a change of the experiment since the finished run in `run_dir` was
+    trained, or ""."""
+    changes = find_changes_since(run_dir.experiment, job, job.settings, UNRESOLVED)
+    if not changes:
+        return ""
+    key, old, new = changes[0]
+    return f"it was trained with {key} = {old}, the experiment now has {new}"
+
+
+def find_job(experiment: Experiment, name: str, seed: int, run_dir: RunDir) -> Job:
+    """Return the job of run `name` whose files are in `run_dir`, which may be the folder of a stage."""
+    stage = re.fullmatch(r"stage(\d+)", run_dir.path.name) if experiment.run(name).grow else None
+    return Job(experiment, name, seed, int(stage[1]) if stage else None)
+
+
+def check_own_run(run_dir: RunDir, job: Job) -> str:
+    """Return `describe_change_since`; raise UserError if the finished run in `run_dir` is another one than
+    `job`: of another name or seed, as after its folder was copied, or of another model or start."""
+    for key, old, new in find_changes_since(run_dir.experiment, job, job.settings, UNRESOLVED):
+        if key in IDENTIFYING or any(key == shape or key.startswith(f"{shape}.") for shape in SHAPING):
+            raise UserError(
+                f"{run_dir.path} holds another run than {job.experiment.name} describes: its {key} is {old}, "
+                f"the experiment's is {new}; restore that value, or move the folder away and train the run"
+            )
+    return describe_change_since(run_dir, job)
