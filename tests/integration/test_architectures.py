@@ -304,12 +304,13 @@ def test_analyze_refuses_what_inherit_refuses(case, tmp_path, data):
     assert "\n" not in str(refusal.value)
 
 
-def test_example_of_the_readme_describes_its_family(monkeypatch):
-    """A family that is not in the table: a model of it is refused, and with the lines of the README every
+def test_example_of_the_documents_describes_its_family(monkeypatch):
+    """A family that is not in the table: a model of it is refused, and with the lines of the documents every
     tensor is placed."""
     from transformers import CodeGenConfig
 
-    example = yaml.safe_load((REPOSITORY / "README.md").read_text().split("```yaml\n")[1].split("```")[0])
+    page = (REPOSITORY / "docs" / "new_architecture.md").read_text(encoding="utf-8")
+    example = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
     with pytest.raises(UserError, match="not in the architecture table"):
         find_architecture("codegen")
     monkeypatch.setattr(models, "_TABLE", {**models._TABLE, **example})

@@ -361,14 +361,32 @@ def test_no_file_is_too_long_to_read():
 # --- documents ----------------------------------------------------------------------------------------------
 
 
-def test_links_files_and_commands_of_the_readme_exist():
-    text = (REPOSITORY / "README.md").read_text()
-    for target in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (REPOSITORY / target).exists(), target
-    for script in re.findall(r"bash ((?:recipes|tests|slurm)/[\w./]+)", text):
-        assert (REPOSITORY / script).is_file(), script
-    for verb in re.findall(r"python -m inheritune ([a-z]+)", text):
+PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES += sorted((REPOSITORY / "docs").glob("*.md"))
+
+
+def test_links_files_and_commands_of_the_documents_exist():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+            assert (page.parent / target).exists(), (page, target)
+        for script in re.findall(r"bash ((?:recipes|tests|slurm|benchmarks)/[\w./]+)", text):
+            assert (REPOSITORY / script).is_file(), (page, script)
+        for program in re.findall(r"python ((?:tools|tests|benchmarks)/[\w./]+)", text):
+            assert (REPOSITORY / program).is_file(), (page, program)
+    promises = (REPOSITORY / "docs" / "promises.md").read_text(encoding="utf-8")
+    for file in re.findall(r"`((?:unit|integration|slurm)/\w+\.py)`", promises):
+        assert (REPOSITORY / "tests" / file).is_file(), file
+
+
+def test_the_readme_is_short_and_names_every_verb():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert text.count("\n") <= 120
+    texts = [page.read_text(encoding="utf-8") for page in PAGES]
+    named = {verb for text in texts for verb in re.findall(r"python -m inheritune ([a-z]+)", text)}
+    for verb in sorted(named):
         assert run_verb(verb, "--help").returncode == 0
+    assert set(re.findall(r"^\| `([a-z]+)[ `]", text, re.MULTILINE)) == named
 
 
 def test_shell_is_clean():

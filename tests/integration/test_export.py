@@ -223,13 +223,10 @@ def python_blocks(text: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
-def test_snippets_of_the_readme_and_of_the_card_generate_text(trained, tmp_path):
-    (snippet,) = [
-        block
-        for block in python_blocks((REPOSITORY / "README.md").read_text())
-        if "quickstart-small" in block
-    ]
-    assert "--to quickstart-small" in (REPOSITORY / "README.md").read_text()
+def test_snippets_of_the_documents_and_of_the_card_generate_text(trained, tmp_path):
+    page = (REPOSITORY / "docs" / "your_model.md").read_text(encoding="utf-8")
+    (snippet,) = [block for block in python_blocks(page) if "quickstart-small" in block]
+    assert "--to quickstart-small" in page
     module.export(str(trained / "half"), str(tmp_path / "quickstart-small"))
     (of_card,) = python_blocks((tmp_path / "quickstart-small" / "README.md").read_text())
     for code, prompt in ((snippet, "def "), (of_card, "The")):

@@ -308,7 +308,7 @@ def test_procs_is_honoured_in_a_pod_of_one(small):
 def test_the_line_for_torchrun_that_is_printed_reaches_the_verb(small):
     """Without the two dashes torchrun refuses --run as short for two options of its own."""
     line = "torchrun --nproc_per_node 2 -m -- inheritune train quickstart --run reference"
-    assert line in (REPOSITORY / "README.md").read_text()
+    assert line in (REPOSITORY / "docs" / "cluster.md").read_text(encoding="utf-8")
     start = line.partition(" train ")[0]
     assert start.replace(" 2 ", " 8 ") in run_verb("train", "--help").stdout
     words = [
