@@ -49,7 +49,7 @@ class Verbs:
         --run A,B,C trains several, one after the other: starting takes longer than a small run.
         On many GPUs, start it with srun, torchrun or deepspeed; --procs N starts N processes on this machine.
         torchrun needs two dashes, else it takes --run for its own:
-        torchrun --nproc_per_node 8 -m -- inheritune train ..."""
+            torchrun --nproc_per_node 8 -m -- inheritune train ..."""
         from inheritune.training.loop import train
 
         train(experiment, run, seed, stage, ds, rehearse)

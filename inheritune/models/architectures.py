@@ -90,6 +90,6 @@ def find_architecture(model_type: str) -> Architecture:
         raise UserError(
             f"model family '{model_type}' is not in the architecture table; known: "
             f"{', '.join(sorted(_TABLE))}; to add one, describe its tensor names in "
-            f"inheritune/models/architectures.yaml, a few lines: README, 'Another family'"
+            f"inheritune/models/architectures.yaml, a few lines: docs/new_architecture.md"
         )
     return Architecture(name=model_type, **_TABLE[model_type])

@@ -430,7 +430,7 @@ REFUSALS = {
     "unknown family": (
         "single",
         lambda f: edit_json(f / "config.json", lambda v: v.update(model_type="mamba")),
-        "known: bloom, cohere, .* README, 'Another family'",
+        "known: bloom, cohere, .* docs/new_architecture.md",
     ),
     "remote code": (
         "single",

@@ -212,7 +212,7 @@ def test_an_array_grows_from_nothing_in_an_image(slurm, own_root, tmp_path):  # 
         path.write_text(text)
         path.chmod(0o755)
     raw = experiment_dict()
-    raw["data"] |= {"source": "files", "files": [f"{REPOSITORY}/tests/*.py"]}
+    raw["data"] |= {"source": "files", "files": [f"{REPOSITORY}/tests/*/*.py"]}
     experiment = write_experiment(tmp_path, raw)
     site = {**TWO_NODES, "ARRAY": "1", "SITE_APPTAINER": image, "PATH": f"{bin_}:{os.environ['PATH']}"}
     array = slurm.submit(SLURM / "grow.sh", experiment, "grown", **site)

@@ -4,7 +4,7 @@
 set -euo pipefail
 here=$(dirname "$0")
 # shellcheck source=slurm/job.sh
-source "$here/../../slurm/job.sh"
+source "$here/../../../slurm/job.sh"
 defaults train 4
 if [ "${COUNTING_SLOTS:-0}" = 1 ]; then array=${ARRAY:-1-4%1} slots=1; fi
 read_arguments 2 "FOLDER STEPS" "$@"
