@@ -22,9 +22,8 @@ def setup(work: dict, folder) -> None:
 
     tokens = np.fromfile(folder / "tokens" / "train_00000.bin", "<u2")
     rows = tokens[: len(tokens) // work["length"] * work["length"]].reshape(-1, work["length"])
-    features = Features(
-        {"input_ids": Sequence(Value("int64"))}
-    )  # what DataLoader code needs: torch has no 16-bit index
+    # what DataLoader code needs: torch has no 16-bit index
+    features = Features({"input_ids": Sequence(Value("int64"))})
     made = Dataset.from_generator(
         lambda: ({"input_ids": row} for row in rows), features=features, cache_dir=str(folder / "cache")
     )

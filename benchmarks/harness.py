@@ -191,9 +191,8 @@ def main(file: str, cases: Callable[[str], list[Case]]) -> None:
     parser.add_argument(
         "--out", help="JSON of results; default: results/ beside this file, for --size small nowhere"
     )
-    parser.add_argument(
-        "--turn", help=argparse.SUPPRESS
-    )  # one contestant, in the process that main started for it
+    # one contestant, in the process that main started for it
+    parser.add_argument("--turn", help=argparse.SUPPRESS)
     parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     chosen = [case for case in cases(options.size) if not options.case or options.case in case.name]

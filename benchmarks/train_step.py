@@ -353,9 +353,8 @@ def trainer(work: dict, folder: Path, deepspeed: dict | None = None) -> dict:
         ddp_backend="gloo" if not cuda and work["ranks"] > 1 else None,
     )
     model = AutoModelForCausalLM.from_pretrained(place / "start", dtype=torch.float32)
-    if (
-        model.config.model_type == "gpt2"
-    ):  # the paper's GPT-2 has no biases; transformers' has, and they are zero here
+    # the paper's GPT-2 has no biases; transformers' has, and they are zero here
+    if model.config.model_type == "gpt2":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.endswith(".bias"))
     Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Clock()]).train()
@@ -376,9 +375,8 @@ def trainer_deepspeed(work: dict, folder: Path) -> dict:
         "zero_allow_untested_optimizer": True,
         **dict.fromkeys(batches, "auto"),
     }
-    if (
-        work["precision"] == "bf16_autocast"
-    ):  # fp32 weights as everywhere else: Trainer's own flag would round them
+    # fp32 weights as everywhere else: Trainer's own flag would round them
+    if work["precision"] == "bf16_autocast":
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     return trainer(work, folder, settings)
 
@@ -416,14 +414,8 @@ def limit(work: dict, folder: Path) -> dict:
 
 # --- cases --------------------------------------------------------------------------------------------------
 
-TINY = {
-    "size": "gpt2_tiny",
-    "layers": 8,
-    "width": 128,
-    "heads": 4,
-    "positions": 128,
-    "vocab_size": 2048,
-}  # the quickstart's
+# the quickstart's
+TINY = {"size": "gpt2_tiny", "layers": 8, "width": 128, "heads": 4, "positions": 128, "vocab_size": 2048}
 GPT2_SMALL = {"size": "gpt2_small", "layers": 12, "width": 768, "heads": 12, "positions": 512}
 TOY = {"size": "gpt2_tiny", "layers": 2, "width": 64, "heads": 4, "positions": 64, "vocab_size": 512}
 

@@ -23,9 +23,8 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # these tests are about the code, not abou
 PLACES = [REPOSITORY, REPOSITORY / "tests", REPOSITORY / "tests" / "support"]
 # for the programs that the tests start, wherever pytest itself is started from
 os.environ["PYTHONPATH"] = os.pathsep.join(map(str, PLACES))
-if (
-    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-):  # as in the background of a script, from where programs inherit it
+# as in the background of a script, from where programs inherit it
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

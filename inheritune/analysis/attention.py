@@ -190,9 +190,8 @@ class _Measured:
     def __init__(self, kept_maps: list[tuple[int, ...]]):
         self.ranks: dict[int, list[torch.Tensor]] = defaultdict(list)  # layer -> one (F, B, H) per batch
         self.masses: dict[int, list[torch.Tensor]] = defaultdict(list)
-        self.sums = {
-            (layer, head): np.zeros(()) for layer, head in kept_maps
-        }  # each (T, T), up to MAP_TOKENS
+        # each (T, T), up to MAP_TOKENS
+        self.sums = {(layer, head): np.zeros(()) for layer, head in kept_maps}
 
     def add(self, layer: int, A_BHTT: torch.Tensor, first: int) -> None:
         """Measure the maps of a batch whose first sequence has the index `first`."""

@@ -180,9 +180,8 @@ def fetch(experiment: Experiment, allow_task_code: bool = False) -> None:
     for one in repositories:
         for file in list(one.missing())[:1]:  # a gated repository lists its files to everyone
             one.download(file, only_check=True)
-    if (
-        parse_bpe_size(experiment.data.tokenizer) is None
-    ):  # one that is trained on the documents needs no download
+    # one that is trained on the documents needs no download
+    if parse_bpe_size(experiment.data.tokenizer) is None:
         tokenizer = load_tokenizer(experiment.data)
         if isinstance(tokenizer, Gpt2Tokenizer):  # its file is not on the Hub
             save_gpt2_ranks(tokenizer)

@@ -26,9 +26,8 @@ class Teacher:
     def __init__(self, settings: Distil, source: str, revision: str | None):
         """Raise UserError, on every rank, if `source` (path or id) cannot be read or holds nan or inf."""
         self.alpha, self.temperature = settings.alpha, settings.temperature
-        dist.run_on_rank0(
-            lambda: bool(open_source(source, revision))
-        )  # compares the hashes, once for all ranks
+        # compares the hashes, once for all ranks
+        dist.run_on_rank0(lambda: bool(open_source(source, revision)))
         self.source = open_source(source, revision, check=False)
         dist.run_on_rank0(self.source.check_finite)
         self.files = dist.run_on_rank0(markers.hash_folder, self.source.folder, only=self.source.files())

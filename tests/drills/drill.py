@@ -119,9 +119,8 @@ class Chain:
         try:
             while any(process.poll() is None for process in processes):
                 time.sleep(0.05)
-                if any(
-                    process.poll() not in (None, 0) for process in processes
-                ):  # as srun --kill-on-bad-exit does
+                # as srun --kill-on-bad-exit does
+                if any(process.poll() not in (None, 0) for process in processes):
                     deadline = time.monotonic() + 5
                     while time.monotonic() < deadline and any(
                         process.poll() is None for process in processes
@@ -132,9 +131,8 @@ class Chain:
         finally:
             log.close()
             with suppress(ProcessLookupError):
-                os.killpg(
-                    group, signal.SIGKILL
-                )  # workers of prepare that are left, and all of them if the drill is stopped
+                # workers of prepare that are left, and all of them if the drill is stopped
+                os.killpg(group, signal.SIGKILL)
         return (
             [process.wait() for process in processes],
             (self.folder / "log").read_text(errors="replace"),

@@ -31,10 +31,8 @@ from inheritune.planning.plan import plan_experiment
 
 PERIOD = 2 * 3600
 DISK = 1e9  # bytes a second of a shared disk that many nodes use
-BY_BYTES = (
-    "hashes of checkpoints",
-    "checkpoint",
-)  # parts that grow with the model; the rest is as long as here
+# parts that grow with the model; the rest is as long as here
+BY_BYTES = ("hashes of checkpoints", "checkpoint")
 PASSES = ("hashes of the checkpoint", "reading it", "writing it")
 XL = "gpt2_xl_owt"
 RANKS = (1, 1, 2)  # of each start

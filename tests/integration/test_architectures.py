@@ -102,9 +102,8 @@ def test_slice_equals_the_model_cut_by_hand(source, tmp_path, layers, kept):
     assert not any(report.values()), report
     expected = truncated(model, kept)
     assert torch.equal(logits(ours.eval()), logits(expected))
-    assert not torch.equal(
-        logits(ours), logits(truncated(model, kept[::-1]))
-    )  # the order of the blocks matters
+    # the order of the blocks matters
+    assert not torch.equal(logits(ours), logits(truncated(model, kept[::-1])))
     expected.save_pretrained(tmp_path / "theirs")
     assert keys(tmp_path / "out") == set(manifest["tensors"]) == keys(tmp_path / "theirs")
     assert all("copied" in row for row in manifest["tensors"].values())
@@ -229,12 +228,8 @@ def test_analyze_measures_the_maps_that_transformers_returns(source, data, tmp_p
         assert [row["rank"][f"{tau:g}"] for tau in TAUS] == approximate_rank(A_BHTT).double().mean(
             dim=1
         ).tolist()
-    if family in (
-        "llama",
-        "falcon_7b",
-        "olmo",
-        "gpt2",
-    ):  # of Figures 11, 15, 21 and 22: LLaMA-3, OpenLLaMA, Cerebras-GPT too
+    # of Figures 11, 15, 21 and 22: LLaMA-3, OpenLLaMA, Cerebras-GPT too
+    if family in ("llama", "falcon_7b", "olmo", "gpt2"):
         plot_heat_map(rows, tmp_path / "ranks.png", family)
         plot_avg_mass([(family, rows)], tmp_path / "mass.png")
         assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in ("ranks.png", "mass.png"))

@@ -269,9 +269,8 @@ def doubled(small, config):
     weights = {}
     for name, ours in small.state_dict().items():
         value, noise = ours.clone(), big.state_dict()[name].clone()
-        reads, writes = (
-            (1, 0) if ours.dim() > 1 and "llama" in config.model_type else (0, 1)
-        )  # Linear is outputs x inputs
+        # Linear is outputs x inputs
+        reads, writes = (1, 0) if ours.dim() > 1 and "llama" in config.model_type else (0, 1)
         if ours.dim() == 1 and (".c_attn." in name or ".c_fc." in name):
             sections = 3 if ".c_attn." in name else 1
             noise = noise.unflatten(0, (sections, -1))
@@ -561,9 +560,8 @@ def test_distillation_equals_plain_pytorch_at_zero_0_and_3(runs_of):
             assert np.abs(losses_of(run, key) - plain[key]).max() < 1e-5, (stage, key)
         assert np.abs(losses_of(run, "grad_norm") / plain["grad_norm"] - 1).max() < 1e-4, stage
         alone = folder(f"alone_{stage}")
-        assert losses_of(alone)[0] == pytest.approx(
-            losses_of(run, "ce_loss")[0], abs=1e-6
-        )  # the same start and batch
+        # the same start and batch
+        assert losses_of(alone)[0] == pytest.approx(losses_of(run, "ce_loss")[0], abs=1e-6)
         norms = losses_of(alone, "grad_norm")[0], losses_of(run, "grad_norm")[0]
         assert (
             abs(norms[0] / norms[1] - 1) > 1e-2

@@ -109,10 +109,8 @@ def verb(tree: Path, words: list[str]) -> tuple[int, str]:
             contextlib.redirect_stdout(said),
             contextlib.redirect_stderr(said),
         ):
-            with (
-                modes_count(),
-                mock.patch("inheritune.runtime.dist.leave_group"),
-            ):  # DeepSpeed knows only the first group of a process
+            # DeepSpeed knows only the first group of a process
+            with modes_count(), mock.patch("inheritune.runtime.dist.leave_group"):
                 return program.main([word.replace("TREE", str(tree)) for word in words]), said.getvalue()
     finally:
         logger.handlers.clear()
@@ -288,9 +286,8 @@ def plant(folder: Path, seed: int) -> Path:
     model = random_model(config_of("llama"), seed)
     model.save_pretrained(tree / "safetensors", max_shard_size="20KB")
     shutil.copytree(tree / CHECKPOINT, tree / "deepspeed", ignore=shutil.ignore_patterns("COMPLETE"))
-    for path in tree.glob(
-        "deepspeed/deepspeed/*.pt"
-    ):  # as DeepSpeed writes them elsewhere: with checksums in the file
+    # as DeepSpeed writes them elsewhere: with checksums in the file
+    for path in tree.glob("deepspeed/deepspeed/*.pt"):
         torch.save(torch.load(path, weights_only=False), path)
     (tree / "bin").mkdir()
     model.config.save_pretrained(tree / "bin")

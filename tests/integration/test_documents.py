@@ -278,9 +278,8 @@ def test_documents_that_changed_are_reported_with_a_command_that_works(tmp_path)
     os.utime(folder / "05.txt")  # touched, not changed
     assert "prepared from other documents" not in run_verb("prepare", path).stdout
     time.sleep(0.01)
-    (folder / "00.txt").write_text(
-        (folder / "00.txt").read_text().replace("number", "NUMBER")
-    )  # of the same size
+    # of the same size
+    (folder / "00.txt").write_text((folder / "00.txt").read_text().replace("number", "NUMBER"))
     (folder / "01.txt").write_text("shorter")
     (folder / "02.txt").unlink()
     (folder / "99.txt").write_text("a new one")
@@ -417,10 +416,8 @@ def test_documents_that_change_while_they_are_read_are_not_mixed(tmp_path, monke
     (tmp_path / "a.jsonl").write_bytes(whole)
     os.utime(tmp_path / "a.jsonl", ns=(1, 1))
     splits = read_json(prepare(chosen, workers=1) / "manifest.json")["splits"]
-    assert sum(split["documents"] for split in splits.values()) in (
-        399,
-        400,
-    )  # the one that first_shard cuts is in no part
+    # the one that first_shard cuts is in no part
+    assert sum(split["documents"] for split in splits.values()) in (399, 400)
 
 
 def test_a_file_that_was_rewritten_between_two_starts_begins_anew(tmp_path, monkeypatch):

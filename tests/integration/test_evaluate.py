@@ -45,9 +45,10 @@ ALONE = {"HF_HUB_OFFLINE": 1, "HF_DATASETS_OFFLINE": 1}
 
 def write_model(folder: Path, seed: int = 1) -> Path:
     """A random GPT-2 of the paper's form with a tokenizer of 300 ids."""
+    # 3 layers: the scaling by layer matters
     config = networks.build_config(
         Model(size="gpt2_tiny", layers=3, width=32, heads=2, positions=96, vocab_size=320)
-    )  # 3 layers: the scaling by layer matters
+    )
     random_model(config, seed).save_pretrained(folder)
     train_bpe("bpe:300", [TEXT] * 3, folder)
     return folder
@@ -120,9 +121,8 @@ def test_scores_are_those_of_the_lm_eval_command_on_one_rank_and_two(tmp_path, c
             row["version"] == str(theirs["versions"][task["task"]])
             and row["lm_eval"] == theirs["lm_eval_version"]
         )
-    assert (
-        len({round(value["score"], 6) for value in scores(ours).values()}) >= 4
-    )  # numbers that could differ
+    # numbers that could differ
+    assert len({round(value["score"], 6) for value in scores(ours).values()}) >= 4
     assert len(said.stdout.splitlines()) < 10 and not said.stderr.strip()  # no bars, no warnings
 
     run_verb("evaluate", path, "--model", checkpoint, "--out", tmp_path / "two.json", procs=2, **ALONE)
@@ -133,9 +133,8 @@ def test_scores_are_those_of_the_lm_eval_command_on_one_rank_and_two(tmp_path, c
     for (name, metric), value in scores(two).items():
         one = scores(ours)[name, metric]
         assert value["score"] == pytest.approx(one["score"], rel=1e-5)
-        if (
-            metric != "perplexity"
-        ):  # whose error is drawn (bootstrap), from the documents in the order of the ranks
+        # whose error is drawn (bootstrap), from the documents in the order of the ranks
+        if metric != "perplexity":
             assert value["stderr"] == (one["stderr"] and pytest.approx(one["stderr"], rel=1e-5))
 
 
@@ -313,9 +312,8 @@ def test_a_tokenizer_that_differs_from_its_sentencepiece_model_is_refused(tmp_pa
     parts["normalizer"]["normalizers"] = [
         n for n in parts["normalizer"]["normalizers"] if n["type"] != "Prepend"
     ]
-    (bad / "tokenizer.json").write_text(
-        json.dumps(parts)
-    )  # the fault of a wrong conversion: no space before the first word
+    # the fault of a wrong conversion: no space before the first word
+    (bad / "tokenizer.json").write_text(json.dumps(parts))
     with pytest.raises(UserError, match="does not give the ids of its sentencepiece model"):
         open_tokenizer(bad)
 

@@ -197,9 +197,8 @@ def test_differences_are_paired_by_seed(summary):
     rows = {row["run"]: row for row in summary.make_rows(records, ORDER)}
     gap, loss = rows["inheritune"]["to_random"], rows["inheritune"]["loss"]
     assert (gap["mean"], gap["low"], gap["high"], gap["n"]) == pytest.approx((-0.25, -0.25, -0.25, 3))
-    assert (loss["mean"], loss["low"]) == pytest.approx(
-        (2.25, 2.25 - 4.302653 / 3**0.5), abs=1e-5
-    )  # t of 2 degrees
+    # t of 2 degrees
+    assert (loss["mean"], loss["low"]) == pytest.approx((2.25, 2.25 - 4.302653 / 3**0.5), abs=1e-5)
     assert (
         rows["inheritune"]["tokens_to_random"] == [500, 500, 500]
         and rows["reference"]["to_reference"] is None
@@ -231,10 +230,8 @@ def test_what_a_seed_ended_with_has_a_row_of_its_own(summary):
         and end["loss"]["mean"] == pytest.approx((2.9 + 2.7) / 2)
         and end["label"] == "grown, as grown"
     )
-    assert end["train_flops"] == pytest.approx((2 + 1) / 2) and end["tokens_to_random"] == [
-        500,
-        500,
-    ]  # met in stage 1 already
+    # met in stage 1 already
+    assert end["train_flops"] == pytest.approx((2 + 1) / 2) and end["tokens_to_random"] == [500, 500]
     assert rows["grown", 2]["tokens_to_random"] == [500]
 
 

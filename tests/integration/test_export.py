@@ -310,9 +310,8 @@ def test_special_ids_are_those_of_the_runs_tokenizer(stated, ids):
 
 def test_dtype_is_that_of_the_start_unless_another_is_asked_for(trained, tmp_path):
     run = started_from(trained / "half", tmp_path / "run")
-    assert (
-        module.get_source_dtype(run) == "fp32" == module.get_source_dtype(RunDir(trained / "reference"))
-    )  # a random start
+    # a random start
+    assert module.get_source_dtype(run) == "fp32" == module.get_source_dtype(RunDir(trained / "reference"))
     for key, stated in (("dtype", "bfloat16"), ("torch_dtype", "bfloat16"), ("dtype", "float16")):
         described = {
             k: v for k, v in read_json(run.init / "config.json").items() if k not in ("dtype", "torch_dtype")

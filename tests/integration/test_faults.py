@@ -174,9 +174,8 @@ def test_a_rank_that_hangs_ends_the_job_with_every_stack_and_is_named(tmp_path, 
         assert "is still at 'step 3: reading its batch', the others wait at 'step 3: forward" in sentence
     else:
         assert "does not answer, the others wait at 'step 3: forward" in sentence
-        assert ("in hang" in said) == (
-            kind == "held"
-        )  # C's thread prints the stack of who keeps the interpreter to itself
+        # C's thread prints the stack of who keeps the interpreter to itself
+        assert ("in hang" in said) == (kind == "held")
     assert "no progress: rank 1 on " in sentence and sentence.endswith("\n1\n")
     assert run.complete_checkpoints() == []
 
@@ -189,9 +188,8 @@ def test_a_disk_that_is_slow_on_one_rank_costs_time_only(tmp_path, unbroken):
     assert record(run) == record(unbroken(3)[2])
     assert hash_folder(run.final) == hash_folder(unbroken(3)[2].final)
     saves = [float(seconds) for seconds in re.findall(r"written in ([\d.]+) s", said)]
-    assert saves and min(saves) >= 1, (
-        saves
-    )  # every file reaches the disk before the marker, half of them by this rank
+    # every file reaches the disk before the marker, half of them by this rank
+    assert saves and min(saves) >= 1, saves
 
 
 def test_who_lags_is_who_passed_fewest_places_or_does_not_answer():

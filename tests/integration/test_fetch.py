@@ -114,10 +114,8 @@ def test_takes_what_is_needed_once_and_everything_works_offline_afterwards(reque
     ]
     assert rows[1][:2] == [f"documents: someone/texts@{COMMIT[:8]}", "2"] and rows[1][3] == "0"
     assert rows[1][2] == rows[1][4] == f"{2 * size / 1000:.0f} kB"
-    assert [row[0].split(":")[0] for row in rows[2:]] == [
-        "model",
-        "in all",
-    ]  # the tokenizer is a file of the model's
+    # the tokenizer is a file of the model's
+    assert [row[0].split(":")[0] for row in rows[2:]] == ["model", "in all"]
     assert said.index("Free in") < said.index("file 1 of") and "is an estimate" in said
     assert said.splitlines()[-1] == "8 files of small are in the cache: 8 downloaded, 0 were there"
 
@@ -245,9 +243,8 @@ def test_gpt2s_bpe_is_kept_where_compute_nodes_find_it(tmp_path, own_root, gpt2_
     run_verb("fetch", path, TIKTOKEN_CACHE_DIR=tmp_path / "downloaded", **no_internet)
     kept = own_root / "data" / "gpt2-bpe" / "gpt2.tiktoken"
     assert kept.read_bytes() == _format_ranks(ranks)
-    run_verb(
-        "fetch", path, TIKTOKEN_CACHE_DIR=tmp_path / "empty", **no_internet
-    )  # as on a node that has only our folder
+    # as on a node that has only our folder
+    run_verb("fetch", path, TIKTOKEN_CACHE_DIR=tmp_path / "empty", **no_internet)
 
 
 @pytest.mark.parametrize(

@@ -86,10 +86,8 @@ def test_every_surgery_counts_them(tmp_path):
         BAD: 2,
         "transformer.ln_f.bias": 1,
     }
-    assert halve_width(source, tmp_path / "half")["not_finite"] == {
-        BAD: 1,
-        "transformer.ln_f.bias": 1,
-    }  # a corner of it
+    # a corner of it
+    assert halve_width(source, tmp_path / "half")["not_finite"] == {BAD: 1, "transformer.ln_f.bias": 1}
     assert write_random(config_of("paper", 2), tmp_path / "random")["not_finite"] == {}
 
 

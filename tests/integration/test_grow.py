@@ -115,11 +115,8 @@ def test_rehearsal_of_a_paper_experiment_marks_everything(own_root):
     run_verb("figure", "gpt2_medium_owt", REHEARSE=1)
     kept = read_json(grown.stage(1).init / "inherited.json")
     fresh = sorted(name for name, facts in kept["tensors"].items() if "fresh" in facts)
-    assert fresh == [
-        "transformer.ln_f.bias",
-        "transformer.ln_f.weight",
-        "transformer.wpe.weight",
-    ]  # the paper's reading
+    # the paper's reading
+    assert fresh == ["transformer.ln_f.bias", "transformer.ln_f.weight", "transformer.wpe.weight"]
     assert yaml.safe_load(grown.stage(1).experiment.read_text())["rehearsal"] is True
 
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -132,9 +132,8 @@ def test_a_second_one_ends_ranks_that_hang(run):
     code, out, err = program.press().ended()
     assert code == DIED and err == SAVING and "Traceback" not in out, out + err
     assert not folder.complete_checkpoints()
-    done = run_verb(
-        "train", path, "--run", "reference", check=False, STOP=folder.stop.touch()
-    )  # nothing holds it
+    # nothing holds it
+    done = run_verb("train", path, "--run", "reference", check=False, STOP=folder.stop.touch())
     assert f"{folder.stop} exists; delete it to continue" in done.stdout
 
 

@@ -45,9 +45,8 @@ def limited(megabytes: int, *words) -> str:
 
 def test_prepare_out_of_memory_is_one_sentence_and_goes_on_with_more(tmp_path):
     words = random.Random(0).choices(["alpha", "beta", "(x)", " = ", "\n"], k=4_000_000)
-    texts = [" ".join(words[n : n + 500]) for n in range(0, 20_000, 500)] + [
-        " ".join(words)
-    ]  # the last one has 15 MB
+    # the last one has 15 MB
+    texts = [" ".join(words[n : n + 500]) for n in range(0, 20_000, 500)] + [" ".join(words)]
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     raw = experiment_dict()
     raw["data"] |= {"source": "files", "files": [str(tmp_path / "docs.jsonl")], "tokenizer": "bpe:300"}
@@ -61,9 +60,8 @@ def test_prepare_out_of_memory_is_one_sentence_and_goes_on_with_more(tmp_path):
 
 def test_inherit_out_of_memory_is_one_sentence_and_leaves_nothing(tmp_path):
     sizes = {"layers": 2, "width": 1024, "heads": 2, "positions": 32, "vocab_size": 20_000}
-    write_random(
-        build_config(Model(size="gpt2_tiny", **sizes), 2), tmp_path / "source"
-    )  # its embedding has 80 MB
+    # its embedding has 80 MB
+    write_random(build_config(Model(size="gpt2_tiny", **sizes), 2), tmp_path / "source")
     words = ("inherit", "--source", tmp_path / "source", "--layers", "0:1", "--out", tmp_path / "out")
     for megabytes in (1, 10):
         assert "out of memory" in limited(megabytes, *words)

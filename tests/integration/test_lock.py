@@ -248,10 +248,8 @@ FOREIGN = [
 def test_only_leftovers_of_ours_are_removed(tmp_path):
     for name in FOREIGN:
         (tmp_path / name).write_text("a person's")
-    ours = [
-        other_temporary(tmp_path / "step_00000004", "00000000"),
-        tmp_path / ".DONE.tmpnode-1-2-33",
-    ]  # and an older form
+    # and an older form
+    ours = [other_temporary(tmp_path / "step_00000004", "00000000"), tmp_path / ".DONE.tmpnode-1-2-33"]
     ours[1].write_text("x")
     ours.append(get_temporary_path(tmp_path / "final"))
     ours[2].write_text("x")

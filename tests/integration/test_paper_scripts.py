@@ -205,9 +205,8 @@ def test_submodules_start_with_these_tensors_of_the_reference():
     for name, prefixes in kept.items():
         start = weights(runs[f"submodules_{name}"].init)
         for block in range(6):
-            ours = {
-                n: t for n, t in block_of(start, block).items() if not n.endswith(".bias")
-            }  # which are zero everywhere
+            # which are zero everywhere
+            ours = {n: t for n, t in block_of(start, block).items() if not n.endswith(".bias")}
             theirs = {n: t for n, t in block_of(reference, block).items() if n in ours}
             assert same(ours, theirs) == {n for n in ours if n.startswith(prefixes)}, (name, block)
         assert torch.equal(start["transformer.wte.weight"], reference["transformer.wte.weight"])

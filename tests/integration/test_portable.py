@@ -104,9 +104,8 @@ def test_words_of_one_version_or_machine_are_replaced_or_dropped():
         "clean_up_tokenization_spaces": True,
         "model_input_names": BOTH,
     }
-    without = convert_tokenizer_config(
-        NEWEST
-    )  # no tokenizer.json: the family's own class, and its code if there is any
+    # no tokenizer.json: the family's own class, and its code if there is any
+    without = convert_tokenizer_config(NEWEST)
     assert "tokenizer_class" not in without and without["auto_map"] == NEWEST["auto_map"]
     assert convert_trained_config(NEWEST, BPE) == convert_tokenizer_config(NEWEST, BPE) | {
         "clean_up_tokenization_spaces": False,
@@ -165,9 +164,8 @@ def test_every_file_of_a_tokenizer_is_copied_and_no_other(tmp_path):
     copied = copy_tokenizer(source, target)
     assert sorted(copied) == sorted([*names, "added_tokens.json", "tokenizer.json", "tokenizer_config.json"])
     assert {p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file()} == set(copied)
-    assert all(
-        (target / name).read_bytes() == (source / name).read_bytes() for name in copied
-    )  # nothing to be changed
+    # nothing to be changed
+    assert all((target / name).read_bytes() == (source / name).read_bytes() for name in copied)
 
 
 def test_byte_order_mark_is_read_and_not_written(tmp_path):

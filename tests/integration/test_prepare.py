@@ -135,9 +135,8 @@ def test_the_same_documents_from_any_kind_of_file_give_the_same_bytes(tmp_path):
     raw = (tmp_path / "a.jsonl").read_bytes()
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(raw))
     half = raw.index(b"\n", len(raw) // 2)
-    frames = [
-        zstandard.compress(part) for part in (raw[:half], raw[half:])
-    ]  # as written by tools that append
+    # as written by tools that append
+    frames = [zstandard.compress(part) for part in (raw[:half], raw[half:])]
     (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
     pq.write_table(
         pa.table({"id": range(len(texts)), "text": texts}), tmp_path / "a.parquet", row_group_size=70
@@ -230,9 +229,8 @@ def is_alive(pid: int) -> bool:
 def test_documents_that_changed_start_it_anew(tmp_path, monkeypatch, caplog):
     path = write_jsonl(tmp_path / "a.jsonl", some_texts(400))
     chosen = experiment(files=[str(path)], shard_tokens=5_000)
-    monkeypatch.setattr(
-        inheritune.data.preparation.Preparation, "_finish", lambda self: self.save()
-    )  # stop short of the manifest
+    # stop short of the manifest
+    monkeypatch.setattr(inheritune.data.preparation.Preparation, "_finish", lambda self: self.save())
     folder = prepare(chosen, 1)
     monkeypatch.undo()
     monkeypatch.setenv("INHERITUNE_ROOT", str(folder.parent.parent))

@@ -161,9 +161,8 @@ def test_hyperparameters_are_those_of_the_papers_list(size):
         if row["experiment"] == f"GPT-2 {size} and variants"
     }
     train = load_experiment(f"gpt2_{size.lower().replace('xlarge', 'xl')}_owt").train
-    assert (
-        abs(train.batch_tokens / (1024 * int(said["batch_size"].split("K")[0])) - 1) < 0.03
-    )  # 394K: thousands, 128K: 1024s
+    # 394K: thousands, 128K: 1024s
+    assert abs(train.batch_tokens / (1024 * int(said["batch_size"].split("K")[0])) - 1) < 0.03
     if "tokens_total" in said:
         assert f"({train.batch_tokens:,} x 100K)" in said["tokens_total"]
     assert train.lr == float(said["learning_rate_max"]) and said["lr_schedule"] == f"{train.schedule} to 1e-5"
@@ -305,9 +304,8 @@ def test_low_data_runs_count_their_tokens():
     train_tokens = 1_000_000_000 * (1 - 0.005)
     assert tokens["eight_epochs"] == 8 * tokens["one_epoch"] and 0.98 < tokens["one_epoch"] / train_tokens < 1
     released = experiment.train_of(experiment.runs["released_391m"])
-    assert (
-        tokens["released_391m"] == 191_000 * 2048 and released.batch_tokens == 8 * 2048
-    )  # FACTS: 391M tokens
+    # FACTS: 391M tokens
+    assert tokens["released_391m"] == 191_000 * 2048 and released.batch_tokens == 8 * 2048
     assert (released.schedule, released.weight_decay, released.clip, released.betas) == (
         "constant",
         0.01,

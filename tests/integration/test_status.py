@@ -171,9 +171,8 @@ def test_distance_to_the_curve_is_shown(capsys):
     assert "+0.0314" in lines(capsys, "gpt2_medium_owt")["inheritune/stage1"]  # the paper: 2.9686
     small = RunDir.of(load_experiment("gpt2_medium_owt", rehearse=True), "reference")
     write_rows(small, training_row(10), {"step": 10, "val_loss": 3.0})
-    assert "paper" not in " ".join(
-        lines(capsys, "gpt2_medium_owt", rehearse=True)
-    )  # a rehearsal is compared with nothing
+    # a rehearsal is compared with nothing
+    assert "paper" not in " ".join(lines(capsys, "gpt2_medium_owt", rehearse=True))
 
 
 # --- files that are damaged, unreadable or gone -------------------------------------------------------------
@@ -454,9 +453,8 @@ def test_status_on_a_cluster(slurm, tmp_path, own_root, monkeypatch):  # noqa: F
     node = next(record["BatchHost"] for record in slurm.records(job))
     assert "running" in said and f"{job} on {node}" in said and " of 4,000" in said
 
-    slurm.ask_to_stop(
-        job
-    )  # it saves and requeues itself: STOPPED may be gone again before it could be looked for
+    # it saves and requeues itself: STOPPED may be gone again before it could be looked for
+    slurm.ask_to_stop(job)
     slurm.until(lambda: "requeued as restart 1" in slurm.log(job), timeout=60)
     slurm.run("scancel", job)  # while it waits, or while it runs again: then it saves a second time
     slurm.wait(job)

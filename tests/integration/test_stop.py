@@ -87,17 +87,13 @@ def test_stopped_at_every_kind_of_moment_equals_unbroken_bit_for_bit(tmp_path):
     run_verb("train", path, "--run", "reference", procs=2, INHERITUNE_ROOT=root)
     path, root, run = make(tmp_path / "stopped")
     job = tmp_path / "job"
+    # resumed at 3; the first validation is that of step 4, which is then repeated
+    # rank 1 has windows of its own only in the last validation, of the finished model
     for when, step in [
         ("SIGUSR1@step=3:1", 3),  # one rank is enough, and the step is finished first
-        (
-            "SIGTERM@validation=1:0",
-            4,
-        ),  # resumed at 3; the first validation is that of step 4, which is then repeated
+        ("SIGTERM@validation=1:0", 4),
         ("SIGUSR1@saving=0:0", 5),
-        (
-            "SIGTERM@validation=1:1",
-            12,
-        ),  # rank 1 has windows of its own only in the last validation, of the finished model
+        ("SIGTERM@validation=1:1", 12),
     ]:
         codes, said = start(path, root, when, INHERITUNE_JOB=str(job), INHERITUNE_LEAD="0.001")
         assert codes == [0, 0] and f"struck: {when}" in said, said

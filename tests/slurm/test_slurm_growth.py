@@ -119,9 +119,8 @@ def test_two_arrays_do_not_meet_and_a_disturbed_one_ends_with_the_same_bits(slur
         node = next(r for r in slurm.records(job) if r["JobId"] == job)["BatchHost"]
         slurm.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
         time.sleep(2)
-        slurm.run(
-            "scontrol", "update", f"nodename={node}", "state=resume", check=False
-        )  # it may be back by itself
+        # it may be back by itself
+        slurm.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
 
     strike(wild.stage(2), 14, "node down", node_failure)
     slurm.until(wild.is_done, timeout=300)
@@ -135,9 +134,8 @@ def test_two_arrays_do_not_meet_and_a_disturbed_one_ends_with_the_same_bits(slur
         assert record(ours) == record(theirs), slurm.logs()
         assert hash_folder(ours.final) == hash_folder(theirs.final)
         starts = read_json(ours.provenance)["starts"]
-        assert [start["resumed_at"] is None for start in starts] == [True] + [False] * (
-            len(starts) - 1
-        )  # begun once
+        # begun once
+        assert [start["resumed_at"] is None for start in starts] == [True] + [False] * (len(starts) - 1)
         assert not list(ours.path.rglob(".*"))
     by_run = {str(run.path): [at for _, other, at in struck if other is run] for _, run, _ in struck}
     assert all(0 < at < STEPS for steps in by_run.values() for at in steps)

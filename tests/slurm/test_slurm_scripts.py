@@ -439,16 +439,14 @@ def test_a_lost_node_brings_the_job_back(tmp_path):
         here.wait_for_log(job, "rank 3 counts from 0")
         here.run("scontrol", "update", "nodename=127.0.0.2", "state=down", "reason=test")
         here.until(lambda: here.records(job)[0]["JobState"] == "PENDING")
-        here.until(
-            lambda: not here.run("pgrep", "-f", tmp_path / "a", check=False)
-        )  # the lost node's processes are gone
+        # the lost node's processes are gone
+        here.until(lambda: not here.run("pgrep", "-f", tmp_path / "a", check=False))
 
         def back() -> bool:
             """As a person would: the node is put to use again, and a job that it could not start meanwhile is
             released."""
-            here.run(
-                "scontrol", "update", "nodename=127.0.0.2", "state=resume", check=False
-            )  # it may be back by itself
+            # it may be back by itself
+            here.run("scontrol", "update", "nodename=127.0.0.2", "state=resume", check=False)
             here.run("scontrol", "release", job, check=False)
             return here.records(job)[0]["JobState"] not in ("PENDING", "CONFIGURING")
 

@@ -32,10 +32,8 @@ engine, watch, due = None, None, False
 
 def spoil_a_weight() -> None:
     parameter = next(iter(engine.module.parameters()))
-    for held in {
-        parameter,
-        getattr(parameter, "ds_tensor", parameter),
-    }:  # at ZeRO 3 its part, and the whole
+    # at ZeRO 3 its part, and the whole
+    for held in {parameter, getattr(parameter, "ds_tensor", parameter)}:
         held.data.view(-1)[:1] = float("nan")
 
 

@@ -45,7 +45,6 @@ def launch_locally(worker: list[str], ranks: int, **environment) -> None:
     done = subprocess.run(
         command, env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )
-    own = "\n".join(
-        line for line in done.stderr.splitlines() if line.startswith("[rank")
-    )  # torchrun's traceback says nothing
+    # torchrun's traceback says nothing
+    own = "\n".join(line for line in done.stderr.splitlines() if line.startswith("[rank"))
     assert done.returncode == 0, done.stdout[-2000:] + (own or done.stderr)[-6000:]

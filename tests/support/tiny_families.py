@@ -118,6 +118,5 @@ def positions_config(name: str):
     family, keys = POSITIONS[name]
     model_type, changes = FAMILIES.get(family, (family, LLAMA))
     raw = {"model_type": model_type, "vocab_size": 61, **NO_TOKENS, **changes, **keys}
-    return CONFIG_MAPPING[model_type].from_dict(
-        copy.deepcopy(raw)
-    )  # transformers writes into what it is given
+    # transformers writes into what it is given
+    return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(raw))

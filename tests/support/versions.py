@@ -10,11 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-OLDER = [
-    "transformers>=4.57,<4.58",
-    "huggingface-hub>=0.34,<1",
-    "tokenizers>=0.22,<0.23",
-]  # what 4.57 asks for
+# what 4.57 asks for
+OLDER = ["transformers>=4.57,<4.58", "huggingface-hub>=0.34,<1", "tokenizers>=0.22,<0.23"]
 WORKER = Path(__file__).with_name("open_worker.py")
 
 

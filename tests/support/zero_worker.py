@@ -37,9 +37,8 @@ def true_weights(engine, stage: int) -> dict[str, torch.Tensor]:
 def true_moments(engine) -> dict[str, dict[str, torch.Tensor]]:
     """{moment: {name: fp32 tensor}} of what is trained, as the running engine has them; every rank takes
     part."""
-    if (
-        engine.zero_optimization_stage() < 3
-    ):  # it links them after the first group's first step, when the second has none yet
+    # it links them after the first group's first step, when the second has none yet
+    if engine.zero_optimization_stage() < 3:
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}

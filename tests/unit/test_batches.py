@@ -61,15 +61,8 @@ def test_random_windows_cover_the_whole_text(tokens):
     assert starts.min() < 50 and starts.max() > tokens.n_tokens - 32 - 50
 
 
-PAPER_BATCHES = [
-    384,
-    128,
-    480,
-    60,
-    48,
-    64,
-    20,
-]  # Medium, Large and XL, Small, FineWeb, figures 23 and 24, low data, tests
+# Medium, Large and XL, Small, FineWeb, figures 23 and 24, low data, tests
+PAPER_BATCHES = [384, 128, 480, 60, 48, 64, 20]
 
 
 @pytest.mark.parametrize("batch", PAPER_BATCHES)
@@ -123,9 +116,8 @@ def test_a_shard_whose_content_changed_is_found_by_the_hashes_of_some_start(tmp_
     for draw in range(3):  # one training shard each, of three; the clock draws it
         monkeypatch.setattr(batches.time, "time_ns", lambda draw=draw: draw)
         check_some_shards(folder)
-    (folder / "train_00001.bin").write_bytes(
-        (folder / "train_00002.bin").read_bytes() * 2
-    )  # of another size: always found
+    # of another size: always found
+    (folder / "train_00001.bin").write_bytes((folder / "train_00002.bin").read_bytes() * 2)
     with pytest.raises(UserError, match="train_00001.bin has 6000 bytes"):
         Tokens(folder, "train")
     write_tokens(tmp_path / "again")

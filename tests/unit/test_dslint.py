@@ -170,10 +170,8 @@ def test_every_key_of_the_installed_deepspeed_has_a_verdict():
 
 
 def test_no_verdict_is_about_a_key_that_is_gone():
-    keys = known() | {
-        "sequence_parallel_size",
-        "train.precision",
-    }  # read elsewhere, by a group of ranks; the experiment's
+    # read elsewhere, by a group of ranks; the experiment's
+    keys = known() | {"sequence_parallel_size", "train.precision"}
     spoken = {*dslint.VERDICTS["experiment"], *dslint.VERDICTS["fine"], *dslint.VERDICTS["stages"]}
     spoken |= {
         key
@@ -190,24 +188,10 @@ def test_keys_named_by_deepspeeds_constants_are_seen():
 
     words = {value for name, value in vars(constants).items() if name.isupper() and isinstance(value, str)}
     words = {word for word in words if re.fullmatch(r"[a-z][a-z0-9_]+", word)}
-    no_keys = {
-        "train",
-        "eval",
-        "predict",
-        "encode",
-        "mean",
-        "sum",
-        "auto",
-        "fp32",
-    }  # values, and names of routes
-    no_keys |= {
-        "max_grad_norm",
-        "legacy_fusion",
-        "params",
-        "type",
-        "check_overflow",
-        "immediate_grad_update",
-    }  # below optimizer
+    # values, and names of routes
+    no_keys = {"train", "eval", "predict", "encode", "mean", "sum", "auto", "fp32"}
+    # below optimizer
+    no_keys |= {"max_grad_norm", "legacy_fusion", "params", "type", "check_overflow", "immediate_grad_update"}
     no_keys |= {"ddp_bf16", "ds_pipe_replicated", "data_parallel_group", "global_rank"}  # of the program
     assert not sorted(words - no_keys - {part for key in known() for part in key.split(".")})
 

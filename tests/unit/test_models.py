@@ -80,9 +80,8 @@ def test_other_llama_shapes():
 
 def test_flops_are_six_per_matrix_parameter_plus_attention():
     config = build_config(model_of("gpt2_medium"))
-    matrices = (
-        24 * 12 * 1024**2 + 50304 * 1024
-    )  # four projections and a 4x MLP, and the (tied) head's product
+    # four projections and a 4x MLP, and the (tied) head's product
+    matrices = 24 * 12 * 1024**2 + 50304 * 1024
     assert count_flops_per_token(config, 1024) == 6 * matrices + 12 * 24 * 1024 * 1024
 
 
@@ -188,9 +187,8 @@ def test_every_tensor_of_both_families_has_a_part():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_token_losses_and_their_gradient_are_torchs(monkeypatch, dtype):
-    monkeypatch.setitem(
-        validate._TokenLosses.CHUNK, "cpu", 4 * 50 + 7
-    )  # 4 tokens at a time, of 21: the last chunk is shorter
+    # 4 tokens at a time, of 21: the last chunk is shorter
+    monkeypatch.setitem(validate._TokenLosses.CHUNK, "cpu", 4 * 50 + 7)
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(3, 7, 50, generator=generator) * 5).to(dtype).requires_grad_(True)
     targets, weights = (

@@ -85,9 +85,8 @@ def test_what_deepspeed_holds_is_planned_to_one_percent(measured):
 
 def test_checkpoints_are_planned_to_one_percent(measured):
     ranks, found = measured
-    for its in (
-        CASES
-    ):  # tensors only: torch's file format adds some KB to each file, which counts in models this small
+    # tensors only: torch's file format adds some KB to each file, which counts in models this small
+    for its in CASES:
         stored = found[its["name"]][0]["checkpoint"]
         assert planned(its, ranks)["checkpoint"] == pytest.approx(stored, rel=0.01, abs=60_000 * ranks), (
             its["name"],
@@ -251,18 +250,18 @@ def test_cheapest_change_comes_first_and_offload_last():
 
 
 def test_a_padded_batch_takes_longer_and_says_up_to_how_many_gpus_it_pays():
+    # 60 sequences
     experiment, settings = (
         load_experiment("gpt2_large_fineweb"),
         load_deepspeed_json("ds_configs/zero1.json"),
-    )  # 60 sequences
+    )
 
     def facts(gpus):
         return planning.plan_model(experiment, "reference", None, 32, settings, gpus, 80e9, "H100", 0.4)
 
     assert facts(60)["hours"] == pytest.approx(facts(60)["gpu_hours"] / 60)
-    assert facts(8)["hours"] == pytest.approx(
-        facts(8)["gpu_hours"] / 60 * 8
-    )  # 8 x 4 x 2 = 64 places: 8 in turn
+    # 8 x 4 x 2 = 64 places: 8 in turn
+    assert facts(8)["hours"] == pytest.approx(facts(8)["gpu_hours"] / 60 * 8)
     assert (
         facts(100)["gpus"] == facts(8)["most_gpus"] == 60 and facts(8)["full_micro_batches_up_to_gpus"] == 15
     )
@@ -274,9 +273,8 @@ def test_flash_attention_and_offload_save_what_they_should():
         activations.count_block_activations(model, "bf16_autocast", 1024, eager=eager)
         for eager in (False, True)
     )
-    assert eager - flash == 16 * (
-        1024 * 6 - 4
-    )  # heads x (fp32 softmax and its rounded copy - one log-sum-exp)
+    # heads x (fp32 softmax and its rounded copy - one log-sum-exp)
+    assert eager - flash == 16 * (1024 * 6 - 4)
     train = Train(steps=1, batch_tokens=8192, lr=1e-3, warmup_steps=0, precision="bf16_autocast")
     settings = load_deepspeed_json("ds_configs/zero2.json")
     away = proposals.apply_change(settings, {"zero_optimization.offload_optimizer": proposals.ON_HOST})

@@ -201,9 +201,8 @@ def test_the_number_of_questions_gives_the_papers_standard_errors():
 
 def test_verdicts():
     assert table_cells.judge_difference(0.009, [0.0], 0.01, higher_is_better=False) == "matches"
-    assert (
-        table_cells.judge_difference(0.05, [0.02, 0.02], 0.01, higher_is_better=False) == "within noise"
-    )  # 2 sqrt(2) 0.02 = 0.057
+    # 2 sqrt(2) 0.02 = 0.057
+    assert table_cells.judge_difference(0.05, [0.02, 0.02], 0.01, higher_is_better=False) == "within noise"
     assert table_cells.judge_difference(0.06, [0.02, 0.02], 0.01, higher_is_better=False) == "worse"
     assert table_cells.judge_difference(-0.06, [0.02, None], 0.01, higher_is_better=False) == "better"
     assert table_cells.judge_difference(3.0, [1.0, 1.0], 0.01, higher_is_better=True) == "better"
@@ -262,9 +261,8 @@ def test_weights_kept_on_the_way_have_their_share_of_the_cost(capsys):
 
 
 def test_within_noise_of_both(capsys):
-    finish(
-        "gpt2_large_owt", "reference", 2.8100, half=0.0196
-    )  # 0.043 off; noise 2 sqrt(0.0233^2 + 0.01^2) = 0.051
+    # 0.043 off; noise 2 sqrt(0.0233^2 + 0.01^2) = 0.051
+    finish("gpt2_large_owt", "reference", 2.8100, half=0.0196)
     tables.table("table5")
     assert "2.8100±0.0100: -0.0431 within noise" in capsys.readouterr().out
 
@@ -337,9 +335,8 @@ def test_highlights_models_of_others_and_those_that_are_not_run(capsys):
     tables.table("openllama_commonsense")
     said = capsys.readouterr().out
     cells = {line.split("|")[1].strip(): line for line in said.splitlines() if line.startswith("| ")}
-    assert (
-        "**56.00" in cells["ours, 1 epoch"] and "**30.00" not in cells["ours, 1 epoch"]
-    )  # above two baselines; above one
+    # above two baselines; above one
+    assert "**56.00" in cells["ours, 1 epoch"] and "**30.00" not in cells["ours, 1 epoch"]
     # the paper's own bold: at least 90% of OpenLLaMA-3B (BoolQ) or above two baselines (WSC)
     eight = cells["ours, 8 epochs of 1B"]
     assert (
@@ -355,9 +352,8 @@ def test_highlights_models_of_others_and_those_that_are_not_run(capsys):
 def test_model_sizes_are_computed_here(capsys):
     tables.table("table6")
     said = capsys.readouterr().out
-    assert (
-        said.count(" matches") == 16 and "worse" not in said and said.count("as published") == 3
-    )  # of half width
+    # of half width
+    assert said.count(" matches") == 16 and "worse" not in said and said.count("as published") == 3
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -433,9 +429,8 @@ def test_words_are_shown_as_they_are_in_markdown(nasty):
     assert page.startswith(r"1\. it's &lt;b&gt; \$x\$ \| \*y\*, seed 0")
     rows = [line for line in page.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + len(WORDS)
-    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {
-        len(experiment_table.RESULT_COLUMNS) + 1
-    }  # no new cell, no lost row
+    # no new cell, no lost row
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {len(experiment_table.RESULT_COLUMNS) + 1}
     labels = [re.split(r"(?<!\\)\|", row)[1].strip() for row in rows[2:]]
     shown = {
         "a | b": r"a \| b",

@@ -132,9 +132,8 @@ def test_sentencepiece_ids_are_its_own_and_a_saved_folder_has_the_same(
     reopened = load_tokenizer(data(str(path)), tmp_path)
     assert reopened.fingerprint == ours.fingerprint and lists(reopened.encode_batch(TEXTS)) == ids
     if kind == "unigram" and not (tmp_path / "tokenizer.json").is_file():
-        assert (
-            "gives other ids" in caplog.text
-        )  # two segmentations of one score: the conversion may take the other one
+        # two segmentations of one score: the conversion may take the other one
+        assert "gives other ids" in caplog.text
         return
     assert (tmp_path / "tokenizer.json").is_file(), caplog.text
     saved = AutoTokenizer.from_pretrained(tmp_path)
@@ -149,9 +148,8 @@ def test_sentencepiece_conversion_with_other_ids_is_not_kept(
     from inheritune.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
     path = sentencepiece_models["llama"]
-    monkeypatch.setattr(
-        SentencePieceTokenizer, "_converted", lambda self: None
-    )  # a kind of model without counterpart
+    # a kind of model without counterpart
+    monkeypatch.setattr(SentencePieceTokenizer, "_converted", lambda self: None)
     load_tokenizer(data(str(path))).save(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["README.txt", "tokenizer.model"]
     assert "gives other ids" in caplog.text
@@ -250,9 +248,8 @@ def test_two_tokenizers_never_share_a_fingerprint(sentencepiece_models, tmp_path
         load_tokenizer(data("bpe:300"), tmp_path / "a"),
         load_tokenizer(data("bpe:301"), tmp_path / "b"),
     ]
-    assert (
-        load_tokenizer(data(str(tmp_path / "a"))).fingerprint == loaded[0].fingerprint
-    )  # one tokenizer by two names
+    # one tokenizer by two names
+    assert load_tokenizer(data(str(tmp_path / "a"))).fingerprint == loaded[0].fingerprint
     loaded += [load_tokenizer(data(str(path))) for path in sentencepiece_models.values()]
     assert len({tokenizer.fingerprint for tokenizer in loaded}) == len(loaded)
 
