@@ -10,5 +10,6 @@ export INHERITUNE_GPT2_BPE="${INHERITUNE_GPT2_BPE:-$bpe}"
 bash tests/fetch_gpt2_bpe.sh "$INHERITUNE_GPT2_BPE" || echo "the tests of the gpt2 tokenizer are skipped: its ranks could not be fetched"
 ruff check .
 ruff format --check .
+mypy
 # two tests at a time: many wait for processes to start or for Slurm
 exec python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"

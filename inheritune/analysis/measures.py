@@ -1,5 +1,5 @@
-"""The paper's two measures of an attention map: approximate rank and column mass (FACTS section 3). Pure
-functions of tensors.
+"""The paper's two measures of an attention map: approximate rank and column mass (section 2 and appendix C).
+Pure functions of tensors.
 
 Legend of suffixes: N = sequences, B = sequences of one batch, H = heads, T = tokens, F = fractions (tau or
 eta), M = matrices.

@@ -27,7 +27,7 @@ class ValidationSplit(Strict):
 
     fraction: Annotated[float, values.INSIDE_ONE] | None = None
     seed: Annotated[int, values.SEED] = 2357
-    """Seed of the random fraction; 2357 is nanoGPT's, used by the paper (FACTS section 5)."""
+    """Seed of the random fraction; 2357 is nanoGPT's, used by the paper."""
     first_shard: bool = False
 
     @model_validator(mode="after")
@@ -129,7 +129,7 @@ class Model(Strict):
 
 
 class Train(Strict):
-    """Optimization. FACTS section 6 has the paper's values."""
+    """Optimization. recipes/paper/hyperparameters.csv has the paper's values."""
 
     steps: Steps
     batch_tokens: Annotated[int, values.BATCH]

@@ -1,12 +1,15 @@
 """AdamW's parameter groups, its learning rate, and the norm of the gradient that it steps with."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from inheritune.config.sections import Train
 from inheritune.models.networks import find_linear_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def compute_learning_rate(step: int, train: Train) -> float:
@@ -27,7 +30,7 @@ def set_learning_rate(engine: Any, lr: float) -> None:
         group["lr"] = lr
 
 
-def make_parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+def make_parameter_groups(model: "PreTrainedModel", weight_decay: float) -> list[dict]:
     """Return AdamW's two groups: the weights of linear layers are decayed; embeddings, a tied head, norms and
     biases are not."""
     decayed = {id(p) for p in find_linear_weights(model).values()}

@@ -67,7 +67,7 @@ def _list_fields(error: Any) -> dict[str, tuple[str, str]]:
     block = find_model_class(owner, problem["loc"][:-1]) if owner and problem else None
     found: dict[str, tuple[str, str]] = {}
     for name, field in block.model_fields.items() if block else ():
-        extra = field.json_schema_extra or {}
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         deprecated = str(extra.get("new_param") or "nothing") if extra.get("deprecated") else ""
         found |= dict.fromkeys({name, field.alias or name}, (field.alias or name, deprecated))
     return found

@@ -21,7 +21,7 @@ def make_fresh_tensor(name: str, shape: Shape, config: "PreTrainedConfig", seed:
     """Return the initial fp32 value of one tensor, drawn from a generator keyed by (seed, name, shape).
 
     Norms are one, biases zero, the rest N(0, 0.02); projections onto the residual stream are
-    N(0, 0.02 / sqrt(2 layers)) (FACTS section 4)."""
+    N(0, 0.02 / sqrt(2 layers)) (as nanoGPT)."""
     table = find_architecture(config.model_type)
     if name.endswith(".bias"):
         return torch.zeros(shape)

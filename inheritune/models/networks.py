@@ -1,6 +1,6 @@
 """Models that transformers builds from a configuration: their tensors, parameter and FLOP counts.
 
-The paper's GPT-2 (FACTS section 4) is a plain Hugging Face GPT-2 with `scale_attn_by_inverse_layer_idx` and
+The paper's GPT-2 (its Table 6) is a plain Hugging Face GPT-2 with `scale_attn_by_inverse_layer_idx` and
 with biases held at zero. Its config carries `frozen_zero_biases`, which every slice of it inherits. A public
 GPT-2 lacks this key and keeps its trainable biases and standard scaling.
 """
@@ -177,7 +177,7 @@ def list_checkpoint_shapes(config: "PreTrainedConfig", where: str | Path = "the 
 def find_linear_weights(model: "PreTrainedModel") -> dict[str, torch.nn.Parameter]:
     """Return {name: parameter} of the weights that are decayed: the matrices that multiply activations.
 
-    A head tied to the embedding is left out (FACTS section 4: embeddings, the tied head and norms are not
+    A head tied to the embedding is left out (as in nanoGPT, embeddings, the tied head and norms are not
     decayed)."""
     embedding = model.get_input_embeddings().weight
     return {
@@ -194,7 +194,7 @@ def find_linear_weights(model: "PreTrainedModel") -> dict[str, torch.nn.Paramete
 def count_parameters(config: "PreTrainedConfig") -> int:
     """Return the number of trainable parameters: a tied head counted once, biases held at zero not counted.
 
-    This is the count of FACTS section 4."""
+    This is the count of the paper's Table 6."""
     return sum(p.numel() for p in build_meta_model(config).parameters() if p.requires_grad)
 
 

@@ -99,7 +99,7 @@ def _silence_libraries() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|deepspeed|transformers)(\.|$)")
 
 
-def agree_on_stop(reason: str | None) -> str | None:
+def agree_on_stop(reason: Result | None) -> Result | None:
     """Return on every rank the first reason to stop that any rank has, or None. One small collective."""
     import torch
 

@@ -46,9 +46,9 @@ class Teacher:
             )
         self.model = build_model(config)
         fill_parameters(self.model, self.source, stage=0)
-        self.model.to(device, torch.bfloat16 if precision == "bf16" else torch.float32).requires_grad_(
-            False
-        ).eval()
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.model.to(device=device, dtype=dtype)  # type: ignore[call-arg] - transformers wraps it untyped
+        self.model.requires_grad_(False).eval()
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16_autocast")
 
     def divergences(self, windows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The shipped experiments against the paper: sizes, stages, batches and tokens of every run, and their
 rehearsals.
 
-The right-hand sides are written out from the paper (FACTS sections 2, 4, 6 and 9), not read from the
+The right-hand sides are written out from the paper (Algorithm 1, its tables, version 1), not read from the
 experiments.
 """
 
@@ -42,7 +42,7 @@ ROUNDS = {
     "gpt2_medium_fineweb": [16],
     "gpt2_large_fineweb": [16],
 }
-LLAMA_BILLIONS = {  # FACTS section 9: (reference, inherited), embeddings and head counted
+LLAMA_BILLIONS = {  # version 1 of the paper: (reference, inherited), embeddings and head counted
     "openllama_3b_1b": (3.426, 1.816),
     "openllama_7b": (6.738, 1.476),
     "llama2_7b": (6.738, 1.679),
@@ -304,7 +304,7 @@ def test_low_data_runs_count_their_tokens():
     train_tokens = 1_000_000_000 * (1 - 0.005)
     assert tokens["eight_epochs"] == 8 * tokens["one_epoch"] and 0.98 < tokens["one_epoch"] / train_tokens < 1
     released = experiment.train_of(experiment.runs["released_391m"])
-    # FACTS: 391M tokens
+    # the paper: 391M tokens
     assert tokens["released_391m"] == 191_000 * 2048 and released.batch_tokens == 8 * 2048
     assert (released.schedule, released.weight_decay, released.clip, released.betas) == (
         "constant",

@@ -44,7 +44,7 @@ def previous_token(T):
     return A
 
 
-SANITY = {  # T = 100 -> (k* at the four taus or at 0.90, m* at eta 0.90): FACTS section 3
+SANITY = {  # T = 100 -> (k* at the four taus or at 0.90, m* at eta 0.90): the definitions worked out by hand
     "uniform": (torch.full((100, 100), 0.01), (1, 1, 1, 1), 90),
     "causal uniform": (causal_uniform(100), (3, 4, 5, 8), 30),
     "identity": (torch.eye(100), (80, 85, 90, 95), 90),

@@ -53,7 +53,7 @@ def test_gpt2_counts_are_the_papers(size, layers, parameters):
 
 
 @pytest.mark.parametrize(
-    ("size", "layers", "billions"),  # FACTS section 9
+    ("size", "layers", "billions"),  # version 1 of the paper
     [
         ("openllama_3b", 26, 3.426),
         ("openllama_3b", 13, 1.816),
@@ -86,7 +86,7 @@ def test_flops_are_six_per_matrix_parameter_plus_attention():
 
 
 def plain_gpt2(weights: dict, tokens: np.ndarray, layers: int, heads: int) -> np.ndarray:
-    """FACTS section 4 written out in numpy float64: no biases, attention logits divided by sqrt(d_head) and
+    """The paper's GPT-2 written out in numpy float64: no biases, attention logits divided by sqrt(d_head) and
     (layer + 1)."""
 
     def norm(x, gain):
