@@ -3,7 +3,7 @@ SHELL := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .PHONY: setup test lint docs quickstart
-ENVIRONMENT := source recipes/setup.sh && setup_environment tests/requirements.txt docs/requirements.txt
+ENVIRONMENT := source recipes/setup.sh && setup_environment dev
 
 setup:
 	$(ENVIRONMENT)

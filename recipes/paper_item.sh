@@ -4,7 +4,7 @@
 # Locally it runs what is missing (data, training, attention, tasks), then draws; with everything there it only draws.
 #   SUBMIT=1     submit Slurm jobs for what is missing, with their dependencies, and leave; afterwards run this again
 #   DRAW=1       run nothing: draw what is there, the rest is "not run"
-#   REHEARSE=1   in small on two CPU cores; marked REHEARSAL
+#   REHEARSE=1   at small scale on two CPU cores; marked REHEARSAL
 #   SEED=0 PROCS=2   seed of the runs; processes (ranks) to train with (on a single GPU 1)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

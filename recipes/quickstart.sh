@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job in small, on two CPU cores, minutes after the set-up: a reference model trained on real text, its attention
+# The main job at small scale, on two CPU cores, minutes after the set-up: a reference model trained on real text, its attention
 # measured, its first layers inherited and grown until they reach its validation loss, and the same size from random beside it.
 # The same verbs run the paper's sizes. Finished steps are not done again; delete runs/quickstart to start over.
 #   PROCS=2      processes (ranks) to train with (on a single GPU 1)      SEED=0      another seed is another set of runs

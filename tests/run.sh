@@ -11,5 +11,7 @@ bash tests/fetch_gpt2_bpe.sh "$INHERITUNE_GPT2_BPE" || echo "the tests of the gp
 ruff check .
 ruff format --check .
 mypy
+codespell
+mkdocs build --strict --site-dir "$(mktemp -d)"
 # two tests at a time: many wait for processes to start or for Slurm
 exec python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"

@@ -47,7 +47,7 @@ class Teacher:
         self.model = build_model(config)
         fill_parameters(self.model, self.source, stage=0)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.model.to(device=device, dtype=dtype)  # type: ignore[call-arg] - transformers wraps it untyped
+        self.model.to(device=device, dtype=dtype)  # type: ignore[call-arg]  # transformers wraps it untyped
         self.model.requires_grad_(False).eval()
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16_autocast")
 

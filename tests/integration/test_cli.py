@@ -339,6 +339,42 @@ def test_no_file_or_function_is_too_long_to_read():
     assert not {name: n for name, n in functions.items() if n > 60}
 
 
+STILTED = (
+    "goes on from",
+    "go on from",
+    "in small,",
+    "in small.",
+    "to be had",
+    "be had from",
+    "of others",
+    "the world outside",
+    "comes to an end",
+    "lies under",
+    "how-manieth",
+    "so-manieth",
+    "is given back",
+    "mended",
+    "so says",
+    "stands beside",
+)
+"""Phrases that a native reader stumbles over (CONTRIBUTING.md, English)."""
+
+
+def test_the_english_is_plain():
+    files = [
+        *(REPOSITORY / "inheritune").rglob("*.py"),
+        *REPOSITORY.glob("*.md"),
+        *REPOSITORY.glob("docs/*.md"),
+    ]
+    found = [
+        f"{path.relative_to(REPOSITORY)}: {phrase}"
+        for path in files
+        for phrase in STILTED
+        if phrase in " ".join(path.read_text(encoding="utf-8").lower().split())
+    ]
+    assert not found
+
+
 # --- documents ----------------------------------------------------------------------------------------------
 
 
