@@ -16,8 +16,9 @@ from inheritune.config.experiment import load_experiment
 from inheritune.files.json_files import read_json
 from inheritune.files.markers import hash_folder
 from inheritune.files.rundir import get_data_dir
-from inheritune.runtime import devices, log, rendezvous
+from inheritune.runtime import devices, rendezvous
 from inheritune.runtime.limits import explain_limit
+from inheritune.training import provenance
 from inheritune.training.provenance import git_commit
 
 
@@ -64,7 +65,7 @@ def test_training_without_git(tmp_path):
 
 
 def test_git_that_hangs_or_cannot_run_is_done_without(tmp_path, monkeypatch):
-    monkeypatch.setattr(log, "GIT_PATIENCE_S", 1)
+    monkeypatch.setattr(provenance, "GIT_PATIENCE_S", 1)
     write_tool(tmp_path, "git", HANGS, monkeypatch)
     began = time.monotonic()
     assert git_commit() is None and time.monotonic() - began < 60
@@ -76,7 +77,7 @@ def test_a_checkout_of_another_owner_has_no_commit(tmp_path, monkeypatch):
     """git refuses it ("dubious ownership")."""
     if os.geteuid():
         pytest.skip("giving a folder to another user needs root")
-    monkeypatch.setattr(log, "REPOSITORY", tmp_path / "checkout")
+    monkeypatch.setattr(provenance, "REPOSITORY", tmp_path / "checkout")
     monkeypatch.setenv("HOME", str(tmp_path))
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "init", "-q", tmp_path / "checkout"], check=True)

@@ -21,7 +21,7 @@ from test_damage import modes_count
 from inheritune.cluster.record_tail import read_last_rows
 from inheritune.cluster.slurm_queue import QueuedJob, read_jobs
 from inheritune.cluster.status import status as show
-from inheritune.config import experiment as config
+from inheritune.config import run as run_config
 from inheritune.config.experiment import load_experiment
 from inheritune.errors import UserError
 from inheritune.files.json_files import read_json, read_jsonl, write_json
@@ -402,7 +402,7 @@ def test_five_hundred_runs_take_less_than_two_seconds(tmp_path, own_root, capsys
         write_rows(RunDir.of(experiment, name), *record)
         write_json(RunDir.of(experiment, name).provenance, STARTED)
     calls = Counter()
-    for module, function in ((config, "place_layers"), (os, "listdir"), (os, "scandir")):
+    for module, function in ((run_config, "place_layers"), (os, "listdir"), (os, "scandir")):
         monkeypatch.setattr(module, function, counting(calls, getattr(module, function)))
     start_time = time.process_time()
     said = lines(capsys, path)

@@ -120,7 +120,7 @@ def test_stop_file_keeps_a_run_from_starting_and_asks_for_no_requeue(tmp_path):
     )
     assert f"{run.stop} exists; delete it to continue" in done.stdout
     assert not (tmp_path / "job" / "more").exists() and list(run.path.iterdir()) == [run.stop]
-    assert "delete it to go on" in (tmp_path / "job" / "stopped").read_text()
+    assert "delete it to continue" in (tmp_path / "job" / "stopped").read_text()
     run.stop.rename(tmp_path / "STOP")  # that of a growth, whose reference this is
     done = run_verb(
         "train", path, "--run", "reference", INHERITUNE_ROOT=root, INHERITUNE_STOP=tmp_path / "STOP"

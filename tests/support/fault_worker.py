@@ -99,7 +99,7 @@ wrap(validate, "token_losses", after=spoil_the_loss)
 if kind == "unsaved":
     wrap(
         train,
-        "weights_are_finite",
+        "has_finite_weights",
         before=lambda engine: spoil_a_weight() if engine.global_steps == int(step) else None,
     )
 elif kind == "slow":

@@ -50,7 +50,7 @@ def is_nth_validation_forward(*_) -> bool:
 if moment == "step":  # between reading the batch of step K and its forward
     before(train, "read_share", lambda order, step, share: step == int(count) - 1)
 elif moment == "saving":
-    before(checkpoint, "_generators", lambda: True)
+    before(checkpoint, "read_generators", lambda: True)
 elif moment == "validation":
     before(validate, "token_losses", is_nth_validation_forward)
 elif moment == "unchecked":  # the disk fills up between the look at it and the write
