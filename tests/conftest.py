@@ -51,7 +51,17 @@ LONGEST += [
     "remedies",
     "interrupt",
 ]
-LONGEST += ["evidence", "versions", "identity", "compared", "damage", "launcher"]
+LONGEST += [
+    "evidence",
+    "versions",
+    "dslint",
+    "identity",
+    "compared",
+    "damage",
+    "launcher",
+    "record",
+    "streams",
+]
 
 
 def pytest_collection_modifyitems(items):
