@@ -247,7 +247,7 @@ def test_a_run_goes_on_when_wandbs_own_process_dies(tmp_path):
     environment = {
         **os.environ,
         "WANDB_DIR": str(tmp_path),
-        "PYTHONPATH": f"{os.environ['PYTHONPATH']}:{Path(__file__).parent}",
+        "PYTHONPATH": f"{os.environ['PYTHONPATH']}:{Path(__file__).parent}:{REPOSITORY / 'tests' / 'drills'}",
     }
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
