@@ -273,7 +273,7 @@ def test_fetch_leaves_in_the_middle_of_a_file(request, tmp_path, files):  # noqa
 
 def test_before_the_verb_has_begun_it_is_silent(tmp_path):
     """While Python imports: nothing to save, and no traceback."""
-    (tmp_path / "yaml.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    (tmp_path / "difflib.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
     program = Program(
         "train", "quickstart", "--run", "reference", PYTHONPATH=f"{tmp_path}{os.pathsep}{REPOSITORY}"
     )

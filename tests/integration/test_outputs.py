@@ -204,7 +204,7 @@ def test_evaluate_tells_weights_that_were_replaced(small, tmp_path, fitting):
 
 def test_evaluate_refuses_out_beside_a_run(small, tmp_path):
     said = refused("evaluate", small, "--run", "reference", "--out", tmp_path / "out.json")
-    assert "--out goes with --model only: the results of a run lie in its own folder" in said
+    assert "--out goes with --model only, because the results of a run are stored in its own folder" in said
     assert not (tmp_path / "out.json").exists()
 
 

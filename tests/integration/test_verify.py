@@ -155,7 +155,7 @@ def test_nothing_to_verify_is_told(tree):
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_attempt(tmp_path):
-    code = "import os, sys, pathlib, inheritune.files.rundir as r\n"
+    code = "import os, sys, pathlib, inheritune.files.writing as r\n"
     code += "with r.replace_atomically(pathlib.Path(sys.argv[1])) as t: t.mkdir(), os._exit(9)"
     for _ in range(2):
         subprocess.run([sys.executable, "-c", code, tmp_path / "out"], cwd=REPOSITORY, check=False)
