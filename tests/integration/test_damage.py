@@ -623,8 +623,7 @@ REMEDIES = {
     "a damaged marker": Remedy(
         ["prepare", "TREE/small.yaml", "--workers", "1"],
         lambda tree: the(tree, "data/small-*/manifest.json").write_text("{}"),
-        r"(\S+)/manifest.json is not the marker that its name says instead of results; restore it, or delete "
-        r"its folder",
+        r"(\S+)/manifest.json is not a valid marker; restore it, or delete its folder",
         lambda _, found: remove_path(Path(found[1])),
     ),
     "a shard that is gone": Remedy(
@@ -690,8 +689,7 @@ REMEDIES = {
     "starts that are not recorded": Remedy(
         SCENES["resume"].words,
         lambda tree: (unfinish(tree), (tree / RUNS / "reference/provenance.json").write_text("{}")),
-        r"(\S+) does not list the starts of its run: it is damaged instead of results; restore it, or delete "
-        r"it",
+        r"(\S+) does not list the starts of its run: it is damaged; restore it, or delete it",
         lambda _, found: remove_path(Path(found[1])),
     ),
     "a stop that is damaged": Remedy(
