@@ -118,12 +118,14 @@ def run_analyze(
         folder = run.path if _has_data_of(run, tokens) else run.path / f"on_{_name_data(experiment, data)}"
     elif folder is None:
         folder = _name_folder(model, bool(rehearsed_lengths))
-    if not find_measured_run(RunDir(folder)):  # a run's own analysis is renewed
+    measured = find_measured_run(RunDir(folder))
+    is_own = measured is not None and is_final and measured.path.resolve() == run.path
+    if given or not is_own:  # a run's own analysis is renewed, where nothing else was asked for
         check_replaced(RunDir(folder), model, revision)
     rows = measure_model(model, tokens, sequences, length, seed, maps, revision=revision, progress=True)
     rows[0]["rehearsal"] = bool(rehearsed_lengths)
-    if measured := find_measured_run(RunDir(folder)):
-        rows[0]["weights"] = measured.weights_hash()
+    if is_own:
+        rows[0]["weights"] = run.weights_hash()
     write_jsonl(RunDir(folder).attention, rows)
     print(describe_rows(rows))
     return folder

@@ -275,7 +275,7 @@ def find_measured_run(folder: RunDir) -> RunDir | None:
     """Return the finished run that measurements in `folder` are of: the folder itself, or the run that
     has it as on_<data>. None of other folders."""
     run = RunDir(folder.path.parent) if folder.path.name.startswith("on_") else folder
-    return run if run.is_done() and run.final.is_dir() else None
+    return run if run.is_done() else None
 
 
 def _has_keys(start: Any, keys: tuple[str, ...]) -> bool:

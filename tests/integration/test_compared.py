@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import experiment_dict, refused, run_verb, write_experiment, write_tokens
 
+from inheritune.config import names
 from inheritune.config.experiment import load_experiment
 from inheritune.files.json_files import read_json, write_json
 from inheritune.files.rundir import RunDir, get_data_dir
@@ -249,3 +250,19 @@ def test_an_analysis_does_not_replace_that_of_a_model_of_the_same_name(again):
     assert f"was measured on {first}, not on {second}" in refused("analyze", "--model", second, *measure)
     assert made.read_bytes() == kept
     run_verb("analyze", "--model", first, *measure)  # again, it renews its own
+
+
+def test_an_analysis_that_is_sent_into_a_run_is_not_taken_for_its_own(again, tmp_path):
+    path = again()
+    other, stacked = run_of(path, "other"), run_of(path, "stacked")
+    measure = ["--model", "stacked", "--data", path, "--length", "16", "--sequences", "4"]
+    run_verb("analyze", *measure, "--out", other.path)  # nothing was there
+    assert "weights" not in other.read_attention()[0]
+    other.attention.unlink()
+    for plot in names.PLOTS:
+        (other.path / plot).unlink(missing_ok=True)
+    run_verb("analyze", "--model", "other", *measure[2:])
+    own = other.attention.read_bytes()
+    said = refused("analyze", *measure, "--out", other.path)
+    assert f"was measured on {other.final}, not on {stacked.final}" in said
+    assert other.attention.read_bytes() == own
