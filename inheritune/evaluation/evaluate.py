@@ -116,9 +116,9 @@ def open_weights(experiment: Experiment, name: str, seed: int) -> tuple[Job, Sou
     if external:
         return job, open_source(external.source, external.revision), job.dir.results
     weights = require_weights(experiment, name, seed)
-    check_same_data(job, weights.parent)
     run_dir = RunDir(weights.parent)
     own = find_job(experiment, job.name, seed, run_dir)
+    check_same_data(own, run_dir.path)
     check_own_run(run_dir, own)
     check_reference(run_dir, own)
     return job, open_source(str(weights)), get_results_dir(weights).results
@@ -158,8 +158,10 @@ def measure_checkpoint(
     Raises UserError if `target` has results of other weights of a model of that name."""
     dist.init_distributed()
     set_up_logging()
-    if job and (note := describe_change_since(RunDir(source.folder.parent), job)):
-        logger.info("%s: %s", source.folder.parent, note)
+    if job and not job.run.init.external:
+        run_dir = RunDir(source.folder.parent)
+        if note := describe_change_since(run_dir, find_job(loaded, job.name, job.seed, run_dir)):
+            logger.info("%s: %s", run_dir.path, note)
     tokens, foreign = Tokens.of(loaded, "val"), job is None or job.run.init.external is not None
     # All that can be refused comes before the work.
     benchmarks = downstream.load_tasks(chosen, loaded.evaluate.task_files, allow_code)

@@ -54,7 +54,8 @@ def figure(item: str, seed: int = 0, rehearse: bool | None = None) -> list[Path]
         raise UserError(f"no run of {experiment.name} (seed {seed}) is finished: nothing to draw")
     folder, small = found[0].folder.path.parent, experiment.rehearsal
     paths = [folder / "loss.png"]
-    print(*list_notes(found), sep="\n", end="\n" if list_notes(found) else "")
+    for note in list_notes(found):
+        print(note)
     losses = [(_make_label(entry), read_validation_curve(entry.folder)) for entry in found]
     plot_loss_curves(losses, paths[0], losses[0][1][-1]["val_loss"], rehearsal=small)
     analyzed = [

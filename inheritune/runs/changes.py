@@ -60,7 +60,10 @@ def find_changes_since(
 def describe_change_since(run_dir: RunDir, job: Job) -> str:
     """Return a sentence that names a change of the experiment since the finished run in `run_dir` was
     trained, or ""."""
-    changes = find_changes_since(run_dir.experiment, job, job.settings, UNRESOLVED)
+    return _describe(find_changes_since(run_dir.experiment, job, job.settings, UNRESOLVED))
+
+
+def _describe(changes: list[tuple[str, object, object]]) -> str:
     if not changes:
         return ""
     key, old, new = changes[0]
@@ -76,10 +79,11 @@ def find_job(experiment: Experiment, name: str, seed: int, run_dir: RunDir) -> J
 def check_own_run(run_dir: RunDir, job: Job) -> str:
     """Return `describe_change_since`; raise UserError if the finished run in `run_dir` is another one than
     `job`: of another name or seed, as after its folder was copied, or of another model or start."""
-    for key, old, new in find_changes_since(run_dir.experiment, job, job.settings, UNRESOLVED):
+    changes = find_changes_since(run_dir.experiment, job, job.settings, UNRESOLVED)
+    for key, old, new in changes:
         if key in IDENTIFYING or any(key == shape or key.startswith(f"{shape}.") for shape in SHAPING):
             raise UserError(
                 f"{run_dir.path} holds another run than {job.experiment.name} describes: its {key} is {old}, "
                 f"the experiment's is {new}; restore that value, or move the folder away and train the run"
             )
-    return describe_change_since(run_dir, job)
+    return _describe(changes)

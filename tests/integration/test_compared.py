@@ -196,6 +196,12 @@ def test_a_run_of_other_settings_than_now_is_shown_with_a_note(again):
         )
 
 
+def test_a_stage_of_unchanged_settings_has_no_note(again):
+    path = again()
+    for run in ("grown", "grown/stage1", "reference@3"):
+        assert "was trained with" not in run_verb("evaluate", path, "--run", run, "--tasks", "none").stdout
+
+
 def test_a_stage_is_not_compared_with_a_reference_that_it_was_not_cut_from(again):
     path = again()
     replace_reference(path)
