@@ -14,6 +14,7 @@ from inheritune.config.reading import read_yaml
 from inheritune.data.batches import Tokens
 from inheritune.errors import UserError
 from inheritune.files.json_files import is_sealed, read_json, write_jsonl
+from inheritune.files.markers import is_prepared
 from inheritune.files.outputs import check_writable, resolve_output
 from inheritune.files.rundir import (
     RunDir,
@@ -143,7 +144,7 @@ def _name_data(experiment: Experiment | None, data: str) -> str:
 
 def _open_data(data: str) -> tuple[Experiment | None, Tokens]:
     """Open the validation text of an experiment, or of a folder of prepared data, which has no experiment."""
-    if (Path(data) / "manifest.json").is_file():
+    if is_prepared(Path(data)):
         return None, Tokens(data, "val")
     experiment = load_experiment(data)
     return experiment, Tokens.of(experiment, "val")

@@ -6,7 +6,7 @@ Legend of suffixes: N = sequences, H = heads, F = fractions (tau or eta).
 
 import numpy as np
 
-from inheritune.analysis.thresholds import ETAS, MAIN, NEAR_ONE, TAUS
+from inheritune.analysis.thresholds import ETAS, MAIN_THRESHOLD, NEAR_ONE, TAUS
 
 
 def summarize_layer(layer: int, ranks_FNH: np.ndarray, masses_FNH: np.ndarray) -> dict:
@@ -18,7 +18,7 @@ def summarize_layer(layer: int, ranks_FNH: np.ndarray, masses_FNH: np.ndarray) -
     taus, etas = [f"{tau:g}" for tau in TAUS], [f"{eta:g}" for eta in ETAS]
     rank_FH, mass_FH = ranks_FNH.mean(axis=1), masses_FNH.mean(axis=1)
     top_F = rank_FH.argmax(axis=1)
-    main = rank_FH[taus.index(MAIN)]
+    main = rank_FH[taus.index(MAIN_THRESHOLD)]
     return {
         "kind": "layer",
         "layer": layer,
@@ -39,7 +39,7 @@ def summarize_layer(layer: int, ranks_FNH: np.ndarray, masses_FNH: np.ndarray) -
 
 def average_rank(layers: list[dict], first: int, end: int) -> float:
     """Return AvgRank, the mean MaxRank (tau 0.90) of the layers [first, end)."""
-    return float(np.mean([row["max_rank"][MAIN] for row in layers[first:end]]))
+    return float(np.mean([row["max_rank"][MAIN_THRESHOLD] for row in layers[first:end]]))
 
 
 def summarize_groups(layers: list[dict]) -> list[dict]:
@@ -72,7 +72,7 @@ def suggest_layers(rows: list[dict]) -> tuple[int, str]:
     half = max(1, n_layers // 2)
     for n in range(1, n_layers):
         average = average_rank(layers, n, n_layers)
-        if int(layers[n]["max_rank"][MAIN]) == 1 and int(average) == 1:
+        if int(layers[n]["max_rank"][MAIN_THRESHOLD]) == 1 and int(average) == 1:
             return n, (
                 f"inherit the first {n} of {n_layers} layers (--layers 0:{n}): the {n_layers - n} after them "
                 f"are the first lazy group that runs to the last layer (AvgRank {average:.2f}); the paper "
@@ -80,7 +80,7 @@ def suggest_layers(rows: list[dict]) -> tuple[int, str]:
             )
     return half, (
         f"inherit the first {half} of {n_layers} layers (--layers 0:{half}), the paper's choice of half: no "
-        f"lazy group runs to the last layer (its MaxRank is {layers[-1]['max_rank'][MAIN]:.2f})"
+        f"lazy group runs to the last layer (its MaxRank is {layers[-1]['max_rank'][MAIN_THRESHOLD]:.2f})"
     )
 
 
@@ -91,7 +91,7 @@ def summarize_model(layers: list[dict]) -> dict:
         "kind": "summary",
         "lazy_layers": [row["layer"] for row in layers if row["lazy"]],
         "near_lazy_layers": [row["layer"] for row in layers if row["near_lazy"]],
-        "heads": sum(len(row["rank"][MAIN]) for row in layers),
+        "heads": sum(len(row["rank"][MAIN_THRESHOLD]) for row in layers),
         "heads_rank_1": sum(row["heads_rank_1"] for row in layers),
         "heads_near_1": sum(row["heads_near_1"] for row in layers),
         "suggested_layers": suggested,
@@ -104,13 +104,13 @@ def describe_rows(rows: list[dict]) -> str:
     header, summary = rows[0], rows[-1]
     lines = [
         f"{header['model']}: {header['sequences']} sequences of {header['length']} tokens, tau = eta = "
-        f"{MAIN}; layers from 1",
+        f"{MAIN_THRESHOLD}; layers from 1",
         f"{'layer':>5}  {'MaxRank':>15}  {'AvgMass':>15}  {'heads at rank 1':>15}",
     ]
     for row in (row for row in rows if row["kind"] == "layer"):
-        rank = f"{row['max_rank'][MAIN]:.2f} +- {row['max_rank_std'][MAIN]:.2f}"
-        mass = f"{row['avg_mass'][MAIN]:.2f} +- {row['avg_mass_std'][MAIN]:.2f}"
-        heads = f"{row['heads_rank_1']} of {len(row['rank'][MAIN])}"
+        rank = f"{row['max_rank'][MAIN_THRESHOLD]:.2f} +- {row['max_rank_std'][MAIN_THRESHOLD]:.2f}"
+        mass = f"{row['avg_mass'][MAIN_THRESHOLD]:.2f} +- {row['avg_mass_std'][MAIN_THRESHOLD]:.2f}"
+        heads = f"{row['heads_rank_1']} of {len(row['rank'][MAIN_THRESHOLD])}"
         mark = ""
         if row["lazy"]:
             mark = "lazy"

@@ -5,7 +5,7 @@ TAUS = (0.80, 0.85, 0.90, 0.95)
 """Shares of the squared singular values; the paper uses 0.90 and ablates the others (its Figure 10)."""
 ETAS = (0.90,)
 """Share of the squared Frobenius norm for the column mass."""
-MAIN = "0.9"
+MAIN_THRESHOLD = "0.9"
 """Key of the tau that decides whether a layer is lazy, and of the eta that is shown beside it."""
 NEAR_ONE = 1.5
 """A mean rank below this is 'near 1': what looks like 1 in the paper's plots. Such heads and layers are only

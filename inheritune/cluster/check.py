@@ -11,6 +11,7 @@ from inheritune.config.experiment import Experiment, load_experiment
 from inheritune.config.values import GPUS, read_numbers
 from inheritune.errors import UserError
 from inheritune.evaluation.taskcode import refuse_task_code
+from inheritune.files.markers import is_prepared
 from inheritune.files.rundir import format_seed_flag, get_data_dir
 from inheritune.planning.workload import MFU, estimate_gpu_hours, list_models
 from inheritune.runs.job import Job
@@ -46,7 +47,7 @@ def check(
     spec = loaded.run(run)
     if stage:
         Job(loaded, run, seed, stage).depths()
-    data_ready = (get_data_dir(loaded) / "manifest.json").is_file()
+    data_ready = is_prepared(get_data_dir(loaded))
     needed = find_unfinished_source(loaded, spec, seed)
     if not data_ready or needed:
         raise UserError(_describe_missing(loaded, experiment, run, data_ready, needed, stage, seed))

@@ -15,6 +15,7 @@ from inheritune.config.experiment import Experiment, load_experiment
 from inheritune.config.run import Grow
 from inheritune.errors import Stopped, UserError
 from inheritune.files.json_files import read_json, write_json
+from inheritune.files.markers import is_prepared
 from inheritune.files.rundir import RunDir, get_data_dir
 from inheritune.runtime import signals
 from inheritune.runtime.signals import get_stop_signal
@@ -50,7 +51,7 @@ def grow(
             depths,
             settings,
             RunDir.of(loaded, reference, seed).is_done(),
-            (get_data_dir(loaded) / "manifest.json").is_file(),
+            is_prepared(get_data_dir(loaded)),
             reference,
             run,
             read_stages(folder, len(depths)),

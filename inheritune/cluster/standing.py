@@ -1,6 +1,5 @@
 """The state of a run, or of a stage of a grown run, read from its folder, its lock and its last job."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from inheritune.config.run import Run
 from inheritune.errors import UserError
 from inheritune.files.json_files import read_json
 from inheritune.files.lock import Lock, describe_holder, find_lock_holders
+from inheritune.files.markers import is_prepared
 from inheritune.files.rundir import RunDir, get_data_dir
 from inheritune.paper.published import interpolate_loss, load_curves, select_curve
 
@@ -94,7 +94,7 @@ class View:
         self.queue = read_queue()
         self.jobs = read_jobs(self.queue)
         self.curves = {} if experiment.rehearsal else load_curves(experiment.name)
-        self.data_ready = os.path.isfile(get_data_dir(experiment) / "manifest.json")
+        self.data_ready = is_prepared(get_data_dir(experiment))
         self.slurm = shutil.which("sbatch") is not None
         self._holders: dict[Path, dict[str, dict]] = {}
 

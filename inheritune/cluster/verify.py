@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from inheritune.errors import UserError
-from inheritune.files.markers import MARKERS, find_damage, read_marked_files
+from inheritune.files.markers import COMPLETE, MARKERS, find_damage, read_marked_files
 from inheritune.files.rundir import RunDir
 
 
@@ -91,7 +91,7 @@ def _print_unused(run: RunDir, readable: set[Path]) -> None:
         if path.name not in own:
             if not path.name.startswith("."):  # such names are temporary, or the file system's
                 print(f"not read by any run: {path} has no name of a checkpoint")
-        elif not (path / "COMPLETE").is_file():
+        elif not (path / COMPLETE).is_file():
             print(f"unfinished: {path} has no COMPLETE, so no run reads it")
         elif run.named_step(own[path.name]) != own[path.name]:
             print(

@@ -17,7 +17,7 @@ import xxhash
 from inheritune.config.experiment import Experiment
 from inheritune.errors import UserError
 from inheritune.files.json_files import read_json
-from inheritune.files.markers import check_files, find_damage, read_marked_files
+from inheritune.files.markers import MANIFEST, check_files, find_damage, read_marked_files
 from inheritune.files.rundir import get_data_dir
 from inheritune.runtime.dist import NodeError, gather_objects, get_rank, run_on_rank0
 
@@ -30,7 +30,7 @@ class Tokens:
 
     def __init__(self, folder: str | Path, split: str):
         self.folder = Path(folder)
-        manifest = self.folder / "manifest.json"
+        manifest = self.folder / MANIFEST
         if not manifest.is_file():
             raise UserError(
                 f"{self.folder} holds no prepared data (no manifest.json); run 'python -m inheritune prepare "
@@ -97,7 +97,7 @@ class Tokens:
         It is a NodeError because only the rank that reads the token sees it."""
         shard = int(self._ends.searchsorted(position, side="right"))
         offset = position - (int(self._ends[shard - 1]) if shard else 0)
-        manifest = self.folder / "manifest.json"
+        manifest = self.folder / MANIFEST
         return NodeError(
             f"{self._paths[shard]} holds token {token} at position {offset}, the vocabulary has "
             f"{self.vocab_size}: damaged or replaced; delete {manifest} and run 'prepare' again"
@@ -116,14 +116,14 @@ def check_some_shards(folder: Path) -> None:
     of all its shards.
 
     Raises UserError on every rank, naming a shard that is not what `prepare` wrote."""
-    files = read_marked_files(folder / "manifest.json")
+    files = read_marked_files(folder / MANIFEST)
     train, first = [name for name in files if name.startswith("train_")], run_on_rank0(time.time_ns)
     own = {train[(first + get_rank()) % len(train)]}
     if get_rank() == 0:
         own |= set(files) - set(train)
     found = gather_objects(next(find_damage(folder, {name: files[name] for name in sorted(own)}), None))
     if any(found):
-        manifest = folder / "manifest.json"
+        manifest = folder / MANIFEST
         raise UserError(
             f"{next(filter(None, found))}; delete {manifest} and run 'prepare' again, or 'verify' to see all"
         )

@@ -13,7 +13,7 @@ from inheritune.data.documents import Corpus
 from inheritune.data.tokenizer_loading import load_tokenizer
 from inheritune.errors import UserError
 from inheritune.files.json_files import read_json
-from inheritune.files.markers import hash_file
+from inheritune.files.markers import MANIFEST, hash_file
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ def report_changes(experiment: Experiment, folder: Path) -> None:
     Sizes are compared, and the content of files that are newer than the manifest. A data set of the Hub is
     pinned by its commit. Raises UserError if the names of the experiment now mean another corpus altogether
     (`check_same_corpus`)."""
-    manifest, prepared = read_json(folder / "manifest.json"), shlex.quote(str(folder / "manifest.json"))
+    manifest, prepared = read_json(folder / MANIFEST), shlex.quote(str(folder / MANIFEST))
     again = (
         f"to prepare it again (its runs must then start again too): rm {prepared} && python -m inheritune "
         f"prepare {experiment.given}"
@@ -63,7 +63,7 @@ def _find_changes(corpus: Corpus, manifest: dict, folder: Path) -> dict[str, lis
     before = {file["name"]: file for file in manifest["source_files"]}
     now = list(itertools.chain(*corpus.groups.values()))
     read_all = manifest.get("all_files", True)  # else reading ended at max_tokens, before the last file
-    since = (folder / "manifest.json").stat().st_mtime
+    since = (folder / MANIFEST).stat().st_mtime
     return {
         "new": [name for name in now if name not in before] if read_all else [],
         "gone": [name for name in before if name not in now],
@@ -99,7 +99,7 @@ def check_corpus(experiment: Experiment, folder: Path) -> None:
         corpus = Corpus(experiment.data, folder)
     except UserError:
         return
-    before = {file["name"]: file for file in read_json(folder / "manifest.json")["source_files"]}
+    before = {file["name"]: file for file in read_json(folder / MANIFEST)["source_files"]}
     check_same_corpus(corpus, before, folder)
 
 

@@ -32,7 +32,7 @@ from inheritune.data.tokenizer_loading import load_tokenizer
 from inheritune.data.worker_pool import Encoded, encode_batches
 from inheritune.errors import Stopped, UserError
 from inheritune.files.json_files import read_json, write_json
-from inheritune.files.markers import hash_folder
+from inheritune.files.markers import MANIFEST, hash_folder
 from inheritune.files.writing import remove_path, replace_atomically
 from inheritune.runtime import signals
 
@@ -341,7 +341,7 @@ class Preparation:
                     f"({self.data.shard_tokens})"
                 )
             split.finish()
-        write_json(self.folder / "manifest.json", self._make_manifest())
+        write_json(self.folder / MANIFEST, self._make_manifest())
         remove_path(self.progress_file)
         if self.bad:
             log.warning(

@@ -25,7 +25,7 @@ from inheritune.data.preparation import Preparation
 from inheritune.data.worker_pool import kill_workers, open_pool
 from inheritune.errors import UserError
 from inheritune.files.lock import Lock
-from inheritune.files.markers import find_damage, read_marked_files
+from inheritune.files.markers import MANIFEST, find_damage, is_prepared, read_marked_files
 from inheritune.files.rundir import get_data_dir
 from inheritune.files.writing import remove_leftovers, remove_path
 from inheritune.runtime import signals
@@ -52,7 +52,7 @@ def prepare(experiment: Experiment, workers: int | None = None) -> Path:
             return folder
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
-        remove_path(folder / "manifest.json")
+        remove_path(folder / MANIFEST)
         preparation = Preparation(data, folder, Corpus(data, folder))
         with open_pool(workers, data, preparation.tokenizer_dir) as pool:
             try:
@@ -68,9 +68,9 @@ def prepare(experiment: Experiment, workers: int | None = None) -> Path:
 
 def _is_prepared(folder: Path) -> bool:
     """Return whether the manifest exists and each file has the content that it says."""
-    if not (folder / "manifest.json").is_file():
+    if not is_prepared(folder):
         return False
-    if damage := next(find_damage(folder, read_marked_files(folder / "manifest.json")), None):
+    if damage := next(find_damage(folder, read_marked_files(folder / MANIFEST)), None):
         log.warning("%s: preparing again", damage)
         return False
     log.info("%s is already prepared", folder)

@@ -22,7 +22,7 @@ from inheritune.engines.layout import describe_layout
 from inheritune.engines.sizes import count_checkpoint_bytes
 from inheritune.errors import UserError
 from inheritune.files.json_files import write_json
-from inheritune.files.markers import hash_folder
+from inheritune.files.markers import COMPLETE, hash_folder
 from inheritune.files.rundir import RunDir
 from inheritune.files.storage import count_free_bytes, explain_disk_error, suggest_more_space
 from inheritune.files.writing import (
@@ -39,7 +39,6 @@ from inheritune.runtime.ranks import get_rank, get_world_size
 
 TAG = "deepspeed"
 """DeepSpeed's tag: the sub-folder of its files."""
-MARKER = "COMPLETE"
 
 
 def save_checkpoint(
@@ -92,7 +91,7 @@ def _publish(run_dir: RunDir, temporary: Path, marker: dict, keep_last: int) -> 
     target = run_dir.checkpoint(marker["step"])
     temporary.rename(target)
     sync_path(target.parent)
-    write_json(target / MARKER, marker)
+    write_json(target / COMPLETE, marker)
     prune_checkpoints(run_dir, marker["step"], keep_last)
 
 
@@ -104,7 +103,7 @@ def prune_checkpoints(run_dir: RunDir, newest: int, keep_last: int) -> None:
         # a copy under another name belongs to the user
         if old < newest and old not in kept and run_dir.named_step(old) == old:
             # the marker first: without it readers ignore the rest
-            remove_if_possible(run_dir.checkpoint(old) / MARKER)
+            remove_if_possible(run_dir.checkpoint(old) / COMPLETE)
             remove_if_possible(run_dir.checkpoint(old))
 
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from inheritune.engines.checkpoint import MARKER, TAG
+from inheritune.engines.checkpoint import TAG
 from inheritune.engines.deepspeed_json import get_zero_stage
 from inheritune.engines.engine import drop_secondary_copies
 from inheritune.engines.generators import restore_generators
 from inheritune.engines.layout import find_layout_changes
 from inheritune.errors import UserError
 from inheritune.files.json_files import read_json
+from inheritune.files.markers import COMPLETE
 from inheritune.files.rundir import RunDir
 from inheritune.models.deepspeed_files import read_deepspeed
 from inheritune.models.extents import read_tensor
@@ -34,12 +35,12 @@ def is_resize(run_dir: RunDir, step: int, settings: dict) -> bool:
     Raises UserError if the stage changes to or from ZeRO 0, whose optimizer states are not stored by
     parameter, and for a change of the JSON whose effect is not known."""
     folder = run_dir.checkpoint(step)
-    marker = read_json(folder / MARKER)
+    marker = read_json(folder / COMPLETE)
     try:
         return _must_read_by_name(marker, run_dir, step, settings)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(
-            f"{folder / MARKER} lacks fields of a marker, or holds them in another form; restore it, or "
+            f"{folder / COMPLETE} lacks fields of a marker, or holds them in another form; restore it, or "
             f"delete {folder}"
         ) from None
 
@@ -93,7 +94,7 @@ def restore_resized(engine: Any, run_dir: RunDir, step: int) -> dict:
     weight decay to all groups and one `step` to all parameters.)"""
     t0 = time.perf_counter()
     folder = run_dir.checkpoint(step)
-    marker = read_json(folder / MARKER)
+    marker = read_json(folder / COMPLETE)
     stored = _open_stored(folder / TAG) if get_rank() == 0 else {}
     _make_optimizer_states(engine, run_on_rank0(lambda: float(read_tensor(stored["step"]["step"]))))
     for name, parameter in engine.module.named_parameters():

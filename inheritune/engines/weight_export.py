@@ -7,12 +7,11 @@ from typing import Any
 import torch
 
 from inheritune.data.tokenizer_files import copy_tokenizer
-from inheritune.engines.checkpoint import MARKER
 from inheritune.engines.engine import gather_parameters
 from inheritune.engines.failures import explain_write_error, raise_on_all_ranks
 from inheritune.engines.resize import get_shape
 from inheritune.files.json_files import write_json
-from inheritune.files.markers import hash_folder
+from inheritune.files.markers import COMPLETE, hash_folder
 from inheritune.files.rundir import RunDir
 from inheritune.files.writing import replace_atomically
 from inheritune.models.architectures import find_architecture
@@ -39,7 +38,7 @@ def export_weights(engine: Any, folder: Path, tokenizer: Path, run: dict | None 
                 if (start / "config.json").is_file():
                     copy_settings(start, temporary)
                 if folder.name != "final":  # the marker of final/ is DONE
-                    write_json(temporary / MARKER, {"files": hash_folder(temporary), "run": run})
+                    write_json(temporary / COMPLETE, {"files": hash_folder(temporary), "run": run})
         except Exception as error:
             problem = explain_write_error(error, folder)
     for _ in parameters:  # gathering needs every rank, also for what rank 0 could not write

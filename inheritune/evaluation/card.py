@@ -9,8 +9,8 @@ import yaml
 from inheritune.config.reading import read_yaml
 from inheritune.files.escape import escape_markdown
 from inheritune.files.json_files import read_json
+from inheritune.files.markers import INHERITED
 from inheritune.files.rundir import RunDir
-from inheritune.models.targets import MANIFEST
 
 SCALED = "scale_attn_by_inverse_layer_idx"
 """Key of GPT-2's config for the scaling of attention logits by layer."""
@@ -138,9 +138,9 @@ def _make_head(described: dict, parents: list[str], licences: dict[str, str]) ->
 def list_parents(run: RunDir) -> dict[str, str | None]:
     """Return {description: Hub id or None} of all that the run's first weights were copied from, the nearest
     first."""
-    if not (run.init / MANIFEST).is_file():
+    if not (run.init / INHERITED).is_file():
         return {}
-    manifest = read_json(run.init / MANIFEST)
+    manifest = read_json(run.init / INHERITED)
     found: dict[str, str | None] = {}
     at_half = " at half width" if manifest["kind"] == "half_width" else ""
     layers = _format_layers([layer for layer in manifest["layers"] if layer is not None])

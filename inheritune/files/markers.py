@@ -12,6 +12,11 @@ DONE, COMPLETE, MANIFEST, INHERITED = MARKERS = ("DONE", "COMPLETE", "manifest.j
 """Markers of a finished run, a checkpoint, a folder of tokens and an inherited start."""
 
 
+def is_prepared(folder: Path) -> bool:
+    """Return whether `folder` holds finished token shards."""
+    return (folder / MANIFEST).is_file()
+
+
 def hash_file(path: Path) -> str:
     """Return the xxh3-128 hash of a file (9.5 GB/s: faster than most disks deliver it)."""
     digest = xxhash.xxh3_128()

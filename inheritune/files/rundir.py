@@ -24,7 +24,7 @@ from inheritune.config import names
 from inheritune.config.experiment import Experiment
 from inheritune.errors import UserError
 from inheritune.files.json_files import compute_seal, read_json, read_jsonl
-from inheritune.files.markers import COMPLETE, check_files, read_marked_files
+from inheritune.files.markers import COMPLETE, DONE, check_files, read_marked_files
 from inheritune.files.storage import find_root, list_names
 
 
@@ -109,7 +109,7 @@ class RunDir:
 
     @property
     def done(self) -> Path:
-        return self.path / "DONE"
+        return self.path / DONE
 
     @property
     def stop(self) -> Path:

@@ -14,6 +14,7 @@ import torch
 
 from inheritune.errors import UserError
 from inheritune.files import markers
+from inheritune.files.markers import COMPLETE
 from inheritune.models.architectures import Shape
 from inheritune.models.extents import DTYPE_NAMES, Extent, Stored, cut_extents
 from inheritune.models.torch_files import load_skeleton, locate_tensor
@@ -29,8 +30,8 @@ def find_tag_folder(folder: Path) -> Path | None:
     if any(folder.glob("[!.]*_model_states.pt")):
         return folder
     tags = [p for p in sorted(folder.iterdir()) if p.is_dir() and any(p.glob("[!.]*_model_states.pt"))]
-    if (folder / "COMPLETE").is_file():  # written here: folders that were added since are ignored
-        listed = {name.partition("/")[0] for name in markers.read_marked_files(folder / "COMPLETE")}
+    if (folder / COMPLETE).is_file():  # written here: folders that were added since are ignored
+        listed = {name.partition("/")[0] for name in markers.read_marked_files(folder / COMPLETE)}
         tags = [tag for tag in tags if tag.name in listed]
     if (folder / "latest").is_file():
         latest = (folder / "latest").read_text(encoding="utf-8", errors="replace").strip()

@@ -13,6 +13,7 @@ import torch
 
 from inheritune.errors import UserError
 from inheritune.files import markers
+from inheritune.files.markers import COMPLETE
 from inheritune.models.architectures import Shape, find_architecture
 from inheritune.models.checkpoint_names import (
     join_model_tensors,
@@ -212,7 +213,7 @@ def _read_any_kind(folder: Path) -> tuple[str, Path, Path, dict[str, Stored]]:
 
 def _read_tag(folder: Path, tag: Path) -> dict[str, Stored]:
     """Read the DeepSpeed checkpoint in `tag`, a folder in `folder` or `folder` itself."""
-    is_marked = (folder / "COMPLETE").is_file()
+    is_marked = (folder / COMPLETE).is_file()
     if folder.parent.name == "checkpoints" and folder.name.startswith("step_") and not is_marked:
         raise UserError(
             f"{folder} has no COMPLETE marker: its saving was interrupted; use an earlier checkpoint"

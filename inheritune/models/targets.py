@@ -16,6 +16,7 @@ import torch
 from inheritune.data.tokenizer_files import copy_tokenizer
 from inheritune.errors import UserError
 from inheritune.files import json_files, markers, storage, writing
+from inheritune.files.markers import INHERITED
 from inheritune.files.outputs import check_new_folder, resolve_output
 from inheritune.models.architectures import Shape
 from inheritune.models.config_files import copy_settings
@@ -29,7 +30,6 @@ from inheritune.runtime.log import logger
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-MANIFEST = "inherited.json"
 SPARE_BYTES = 16 << 20  # for headers, configs and tokenizer files
 
 
@@ -105,7 +105,7 @@ def write_target(
         }
         bad = {name: row["not_finite"] for name, row in written["tensors"].items() if row["not_finite"]}
         manifest = {**about, "not_finite": bad, "tensors": tensors, "files": written["files"]}
-        json_files.write_json(folder / MANIFEST, manifest)
+        json_files.write_json(folder / INHERITED, manifest)
     _warn_of_not_finite(out, bad)
     return manifest
 
@@ -137,7 +137,7 @@ def _find_finished(out: Path, about: dict) -> dict | None:
     Raises UserError if `out` holds something else."""
     if not out.is_dir() or not any(out.iterdir()):
         return None
-    manifest = json_files.read_json(out / MANIFEST) if (out / MANIFEST).is_file() else {}
+    manifest = json_files.read_json(out / INHERITED) if (out / INHERITED).is_file() else {}
     differing = sorted(key for key, value in about.items() if manifest.get(key) != value)
     if differing:
         what = f"another surgery (its {differing[0]} differs)" if manifest else "something else"
@@ -179,7 +179,7 @@ def check_start(folder: Path) -> None:
 
     Nothing can be trained from such values."""
     markers.check_marked_folder(folder)
-    counts = json_files.read_json(folder / MANIFEST).get("not_finite")
+    counts = json_files.read_json(folder / INHERITED).get("not_finite")
     if counts is None:  # written by a version that did not count them
         open_source(folder, check=False).check_finite()
     if counts:

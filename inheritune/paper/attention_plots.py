@@ -8,6 +8,7 @@ from 1, as the paper's figures do. The same rows give the same bytes.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from inheritune.analysis.thresholds import MAIN_THRESHOLD
 from inheritune.config import names
 from inheritune.errors import UserError
 from inheritune.files.escape import escape_plot_label
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MAIN_THRESHOLD = "0.9"
-"""Key of the tau and eta of the paper's main figures."""
 RANK_COLORS = ("#67000D", "#CB181D", "#F16913", "#FDBE85", "#D9F0A3", "#ADE8B0")
 RANK_TICKS = (1, 2, 3, 5, 10, 20, 30, 50, 100)
 

@@ -7,13 +7,13 @@ torch and no model is loaded.
 from collections.abc import Callable
 from pathlib import Path
 
+from inheritune.analysis.thresholds import MAIN_THRESHOLD
 from inheritune.config.experiment import Experiment, load_experiment
 from inheritune.errors import UserError
 from inheritune.files.escape import escape_plot_label
 from inheritune.files.json_files import read_jsonl
 from inheritune.files.rundir import RunDir
 from inheritune.paper.attention_plots import (
-    MAIN_THRESHOLD,
     Series,
     plot_attention_maps,
     plot_avg_mass,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from inheritune.config.experiment import Experiment
+from inheritune.files.markers import is_prepared
 from inheritune.files.rundir import RunDir, get_data_dir
 from inheritune.paper.items import Item, Row, split_run
 from inheritune.paper.measured import find_folder, find_score, list_maps, locate_attention, name_weights
@@ -128,7 +129,7 @@ def make_disk_check(item: Item, experiments: dict[str, Experiment], seed: int) -
     def exists(verb: str, name: str, run: str, row: Row | None) -> bool:
         experiment = experiments[name]
         if verb == "prepare":
-            return (get_data_dir(experiment) / "manifest.json").is_file()
+            return is_prepared(get_data_dir(experiment))
         if verb == "train" or row is None:
             return RunDir.of(experiment, run, seed).is_done()
         folder = find_folder(experiment, row, seed)

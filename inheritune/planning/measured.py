@@ -3,6 +3,7 @@
 from inheritune.config.experiment import Experiment
 from inheritune.errors import UserError
 from inheritune.files.json_files import read_json
+from inheritune.files.markers import COMPLETE
 from inheritune.files.rundir import RunDir
 from inheritune.planning.memory import FRAGMENTATION, estimate_memory
 from inheritune.planning.workload import count_teacher_elements, resolve_shape
@@ -31,7 +32,7 @@ def compare_measured(folder: RunDir, experiment: Experiment) -> list[list]:
     held = ("weights", "masters", "moments", "gradients")
     rows = [[what, planned["component"][what], max(rank[what] for rank in measured)] for what in held]
     for step in folder.complete_checkpoints()[-1:]:  # a short run has saved none
-        files = read_json(folder.checkpoint(step) / "COMPLETE")["files"]
+        files = read_json(folder.checkpoint(step) / COMPLETE)["files"]
         rows.append(["checkpoint", planned["checkpoint"], sum(facts["bytes"] for facts in files.values())])
     # The peak excludes what CUDA and NCCL hold, which torch does not count either.
     peak = planned["phases"][planned["peak_phase"]]

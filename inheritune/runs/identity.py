@@ -13,6 +13,7 @@ from typing import Any
 from inheritune.config.sections import Train
 from inheritune.errors import UserError
 from inheritune.files.json_files import read_json
+from inheritune.files.markers import COMPLETE
 from inheritune.files.rundir import find_weights, get_results_dir
 from inheritune.models.architectures import find_architecture
 from inheritune.models.networks import build_config
@@ -44,7 +45,7 @@ def check_checkpoint(job: Job, train: Train, data_fingerprint: str, step: int) -
     """Raise UserError if checkpoint `step` was written by another run than `job`. Markers of older versions
     do not name their run."""
     folder = job.dir.checkpoint(step)
-    before = read_json(folder / "COMPLETE").get("run")
+    before = read_json(folder / COMPLETE).get("run")
     changes = find_changes_of_run(before, describe_run(job, train, data_fingerprint)) if before else []
     if changes:
         key, old, new = changes[0]
@@ -57,7 +58,7 @@ def check_checkpoint(job: Job, train: Train, data_fingerprint: str, step: int) -
 def is_kept(folder: Path, run: dict) -> bool:
     """Return whether `folder` holds weights that the run described by `run` has kept. Weights of an earlier
     attempt under other settings do not count."""
-    marker = folder / "COMPLETE"
+    marker = folder / COMPLETE
     before = read_json(marker).get("run") if marker.is_file() else None
     if not before:
         return False

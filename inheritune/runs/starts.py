@@ -6,6 +6,7 @@ from inheritune.config.run import HalfWidth, Inherit, Stack
 from inheritune.errors import UserError
 from inheritune.files import writing
 from inheritune.files.lock import Lock
+from inheritune.files.markers import INHERITED
 from inheritune.files.rundir import require_weights
 from inheritune.models.networks import build_config
 from inheritune.models.surgery import extend_model, halve_width, inherit, write_random
@@ -20,7 +21,7 @@ def prepare_start(job: Job) -> Path:
     if copied is None:
         return make_random_start(job, job.experiment.layers_of(job.run))
     folder = job.dir.init
-    if (folder / "inherited.json").is_file():
+    if (folder / INHERITED).is_file():
         if job.dir.experiment.is_file() or job.dir.complete_checkpoints():
             return folder
         # left by a start that was refused or killed before the run began; the settings may have changed since
@@ -71,7 +72,7 @@ def make_random_start(job: Job, layers: int) -> Path:
     it does not exist yet."""
     folder = job.root.seed_checkpoint(layers)
     with Lock(folder, signals.get_stop_signal):  # runs of one size share it, and may start at the same time
-        if not (folder / "inherited.json").is_file():
+        if not (folder / INHERITED).is_file():
             write_random(build_config(job.experiment.model, layers), folder, seed=job.seed)
     return folder
 

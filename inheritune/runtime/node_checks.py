@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from inheritune.errors import UserError
+from inheritune.files.markers import is_prepared
 from inheritune.files.processes import get_node_name
 from inheritune.runtime.devices import get_device
 from inheritune.runtime.dist import gather_objects
@@ -18,7 +19,7 @@ def compare_nodes(folder: Path) -> str:
     Raises UserError naming the nodes that are wrong."""
     cuda = get_device().type == "cuda"
     shm = shutil.disk_usage("/dev/shm").free if os.access("/dev/shm", os.W_OK) else 0
-    seen = gather_objects({"node": get_node_name(), "shm": shm, "data": (folder / "manifest.json").is_file()})
+    seen = gather_objects({"node": get_node_name(), "shm": shm, "data": is_prepared(folder)})
     problems = []
     for facts in seen:
         # if no node sees it, the data is not prepared, which is reported later

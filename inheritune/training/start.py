@@ -14,6 +14,7 @@ from inheritune.engines.engine import start_engine
 from inheritune.errors import Stopped, UserError
 from inheritune.files import writing
 from inheritune.files.json_files import read_json
+from inheritune.files.markers import INHERITED
 from inheritune.files.writing import write_text
 from inheritune.models.networks import clear_dropout
 from inheritune.models.sources import Source, open_source
@@ -177,7 +178,7 @@ def _record_start(inputs: RunInputs, teacher: Teacher | None, folder: Path, resu
         run_dir,
         data_fingerprint=inputs.tokens.fingerprint,
         start=str(folder),
-        start_source=read_json(folder / "inherited.json").get("source"),
+        start_source=read_json(folder / INHERITED).get("source"),
         start_weights=identity.describe_origin(job),
         resumed_at=resumed_at,
         teacher=teacher and {"folder": str(teacher.source.folder), "files": teacher.files},

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from inheritune.analysis.thresholds import MAIN_THRESHOLD
 from inheritune.cluster.planner import read_stages
 from inheritune.config.experiment import Experiment
 from inheritune.config.layers import parse_layers
@@ -12,7 +13,6 @@ from inheritune.errors import UserError
 from inheritune.files.json_files import compute_seal, read_json
 from inheritune.files.rundir import RunDir, find_weights, get_data_dir, get_results_dir
 from inheritune.files.storage import find_root
-from inheritune.paper.attention_plots import MAIN_THRESHOLD
 from inheritune.paper.items import Row
 from inheritune.paper.measured import find_folder
 from inheritune.paper.training_costs import read_validation_curve, sum_flops

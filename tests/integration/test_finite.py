@@ -11,8 +11,9 @@ from tiny_models import config_of, random_model
 from inheritune.config.experiment import load_experiment
 from inheritune.errors import UserError
 from inheritune.files.json_files import read_json, write_json
+from inheritune.files.markers import INHERITED
 from inheritune.files.rundir import RunDir, get_data_dir
-from inheritune.models import extents, targets
+from inheritune.models import extents
 from inheritune.models.extents import count_not_finite
 from inheritune.models.sources import open_source
 from inheritune.models.surgery import extend_model, halve_width, inherit, write_random
@@ -129,9 +130,9 @@ def test_start_of_an_older_version_is_looked_through(tmp_path):
         match=f"init: tensor {BAD} has 2 .*repair the source .*, delete this folder and start again",
     ):
         check_start(tmp_path / "init")
-    manifest = read_json(tmp_path / "init" / targets.MANIFEST)
+    manifest = read_json(tmp_path / "init" / INHERITED)
     del manifest["not_finite"]  # as it was written before they were counted
-    write_json(tmp_path / "init" / targets.MANIFEST, manifest)
+    write_json(tmp_path / "init" / INHERITED, manifest)
     with pytest.raises(UserError, match=r"init: tensor transformer\.\S+ has \d value"):
         check_start(tmp_path / "init")
     inherit(tmp_path / "source", "0:1", tmp_path / "clean", parts=["blocks"])
