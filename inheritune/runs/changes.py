@@ -7,8 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from inheritune.config.experiment import Experiment
 from inheritune.config.reading import read_yaml
 from inheritune.config.sections import RESUMABLE_KEYS, Train
@@ -54,7 +52,7 @@ def find_changes_since(
     [] if it does not exist."""
     if not file.is_file():
         return []
-    return find_changes_of_run(read_yaml(file), yaml.safe_load(yaml.safe_dump(job.resolved(train))), free)
+    return find_changes_of_run(read_yaml(file), job.resolved(train), free)
 
 
 def describe_change_since(run_dir: RunDir, job: Job) -> str:

@@ -26,8 +26,8 @@ FREE_BETWEEN_STAGES = ("run.grow.max_layers", "run.grow.margin")
 
 
 def describe_run(job: Job, train: Train, data_fingerprint: str) -> dict:
-    """Return all that distinguishes a run (with `train` as resolved) from other runs, as JSON stores it."""
-    return json.loads(json.dumps({**job.resolved(train), "data_fingerprint": data_fingerprint}))
+    """Return all that distinguishes a run (with `train` as resolved) from other runs, as JSON holds it."""
+    return {**job.resolved(train), "data_fingerprint": data_fingerprint}
 
 
 def check_unchanged(job: Job, train: Train, free: tuple[str, ...] = ()) -> None:

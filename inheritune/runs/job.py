@@ -65,7 +65,7 @@ class Job:
 
     def resolved(self, train: Train) -> dict:
         """Return what experiment.yaml of the run folder holds: all settings that define this run, with
-        `train` as resolved."""
+        `train` as resolved. JSON's types only: what is read back from YAML or JSON is equal to it."""
         return {
             "experiment": self.experiment.name,
             "rehearsal": self.experiment.rehearsal,

@@ -1,12 +1,16 @@
 """Experiments: strict loading, all problems at once, rehearsal."""
 
+import json
+
 import pytest
+import yaml
 from conftest import experiment_dict, write_experiment
 
 from inheritune.config.experiment import load_experiment
 from inheritune.config.layers import parse_layers
 from inheritune.config.paths import RECIPES
 from inheritune.errors import UserError
+from inheritune.runs.job import Job
 
 
 def load(tmp_path, raw):
@@ -17,6 +21,17 @@ def problem(tmp_path, **changes) -> str:
     with pytest.raises(UserError) as caught:
         load(tmp_path, experiment_dict(**changes))
     return str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_what_a_run_is_stored_as_is_read_back_equal(path):
+    """In YAML (experiment.yaml) and in JSON (COMPLETE): a start compares the two with what it has now."""
+    for rehearse in (False, True):
+        experiment = load_experiment(path.stem, rehearse=rehearse)
+        for name in experiment.runs:
+            job = Job(experiment, name)
+            stored = job.resolved(job.settings)
+            assert json.loads(json.dumps(stored)) == stored == yaml.safe_load(yaml.safe_dump(stored))
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
