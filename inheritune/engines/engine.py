@@ -111,6 +111,10 @@ def gather_parameters(engine: Any) -> Iterator[tuple[str, torch.Tensor | None]]:
     from deepspeed.utils import safe_get_full_fp32_param
 
     partitioned = engine.zero_optimization_stage() == 3
+    if (
+        partitioned
+    ):  # what the last forward fetched ahead is still in flight; such a parameter cannot be gathered
+        engine.empty_partition_cache()
     for name, parameter in engine.module.named_parameters():
         has_master = parameter.dtype != torch.float32 and parameter.requires_grad
         master = safe_get_full_fp32_param(parameter) if has_master else None

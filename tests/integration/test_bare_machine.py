@@ -137,7 +137,7 @@ def test_training_shows_that_there_is_no_shared_memory(tmp_path, monkeypatch):
     path, root, run = make(tmp_path, stage=1, steps=3)
     monkeypatch.setenv("INHERITUNE_ROOT", str(root))
     done = changed_machine(NO_SHM["read-only"], "train", path, "--run", "reference", "--procs", 2)
-    assert "a sum over all works, no writable /dev/shm" in done.stdout and run.is_done()
+    assert "a sum over all ranks works, no writable /dev/shm" in done.stdout and run.is_done()
 
 
 def test_without_proc_training_is_one_sentence(tmp_path, monkeypatch):
