@@ -13,7 +13,7 @@ from inheritune.config.sections import Train
 from inheritune.engines import adamw
 from inheritune.engines.deepspeed_json import get_zero_stage, make_deepspeed_config
 from inheritune.models.architectures import find_architecture
-from inheritune.models.networks import build_model, fuse_gelu
+from inheritune.models.networks import build_model, find_training_attention, fuse_gelu
 from inheritune.runtime.dist import sum_over_ranks
 from inheritune.runtime.ranks import get_rank
 
@@ -39,7 +39,7 @@ def start_engine(
             contexts.enter_context(prevent_arange_dtype_change())
         if stage == 3:
             contexts.enter_context(deepspeed.zero.Init(config_dict_or_path=config))
-        model: Any = build_model(hf_config)
+        model: Any = build_model(hf_config, find_training_attention(hf_config))
     fuse_gelu(model)
     if weights is not None:
         fill_parameters(model, weights, stage)

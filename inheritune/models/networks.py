@@ -113,6 +113,29 @@ def build_model(config: "PreTrainedConfig", attention: str | None = None) -> "Pr
     return model
 
 
+CAUSAL_ATTENTION = "inheritune_causal"
+"""Name under which transformers knows `find_training_attention`'s implementation."""
+
+
+def find_training_attention(config: "PreTrainedConfig") -> str | None:
+    """Return the attention for batches without padding: SDPA that is only told `is_causal`; None where the
+    family has no SDPA, or layers that see a window of the past only.
+
+    It has the kernels and bits of transformers' own choice. That one looks in each forward for several texts
+    in one sequence, and the host waits for the GPU's answer."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    kinds_of_layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    is_windowed = getattr(config, "sliding_window", None) or kinds_of_layers != {"full_attention"}
+    if is_windowed or not (kind._supports_sdpa and kind._supports_attention_backend):
+        return None
+    AttentionInterface.register(CAUSAL_ATTENTION, sdpa_attention_forward)  # and no mask function: no mask
+    return CAUSAL_ATTENTION
+
+
 def build_meta_model(config: "PreTrainedConfig") -> "PreTrainedModel":
     """Build a model of `config` on device meta: shapes without data."""
     with torch.device("meta"):

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from test_train import launch, losses_of
 from tiny_families import FAMILIES, MIXED, family_config
 from tiny_models import random_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, masking_utils
 
 from inheritune.analysis.attention import measure_model, read_windows
 from inheritune.analysis.measures import approximate_rank
@@ -34,6 +34,7 @@ from inheritune.models.networks import (
     build_model,
     count_flops_per_token,
     find_linear_weights,
+    find_training_attention,
     list_checkpoint_shapes,
 )
 from inheritune.models.sources import open_source
@@ -81,6 +82,32 @@ def logits(model) -> torch.Tensor:
         return model(
             torch.randint(0, 61, (2, 12), generator=initialization.make_generator("ids")), use_cache=False
         ).logits
+
+
+WITHOUT_PLAIN_CAUSAL = {"bloom", "falcon_7b", "falcon_40b", "falcon_rw", "stablelm", "stablelm_parallel"}
+WITHOUT_PLAIN_CAUSAL |= {"mistral", "qwen2", "qwen3", "gemma2", "gemma3", "starcoder2"}
+"""No SDPA, attention that is no function of its own, or windows of attention (in these configurations)."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_attention_of_training_has_the_same_bits_and_reads_nothing_back(family, monkeypatch):
+    """transformers looks in each forward for several texts in a sequence: the host waits for the GPU."""
+    config = family_config(family)
+    attention = find_training_attention(config)
+    assert (attention is None) == (family in WITHOUT_PLAIN_CAUSAL)
+    if attention is None:
+        return
+    weights = random_model(config).state_dict()
+    asked, find = [], masking_utils.find_packed_sequence_indices
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda *a: asked.append(1) or find(*a))
+    found = []
+    for name in (None, attention):
+        model = build_model(config, name).eval()
+        model.load_state_dict(weights)
+        found.append((logits(model), len(asked)))
+    (default, before), (ours, after) = found
+    assert torch.equal(ours, default) and default.abs().max() > 0
+    assert before == after and (before > 0 or config.model_type == "opt")  # it makes a mask before
 
 
 def keys(folder) -> set[str]:
