@@ -13,8 +13,13 @@ from inheritune.config.sections import Train
 from inheritune.engines import adamw
 from inheritune.engines.deepspeed_json import get_zero_stage, make_deepspeed_config
 from inheritune.models.architectures import find_architecture
-from inheritune.models.networks import build_model, find_training_attention, fuse_gelu
-from inheritune.runtime.dist import sum_over_ranks
+from inheritune.models.networks import (
+    CAUSAL_ATTENTION,
+    build_model,
+    find_training_attention,
+    fuse_gelu,
+)
+from inheritune.runtime.dist import get_device, sum_over_ranks
 from inheritune.runtime.ranks import get_rank
 
 if TYPE_CHECKING:
@@ -78,12 +83,33 @@ def release_groups() -> None:
 def compile_blocks(model: PreTrainedModel, backend: Any = "inductor") -> None:
     """Compile each block in place: torch.compile(block) would rename its parameters.
 
-    Blocks share their code, and torch compiles one code at most 8 times, then silently runs it uncompiled.
-    That is too few where each block scales its attention by its depth, as the paper's GPT-2 does."""
-    # per block: training and validation, each with two batch shapes
+    Blocks share their code. torch compiles it anew for each number that differs between them, checks at each
+    call which result fits, and after 8 runs the rest uncompiled without a word. So such a number becomes a
+    tensor (`share_attention_scale`)."""
+    share_attention_scale(model)
+    # where another number differs, per block: training and validation, each with two batch shapes
     torch._dynamo.config.recompile_limit = max(8, 4 * len(get_blocks(model)))
     for block in get_blocks(model):
         block.compile(backend=backend)
+
+
+def share_attention_scale(model: PreTrainedModel) -> None:
+    """Give all blocks the first one's attention scale, and multiply each block's queries by a tensor that
+    makes up for it: the paper's GPT-2 divides the scale of block i (from 0) by i + 1.
+
+    Queries are rounded once more, in the type of the products. Nothing is done where the scales are equal, or
+    the attention is not `find_training_attention`'s."""
+    if model.config._attn_implementation != CAUSAL_ATTENTION:
+        return
+    modules: list[Any] = list(get_blocks(model).modules())
+    attentions = [m for m in modules if isinstance(getattr(m, "scaling", None), float)]
+    scales = [module.scaling for module in attentions]
+    if len(set(scales)) < 2:
+        return
+    device = get_device()
+    for module in attentions:
+        module.query_factor = torch.tensor(module.scaling / scales[0], device=device)
+        module.scaling = scales[0]
 
 
 def get_blocks(model: PreTrainedModel) -> torch.nn.ModuleList:

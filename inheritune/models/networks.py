@@ -132,7 +132,12 @@ def find_training_attention(config: "PreTrainedConfig") -> str | None:
     is_windowed = getattr(config, "sliding_window", None) or kinds_of_layers != {"full_attention"}
     if is_windowed or not (kind._supports_sdpa and kind._supports_attention_backend):
         return None
-    AttentionInterface.register(CAUSAL_ATTENTION, sdpa_attention_forward)  # and no mask function: no mask
+
+    def attend(module: Any, query: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        factor = getattr(module, "query_factor", None)  # set where blocks are compiled
+        return sdpa_attention_forward(module, query if factor is None else query * factor, *rest, **options)
+
+    AttentionInterface.register(CAUSAL_ATTENTION, attend)  # and no mask function: no mask
     return CAUSAL_ATTENTION
 
 
