@@ -5,8 +5,9 @@
 #   GPU_SH_ON_CPU=1 bash tests/gpu.sh     the same script with a toy on two CPU ranks, to try the script: no result
 #
 # Slices: facts, runs (bf16 training at ZeRO 1 and 3), resume (stopped by a signal), resize (ZeRO 1 to 3, and to one GPU where
-# there are several), memory (measured peaks beside `plan`), bench_medium, bench_large, bench_xl24, bench_llama13 (a training step
-# beside a plain compiled loop and HF Trainer: benchmarks/train_step.py). The summary, for a report, is $GPU_OUT/summary.md.
+# there are several), memory (measured peaks beside `plan`), variants (what each choice within a training step gives:
+# benchmarks/step_variants.py), bench_medium, bench_large, bench_xl24, bench_llama13 (a step beside a plain compiled loop and HF
+# Trainer: benchmarks/train_step.py). The summary, for a report, is $GPU_OUT/summary.md.
 #   GPU_OUT=folder      where all of it lies (default: gpu_results under $INHERITUNE_ROOT, or here); delete it to begin anew
 #   GPUS=N GPU_TURNS=1  GPUs to use (default: all), turns of the benchmark
 set -euo pipefail
@@ -30,7 +31,7 @@ else
   [ "$GPUS" -gt 0 ] || { echo "tests/gpu.sh: torch sees no GPU here (GPU_SH_ON_CPU=1 tries the script without one)" >&2; exit 2; }
   precision=bf16_autocast stop_at=20
   model='{size: gpt2_medium}'
-  length=1024 batch=131072 steps=40 # 128 sequences a step
+  length=1024 batch=16384 steps=40 # 4 micro batches a step: at ZeRO 3 on one H100 each took 0.3 s
 fi
 export GPUS
 bench=$GPU_OUT/bench.json
@@ -93,6 +94,7 @@ slice_memory() {
     inheritune plan "$experiment" --against "$(run_folder "$run")"
   done
 }
+slice_variants() { CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} python benchmarks/step_variants.py; }
 bench_case() {
   if [ "$on_cpu" = 1 ]; then set -- small "toy, one rank"; else set -- gpu "$1"; fi
   BENCH_GPUS=$GPUS python benchmarks/train_step.py --size "$1" --case "$2" --turns "${GPU_TURNS:-1}" --out "$bench"
@@ -103,7 +105,7 @@ slice_bench_xl24() { bench_case "GPT-2 XL, 24 layers"; }
 slice_bench_llama13() { bench_case "OpenLLaMA, 13 layers"; }
 
 slices=("$@")
-[ ${#slices[@]} -gt 0 ] || slices=(facts runs resume resize memory bench_medium bench_large bench_xl24 bench_llama13)
+[ ${#slices[@]} -gt 0 ] || slices=(facts runs resume resize memory variants bench_medium bench_large bench_xl24 bench_llama13)
 failed=()
 for slice in "${slices[@]}"; do
   declare -F "slice_$slice" > /dev/null || { echo "tests/gpu.sh: no slice '$slice'" >&2; exit 2; }

@@ -1,10 +1,17 @@
 #!/usr/bin/env bash
-# Sets everything up and runs the tests:  bash tests/run.sh [pytest arguments]
+# Sets everything up and runs the tests:
+#   bash tests/run.sh [pytest arguments]          all but those marked slow
+#   bash tests/run.sh --all [pytest arguments]    the slow ones too, as CI does; drills are asked for by name (-m drill)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=recipes/setup.sh
 source recipes/setup.sh
 setup_environment dev
+selection="not slow and not drill"
+if [ "${1:-}" = --all ]; then
+  shift
+  selection="not drill"
+fi
 bpe=${INHERITUNE_ROOT:-$PWD}/data/gpt2-bpe
 export INHERITUNE_GPT2_BPE="${INHERITUNE_GPT2_BPE:-$bpe}"
 bash tests/fetch_gpt2_bpe.sh "$INHERITUNE_GPT2_BPE" || echo "the tests of the gpt2 tokenizer are skipped: its ranks could not be fetched"
@@ -14,4 +21,4 @@ mypy
 codespell
 mkdocs build --strict --site-dir "$(mktemp -d)"
 # two tests at a time: many wait for processes to start or for Slurm
-exec python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"
+exec python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder -m "$selection" "$@"
