@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
@@ -135,6 +136,15 @@ def encode_documents(kind: str, raws: list[bytes | None]) -> Encoded:
     return Encoded(ids, lengths, bad)
 
 
+def _submit(pool: Executor, batch: DocumentBatch) -> "Future[Encoded]":
+    """Hand a batch to a worker. The pool starts its workers here. One that is killed while it starts closes the
+    pipe through which it is told what to do: that too is a broken pool."""
+    try:
+        return pool.submit(encode_documents, batch.kind, batch.raws)
+    except BrokenPipeError as error:
+        raise BrokenProcessPool("a worker process ended while it started") from error
+
+
 def encode_batches(
     batches: Iterator[DocumentBatch], pool: Executor, window: int
 ) -> Iterator[tuple[DocumentBatch, Encoded]]:
@@ -153,7 +163,7 @@ def encode_batches(
             if batch is None:
                 more = False
             else:
-                waiting.append((batch, pool.submit(encode_documents, batch.kind, batch.raws)))
+                waiting.append((batch, _submit(pool, batch)))
                 batch.raws = []
         if waiting:
             batch, future = waiting.popleft()

@@ -17,10 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 import sentencepiece
 import zstandard
+from conftest import experiment_dict, write_experiment
 
 import inheritune.data.preparation
-from inheritune.config.experiment import Experiment
+from inheritune.config.experiment import Experiment, load_experiment
 from inheritune.config.paths import REPOSITORY
+from inheritune.data import worker_pool
 from inheritune.data.batches import Tokens
 from inheritune.data.bpe_training import train_bpe
 from inheritune.data.prepare import prepare
@@ -485,3 +487,23 @@ def test_hub_files_come_from_its_cache_and_only_as_many_as_needed(tmp_path):
         assert process.returncode == code, output
     assert f"UserError: sample/002.parquet of someone/texts@{COMMIT} is neither in the cache" in output
     assert "python -m inheritune fetch" in output and "HF_HOME" in output
+
+
+def test_a_worker_that_is_killed_while_it_starts_is_told_as_one_killed_later(tmp_path, monkeypatch):
+    """The second worker cannot be told what to do: its end of the pipe is closed."""
+    started = []
+
+    def start(self):
+        started.append(self)
+        if len(started) > 1:
+            raise BrokenPipeError(32, "Broken pipe")
+        super(worker_pool._Process, self).start()
+
+    monkeypatch.setattr(worker_pool._Process, "start", start)
+    raw = experiment_dict()
+    raw["data"] |= {"max_tokens": 300_000, "shard_tokens": 100_000, "validation": {"first_shard": True}}
+    path = write_experiment(tmp_path, raw)
+    with pytest.raises(UserError, match="a worker process was killed while preparing"):
+        prepare(load_experiment(path), workers=2)
+    monkeypatch.undo()
+    prepare(load_experiment(path), workers=1)
