@@ -9,11 +9,10 @@ from inheritune.errors import UserError
 from inheritune.paper.items import Column, Item, Row, split_run
 from inheritune.paper.measured import find_folder, find_score
 from inheritune.paper.published import count_layers, find_published, load_curve, summarize_last_ten
+from inheritune.runs.comparison import Z95
 
 NOT_RUN = "not run"
 PUBLISHED = "as published"
-HALF_WIDTH = 1.96
-"""Half the width of a 95% interval, in standard errors (rounded to two digits)."""
 
 
 @dataclass
@@ -102,7 +101,7 @@ def measure_cell(results: dict, metric: str) -> Cell:
     """Return our side of a cell from a results.json; an empty cell if the metric is missing."""
     if metric == "validation" and "validation" in results:
         loss, data = results["validation"], f"the data {results['data_fingerprint']}"
-        noise = (loss["high"] - loss["low"]) / 2 / HALF_WIDTH
+        noise = (loss["high"] - loss["low"]) / 2 / Z95
         return Cell(ours=loss["mean"], noise=noise, ours_n=loss["n"], measured=data)
     found = find_score(results, metric) if metric.startswith("tasks.") else None
     if not found:

@@ -1,11 +1,7 @@
 """Bytes that autograd keeps of a micro batch between its forward and its backward pass."""
 
 from inheritune.config.sections import Model
-from inheritune.models.sizes import count_matrix_elements
-
-LOSS_CHUNK = 1 << 26
-"""Elements of the logits that the loss converts to fp32 at once on a GPU: validate._TokenLosses.CHUNK. A test
-compares the two."""
+from inheritune.models.sizes import LOSS_CHUNK, count_matrix_elements
 
 
 def get_element_sizes(precision: str) -> tuple[int, int]:

@@ -7,8 +7,8 @@ otherwise.
 
 from inheritune.config.sections import Model, Train
 from inheritune.engines.sizes import count_checkpoint_bytes
-from inheritune.models.sizes import list_parameters
-from inheritune.planning.activations import LOSS_CHUNK, count_activations, get_element_sizes
+from inheritune.models.sizes import LOSS_CHUNK, list_parameters
+from inheritune.planning.activations import count_activations, get_element_sizes
 from inheritune.planning.states import (
     ZERO_DEFAULTS,
     HostStates,

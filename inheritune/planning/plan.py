@@ -11,7 +11,7 @@ from inheritune.config.run import Run
 from inheritune.config.values import ARGUMENTS
 from inheritune.errors import UserError, suggest_name
 from inheritune.files.rundir import RunDir
-from inheritune.models.sizes import count_trained_elements, predict_flops_per_token
+from inheritune.models.sizes import FORWARD_SHARE, count_trained_elements, predict_flops_per_token
 from inheritune.planning.measured import compare_measured
 from inheritune.planning.memory import estimate_disk, estimate_memory
 from inheritune.planning.proposals import apply_change, get_value, propose_changes
@@ -157,8 +157,8 @@ def _count_run_flops(experiment: Experiment, run: Run, layers: int) -> float:
     tokens = train.steps * train.batch_tokens
     flops = tokens * predict_flops_per_token(resolve_shape(experiment, run), layers, length)
     teacher_layers = get_teacher_depth(experiment, run)
-    if teacher_layers:  # it computes no backward pass: a third of the FLOPs of training
-        flops += tokens * predict_flops_per_token(experiment.model, teacher_layers, length) / 3
+    if teacher_layers:
+        flops += tokens * predict_flops_per_token(experiment.model, teacher_layers, length) * FORWARD_SHARE
     return flops
 
 

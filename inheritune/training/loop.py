@@ -27,6 +27,7 @@ from inheritune.files.lock import Lock
 from inheritune.files.processes import get_node_name
 from inheritune.files.rundir import get_data_dir
 from inheritune.models.networks import count_flops_per_token
+from inheritune.models.sizes import FORWARD_SHARE
 from inheritune.runs import changes, identity
 from inheritune.runs.comparison import compute_interval
 from inheritune.runs.job import Job
@@ -177,8 +178,10 @@ class Trainer:
         self.loss_weights = torch.tensor(parts, device=inputs.device)
         """Of the cross-entropy and, with a teacher, of the divergence from it."""
         self.flops_per_token = count_flops_per_token(self.engine.module.config, inputs.length)
-        if self.teacher:  # of its forward and backward passes only the forward one, a third
-            self.flops_per_token += count_flops_per_token(self.teacher.source.config, inputs.length) / 3
+        if self.teacher:
+            self.flops_per_token += (
+                count_flops_per_token(self.teacher.source.config, inputs.length) * FORWARD_SHARE
+            )
         self.metrics = open_metrics(self.job, self.train, started.resumed_at)
         self.log = StepLog(
             inputs, started.state, clock, self.metrics, self.loss_weights, self.flops_per_token

@@ -13,6 +13,7 @@ import xxhash
 
 from inheritune.data.batches import Tokens
 from inheritune.errors import UserError
+from inheritune.models.sizes import LOSS_CHUNK
 from inheritune.runtime.dist import get_rank, get_world_size, sum_over_ranks
 from inheritune.runtime.log import make_progress_bar
 from inheritune.training import fused_loss
@@ -77,9 +78,8 @@ class _TokenLosses(torch.autograd.Function):
 
     Legend: N = tokens, V = vocabulary, C = tokens of a chunk."""
 
-    CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}
-    """Elements: 16 MB in fp32, within a processor's last cache; on a GPU 268 MB, so that starting kernels
-    costs nothing."""
+    CHUNK = {"cpu": 1 << 22, "cuda": LOSS_CHUNK}
+    """Elements; on a CPU 16 MB in fp32, within a processor's last cache."""
 
     @staticmethod
     def chunks(logits_NV: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
