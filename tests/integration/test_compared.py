@@ -13,6 +13,8 @@ from inheritune.config.experiment import load_experiment
 from inheritune.files.json_files import read_json, write_json
 from inheritune.files.rundir import RunDir, get_data_dir
 
+pytestmark = pytest.mark.slow
+
 START = {"inherit": {"source": "reference", "layers": "0:1"}}
 RUNS = {
     "reference": {"init": "random", "keep_at": [3]},

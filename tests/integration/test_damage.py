@@ -36,6 +36,8 @@ from inheritune.files.writing import remove_path
 from inheritune.runtime import dist
 from inheritune.runtime.log import logger
 
+pytestmark = pytest.mark.slow
+
 TABLE = REPOSITORY / "tests" / "damage.md"
 WRITE = os.environ.get("DAMAGE") == "write"
 READERS = "## Files that were cut off"

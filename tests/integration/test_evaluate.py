@@ -34,6 +34,8 @@ from inheritune.files.json_files import read_json, write_json
 from inheritune.files.rundir import RunDir, get_data_dir
 from inheritune.models import networks
 
+pytestmark = pytest.mark.slow
+
 TEXT = "".join(page.read_text(encoding="utf-8") for page in sorted((REPOSITORY / "docs").glob("*.md")))
 OWN = {
     "choice": {"task": "rehearsal_choice", "metrics": ["acc", "acc_norm"], "shots": 1},

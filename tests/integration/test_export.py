@@ -36,6 +36,8 @@ from inheritune.models.networks import list_checkpoint_shapes
 from inheritune.models.sources import open_source
 from inheritune.models.writer import write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 def store(folder: Path, model: torch.nn.Module) -> None:
     """Write a model's weights and config into `folder`, beside the tokenizer that is there."""

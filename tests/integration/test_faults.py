@@ -20,6 +20,8 @@ from inheritune.files.rundir import RunDir
 from inheritune.runtime.watchdog import describe_lag
 from inheritune.training.record import SPIKE_ROWS, Metrics
 
+pytestmark = pytest.mark.slow
+
 STAGES = [
     pytest.param(stage, marks=pytest.mark.slow if stage == 3 else pytest.mark.drill) for stage in range(4)
 ]

@@ -27,6 +27,8 @@ from inheritune.files.rundir import RunDir, get_data_dir
 from inheritune.runs.job import Job
 from inheritune.runs.starts import prepare_start
 
+pytestmark = pytest.mark.slow
+
 RUNS = {
     "reference": {"init": "random"},
     "other": {"init": "random"},

@@ -32,6 +32,8 @@ from inheritune.runtime.limits import explain_limit
 from inheritune.training.mirror import start_wandb
 from inheritune.training.record import Metrics
 
+pytestmark = pytest.mark.slow
+
 
 def limited(megabytes: int, *words) -> str:
     """A verb that has this much memory beside its libraries, and not enough.  -> its one sentence"""

@@ -39,6 +39,8 @@ from inheritune.files.rundir import RunDir, get_data_dir, require_weights
 from inheritune.files.storage import explain_disk_error, find_moving_variable
 from inheritune.files.writing import replace_atomically
 
+pytestmark = pytest.mark.slow
+
 
 @contextmanager
 def read_only(folder: Path):

@@ -13,6 +13,8 @@ from wandb.proto import wandb_internal_pb2
 from inheritune.files.json_files import read_json
 from inheritune.training.mirror import _unsynced
 
+pytestmark = pytest.mark.slow
+
 ROWS = [{"step": 0, "tokens": 0, "val_loss": 5.5}] + [
     {"step": s, "tokens": 10 * s, "loss": 5 - s / 10} for s in range(1, 6)
 ]
