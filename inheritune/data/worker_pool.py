@@ -137,8 +137,8 @@ def encode_documents(kind: str, raws: list[bytes | None]) -> Encoded:
 
 
 def _submit(pool: Executor, batch: DocumentBatch) -> "Future[Encoded]":
-    """Hand a batch to a worker. The pool starts its workers here. One that is killed while it starts closes the
-    pipe through which it is told what to do: that too is a broken pool."""
+    """Hand a batch to a worker. The pool starts its workers here. One that is killed while it starts closes
+    the pipe through which it is told what to do: that too is a broken pool."""
     try:
         return pool.submit(encode_documents, batch.kind, batch.raws)
     except BrokenPipeError as error:
