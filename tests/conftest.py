@@ -273,14 +273,16 @@ def small(tmp_path, own_root):
     return path
 
 
-def write_lone_run(folder: Path, settings: dict, model: dict | None = None, **train) -> str:
+def write_lone_run(
+    folder: Path, settings: dict, model: dict | None = None, run: dict | None = None, **train
+) -> str:
     """An experiment whose only run is `reference`, its data prepared, with the DeepSpeed JSON `settings`; its
     path."""
     from inheritune.config.experiment import load_experiment
     from inheritune.files.rundir import get_data_dir
 
     (folder / "ds.json").write_text(json.dumps(settings))
-    raw = experiment_dict(paper=[], runs={"reference": {"init": "random"}})
+    raw = experiment_dict(paper=[], runs={"reference": {"init": "random", **(run or {})}})
     raw["model"] |= model or {}
     raw["train"] |= {"deepspeed": str(folder / "ds.json"), **train}
     path = write_experiment(folder, raw)

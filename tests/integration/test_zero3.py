@@ -1,15 +1,13 @@
 """ZeRO 3 with a model larger than what it fetches ahead and keeps gathered, as every real one is: weights
 are fetched while others compute, and some are still in flight when a forward ends."""
 
-import json
-
 import pytest
 import torch
-from conftest import experiment_dict, run_verb, write_experiment, write_tokens
-from safetensors.torch import load_file
+from conftest import run_verb, write_lone_run
 
 from inheritune.config.experiment import load_experiment
-from inheritune.files.rundir import RunDir, get_data_dir
+from inheritune.files.rundir import RunDir
+from inheritune.models.sources import open_source
 
 KEPT = 40_000
 """Elements; the model has 60,416, of them 12,288 in each of its four blocks."""
@@ -28,33 +26,24 @@ ZERO = {
 
 def train(folder, stage: int, ranks: int) -> RunDir:
     """A run of six steps, whose weights are kept after the third, at this ZeRO stage."""
-    settings = {"train_micro_batch_size_per_gpu": 5, "zero_optimization": ZERO[stage]}
     folder.mkdir()
-    (folder / "ds.json").write_text(json.dumps(settings))
-    raw = experiment_dict(paper=[], runs={"reference": {"init": "random", "keep_at": [3]}})
-    raw["train"] |= {"deepspeed": str(folder / "ds.json")}
-    path = write_experiment(folder, raw, f"stage{stage}")
-    experiment = load_experiment(path)
-    write_tokens(get_data_dir(experiment)) if not get_data_dir(experiment).exists() else None
+    settings = {"train_micro_batch_size_per_gpu": 5, "zero_optimization": ZERO[stage]}
+    path = write_lone_run(folder, settings, run={"keep_at": [3]})
     run_verb("train", path, "--run", "reference", "--procs", ranks)
-    return RunDir.of(experiment, "reference")
-
-
-def read(folder) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint."""
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
-    return tensors
+    return RunDir.of(load_experiment(path), "reference")
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_weights_are_exported_while_others_are_fetched(tmp_path, own_root, ranks):
+def test_weights_are_exported_while_others_are_fetched(tmp_path, monkeypatch, ranks):
     """Kept weights and final/, each written after a validation: the same as at ZeRO 1."""
-    sharded, whole = (train(tmp_path / f"zero{stage}", stage, ranks) for stage in (3, 1))
-    assert sharded.is_done()
-    for folder in ("kept", "final"):
-        one, other = (read(run.kept(3) if folder == "kept" else run.final) for run in (sharded, whole))
-        assert one.keys() == other.keys() and len(one) > 20
-        for name, value in one.items():
-            torch.testing.assert_close(value, other[name], rtol=0, atol=1e-5, msg=name)
+    folders = {}
+    for stage in (3, 1):
+        monkeypatch.setenv("INHERITUNE_ROOT", str(tmp_path / f"root{stage}"))
+        run = train(tmp_path / f"zero{stage}", stage, ranks)
+        assert run.is_done()
+        folders[stage] = (run.kept(3), run.final)
+    for sharded, whole in zip(folders[3], folders[1], strict=True):
+        its, others = open_source(str(sharded)), open_source(str(whole))
+        assert its.names() == others.names() and len(its.names()) > 20
+        for name in its.names():
+            torch.testing.assert_close(its.tensor(name), others.tensor(name), rtol=0, atol=1e-5, msg=name)
