@@ -226,7 +226,7 @@ def _one_turn(case: Case, options) -> None:
         profiler, profiling = _start_profiler(case.by_torch), True
         _profiler = profiler
         function(case.work, folder)
-        measured = {"profile": _profile_lines(profiler, case.by_torch)}
+        measured = {"profile": profile_lines(profiler, case.by_torch)}
     else:
         with clock() as whole:
             measured = function(case.work, folder)
@@ -245,11 +245,15 @@ def _start_profiler(by_torch: bool):
     return cProfile.Profile()
 
 
-def _profile_lines(profiler, by_torch: bool) -> list[str]:
-    """Where the time went, by self time: operations of torch, or functions of Python."""
+def profile_lines(profiler, by_torch: bool) -> list[str]:
+    """Where the time went, by self time: torch operations (on a GPU its kernels), or functions of Python."""
     if by_torch:
+        import torch
+
         events = list(profiler.key_averages())
-        on_gpu = any(event.self_device_time_total for event in events)
+        # an operation has its kernels' time as well: it would be counted twice
+        kernels = [event for event in events if event.device_type != torch.autograd.DeviceType.CPU]
+        events, on_gpu = kernels or events, bool(kernels)
         of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
         events.sort(key=lambda event: -getattr(event, of))
         total = sum(getattr(event, of) for event in events)

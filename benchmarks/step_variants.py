@@ -12,9 +12,11 @@ import sys
 import time
 
 import torch
+from harness import profile_lines
 
 from inheritune.config.sections import Model, Train
 from inheritune.engines import engine as engines
+from inheritune.engines.memory import find_peak_flops
 from inheritune.models import networks
 from inheritune.models.initialization import make_generator
 from inheritune.runtime import dist
@@ -22,8 +24,6 @@ from inheritune.runtime.log import set_up_logging
 from inheritune.training import fused_loss, validate
 
 ACCUMULATION, WARM_UP, STEPS = 2, 4, 10
-PEAK = 989.5e12
-"""FLOP/s of an H100 SXM in bf16."""
 
 
 def losses_in_chunks(logits, targets):
@@ -121,30 +121,26 @@ def measure(name: str, model: Model, micro: int, length: int, kernels: bool) -> 
     tokens = ACCUMULATION * micro * length
     flops = networks.count_flops_per_token(networks.build_config(model), length) * tokens
     memory = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+    peak = find_peak_flops(variant.device)
+    mfu = f"MFU {flops / seconds / peak:.1%}, " if peak else ""
     print(
         f"{name}: {1000 * seconds:.1f} ms a step (the host was done after {1000 * issued:.1f}), "
-        f"{tokens / seconds:,.0f} tokens/s, MFU {flops / seconds / PEAK:.1%} of an H100's, "
+        f"{tokens / seconds:,.0f} tokens/s, {mfu}"
         f"peak {memory:.1f} GB, ready after {begun:.0f} s, losses {float(first):.5f} and {float(last):.5f}",
         flush=True,
     )
-    if kernels and torch.cuda.is_available():
+    if kernels:
         print_kernels(variant, seconds)
     variant.engine.destroy()
 
 
 def print_kernels(variant: Variant, seconds: float) -> None:
-    """Print the kernels of one step, by time."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    """Print the share of each kernel in one step."""
+    with torch.profiler.profile() as profile:
         variant.step()
         wait()
-    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    spent: dict[str, list[float]] = {}
-    for event in events:
-        spent.setdefault(event.name[:100], []).append(event.time_range.elapsed_us() / 1000)
-    busy = sum(map(sum, spent.values()))
-    print(f"  {len(events)} kernels, {busy:.1f} ms of a step's {1000 * seconds:.1f}")
-    for name, times in sorted(spent.items(), key=lambda item: -sum(item[1]))[:25]:
-        print(f"  {sum(times):8.2f} ms {len(times):6d} x {name}", flush=True)
+    print(f"  kernels of a step of {1000 * seconds:.1f} ms:")
+    print("\n".join(f"  {line}" for line in profile_lines(profile, by_torch=True)), flush=True)
 
 
 def main(size: str = "gpt2_medium", micro: str = "16", *names: str) -> None:
