@@ -114,7 +114,7 @@ def build_model(config: "PreTrainedConfig", attention: str | None = None) -> "Pr
 
 
 CAUSAL_ATTENTION = "inheritune_causal"
-"""Name under which transformers knows `find_training_attention`'s implementation."""
+"""Name under which `find_training_attention` makes its implementation known to transformers."""
 
 
 def find_training_attention(config: "PreTrainedConfig") -> str | None:

@@ -64,10 +64,9 @@ def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return the cross-entropy of every token in nats, in fp32.
 
     logits (B, T, V), targets (B, T) -> (B, T)"""
+    # on a CPU chunks that stay in the cache are faster
     is_fused = logits.is_cuda and fused_loss.can_compile(logits.device)
-    function = (
-        fused_loss.FusedTokenLosses if is_fused else _TokenLosses
-    )  # on a CPU chunks in the cache are faster
+    function = fused_loss.FusedTokenLosses if is_fused else _TokenLosses
     return function.apply(logits.flatten(0, 1), targets.flatten()).view_as(targets)
 
 
