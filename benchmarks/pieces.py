@@ -62,7 +62,7 @@ def head(work: dict, loss_of) -> dict:
 
 
 def head_ours(work: dict, folder) -> dict:
-    from inheritune.training.validate import token_losses
+    from inheritune.training.losses import token_losses
 
     return head(work, lambda logits, targets: token_losses(logits[None], targets[None]).mean())
 

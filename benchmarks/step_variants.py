@@ -21,17 +21,17 @@ from inheritune.models import networks
 from inheritune.models.initialization import make_generator
 from inheritune.runtime import dist
 from inheritune.runtime.log import set_up_logging
-from inheritune.training import fused_loss, validate
+from inheritune.training.losses import ChunkedTokenLosses, FusedTokenLosses
 
 ACCUMULATION, WARM_UP, STEPS = 2, 4, 10
 
 
 def losses_in_chunks(logits, targets):
-    return validate._TokenLosses.apply(logits.flatten(0, 1), targets.flatten())
+    return ChunkedTokenLosses.apply(logits.flatten(0, 1), targets.flatten())
 
 
 def losses_fused(logits, targets):
-    return fused_loss.FusedTokenLosses.apply(logits.flatten(0, 1), targets.flatten())
+    return FusedTokenLosses.apply(logits.flatten(0, 1), targets.flatten())
 
 
 VARIANTS = {  # name: (loss, attention of training, blocks compiled, one graph for all of them, ZeRO stage)

@@ -11,7 +11,7 @@ from inheritune.files import markers
 from inheritune.models.networks import build_model
 from inheritune.models.sources import open_source
 from inheritune.runtime import dist
-from inheritune.training import validate
+from inheritune.training import losses
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -56,4 +56,4 @@ class Teacher:
         `windows` (M, T + 1).  -> (M, T)"""
         with torch.no_grad(), self.autocast:
             teacher_logits = self.model(input_ids=windows[:, :-1], use_cache=False).logits  # (M, T, V)
-        return validate.token_divergences(logits, teacher_logits, self.temperature)
+        return losses.token_divergences(logits, teacher_logits, self.temperature)

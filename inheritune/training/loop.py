@@ -33,7 +33,7 @@ from inheritune.runs.comparison import compute_interval
 from inheritune.runs.job import Job
 from inheritune.runtime import dist, job_reports, node_checks, rendezvous, signals, watchdog
 from inheritune.runtime.log import logger, set_up_logging
-from inheritune.training import validate
+from inheritune.training import losses, validate
 from inheritune.training.bad_steps import (
     MAX_BAD_STEPS,
     damage_error,
@@ -255,7 +255,7 @@ class Trainer:
         largest tensor of all, are local to this function, so that backward frees them as soon as it has
         their gradient."""
         logits = self.engine(input_ids=window[:, :-1], use_cache=False).logits  # (M, T, V)
-        parts = [validate.token_losses(logits, window[:, 1:])]  # each (M, T)
+        parts = [losses.token_losses(logits, window[:, 1:])]  # each (M, T)
         if self.teacher:
             parts.append(self.teacher.divergences(window, logits))
         return torch.stack([part.sum(dim=1) @ weight for part in parts])

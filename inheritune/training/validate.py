@@ -4,7 +4,7 @@ Because the windows are the same, two models can be compared window by window (c
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,9 @@ import xxhash
 
 from inheritune.data.batches import Tokens
 from inheritune.errors import UserError
-from inheritune.models.sizes import LOSS_CHUNK
 from inheritune.runtime.dist import get_rank, get_world_size, sum_over_ranks
 from inheritune.runtime.log import make_progress_bar
-from inheritune.training import fused_loss
+from inheritune.training import losses
 
 EVAL_BATCH = 8
 """Windows per forward. It is fixed so that a window's loss does not depend on the number of ranks or the
@@ -60,67 +59,6 @@ def curve_windows(n_final: int, count: int) -> np.ndarray:
     return np.arange(m) * n_final // m
 
 
-def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the cross-entropy of every token in nats, in fp32.
-
-    logits (B, T, V), targets (B, T) -> (B, T)"""
-    # on a CPU chunks that stay in the cache are faster
-    is_fused = logits.is_cuda and fused_loss.can_compile(logits.device)
-    function = fused_loss.FusedTokenLosses if is_fused else _TokenLosses
-    return function.apply(logits.flatten(0, 1), targets.flatten()).view_as(targets)
-
-
-class _TokenLosses(torch.autograd.Function):
-    """Cross-entropy, computed for a few tokens at a time, so that no tensor of the logits' size is made in
-    fp32. Under autocast torch makes two such tensors in forward and two more in backward. Backward computes
-    the softmax anew.
-
-    Legend: N = tokens, V = vocabulary, C = tokens of a chunk."""
-
-    CHUNK = {"cpu": 1 << 22, "cuda": LOSS_CHUNK}
-    """Elements; on a CPU 16 MB in fp32, within a processor's last cache."""
-
-    @staticmethod
-    def chunks(logits_NV: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Cut tensors of N rows into the same chunks."""
-        size = max(1, _TokenLosses.CHUNK["cuda" if logits_NV.is_cuda else "cpu"] // logits_NV.shape[1])
-        return zip(*(tensor.split(size) for tensor in (logits_NV, *others)), strict=True)
-
-    @staticmethod
-    def forward(ctx: Any, logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-        sums_N = torch.cat(
-            [part_CV.float().logsumexp(dim=-1) for (part_CV,) in _TokenLosses.chunks(logits_NV)]
-        )
-        ctx.save_for_backward(logits_NV, targets_N, sums_N)
-        return sums_N - logits_NV.gather(1, targets_N[:, None]).squeeze(1).float()
-
-    @staticmethod
-    def backward(ctx: Any, grads_N: torch.Tensor) -> tuple[torch.Tensor, None]:
-        logits_NV, targets_N, sums_N = ctx.saved_tensors
-        result_NV = torch.empty_like(logits_NV)
-        for part, targets, sums, grads, out in _TokenLosses.chunks(
-            logits_NV, targets_N, sums_N, grads_N, result_NV
-        ):
-            softmax_CV = (part - sums[:, None]).exp_()  # fp32, as the sums are
-            softmax_CV.scatter_add_(1, targets[:, None], torch.full_like(softmax_CV[:, :1], -1.0))
-            out.copy_(softmax_CV.mul_(grads[:, None]))
-        return result_NV, None
-
-
-def token_divergences(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Return temperature^2 * KL(teacher || student) of every token in nats, in fp32, with both softmaxes at
-    `temperature`.  logits, teacher_logits (B, T, V) -> (B, T)
-
-    The factor keeps the size of the gradient (Hinton et al., arXiv 1503.02531)."""
-    log_student, log_teacher = (
-        torch.log_softmax(each.float() / temperature, dim=-1) for each in (logits, teacher_logits)
-    )
-    return (
-        torch.nn.functional.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=-1)
-        * temperature**2
-    )
-
-
 @torch.no_grad()
 def window_losses(
     model: Any,
@@ -138,7 +76,7 @@ def window_losses(
     restored."""
     training = model.training
     model.eval()
-    losses = torch.zeros(len(starts), dtype=torch.float64, device=device)
+    means = torch.zeros(len(starts), dtype=torch.float64, device=device)
     n_batches = math.ceil(len(starts) / EVAL_BATCH)
     rounds = make_progress_bar(range(math.ceil(n_batches / get_world_size())), "validating", "batch")
     for turn in rounds:
@@ -149,9 +87,9 @@ def window_losses(
         )
         logits = model(input_ids=windows[:, :-1], use_cache=False).logits  # (8, T, V)
         if batch < n_batches:
-            losses[chosen] = token_losses(logits, windows[:, 1:]).double().mean(dim=1)
+            means[chosen] = losses.token_losses(logits, windows[:, 1:]).double().mean(dim=1)
         if stop is not None and stop():
             model.train(training)
             return None
     model.train(training)
-    return sum_over_ranks(losses).cpu().numpy()
+    return sum_over_ranks(means).cpu().numpy()

@@ -42,7 +42,7 @@ POINTS = {
     "export: writing tensors": ("models.writer", "CheckpointWriter.add", lambda *_: True),
     "export: before the rename": ("evaluation.export", "format_card", lambda *_: True),
     "train: in a step": ("training.loop", "read_share", lambda *_: True),
-    "train: in validation": ("training.validate", "token_losses", lambda *_: no_gradient()),
+    "train: in validation": ("training.losses", "token_losses", lambda *_: no_gradient()),
     "train: in saving": ("engines.checkpoint", "read_generators", lambda: True),
     "train: between rename and marker": ("engines.checkpoint", "write_json", named("COMPLETE")),
     "train: pruning old checkpoints": ("engines.checkpoint", "remove_path", lambda path: path.is_dir()),

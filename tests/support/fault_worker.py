@@ -19,7 +19,7 @@ import time
 from inheritune import cli as program
 from inheritune.runtime import dist, watchdog
 from inheritune.training import loop as train
-from inheritune.training import start, validate
+from inheritune.training import losses, start
 
 HANGS = ("sleep", "stopped", "held")
 START_S, HANG_S, LOOKS = 1500.0, 10.0, 500  # the watch is strict only from that step on
@@ -87,15 +87,15 @@ def keep_watch(result):
     return result
 
 
-def spoil_the_loss(losses):
+def spoil_the_loss(values):
     global due
     struck, due = due and kind in ("loss", "losses"), due and kind == "losses"
-    return losses + float("inf") if struck else losses  # a sum's gradient is 1: only the loss shows it
+    return values + float("inf") if struck else values  # a sum's gradient is 1: only the loss shows it
 
 
 wrap(start, "start_engine", after=keep_engine)
 wrap(train, "read_share", before=at_step)
-wrap(validate, "token_losses", after=spoil_the_loss)
+wrap(losses, "token_losses", after=spoil_the_loss)
 if kind == "unsaved":
     wrap(
         train,

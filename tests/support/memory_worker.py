@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from inheritune.cli import leave
 from inheritune.config.sections import Model, Train
 from inheritune.engines import engine as engines
-from inheritune.training import validate
+from inheritune.training.losses import token_losses
 
 
 def peak_bytes(work) -> int:
@@ -68,9 +68,7 @@ def run(case: dict, out: Path) -> None:
         for _ in range(3):
             for micro in range(case["accumulation"]):
                 window = torch.randint(0, model.vocab_size, shape)
-                losses = validate.token_losses(
-                    engine(input_ids=window[:, :-1], use_cache=False).logits, window[:, 1:]
-                )
+                losses = token_losses(engine(input_ids=window[:, :-1], use_cache=False).logits, window[:, 1:])
                 engine.backward(losses.mean())
                 if micro == case["accumulation"] - 1:
                     held.update(memory.count_held_bytes(engine))

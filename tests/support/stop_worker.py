@@ -13,7 +13,7 @@ from inheritune import cli as program
 from inheritune.engines import checkpoint
 from inheritune.runtime import dist
 from inheritune.training import loop as train
-from inheritune.training import validate
+from inheritune.training import losses
 
 experiment, run, when = sys.argv[1:]
 name, _, moment = when.partition("@")
@@ -52,7 +52,7 @@ if moment == "step":  # between reading the batch of step K and its forward
 elif moment == "saving":
     before(checkpoint, "read_generators", lambda: True)
 elif moment == "validation":
-    before(validate, "token_losses", is_nth_validation_forward)
+    before(losses, "token_losses", is_nth_validation_forward)
 elif moment == "unchecked":  # the disk fills up between the look at it and the write
     checkpoint.count_checkpoint_bytes = lambda *sizes: 0
 program.leave(program.main(["train", experiment, "--run", run]))

@@ -22,7 +22,7 @@ from inheritune.models.networks import (
     find_linear_weights,
     fuse_gelu,
 )
-from inheritune.training import fused_loss, validate
+from inheritune.training import losses
 
 
 def model_of(size, **changes):
@@ -187,27 +187,27 @@ def test_every_tensor_of_both_families_has_a_part():
             table.part_of("transformer.unknown.weight")
 
 
-@pytest.mark.parametrize("function", [validate._TokenLosses, fused_loss.FusedTokenLosses])
+@pytest.mark.parametrize("function", [losses.ChunkedTokenLosses, losses.FusedTokenLosses])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_token_losses_and_their_gradient_are_torchs(monkeypatch, dtype, function):
     """In chunks as on a CPU, and compiled as on a GPU."""
     # 4 tokens at a time, of 21: the last chunk is shorter
-    monkeypatch.setitem(validate._TokenLosses.CHUNK, "cpu", 4 * 50 + 7)
+    monkeypatch.setitem(losses.ChunkedTokenLosses.CHUNK, "cpu", 4 * 50 + 7)
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(3, 7, 50, generator=generator) * 5).to(dtype).requires_grad_(True)
     targets, weights = (
         torch.randint(0, 50, (3, 7), generator=generator),
         torch.rand(3, 7, generator=generator),
     )
-    monkeypatch.setattr(validate, "_TokenLosses", function)
-    losses = validate.token_losses(logits, targets)
-    (gradient,) = torch.autograd.grad((losses * weights).sum(), logits)
+    monkeypatch.setattr(losses, "ChunkedTokenLosses", function)
+    ours = losses.token_losses(logits, targets)
+    (gradient,) = torch.autograd.grad((ours * weights).sum(), logits)
     exact = logits.detach().double().requires_grad_(True)
     expected = torch.nn.functional.cross_entropy(
         exact.flatten(0, 1), targets.flatten(), reduction="none"
     ).view(3, 7)
     (its,) = torch.autograd.grad((expected * weights).sum(), exact)
-    assert losses.dtype == torch.float32 and torch.allclose(losses.double(), expected, rtol=0, atol=4e-6)
+    assert ours.dtype == torch.float32 and torch.allclose(ours.double(), expected, rtol=0, atol=4e-6)
     rounding = 2.0**-8 if dtype == torch.bfloat16 else 1e-5
     assert gradient.dtype == dtype and torch.allclose(gradient.double(), its, rtol=rounding, atol=1e-6)
 
@@ -216,16 +216,14 @@ def test_the_fused_loss_is_compiled_once_for_any_number_of_tokens():
     """Training, validation and the last windows have batches of their own."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("inductor")
-    functions = [
-        torch.compile(f, backend=counter) for f in (fused_loss.compute_losses, fused_loss.compute_gradient)
-    ]
-    with unittest.mock.patch.object(fused_loss, "compile_functions", lambda: functions):
+    functions = [torch.compile(f, backend=counter) for f in (losses.compute_losses, losses.compute_gradient)]
+    with unittest.mock.patch.object(losses, "compile_functions", lambda: functions):
         for tokens in (12, 6, 9):
             logits = torch.randn(tokens, 50, dtype=torch.bfloat16, requires_grad=True)
             targets = torch.randint(0, 50, (tokens,))
-            fused_loss.FusedTokenLosses.apply(logits, targets).sum().backward()
+            losses.FusedTokenLosses.apply(logits, targets).sum().backward()
             with torch.no_grad():
-                fused_loss.FusedTokenLosses.apply(logits, targets)
+                losses.FusedTokenLosses.apply(logits, targets)
     assert counter.frame_count == 2
     torch._dynamo.reset()
 

@@ -19,7 +19,7 @@ from inheritune.engines.deepspeed_json import load_deepspeed_json
 from inheritune.models import networks, sizes
 from inheritune.planning import activations, memory, proposals, states
 from inheritune.planning import plan as planning
-from inheritune.training import validate
+from inheritune.training.losses import token_losses
 
 GPT2 = {"size": "gpt2_tiny", "layers": 3, "width": 96, "heads": 4, "positions": 96, "vocab_size": 1500}
 LLAMA = {**GPT2, "size": "llama_tiny", "kv_heads": 2, "mlp_width": 260}
@@ -160,7 +160,7 @@ def test_what_autograd_saves_is_planned_to_ten_percent(sizes, length, sequences,
 
     window = torch.randint(0, sizes["vocab_size"], (sequences, length + 1))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        validate.token_losses(model(input_ids=window[:, :-1], use_cache=False).logits, window[:, 1:])
+        token_losses(model(input_ids=window[:, :-1], use_cache=False).logits, window[:, 1:])
     its = activations.count_activations(
         Model(**sizes), sizes["layers"], precision, sequences * length, length, False
     )
@@ -178,7 +178,7 @@ def test_what_checkpointing_keeps_is_planned_to_ten_percent(sizes, length, seque
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
-        losses = validate.token_losses(model(input_ids=window[:, :-1], use_cache=False).logits, window[:, 1:])
+        losses = token_losses(model(input_ids=window[:, :-1], use_cache=False).logits, window[:, 1:])
     alive = sum(e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
     tokens, its = sequences * length, Model(**sizes)
     made = activations.count_activations(its, sizes["layers"], "fp32", tokens, length, True)
