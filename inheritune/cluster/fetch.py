@@ -16,6 +16,7 @@ from huggingface_hub.hf_api import RepoFile
 from tabulate import tabulate
 
 from inheritune.config.experiment import Experiment
+from inheritune.config.units import format_bytes
 from inheritune.data.bpe_training import parse_bpe_size
 from inheritune.data.documents import Corpus
 from inheritune.data.gpt2_tokenizer import Gpt2Tokenizer, save_gpt2_ranks
@@ -27,7 +28,7 @@ from inheritune.evaluation.taskcode import refuse_task_code
 from inheritune.files.escape import escape_markdown
 from inheritune.files.hub import translate_hub_errors
 from inheritune.files.rundir import get_data_dir
-from inheritune.files.storage import count_free_bytes, suggest_more_space
+from inheritune.files.storage import check_free_space, count_free_bytes
 from inheritune.models.downloads import COMMON_FILES, download_model
 from inheritune.models.weight_files import WEIGHTS, list_weight_patterns
 from inheritune.runtime.log import logger
@@ -176,7 +177,7 @@ def fetch(experiment: Experiment, allow_task_code: bool = False) -> None:
     repositories = list_repositories(experiment)
     if repositories:
         print(format_table(repositories), flush=True)
-        check_cache_room(sum(size for one in repositories for size in one.missing().values()))
+        _check_cache_space(sum(size for one in repositories for size in one.missing().values()))
     for one in repositories:
         for file in list(one.missing())[:1]:  # a gated repository lists its files to everyone
             one.download(file, only_check=True)
@@ -236,30 +237,12 @@ def format_table(repositories: list[Repository]) -> str:
         f"How many files of documents hold max_tokens is an estimate: {BYTES_PER_TOKEN} bytes a token of "
         f"plain text, {BYTES_PER_TOKEN // 2} of parquet or packed text, about a third more than usual."
     )
-    where, free = measure_free_space()
-    return f"{text}\n{estimate}\nFree in {where}: {format_bytes(free)}"
-
-
-def measure_free_space() -> tuple[Path, int]:
-    """Return (the Hub's cache, bytes free there)."""
     cache = Path(constants.HF_HUB_CACHE)
-    return cache, count_free_bytes(cache)
+    return f"{text}\n{estimate}\nFree in {cache}: {format_bytes(count_free_bytes(cache))}"
 
 
-def check_cache_room(need: int) -> None:
-    """Raise UserError if the cache's disk lacks room for `need` bytes and RESERVE_BYTES."""
-    cache, free = measure_free_space()
-    if need and free < need + RESERVE_BYTES:
-        raise UserError(
-            f"{format_bytes(need)} are to be downloaded, but {cache} has {format_bytes(free)} free; "
-            f"{suggest_more_space(cache)}"
-        )
-
-
-def format_bytes(size: float) -> str:
-    """Return bytes as kB, MB, GB (powers of 1000, as on the Hub's pages)."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
+def _check_cache_space(need: int) -> None:
+    """Raise UserError if the cache's disk lacks room for a download of `need` bytes and RESERVE_BYTES."""
+    cache = Path(constants.HF_HUB_CACHE)
+    if need:
+        check_free_space(cache, need + RESERVE_BYTES, f"the download of {format_bytes(need)} to {cache}")

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from inheritune.config.units import format_bytes
 from inheritune.errors import UserError
 from inheritune.files.markers import COMPLETE, MARKERS, find_damage, read_marked_files
 from inheritune.files.rundir import RunDir
@@ -75,8 +76,8 @@ def _verify_marker(marker: Path) -> int:
     if problems and not marker.is_file():
         print(f"deleted meanwhile: {marker.parent}")
         return 0
-    size = sum(facts["bytes"] for facts in files.values()) / 1e6
-    print(f"{'DAMAGED' if problems else 'whole'}: {marker} ({len(files)} files, {size:,.1f} MB)")
+    size = format_bytes(sum(facts["bytes"] for facts in files.values()), "MB", 1)
+    print(f"{'DAMAGED' if problems else 'whole'}: {marker} ({len(files)} files, {size})")
     print("".join(f"  {problem}\n" for problem in problems), end="")
     return len(problems)
 

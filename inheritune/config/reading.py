@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode
 
+from inheritune.config.units import format_bytes
 from inheritune.errors import UserError
 
 MAX_FILE_BYTES = 1 << 20  # the longest recipe here has 20 kB
@@ -90,7 +91,7 @@ def read_text(path: Path) -> str:
     try:
         if (size := path.stat().st_size) > MAX_FILE_BYTES:
             raise UserError(
-                f"{path} has {size / 1e6:,.1f} MB; a file of this kind has kilobytes, name another"
+                f"{path} has {format_bytes(size, 'MB', 1)}; a file of this kind has kilobytes, name another"
             )
         return path.read_text(encoding="utf-8-sig")  # without the byte order mark of some editors
     except UnicodeDecodeError as error:

@@ -24,7 +24,7 @@ from inheritune.errors import UserError
 from inheritune.files.json_files import write_json
 from inheritune.files.markers import COMPLETE, hash_folder
 from inheritune.files.rundir import RunDir
-from inheritune.files.storage import count_free_bytes, explain_disk_error, suggest_more_space
+from inheritune.files.storage import check_free_space, explain_disk_error
 from inheritune.files.writing import (
     get_temporary_path,
     remove_if_possible,
@@ -147,19 +147,14 @@ def check_room(engine: Any, run_dir: RunDir) -> None:
     trained = sum(n for n, p in sizes if p.requires_grad)
     weights = sum(n * p.element_size() for n, p in sizes)
     need = count_checkpoint_bytes(trained, weights, engine.zero_optimization_stage())
-    run_on_rank0(_check_free_bytes, run_dir, need)
-
-
-def _check_free_bytes(run_dir: RunDir, need: int) -> None:
-    """Raise UserError if the run's disk has less than `need` bytes free."""
-    free = count_free_bytes(run_dir.path)
-    if free < need:
-        raise UserError(
-            f"a checkpoint of {run_dir.path} needs {need / 1e6:.0f} MB, its disk has {free / 1e6:.0f} MB "
-            f"free; those before it are whole: set train.keep_last lower, "
-            f"{suggest_more_space(run_dir.path)}, and "
-            f"start again"
-        )
+    run_on_rank0(
+        check_free_space,
+        run_dir.path,
+        need,
+        f"a checkpoint of {run_dir.path}",
+        first="those before it are whole: set train.keep_last lower, ",
+        last=", and start again",
+    )
 
 
 def prepare_folders(temporary: Path, target: Path) -> None:

@@ -20,6 +20,7 @@ import yaml
 
 from inheritune.config import environment
 from inheritune.config.sections import Model, Train
+from inheritune.config.units import format_bytes
 from inheritune.config.values import Kind
 from inheritune.engines.deepspeed_keys import MICRO, find_refusals, valid_keys
 from inheritune.errors import UserError, suggest_name
@@ -318,7 +319,8 @@ def _check_memory(pinned: dict[str, int], ranks: int, model: Model) -> list[Prob
     if need <= allowed:
         return []
     key = f"zero_optimization.{next(iter(pinned))}.pin_memory"
-    got = f"'{key}' locks {need / 1e9:.1f} GB of each host, the job's --mem is {allowed / 1e9:.1f} GB"
+    need_gb, allowed_gb = format_bytes(need, "GB"), format_bytes(allowed, "GB")
+    got = f"'{key}' locks {need_gb} of each host, the job's --mem is {allowed_gb}"
     return [Problem(key, "warn", f"{got}; ask for more, use more GPUs, or write false")]
 
 

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from inheritune.config.paths import REPOSITORY
+from inheritune.config.units import format_bytes
 from inheritune.errors import UserError
 
 
@@ -33,7 +34,7 @@ def explain_disk_error(error: OSError, path: Path) -> Exception:
         return problem
     if error.errno in DISK_FULL:
         return UserError(
-            f"no space left while writing {path} ({count_free_bytes(path) / 1e6:.0f} MB free); "
+            f"no space left while writing {path} ({format_bytes(count_free_bytes(path), 'MB')} free); "
             f"{suggest_more_space(path)}"
         )
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
@@ -77,6 +78,18 @@ def find_fullest_folder() -> Path:
 def count_free_bytes(path: Path) -> int:
     """Return the free space of the disk on which `path` is or will be stored."""
     return shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.is_dir())).free
+
+
+def check_free_space(path: Path, need: int, what: str, first: str = "", last: str = "") -> None:
+    """Raise UserError if the disk of `path` has fewer than `need` bytes free, which `what` needs.
+
+    `first` and `last` stand before and after the advice on how to get more space."""
+    free = count_free_bytes(path)
+    if free < need:
+        raise UserError(
+            f"{what} needs {format_bytes(need, 'MB')}, its disk has {format_bytes(free, 'MB')} free; "
+            f"{first}{suggest_more_space(path)}{last}"
+        )
 
 
 def suggest_more_space(path: Path) -> str:

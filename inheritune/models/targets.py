@@ -84,7 +84,8 @@ def write_target(
     shapes = list_checkpoint_shapes(config)
     _check_shapes(origins, shapes)
     specs = {name: (shape, origins[name].dtype) for name, shape in shapes.items()}
-    _check_room(out, sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values()))
+    need = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
+    storage.check_free_space(out, need + SPARE_BYTES, str(out))
 
     def make_tensor(name: str) -> torch.Tensor | Iterator[memoryview]:
         origin = origins[name]
@@ -154,16 +155,6 @@ def _check_shapes(origins: Mapping[str, Origin], shapes: Mapping[str, Shape]) ->
                 f"{name} needs shape {shapes[name]}, but the source's {origin.name} has "
                 f"{origin.source.shape(origin.name)}"
             )
-
-
-def _check_room(out: Path, need: int) -> None:
-    """Raise UserError if the disk of `out` lacks `need` bytes and a little for the smaller files."""
-    free = storage.count_free_bytes(out)
-    if free < need + SPARE_BYTES:
-        raise UserError(
-            f"{out} needs {(need + SPARE_BYTES) / 1e6:.0f} MB, its disk has {free / 1e6:.0f} MB free; "
-            f"{storage.suggest_more_space(out)}"
-        )
 
 
 def _warn_of_not_finite(out: Path, counts: dict[str, int]) -> None:

@@ -1,6 +1,7 @@
 """Plans as text: a paragraph for one model, and the table of several."""
 
 from inheritune.config.catalog import GPU_SPECS
+from inheritune.config.units import format_memory
 from inheritune.planning.memory import FRAGMENTATION, FRAMEWORK
 
 HEADS = [
@@ -23,7 +24,7 @@ def format_plans(plans: list[dict], gpus: int, gpu: str, room_gb: float, mfu: fl
     disk = sum(facts["disk"] for facts in plans)
     sums = (
         f"in all {gpu_hours:,.1f} GPU-hours, if every stage of growth is needed, and "
-        f"{format_gigabytes(disk)} of disk; {gpus} x {gpu} ({room_gb} GB) at {mfu:.0%} of "
+        f"{format_memory(disk)} of disk; {gpus} x {gpu} ({room_gb} GB) at {mfu:.0%} of "
         f"{GPU_SPECS[gpu]['tflops']:g} TFLOP/s, without evaluation, saving and queueing"
     )
     table = format_text_table(HEADS, [_format_row(facts) for facts in plans])
@@ -39,9 +40,9 @@ def _format_row(facts: dict) -> list:
         f"{facts['flops']:.1e}",
         f"{facts['gpu_hours']:,.1f}",
         f"{facts['hours']:,.1f}",
-        format_gigabytes(facts["peak"]),
+        format_memory(facts["peak"]),
         "yes" if facts["fits"] else "NO",
-        format_gigabytes(facts["disk"]),
+        format_memory(facts["disk"]),
     ]
 
 
@@ -63,7 +64,7 @@ def _describe_change(diff: str) -> str:
 def describe_plan(facts: dict) -> str:
     """Describe one model: batch, memory by component and by phase, host, disk."""
     parts, phases = (
-        ", ".join(f"{what} {format_gigabytes(size)}" for what, size in facts[kind].items() if size)
+        ", ".join(f"{what} {format_memory(size)}" for what, size in facts[kind].items() if size)
         for kind in ("component", "phases")
     )
     return (
@@ -71,12 +72,12 @@ def describe_plan(facts: dict) -> str:
         f"  whole micro batches up to {facts['full_micro_batches_up_to_gpus']} GPUs; at most "
         f"{facts['most_gpus']} GPUs\n"
         f"  one GPU holds: {parts}\n  its phases: {phases}\n"
-        f"  peak {format_gigabytes(facts['peak'])} in '{facts['peak_phase']}', with "
-        f"{format_gigabytes(FRAMEWORK)} of CUDA and NCCL and {FRAGMENTATION:.0%} for the allocator (these "
+        f"  peak {format_memory(facts['peak'])} in '{facts['peak_phase']}', with "
+        f"{format_memory(FRAMEWORK)} of CUDA and NCCL and {FRAGMENTATION:.0%} for the allocator (these "
         f"two are estimates)\n"
-        f"  one host: {format_gigabytes(facts['host'])} of memory, {format_gigabytes(facts['pinned'])} of it "
+        f"  one host: {format_memory(facts['host'])} of memory, {format_memory(facts['pinned'])} of it "
         f"pinned (up to twice that where torch rounds blocks up to powers of two); a checkpoint: "
-        f"{format_gigabytes(facts['checkpoint'])}; the run's folder: {format_gigabytes(facts['disk'])}"
+        f"{format_memory(facts['checkpoint'])}; the run's folder: {format_memory(facts['disk'])}"
     )
 
 
@@ -85,8 +86,8 @@ def format_comparison(rows: list[list]) -> str:
     shown = [
         [
             what,
-            format_gigabytes(planned),
-            format_gigabytes(measured),
+            format_memory(planned),
+            format_memory(measured),
             f"{planned / max(1, measured) - 1:+.1%}",
         ]
         for what, planned, measured in rows
@@ -97,11 +98,6 @@ def format_comparison(rows: list[list]) -> str:
 def format_model_name(facts: dict) -> str:
     """Return the run, and the stage of a grown one."""
     return facts["run"] + (f" stage {facts['stage']}" if facts["stage"] else "")
-
-
-def format_gigabytes(size: float) -> str:
-    """Return a size in GB, or in MB below 0.1 GB."""
-    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
 
 
 def format_text_table(heads: list[str], rows: list[list]) -> str:

@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+from inheritune.config.units import format_bytes
 from inheritune.errors import UserError
 from inheritune.files.markers import is_prepared
 from inheritune.files.processes import get_node_name
@@ -34,8 +35,8 @@ def compare_nodes(folder: Path) -> str:
     if problems:
         raise UserError("; ".join(dict.fromkeys(problems)))
     nodes = len({facts["node"] for facts in seen})
-    least = min(facts["shm"] for facts in seen) / 1e9
-    room = f"/dev/shm {least:.1f} GB free" if least else "no writable /dev/shm"
+    least = min(facts["shm"] for facts in seen)
+    room = f"/dev/shm {format_bytes(least, 'GB')} free" if least else "no writable /dev/shm"
     return (
         f"preflight: {get_world_size()} rank(s) on {nodes} node(s), one device each, a sum over all ranks "
         f"works, {room}"
