@@ -72,7 +72,9 @@ class Repository:
     def add(self, names: list[str]) -> None:
         """Add files, with their sizes in the cache or else on the Hub.
 
-        Raises UserError if a file is in neither."""
+        One request asks for NAMES_PER_REQUEST sizes. snapshot_download(dry_run=True) of huggingface_hub 2.4
+        sends one request per file, and fails for a gated repository before its sizes can be printed. Raises
+        UserError if a file is in neither."""
         paths = {name: self.find_cached(name) for name in names}
         self.files |= {name: path.stat().st_size for name, path in paths.items() if path}
         self.cached |= {name for name, path in paths.items() if path}

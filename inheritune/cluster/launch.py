@@ -1,4 +1,17 @@
-"""Starting a verb as other processes: ranks on this machine, or the tasks of a Slurm job's srun line."""
+"""Starting a verb as other processes: ranks on this machine, or the tasks of a Slurm job's srun line.
+
+Local ranks are started here and not by torchrun, which also works. Compared with torchrun of torch 2.13:
+
+- A run that saved and stopped at SIGTERM or SIGHUP exits with 0; after Ctrl-C a shell shows 130. torchrun
+  exits with 1 and a traceback each time.
+- SIGUSR1 is passed on. It ends torchrun at once, and the ranks train on.
+- A save may take any time. torchrun kills the ranks 30 s after the signal.
+- A second Ctrl-C ends all processes at once. torchrun waits 30 s for ranks that do not answer.
+- The ranks' store listens on the loopback interface. torchrun's listens on all interfaces.
+
+A launcher that is killed leaves its ranks behind either way. torchrun names a rank that a signal ended; here
+only the exit code shows the signal (256 minus its number).
+"""
 
 import contextlib
 import os

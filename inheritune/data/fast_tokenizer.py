@@ -33,7 +33,7 @@ def set_byte_level(backend: Any) -> None:
 def save_backend(backend: Any, folder: Path, end_of_text: str, **special: str | None) -> None:
     """Write tokenizer.json of a tokenizers.Tokenizer and the configuration by which AutoTokenizer opens it.
 
-    They are written here because transformers would load torch."""
+    They are written here because transformers 5 names a class that 4.57 lacks (TokenizersBackend)."""
     config = {"eos_token": end_of_text, "bos_token": end_of_text, "unk_token": end_of_text, **special}
     files = {"tokenizer.json": backend.to_str(pretty=True), "tokenizer_config.json": json.dumps(config)}
     write_tokenizer(folder, {name: text.encode() for name, text in files.items()}, trained=True)
@@ -42,8 +42,7 @@ def save_backend(backend: Any, folder: Path, end_of_text: str, **special: str | 
 class FastTokenizer(Tokenizer):
     """A tokenizer of the tokenizers library, opened from its saved folder: bpe:N or any of the Hub.
 
-    transformers is not asked again: it takes seconds and, with torch, half a gigabyte in every worker
-    process."""
+    transformers is not asked again: with torch, it takes seconds and 200 MB in every worker process."""
 
     SAVED_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", *TEMPLATES)
 

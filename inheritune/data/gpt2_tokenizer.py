@@ -57,6 +57,10 @@ class Gpt2Tokenizer(Tokenizer):
         return _format_ranks(self._ranks)
 
     def save(self, folder: Path) -> None:
+        """Write the ranks, and the tokenizer.json of GPT-2 with its published merges.
+
+        transformers 5.23 converts no GPT2Tokenizer, since the class has no slow form. Its TikTokenConverter
+        gives the same ids, but lists every split of a token as a merge: 108,299 in place of 50,000."""
         from tokenizers import Tokenizer as Backend
         from tokenizers.models import BPE
 

@@ -1,5 +1,9 @@
 """Tokenizers of the sentencepiece library: a .model file on this machine or on the Hub, and its conversion to
-a Hugging Face tokenizer where that gives the same ids."""
+a Hugging Face tokenizer where that gives the same ids.
+
+The conversion is our own, because the converters of transformers 5.23 do not follow the model's normalizer.
+LlamaConverter ignores it, and SpmConverter always strips spaces on the right. Both end with an AttributeError
+for a BPE model, and `build_tokenizer_from_spm_proto` adds no space in front of a text."""
 
 import logging
 from pathlib import Path

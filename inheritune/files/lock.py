@@ -1,4 +1,11 @@
-"""Locks: only one job at a time writes into a folder, on any file system that the nodes share."""
+"""Locks: only one job at a time writes into a folder, on any file system that the nodes share.
+
+The lock is our own, because filelock 4.3.1 cannot free the folder of a dead job as soon. Its
+SoftReadWriteLock does not look whether the holder's process is alive, and always waits for a whole
+`stale_threshold`. Its SoftFileLease looks on its own host only: from another node it watches for a whole
+lease, even if the last beat is an hour old, and it cannot ask Slurm whether the job has ended. Neither
+records the job, which `status` names.
+"""
 
 import contextlib
 import json
