@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Every benchmark, ours and what a user would take instead in turns, and the tables of benchmarks/README.md.
-#   bash benchmarks/run.sh [--size small] [--turns N]      hours on two cores; --size small: minutes, nothing is kept
-#   PARTS="batches prepare" bash benchmarks/run.sh          only these
-#   BENCH_FOLDER=/fast/disk bash benchmarks/run.sh          where inputs and outputs lie (20 GB; default: a temporary folder)
+# Runs every benchmark, this repository and its alternative in turns, and writes the tables of benchmarks/README.md.
+#   bash benchmarks/run.sh [--size small] [--turns N]      hours on two cores; --size small: minutes, its results are not kept
+#   PARTS="batches prepare" bash benchmarks/run.sh          these parts only
+#   BENCH_FOLDER=/fast/disk bash benchmarks/run.sh          folder of inputs and outputs (20 GB; default: a temporary folder)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=recipes/setup.sh
@@ -14,7 +14,7 @@ parts=${PARTS:-batches startup downstream checkpoint analyze inherit prepare tra
 work=$(mktemp -d "${BENCH_FOLDER:-${TMPDIR:-/tmp}}/inheritune_bench.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 
-# mergekit beside the environment, not in it: two packages that requirements.txt lacks; its other needs are there
+# mergekit stays out of the environment: only these two packages are missing in requirements.txt
 export BENCH_MERGEKIT=${BENCH_MERGEKIT:-$work/mergekit}
 case " $parts " in
   *" inherit "*)

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Does the effect show at a scale that anyone can repeat? Several seeds of the reference, Inheritune, the same size from random
-# and the baselines, paired by seed; then a table and three plots under recipes/evidence/cpu (which it replaces) or .../gpu.
-#   SEEDS="11 12 13"   three for an interval, or more; results of other seeds that lie there already are counted too
-#   ARMS=core          reference, random (and with the reference's steps added), Inheritune, last half; all; or names of runs,
-#                      whose numbers join those that lie there if the reference comes out with the same bits
+# Tests whether the effect shows at a scale that anyone can repeat. It trains the reference, Inheritune, a random start of the
+# same size and the baselines with several seeds, paired by seed. It replaces the table and plots of recipes/evidence/$SCALE.
+#   SEEDS="11 12 13"   three or more for an interval; finished results of other seeds are counted too
+#   ARMS=core          reference, random start (also with the reference's steps added), Inheritune, last half. Or all, or names
+#                      of runs: their numbers are added to the finished ones if the reference has the same bits
 #   SCALE=cpu          gpu: GPT-2 Small's shape on one GPU
-#   BUDGET_HOURS=      save and leave after so many hours; the same command goes on (a GPU lent for ten minutes: 0.15)
-#   JOBS=              runs side by side, one thread each; default: one per core, on a GPU one
-#   REHEARSE=1         minutes, marked REHEARSAL, written under runs/rehearsal
+#   BUDGET_HOURS=      save and stop after this many hours; the same command resumes (0.15 is 9 minutes)
+#   JOBS=              runs in parallel, one thread each; default: one per core, one on a GPU
+#   REHEARSE=1         takes minutes, is marked REHEARSAL and writes to runs/rehearsal
 set -euo pipefail
 START=$(date +%s)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -26,7 +26,7 @@ options=(--cpus-per-task="${JOBS:-4}" --time=04:00:00)
 # shellcheck disable=SC2119 # no further requirements
 setup_environment
 if [ "$SCALE" = cpu ] || [ "${REHEARSE:-0}" != 0 ]; then
-  JOBS=${JOBS:-$(nproc)} # before the next line, which nproc would heed
+  JOBS=${JOBS:-$(nproc)} # before the next line: nproc reads OMP_NUM_THREADS
   export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 else
   check_gpu
@@ -36,18 +36,18 @@ else
     exit 2
   }
 fi
-PYTHON_PACKAGES=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') # the text of gpu.yaml
+PYTHON_PACKAGES=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') # gpu.yaml reads its text there
 END=0
 [ -z "$BUDGET_HOURS" ] || END=$(python -c 'import sys; print(int(sys.argv[1]) + int(3600 * float(sys.argv[2])))' "$START" "$BUDGET_HOURS")
 export PYTHON_PACKAGES END
 
-# What is missing and can be done now, a line each: seed, verb and its arguments.
+# Print what is missing and can run now, one per line: seed, verb and its arguments.
 missing() {
   # shellcheck disable=SC2086 # seeds are words
   python recipes/evidence/summary.py missing "$EXPERIMENT" "$ARMS" $SEEDS
 }
 
-# A verb, asked at the end of the time to save and leave, as Slurm does.
+# Run a verb. At the end of the budget it receives the signal that Slurm sends before a time limit.
 limited() {
   local left=0 code=0
   if [ "$END" != 0 ]; then
@@ -55,7 +55,7 @@ limited() {
     [ "$left" -gt 0 ] || return 0
   fi
   timeout --foreground --preserve-status --signal=USR1 "$left" python -m inheritune "$@" || code=$?
-  [ "$code" = 138 ] || return "$code" # it had not yet begun to listen to that signal: nothing was to be saved
+  [ "$code" = 138 ] || return "$code" # it did not handle the signal yet, so there was nothing to save
 }
 
 one() {
@@ -70,10 +70,10 @@ over() { [ "$END" != 0 ] && [ "$(date +%s)" -ge "$END" ]; }
 before='' listed=''
 over || listed=$(missing)
 while ! over && [ -n "$listed" ]; do
-  [ "$listed" != "$before" ] || { printf 'these ended without an error but are still missing:\n%s\n' "$listed" >&2 && exit 1; }
+  [ "$listed" != "$before" ] || { printf 'these finished without an error but are still missing:\n%s\n' "$listed" >&2 && exit 1; }
   before=$listed
   printf '\n== %s runs or measurements, %s at a time\n' "$(wc -l <<< "$listed")" "$JOBS"
-  set -m # a process group of their own, so that all of it can be asked to leave with this script
+  set -m # a process group of its own, so that all of it stops with this script
   xargs -P "$JOBS" -L 1 bash -c 'set -euo pipefail; one "$@"' _ <<< "$listed" &
   set +m
   work=$!
@@ -84,7 +84,7 @@ while ! over && [ -n "$listed" ]; do
   over || listed=$(missing)
 done
 if over; then
-  echo "The $BUDGET_HOURS hours are over, everything is saved; the same command goes on from here."
+  echo "The $BUDGET_HOURS hours are over, everything is saved; the same command resumes from here."
   exit
 fi
 # shellcheck disable=SC2086

@@ -1,10 +1,10 @@
-# Sourced by quickstart.sh, tests/run.sh and slurm/job.sh: an environment in which this checkout is installed (pip install -e),
-# with the versions of requirements.txt as constraints.
-#   An active virtual or conda environment is used as it is. Otherwise .venv is made once, under $INHERITUNE_ROOT (a scratch
-#   file system) or in the repository, and reused for as long as the requirements stay the same.
+# Sourced by quickstart.sh, tests/run.sh and slurm/job.sh. It activates an environment in which this checkout is installed
+# (pip install -e), with the versions of requirements.txt as constraints.
+#   An active virtual or conda environment is used as it is. Otherwise .venv is created once, under $INHERITUNE_ROOT (a scratch
+#   file system) or in the repository, and reused while the requirements stay the same.
 # shellcheck shell=bash
 set -euo pipefail
-umask o-w # what is run or loaded again is never for everyone to write
+umask o-w # other users must not write what is run or loaded again
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -38,7 +38,7 @@ except ImportError:
 if wrong:
     what = shlex.quote(repository + (f"[{extra}]" if extra else ""))
     sys.exit(f"the active environment {sys.prefix} lacks {', '.join(wrong)}; install them with 'pip install "
-             f"{' '.join('-c ' + shlex.quote(path) for path in files)} -e {what}', or deactivate it and a .venv is made for you")
+             f"{' '.join('-c ' + shlex.quote(path) for path in files)} -e {what}', or deactivate it and a .venv is created for you")
 PY
     return
   fi
@@ -59,7 +59,7 @@ PY
   source "$venv/bin/activate"
 }
 
-# A GPU that the installed torch cannot use must not end in silent training on the CPU.
+# Stop if there is a GPU that the installed torch cannot use: training would run on the CPU without a word.
 check_gpu() {
   command -v nvidia-smi > /dev/null || return 0
   [ "${DS_ACCELERATOR:-}" = cpu ] && return 0
@@ -70,7 +70,7 @@ try: print("device:", device())
 except UserError as error: sys.exit(str(error))' || exit 2
 }
 
-# How many processes to start where nobody says: two, or one where there is a single GPU.
+# Print the default number of processes: two, or one on a machine with a single GPU.
 fitting_procs() {
   local gpus=0
   if command -v nvidia-smi > /dev/null && [ "${DS_ACCELERATOR:-}" != cpu ]; then
@@ -81,7 +81,7 @@ fitting_procs() {
 
 on_login_node() { [ -z "${SLURM_JOB_ID:-}" ] && command -v srun > /dev/null && sinfo -h > /dev/null 2>&1; }
 
-# Training belongs on a compute node: refuse_login_node SRUN_OPTIONS ...
+# Stop on a login node, since training belongs on a compute node: refuse_login_node SRUN_OPTIONS ...
 refuse_login_node() {
   if on_login_node; then
     echo "This looks like a Slurm login node. Run it on a compute node instead:" >&2

@@ -1,14 +1,21 @@
 #!/usr/bin/env bash
-# What only a GPU can show, on any machine with one or several: about 25 minutes, in slices of less than 10 that can be resumed.
-#   bash tests/gpu.sh                     all slices that are not done yet, then the summary
-#   bash tests/gpu.sh runs resume         only these
-#   GPU_SH_ON_CPU=1 bash tests/gpu.sh     the same script with a toy on two CPU ranks, to try the script: no result
+# Tests and measures what only a GPU can show, on a machine with one or several. It takes about 25 minutes, in slices of less than
+# 10 minutes. Finished slices are not run again.
+#   bash tests/gpu.sh                     runs all slices that are not done, then writes the summary
+#   bash tests/gpu.sh runs resume         runs these slices only
+#   GPU_SH_ON_CPU=1 bash tests/gpu.sh     tries the script with a toy on two CPU ranks; its numbers are no results
 #
-# Slices: facts, runs (bf16 training at ZeRO 1 and 3), resume (stopped by a signal), resize (ZeRO 1 to 3, and to one GPU where
-# there are several), memory (measured peaks beside `plan`), variants (what each choice within a training step gives:
-# benchmarks/step_variants.py), bench_medium, bench_large, bench_xl24, bench_llama13 (a step beside a plain compiled loop and HF
-# Trainer: benchmarks/train_step.py). The summary, for a report, is $GPU_OUT/summary.md.
-#   GPU_OUT=folder      where all of it lies (default: gpu_results under $INHERITUNE_ROOT, or here); delete it to begin anew
+# Slices:
+#   facts          GPU and driver; prepares the data
+#   runs           bf16 training at ZeRO 1 and 3
+#   resume         a run stopped by a signal and resumed
+#   resize         a run resumed at ZeRO 3 instead of 1, on one GPU
+#   memory         measured peaks alongside those of `plan`
+#   variants       the gain of each choice within a training step (benchmarks/step_variants.py)
+#   bench_medium, bench_large, bench_xl24, bench_llama13
+#                  a step alongside a plain compiled loop and HF Trainer (benchmarks/train_step.py)
+# The summary for a report is $GPU_OUT/summary.md.
+#   GPU_OUT=folder      folder of all files (default: gpu_results under $INHERITUNE_ROOT, or here); delete it to start over
 #   GPUS=N GPU_TURNS=1  GPUs to use (default: all), turns of the benchmark
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -28,7 +35,7 @@ if [ "$on_cpu" = 1 ]; then
   length=64 batch=1024 steps=100
 else
   GPUS=${GPUS:-$(python -c 'import torch; print(torch.cuda.device_count())')}
-  [ "$GPUS" -gt 0 ] || { echo "tests/gpu.sh: torch sees no GPU here (GPU_SH_ON_CPU=1 tries the script without one)" >&2; exit 2; }
+  [ "$GPUS" -gt 0 ] || { echo "tests/gpu.sh: torch sees no GPU here (GPU_SH_ON_CPU=1 runs the script without one)" >&2; exit 2; }
   precision=bf16_autocast stop_at=20
   model='{size: gpt2_medium}'
   length=1024 batch=16384 steps=40 # 4 micro batches a step: at ZeRO 3 on one H100 each took 0.3 s
@@ -39,7 +46,7 @@ bench=$GPU_OUT/bench.json
 say() { printf '\n== %s (%s)\n' "$*" "$(date +%T)"; }
 inheritune() { python -m inheritune "$@"; }
 
-# The experiment: the standard library's text, one run for each thing that is shown.
+# The experiment: the text of the standard library, one run per thing to show.
 experiment=$GPU_OUT/gpu.yaml
 cat > "$experiment" <<YAML
 paper: []
@@ -56,11 +63,11 @@ runs:
 YAML
 run_folder() { echo "$INHERITUNE_ROOT/runs/gpu/seed0/$1"; }
 
-# train RUN until step $stop_at, then the signal that Slurm sends before a time limit
+# Train RUN until step $stop_at, then send the signal that Slurm sends before a time limit.
 stop_in_the_middle() {
   local metrics job steps=0
   metrics=$(run_folder "$1")/metrics.jsonl
-  python3 -m inheritune train "$experiment" --run "$1" --procs "$GPUS" & # not the function above, whose pid is a shell's
+  python3 -m inheritune train "$experiment" --run "$1" --procs "$GPUS" & # not the function above: its pid would be a shell's
   job=$!
   while kill -0 "$job" 2> /dev/null && [ "$steps" -lt "$stop_at" ]; do
     sleep 0.2
@@ -68,11 +75,11 @@ stop_in_the_middle() {
   done
   kill -USR1 "$job" 2> /dev/null || true
   wait "$job"
-  [ ! -e "$(run_folder "$1")/DONE" ] || { echo "run $1 ended before it could be stopped" >&2; return 1; }
+  [ ! -e "$(run_folder "$1")/DONE" ] || { echo "run $1 finished before it could be stopped" >&2; return 1; }
 }
 
 slice_facts() {
-  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2> /dev/null || echo "no GPU: CPU dry form"
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2> /dev/null || echo "no GPU: a trial on the CPU"
   inheritune prepare "$experiment"
 }
 slice_runs() {
@@ -85,12 +92,12 @@ slice_resume() {
 }
 slice_resize() {
   stop_in_the_middle resized
-  inheritune train "$experiment" --run resized --procs 1 --ds ds_configs/zero3.json # another stage, and one rank instead of several
+  inheritune train "$experiment" --run resized --procs 1 --ds ds_configs/zero3.json # another ZeRO stage, and one rank instead of several
 }
 slice_memory() {
   local run
   for run in zero1 zero3; do
-    echo "planned beside measured, $run on $GPUS rank(s):"
+    echo "planned and measured memory, $run on $GPUS rank(s):"
     inheritune plan "$experiment" --against "$(run_folder "$run")"
   done
 }
@@ -112,7 +119,7 @@ for slice in "${slices[@]}"; do
   [ ! -e "$GPU_OUT/$slice.done" ] || continue
   say "$slice"
   started=$SECONDS
-  set +e # the first command that fails ends the slice, not the script; bash would ignore -e in the condition of an `if`
+  set +e # a failed command ends the slice, not the script; bash ignores -e in the condition of an `if`
   (set -e; "slice_$slice") 2>&1 | tee "$GPU_OUT/$slice.log"
   code=${PIPESTATUS[0]}
   set -e
@@ -120,4 +127,4 @@ for slice in "${slices[@]}"; do
 done
 say "summary: $GPU_OUT/summary.md"
 python tools/gpu_summary.py "$experiment" | tee "$GPU_OUT/summary.md"
-[ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]} (logs in $GPU_OUT; the same command tries them again)" >&2; exit 1; }
+[ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]} (logs in $GPU_OUT; the same command runs them again)" >&2; exit 1; }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Sets everything up and runs the tests:
-#   bash tests/run.sh [pytest arguments]          all but those marked slow
-#   bash tests/run.sh --all [pytest arguments]    the slow ones too, as CI does; drills are asked for by name (-m drill)
+# Sets up the environment and runs the tests:
+#   bash tests/run.sh [pytest arguments]          all tests but those marked slow
+#   bash tests/run.sh --all [pytest arguments]    the slow ones too, as CI does; the drills only with -m drill
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=recipes/setup.sh
@@ -14,7 +14,7 @@ if [ "${1:-}" = --all ]; then
 fi
 bpe=${INHERITUNE_ROOT:-$PWD}/data/gpt2-bpe
 export INHERITUNE_GPT2_BPE="${INHERITUNE_GPT2_BPE:-$bpe}"
-bash tests/fetch_gpt2_bpe.sh "$INHERITUNE_GPT2_BPE" || echo "the tests of the gpt2 tokenizer are skipped: its ranks could not be fetched"
+bash tests/fetch_gpt2_bpe.sh "$INHERITUNE_GPT2_BPE" || echo "the tests of the gpt2 tokenizer are skipped: its ranks could not be downloaded"
 ruff check .
 ruff format --check .
 mypy

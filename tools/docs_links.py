@@ -1,5 +1,5 @@
-"""A hook of mkdocs (mkdocs.yml): add READMEs and images of the repository to the site, and make links between
-files work there as they do in the repository.
+"""A hook of mkdocs (mkdocs.yml): adds READMEs and images of the repository to the site, and makes links
+between files work there as they do in the repository.
 
 A link to a README in PAGES leads to its page, a link to an image to a copy of it, and a link to any other
 file of the repository to `repo_url`. Without a repo_url such a link becomes plain text. A link to a file that
@@ -41,7 +41,7 @@ log = logging.getLogger("mkdocs.hooks.docs_links")
 
 
 def on_files(files, config):
-    """Add the pages and images that lie outside of docs/."""
+    """Add the pages and images that are outside docs/."""
     for page, source in SOURCES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     for image in IMAGES:
@@ -50,7 +50,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Return the page with each link of the repository made one of the site."""
+    """Return the page, with links into the repository turned into links of the site."""
     here = page.file.src_uri
     source = SOURCES.get(here, f"docs/{here}")
 

@@ -1,9 +1,9 @@
-"""What this repository computes, as hashes: python tools/golden.py [FILE]
+"""Writes what this repository computes, as hashes: python tools/golden.py [FILE]
 
-Writes a JSON file (tests/golden.json) of the tokens, starts, final weights and records of a small experiment
-at four shapes of launch, and of what `plan --json`, the paper's tables and the job scripts print. A change
-that should change nothing gives the same file, on the same machine with the same versions: run it before and
-after.
+The JSON file (tests/golden.json) has the hashes of the tokens, starts, final weights and records of a small
+experiment at four pairs of ranks and ZeRO stage, and of what `plan --json`, the paper's tables and the job
+scripts print. A change that must not alter numerics leaves the file as it is, on the same machine with the
+same versions. Run it before and after.
 """
 
 import json
@@ -88,7 +88,7 @@ def run_program(*words, **environment) -> str:
         check=False,
     )
     if done.returncode:
-        raise SystemExit(f"{' '.join(words)} ended with code {done.returncode}:\n{done.stdout}{done.stderr}")
+        raise SystemExit(f"{' '.join(words)} exited with code {done.returncode}:\n{done.stdout}{done.stderr}")
     return done.stdout
 
 
@@ -109,7 +109,7 @@ def hash_record(path: Path) -> str:
 
 
 def hash_runs(ranks: int, stage: int, folder: Path) -> dict[str, str]:
-    """Train every run of EXPERIMENT on `ranks` ranks at this ZeRO stage; {what: hash}."""
+    """Train every run of EXPERIMENT on `ranks` ranks at this ZeRO stage; return {file: hash}."""
     settings = {
         "train_micro_batch_size_per_gpu": 4,
         "zero_optimization": {"stage": stage, "reduce_bucket_size": 50000},
@@ -135,13 +135,13 @@ def hash_runs(ranks: int, stage: int, folder: Path) -> dict[str, str]:
 
 
 def hash_plans() -> dict[str, str]:
-    """{experiment: hash of `plan --json`} of the recipes."""
+    """Return {experiment: hash of `plan --json`} of the recipes."""
     names = sorted(path.stem for path in (REPOSITORY / "recipes").glob("*.yaml"))
     return {name: hash_bytes(run_program("plan", name, "--json").encode()) for name in names}
 
 
 def hash_tables(folder: Path) -> dict[str, str]:
-    """{item: hash of its CSV} of the paper's tables, before anything was run."""
+    """Return {item: hash of the CSV} of the paper's tables, before anything was run."""
     items = yaml.safe_load((REPOSITORY / "recipes" / "paper" / "items.yaml").read_text())
     tables = [name for name, item in items.items() if isinstance(item, dict) and item.get("columns")]
     for name in tables:
@@ -152,7 +152,7 @@ def hash_tables(folder: Path) -> dict[str, str]:
 
 
 def hash_submissions(folder: Path) -> dict[str, str]:
-    """{script: hash of the line that it would submit} on a site whose nodes have 8 GPUs."""
+    """Return {script: hash of the submission line} for a site whose nodes have 8 GPUs."""
     (folder / "bin").mkdir(parents=True)
     for name, body in {"sinfo": SINFO, "sbatch": 'printf "%s\\n" "$@"'}.items():
         (folder / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")

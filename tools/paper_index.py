@@ -1,5 +1,5 @@
 """Writes the index of the paper's tables and figures into recipes/README.md, from recipes/paper/items.yaml
-and the arithmetic of `plan`: python tools/paper_index.py. A test says when it is stale."""
+and the arithmetic of `plan`: python tools/paper_index.py. A test fails when it is stale."""
 
 import sys
 from pathlib import Path
@@ -17,14 +17,15 @@ FILE = RECIPES / "README.md"
 
 
 def items_of(script: Path) -> list[Item]:
-    """The items that a script's last line names."""
+    """Return the items that the last line of a script names."""
     names = script.read_text(encoding="utf-8").splitlines()[-1].partition('paper_item.sh" ')[2].split()
     return [load_item(name) for name in names]
 
 
 def models_of(items: list[Item]) -> dict[tuple, dict]:
-    """{(experiment, run, stage): plan} of every model that the items need, those that they start from too; of
-    a grown run the rounds up to the last that is shown."""
+    """Return {(experiment, run, stage): plan} of every model that the items need or start from.
+
+    A grown run has its stages up to the last one shown."""
     found = {}
     for item in items:
         experiments = load_experiments(item, rehearse=False)
@@ -54,7 +55,7 @@ def row(script: Path) -> list:
 
 
 def document() -> str:
-    """recipes/README.md with a current index."""
+    """Return recipes/README.md with a current index."""
     scripts = sorted(RECIPES.glob("table*.sh")) + sorted(RECIPES.glob("fig*.sh"))
     heads = [
         "paper",

@@ -1,5 +1,6 @@
-"""Writes the tables that `plan` gives into the documents: python tools/planned_tables.py. A test says when
-they are stale.
+"""Writes the tables that `plan` computes into the documents: python tools/planned_tables.py
+
+A test fails when they are stale.
 
 They are for the H100 (80 GB) at 40% of its bf16 rate, with the DeepSpeed JSON that each experiment names."""
 
@@ -27,14 +28,13 @@ SIZES += [("openllama_3b_1b", 13), ("openllama_7b", 6), ("llama2_7b", 7)]
 
 
 def span(values: list[float]) -> str:
-    """'38' or '38 to 47', rounded to what a reader needs."""
+    """Return '38' or '38 to 47', rounded to what a reader needs."""
     ends = [f"{value:,.0f}" if value >= 10 else f"{value:.1f}" for value in (min(values), max(values))]
     return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
 
 def experiments() -> dict[str, list[dict]]:
-    """{experiment: plans on 8 GPUs}, the quickstart left out, the one whose reference or only run is cheapest
-    first."""
+    """Return {experiment: plans on 8 GPUs} without the quickstart, by GPU-hours of the first run."""
     names = [path.stem for path in RECIPES.glob("*.yaml") if path.stem != "quickstart"]
     plans = {name: planning.plan_experiment(load_experiment(name)) for name in names}
     return dict(sorted(plans.items(), key=lambda item: (item[1][0]["gpu_hours"], item[0])))
@@ -59,7 +59,7 @@ def recipes_table() -> str:
 
 
 def slurm_table() -> str:
-    """Per experiment its scripts of slurm/, the GPUs that they ask for, and GPU-hours."""
+    """Return the table of the scripts of slurm/ per experiment, their GPUs and GPU-hours."""
     rows = []
     for name, plans in experiments().items():
         asked = {}
@@ -85,7 +85,7 @@ def slurm_table() -> str:
 
 
 def memory_table() -> str:
-    """Planned peak of the paper's sizes under each JSON, on 1 and 8 GPUs."""
+    """Return the table of planned peaks of the paper's sizes under each JSON, on 1 and 8 GPUs."""
     files = sorted(p.name for p in (REPOSITORY / "ds_configs").glob("*.json") if not p.name.startswith("cpu"))
     rows = []
     for name, layers in SIZES:
@@ -110,7 +110,7 @@ def memory_table() -> str:
 
 
 def documents() -> dict[Path, str]:
-    """{file: its text with current tables}."""
+    """Return {file: text with current tables}."""
     texts = {}
     for folder, made in (
         ("ds_configs", memory_table()),
