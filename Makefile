@@ -1,5 +1,5 @@
 # The five commands that people type. Each sets up .venv on its first call, or takes the active environment.
-SHELL := /usr/bin/env bash
+SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .PHONY: setup test lint docs quickstart
@@ -15,6 +15,7 @@ lint:
 	$(ENVIRONMENT)
 	ruff check .
 	ruff format --check .
+	mypy
 	git ls-files '*.sh' .ci/run | xargs -n 1 shellcheck --exclude=SC1091
 	codespell
 

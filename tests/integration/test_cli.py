@@ -3,8 +3,10 @@ the shape of the package (imports in order, sizes)."""
 
 import ast
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -406,6 +408,26 @@ def test_the_readme_is_short_and_names_every_verb():
     for verb in sorted(named):
         assert run_verb(verb, "--help").returncode == 0
     assert set(re.findall(r"^\| `([a-z]+)[ `]", text, re.MULTILINE)) == named
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+def test_make_runs_its_recipes_in_the_active_environment():
+    path = os.pathsep.join([str(Path(sys.prefix) / "bin"), os.environ["PATH"]])
+    variables = {**os.environ, "VIRTUAL_ENV": sys.prefix, "PATH": path}
+    done = subprocess.run(
+        ["make", "setup"], cwd=REPOSITORY, env=variables, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_way_to_check_a_commit_checks_the_same():
+    pins = (REPOSITORY / "tests" / "requirements.txt").read_text().split()
+    (local,) = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())["repos"]
+    assert {pin for hook in local["hooks"] for pin in hook["additional_dependencies"]} <= set(pins)
+    install = "apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge"
+    for path in (".ci/run", ".github/workflows/ci.yml"):
+        text = (REPOSITORY / path).read_text()
+        assert install in text and "bash tests/run.sh --all --durations=20" in text, path
 
 
 def test_shell_is_clean():
