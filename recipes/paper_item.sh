@@ -15,11 +15,11 @@ SEED=${SEED:-0}
 if command -v sbatch > /dev/null; then # runs and data lie where the scripts of slurm/ keep them
   # shellcheck source=slurm/site.sh disable=SC2030,SC2031 # nothing else of it is wanted
   folders=$(: "${INHERITUNE_ROOT:=}" "${HF_HOME:=}" && source slurm/site.sh && printf '%s\n' "${INHERITUNE_ROOT:-}" "${HF_HOME:-}")
-  { read -r root && read -r home; } <<< "$folders"
+  mapfile -t folders <<< "$folders" # the substitution drops empty lines at its end: both folders may be the default
   # shellcheck disable=SC2031
-  [ -z "$root" ] || export INHERITUNE_ROOT="$root"
+  [ -z "${folders[0]}" ] || export INHERITUNE_ROOT="${folders[0]}"
   # shellcheck disable=SC2031
-  [ -z "$home" ] || export HF_HOME="$home"
+  [ -z "${folders[1]:-}" ] || export HF_HOME="${folders[1]}"
 fi
 # shellcheck source=recipes/setup.sh
 source recipes/setup.sh

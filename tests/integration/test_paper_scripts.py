@@ -135,12 +135,14 @@ def test_on_a_login_node_nothing_is_trained_and_the_sites_folder_is_looked_at(tm
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}")
     monkeypatch.setenv("VIRTUAL_ENV", sys.prefix)  # else one is made
-    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
-    for name in ("REHEARSE", "INHERITUNE_ROOT", "SLURM_JOB_ID"):
+    for name in ("REHEARSE", "INHERITUNE_ROOT", "HF_HOME", "SCRATCH", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
     command = ["bash", REPOSITORY / "recipes" / "table5_val_loss.sh"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False
+    )  # the default: no folder is set
     assert done.returncode == 2 and "SUBMIT=1 submits them as jobs" in done.stderr, done.stderr
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "DRAW": "1"}
     )
