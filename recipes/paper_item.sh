@@ -66,52 +66,11 @@ run_missing() {
   done
 }
 
-# The number of the job that a script of slurm/ submits, or of the one of that name that is queued already.
-submit() {
-  local printed
-  printed=$(bash "$@")
-  echo "$printed" >&2
-  echo "$printed" | sed -n 's/^submitted job //p; s/^not submitted: .*queued already (\([0-9]*\).*/\1/p' | sed -n 1p
-}
-
-submit_missing() {
-  local lines=() jobs=() line words numbers number waits options id
-  mapfile -t lines <<< "$1"
-  if [ "${REHEARSE:-0}" = 0 ]; then # here, where there is internet: documents, tokenizers, models, tasks
-    local -A experiments=()
-    for line in "${lines[@]}"; do
-      read -ra words <<< "$line"
-      experiments[${words[1]}]=1
-      [ ! -f "recipes/${words[2]%/*}.yaml" ] || experiments[${words[2]%/*}]=1 # whose model is measured on the other's text
-    done
-    for line in "${!experiments[@]}"; do bash slurm/fetch.sh "$line"; done
-  fi
-  for line in "${lines[@]}"; do
-    read -ra words <<< "$line"
-    waits='' id=''
-    IFS=, read -ra numbers <<< "${words[3]//-/}"
-    for number in "${numbers[@]}"; do # of a growth a slot may fail and the next make it good; the verbs behind it look for themselves
-      [ -z "${jobs[number]:-}" ] || waits+=,$([[ ${lines[number - 1]} = grow* ]] && echo afterany || echo afterok):${jobs[number]}
-    done
-    options=()
-    [ -z "$waits" ] || options=(-- "--dependency=${waits#,}")
-    printf '\n== %s\n' "$line"
-    case ${words[0]} in
-      prepare) id=$(submit slurm/prepare.sh "${words[1]}") ;;
-      train | grow) id=$(submit "slurm/${words[0]}.sh" "${words[1]}" "${words[2]}" --seed "$SEED" "${options[@]}") ;;
-      evaluate) id=$(FORCE=1 submit slurm/evaluate.sh "${words[1]}" --run "${words[2]}" --seed "$SEED" "${options[@]}") ;;
-      analyze) id=$(FORCE=1 submit slurm/analyze.sh "${words[2]}" "${words[1]}" --seed "$SEED" "${words[@]:4}" "${options[@]}") ;;
-    esac
-    jobs[${#jobs[@]} + 1]=$id
-  done
-  echo "When these jobs are done, run this again: it then only draws."
-}
-
 for item in "$@"; do
   if [ -n "${SUBMIT:-}" ]; then
     listed=$(missing "$item")
     if [ -n "$listed" ]; then
-      submit_missing "$listed"
+      inheritune submit "$item" --seed "$SEED"
       continue
     fi
   fi

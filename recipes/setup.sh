@@ -31,7 +31,7 @@ sys.path = [place for place in sys.path if place]  # not the current folder
 try:
     import inheritune
     here = os.path.dirname(os.path.dirname(os.path.realpath(inheritune.__file__)))
-    if here != os.path.realpath(repository):
+    if here != os.path.realpath(repository) and not os.path.exists(os.path.join(here, "COMMIT")):  # a snapshot of it
         print(f"note: the active environment has this package from {here}, not from {repository}")
 except ImportError:
     wrong.append("this package")
@@ -50,6 +50,10 @@ PY
   wanted=$(cat "$repository/pyproject.toml" "${pins[@]}" <(echo "$repository") | cksum | tr ' ' -)
   ready=$venv/ready-$wanted${extra:+-$extra}
   if [ ! -f "$ready" ] && { [ -n "$extra" ] || [ ! -f "$ready-dev" ]; }; then
+    if [ -n "${INHERITUNE_NO_BUILD:-}" ]; then # in a job of slurm/, whose node may have no internet
+      echo "inheritune: there is no environment on node $(hostname): neither an active one nor $venv; make it on the login node (bash slurm/fetch.sh EXPERIMENT does), and do not submit with --export=NONE" >&2
+      exit 2
+    fi
     echo "Setting up $venv (once; 2 to 4 minutes, about 2 GB) ..."
     [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${pins[@]/#/--constraint=}" --editable "$repository${extra:+[$extra]}"

@@ -1,11 +1,17 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=analyze --nodes=1 --gpus-per-node=1 --cpus-per-gpu=8 --mem-per-gpu=60G --time=02:00:00
-#SBATCH --signal=B:USR1@300 --requeue --open-mode=append
-# Rank and column mass of a model's attention:  bash slurm/analyze.sh MODEL EXPERIMENT [--out FOLDER]
+#SBATCH --signal=B:USR1@300 --requeue --open-mode=append --kill-on-invalid-dep=yes
+# Rank and column mass of a model's attention. 1 GPU.
+#   bash slurm/analyze.sh MODEL EXPERIMENT [--out OUT] [--sequences SEQUENCES] [--length LENGTH] [--seed SEED] [--maps MAPS] [--rehearse] [--dry-run] [--no-snapshot] [-- SBATCH OPTIONS]
+# Made from jobs.yaml by tools/job_stubs.py.
 set -euo pipefail
-here=$(dirname "$0") # in a job of plain sbatch this is Slurm's spool folder
-[ -f "$here/job.sh" ] || here=${INHERITUNE_REPOSITORY:-$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/slurm/[a-z0-9_]*\.sh.*|\1|p')}/slurm
-[ -f "$here/job.sh" ] || here=${SLURM_SUBMIT_DIR:-.}/slurm
+here=$(dirname "$(readlink -f "$0")") # in a job of plain sbatch this is Slurm's spool folder
+if [ ! -f "$here/job.sh" ] && [ -n "${SLURM_JOB_ID:-}" ]; then
+  here=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=||; t found; b; :found; s|\.sh .*|.sh|; p; q')
+  here=$(dirname "$(readlink -f "$here")")
+fi
+[ -f "$here/job.sh" ] || here=${INHERITUNE_REPOSITORY:-${SLURM_SUBMIT_DIR:-.}}/slurm
+[ -f "$here/job.sh" ] || { echo "inheritune: $0 is a copy outside the repository; set INHERITUNE_REPOSITORY to the repository, or link the script" >&2 && exit 2; }
 # shellcheck source=slurm/job.sh
 source "$here/job.sh"
-analyze "$@"
+run_job analyze "$@"

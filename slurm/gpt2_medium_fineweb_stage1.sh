@@ -1,11 +1,17 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=gpt2_medium_fineweb_stage1 --nodes=1 --gpus-per-node=4 --cpus-per-gpu=8 --mem-per-gpu=60G --time=24:00:00
-#SBATCH --signal=B:USR1@300 --requeue --open-mode=append
-# GPT-2 Medium on FineWeb-Edu: the first stage of Inheritune, from a trained reference.
+#SBATCH --signal=B:USR1@300 --requeue --open-mode=append --kill-on-invalid-dep=yes
+# GPT-2 Medium on FineWeb-Edu: the first stage of Inheritune, from a trained reference. 4 GPUs.
+#   bash slurm/gpt2_medium_fineweb_stage1.sh [--seed SEED] [--ds DS] [--rehearse] [--dry-run] [--no-snapshot] [-- SBATCH OPTIONS]
+# Made from jobs.yaml by tools/job_stubs.py.
 set -euo pipefail
-here=$(dirname "$0") # in a job of plain sbatch this is Slurm's spool folder
-[ -f "$here/job.sh" ] || here=${INHERITUNE_REPOSITORY:-$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/slurm/[a-z0-9_]*\.sh.*|\1|p')}/slurm
-[ -f "$here/job.sh" ] || here=${SLURM_SUBMIT_DIR:-.}/slurm
+here=$(dirname "$(readlink -f "$0")") # in a job of plain sbatch this is Slurm's spool folder
+if [ ! -f "$here/job.sh" ] && [ -n "${SLURM_JOB_ID:-}" ]; then
+  here=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=||; t found; b; :found; s|\.sh .*|.sh|; p; q')
+  here=$(dirname "$(readlink -f "$here")")
+fi
+[ -f "$here/job.sh" ] || here=${INHERITUNE_REPOSITORY:-${SLURM_SUBMIT_DIR:-.}}/slurm
+[ -f "$here/job.sh" ] || { echo "inheritune: $0 is a copy outside the repository; set INHERITUNE_REPOSITORY to the repository, or link the script" >&2 && exit 2; }
 # shellcheck source=slurm/job.sh
 source "$here/job.sh"
-GPUS=${GPUS:-4} train gpt2_medium_fineweb inheritune --stage 1 "$@"
+run_job gpt2_medium_fineweb_stage1 "$@"

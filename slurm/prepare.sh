@@ -1,11 +1,17 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=prepare --nodes=1 --ntasks=1 --cpus-per-task=16 --mem=64G --time=24:00:00
-#SBATCH --signal=B:USR1@300 --requeue --open-mode=append
-# Turn an experiment's documents into token shards, on CPUs:  bash slurm/prepare.sh EXPERIMENT [--workers N]
+#SBATCH --signal=B:USR1@300 --requeue --open-mode=append --kill-on-invalid-dep=yes
+# Turn an experiment's documents into token shards, on CPUs. On CPUs.
+#   bash slurm/prepare.sh EXPERIMENT [--workers WORKERS] [--rehearse] [--dry-run] [--no-snapshot] [-- SBATCH OPTIONS]
+# Made from jobs.yaml by tools/job_stubs.py.
 set -euo pipefail
-here=$(dirname "$0") # in a job of plain sbatch this is Slurm's spool folder
-[ -f "$here/job.sh" ] || here=${INHERITUNE_REPOSITORY:-$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/slurm/[a-z0-9_]*\.sh.*|\1|p')}/slurm
-[ -f "$here/job.sh" ] || here=${SLURM_SUBMIT_DIR:-.}/slurm
+here=$(dirname "$(readlink -f "$0")") # in a job of plain sbatch this is Slurm's spool folder
+if [ ! -f "$here/job.sh" ] && [ -n "${SLURM_JOB_ID:-}" ]; then
+  here=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=||; t found; b; :found; s|\.sh .*|.sh|; p; q')
+  here=$(dirname "$(readlink -f "$here")")
+fi
+[ -f "$here/job.sh" ] || here=${INHERITUNE_REPOSITORY:-${SLURM_SUBMIT_DIR:-.}}/slurm
+[ -f "$here/job.sh" ] || { echo "inheritune: $0 is a copy outside the repository; set INHERITUNE_REPOSITORY to the repository, or link the script" >&2 && exit 2; }
 # shellcheck source=slurm/job.sh
 source "$here/job.sh"
-prepare "$@"
+run_job prepare "$@"

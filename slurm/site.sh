@@ -3,6 +3,16 @@
 # to the site's default; a value set in the environment wins (SITE_TIME=04:00:00 bash slurm/train.sh ...).
 # `source slurm/site.sh` in a login shell (bash or zsh) also exports them as the SBATCH_* variables that plain `sbatch slurm/X.sh`
 # reads. After editing, source it in a new shell.
+# Several clusters or partitions: SITE=name reads slurm/sites/name.sh first, whose values go before those of this file.
+if [ -n "${SITE:-}" ]; then
+  _site_folder=$(cd "$(dirname "${BASH_SOURCE[0]:-$0}")" && pwd)/sites
+  if [ ! -f "$_site_folder/$SITE.sh" ]; then
+    echo "inheritune: SITE=$SITE names no file of $_site_folder ($(cd "$_site_folder" && echo *.sh)); copy example.sh to $SITE.sh there" >&2
+    return 2
+  fi
+  # shellcheck source=slurm/sites/example.sh
+  . "$_site_folder/$SITE.sh"
+fi
 
 # --- what is asked of Slurm
 : "${SITE_ACCOUNT:=${SBATCH_ACCOUNT:-}}"       # whom the hours are charged to; `sacctmgr show associations user=$USER` lists yours
@@ -16,13 +26,14 @@
 : "${SITE_CPU_PARTITION:=}"                    # for prepare.sh and rehearsals, without GPU; empty: SITE_PARTITION, or the default
 : "${SITE_TIME:=${SBATCH_TIMELIMIT:-}}"        # of one job; the work goes on in the next. Empty: 24 h, or the partition's limit
 : "${SITE_LEAD:=300}"                          # seconds before that limit at which a job begins to save and stop
+: "${SITE_MAIL:=}"                             # address for mail at the end, failure and requeue of a job; empty: none
 : "${SITE_REQUEUE:=yes}"                       # no: the site does not let jobs requeue themselves; they submit themselves again
 
 # --- what a job finds on the nodes
 : "${SITE_MODULES:=}"                          # modules to load, separated by spaces: "python/3.11 cuda/12.8"
 : "${SITE_CONDA:=}"                            # conda environment (name or folder) made from slurm/environment.yml
 : "${SITE_APPTAINER:=}"                        # image made from slurm/inheritune.def; its path may hold no spaces
-: "${SITE_INTERFACE:=}"                        # network interface between the nodes, for example ib0; empty: NCCL chooses
+: "${SITE_INTERFACE:=}"                        # network interface between the nodes, for example ib0; empty: InfiniBand's, or the one that reaches the other nodes
 : "${INHERITUNE_ROOT:=${SCRATCH:+$SCRATCH/inheritune}}"   # runs/ and data/: a large shared disk; empty: the repository itself
 : "${HF_HOME:=${INHERITUNE_ROOT:+$INHERITUNE_ROOT/huggingface}}"   # downloads of fetch.sh; empty: ~/.cache/huggingface
 

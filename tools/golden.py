@@ -9,7 +9,6 @@ same versions. Run it before and after.
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -20,11 +19,17 @@ from pathlib import Path
 import xxhash
 import yaml
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from inheritune.config.jobs import load_jobs
+from inheritune.config.paths import REPOSITORY
+from inheritune.submit.request import KINDS, read_request
+from inheritune.submit.sbatch import make_submission
+from inheritune.submit.site import Site
+
 GOLDEN = REPOSITORY / "tests" / "golden.json"
 SHAPES = [(ranks, stage) for ranks in (1, 2) for stage in (0, 3)]
 TIMES = ("step_s", "tokens_per_s", "mfu", "peak_memory_gb")
-SINFO = "echo 'gpu*|2|64|512000|1-00:00:00|gpu:8'"
 
 EXPERIMENT = {
     "data": {
@@ -151,31 +156,16 @@ def hash_tables(folder: Path) -> dict[str, str]:
     }
 
 
-def hash_submissions(folder: Path) -> dict[str, str]:
-    """Return {script: hash of the submission line} for a site whose nodes have 8 GPUs."""
-    (folder / "bin").mkdir(parents=True)
-    for name, body in {"sinfo": SINFO, "sbatch": 'printf "%s\\n" "$@"'}.items():
-        (folder / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
-        (folder / "bin" / name).chmod(0o755)
-    kept = {
-        key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "SITE_"))
-    }
-    environment = {
-        **kept,
-        "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
-        "INHERITUNE_ROOT": "/scratch",
-    }
-    words = {"prepare": ["NAME"], "evaluate": ["NAME"], "baselines": ["NAME"], "analyze": ["NAME", "RUN"]}
-    words |= {name: ["NAME", "RUN"] for name in ("train", "grow")}
-    found = {}
-    for script in sorted((REPOSITORY / "slurm").glob("*.sh")):
-        if script.stem in ("job", "site", "fetch"):
-            continue
-        command = ["bash", str(script), *words.get(script.stem, []), "--dry-run"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        found[script.stem] = hash_bytes(
-            re.sub(re.escape(str(REPOSITORY)), "REPOSITORY", done.stdout).encode()
-        )
+def hash_submissions() -> dict[str, str]:
+    """Return {job: hash of the command that would submit it} for a site whose nodes have 8 GPUs."""
+    values = {"SITE_GPUS_PER_NODE": "8", "SITE_CPUS_PER_GPU": "8", "SITE_MEM_PER_GPU": "57600M"}
+    values |= {"SITE_TIME": "1440", "SITE_LEAD": "300", "SITE_REQUEUE": "yes", "INHERITUNE_ROOT": "/scratch"}
+    site, found = Site(values, nodes="gpu*|8|64|512000|1-00:00:00|gpu:8"), {}
+    for name, job in load_jobs().items():
+        words = [] if job.experiment else ["NAME"] * len(KINDS[job.verb].words)
+        submission = make_submission(read_request(name, words), site, {}, n_runs=5)
+        line = submission.line(site).replace(str(REPOSITORY), "REPOSITORY")
+        found[name] = hash_bytes(line.encode())
     return found
 
 
@@ -196,7 +186,7 @@ def main(target: Path = GOLDEN) -> None:
             print(f"{ranks} rank(s), ZeRO {stage}: done", flush=True)
         found["plan --json"] = hash_plans()
         found["paper tables"] = hash_tables(folder / "tables")
-        found["submissions"] = hash_submissions(folder / "slurm")
+        found["submissions"] = hash_submissions()
     target.write_text(json.dumps(found, indent=1) + "\n")
     print(f"wrote {target}")
 

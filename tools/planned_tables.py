@@ -4,7 +4,6 @@ A test fails when they are stale.
 
 They are for the H100 (80 GB) at 40% of its bf16 rate, with the DeepSpeed JSON that each experiment names."""
 
-import re
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ sys.path.extend(str(Path(__file__).resolve().parents[1] / place) for place in ("
 from written import filled, markdown
 
 from inheritune.config.experiment import load_experiment
+from inheritune.config.jobs import load_jobs
 from inheritune.config.paths import RECIPES, REPOSITORY
 from inheritune.engines.deepspeed_json import load_deepspeed_json
 from inheritune.planning import memory, proposals
@@ -62,11 +62,8 @@ def slurm_table() -> str:
     """Return the table of the scripts of slurm/ per experiment, their GPUs and GPU-hours."""
     rows = []
     for name, plans in experiments().items():
-        asked = {}
-        for script in sorted((REPOSITORY / "slurm").glob("*.sh")):
-            found = re.search(rf"GPUS:-(\d+)\}} \w+ {name}\b", script.read_text(encoding="utf-8"))
-            if found:
-                asked[script.stem.rpartition("_")] = int(found[1])
+        jobs = (job for job in load_jobs().values() if job.experiment == name)
+        asked = {job.name.rpartition("_"): job.gpus for job in jobs}
         stem = next(iter(asked))[0]
         kinds = [
             kind for kind in ("reference", "stage1", "growth", "baselines") if (stem, "_", kind) in asked

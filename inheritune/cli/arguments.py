@@ -9,10 +9,12 @@ from collections.abc import Callable
 from inheritune.config import environment, values
 from inheritune.errors import UserError, suggest_name
 
-SWITCHES = ("rehearse", "slot", "json", "missing", "allow_task_code")
+SWITCHES = ("rehearse", "slot", "json", "missing", "allow_task_code", "watch")
 """Arguments that are True when given alone."""
-POSITIONAL = ("experiment", "item", "folder")
+POSITIONAL = ("experiment", "item", "folder", "job", "target")
 """Arguments that a usage line shows without a flag."""
+OPEN_VERBS = ("submit",)
+"""Verbs whose first argument decides which others there are; they check them themselves."""
 
 
 def list_arguments(function: Callable) -> dict[str, inspect.Parameter]:
@@ -32,6 +34,10 @@ def bind_arguments(verb: str, function: Callable, argv: list[str]) -> dict:
 
     Raises UserError for an unknown, repeated or missing argument, and for a value of the wrong type."""
     environment.check_variables()
+    if verb in OPEN_VERBS:
+        if not argv or argv[0].startswith("-"):
+            raise UserError(f"{verb} needs JOB; usage: python -m inheritune {verb} {format_usage(function)}")
+        return {"job": argv[0], "words": argv[1:]}
     required = list_required(function)
     found: dict = {}
     rest = list(argv)
@@ -111,6 +117,8 @@ def format_usage(function: Callable) -> str:
             words.append(f"{flag} {name.upper()}")
         elif name in SWITCHES:
             words.append(f"[{flag}]")
+        elif name == "words":
+            words.append("[WORDS ...] [-- SBATCH OPTIONS]")
         else:
             value = name.upper() if parameter.default is None else parameter.default
             words.append(f"[{flag} {value}]")

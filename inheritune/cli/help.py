@@ -50,6 +50,8 @@ def _describe_argument(function: Callable, name: str) -> tuple[str, str]:
     flag = f"--{name.replace('_', '-')}"
     if name in SWITCHES:
         return flag, "switch"
+    if name == "words":
+        return "WORDS ...", "the arguments of slurm/JOB.sh"
     types = get_args(parameter.annotation) or (parameter.annotation,)
     kind = next(TYPE_NAMES[kind] for kind in types if kind in TYPE_NAMES)
     if name in required:

@@ -5,7 +5,7 @@ import sys
 import time
 import traceback
 
-from inheritune.cli.arguments import bind_arguments
+from inheritune.cli.arguments import OPEN_VERBS, bind_arguments
 from inheritune.cli.help import describe_verb, describe_verbs, list_verbs, read_version
 from inheritune.cli.verbs import Verbs
 from inheritune.errors import Stopped, UserError, suggest_name
@@ -13,7 +13,7 @@ from inheritune.runtime import dist, job_reports, launcher, limits, signals, str
 
 SAVING_VERBS = ("train", "prepare", "grow", "evaluate")
 """Verbs that save and leave when they are asked to."""
-PRINTING_VERBS = ("check", "plan", "status", "table", "verify")
+PRINTING_VERBS = ("check", "plan", "queue", "status", "table", "verify")
 """Verbs whose result is what they print."""
 REPORT_DELAY_S = 3
 """Time for rank 0 to report: srun --kill-on-bad-exit ends all ranks when the first one leaves."""
@@ -44,7 +44,7 @@ def run_line(argv: list[str]) -> int:
     verbs, verb = list_verbs(), argv[0]
     if verb not in verbs:
         raise UserError(f"unknown verb '{verb}'; {suggest_name(verb, verbs)}")
-    if "-h" in argv or "--help" in argv:
+    if ("-h" in argv or "--help" in argv) and (verb not in OPEN_VERBS or argv[1].startswith("-")):
         return print_text(describe_verb(verb))
     check_current_folder()
     code = run_verb(verb, bind_arguments(verb, verbs[verb], argv[1:]), argv)

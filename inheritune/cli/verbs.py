@@ -229,11 +229,42 @@ class Verbs:
 
         export(folder, to, dtype)
 
-    def status(self, experiment: str, seed: int = 0, rehearse: bool | None = None) -> None:
-        """Print every run's state, step, loss, speed, time left, job, last error and next command."""
-        from inheritune.cluster.status import status
+    def status(
+        self, experiment: str, seed: int = 0, rehearse: bool | None = None, watch: bool | None = None
+    ) -> None:
+        """Print every run's state, step, loss, speed, time left, queue, job, last error and next command.
 
-        status(experiment, seed, rehearse)
+        --watch prints it again every 30 seconds until Ctrl-C."""
+        from inheritune.cluster.status import status, watch_status
+
+        (watch_status if watch else status)(experiment, seed, rehearse)
+
+    def submit(self, job: str, words: list | None = None) -> None:
+        """Check a job and submit it to Slurm: JOB of slurm/jobs.yaml, or an item of the paper (table5).
+
+        The words after JOB are those of slurm/JOB.sh: `submit JOB --help` lists them. After two dashes come
+        options for sbatch. An item takes --seed K: all that it lacks is submitted, with dependencies."""
+        from inheritune.submit.login import submit_words
+
+        submit_words(job, list(words or []))
+
+    def queue(self) -> None:
+        """Print your Slurm jobs: state, reason for waiting, dependencies, and what each does."""
+        from inheritune.submit.control import print_queue
+
+        print_queue()
+
+    def cancel(self, target: str, run: str | None = None, seed: int = 0) -> None:
+        """Cancel job TARGET, or the jobs of experiment TARGET (of its --run with --seed)."""
+        from inheritune.submit.control import cancel
+
+        cancel(target, run, seed)
+
+    def retry(self, job: str) -> None:
+        """Submit JOB, which has left the queue, again as it was asked for: arguments, options, variables."""
+        from inheritune.submit.control import retry
+
+        retry(job)
 
     def verify(self, path: str) -> None:
         """Compare all files of runs and data below PATH with their hashes; exit code 2 if one is damaged."""

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 from inheritune.cluster.planner import find_unfinished_source
 from inheritune.config.experiment import Experiment, load_experiment
+from inheritune.config.jobs import format_shape
 from inheritune.config.values import GPUS, read_numbers
 from inheritune.errors import UserError
 from inheritune.evaluation.taskcode import refuse_task_code
@@ -27,12 +28,14 @@ def check(
     ds: str | None = None,
     gpus: str | None = None,
     allow_task_code: bool = False,
+    needs: bool = True,
 ) -> None:
     """Print that the experiment is sound and, for `run` (and `stage` of a grown run), that what it starts
     from exists.
 
     First prints the warnings about the DeepSpeed JSON of its runs (or `ds`), for each number in `gpus` ("4"
-    or "1,2,4"). Code in its task files is refused unless `allow_task_code`.
+    or "1,2,4"). Code in its task files is refused unless `allow_task_code`. Without `needs`, what the run
+    starts from may be missing: a job that runs before makes it.
 
     Raises UserError that names what is refused or missing, with the commands that make it."""
     loaded = load_experiment(experiment, rehearse)
@@ -47,6 +50,8 @@ def check(
     spec = loaded.run(run)
     if stage:
         Job(loaded, run, seed, stage).depths()
+    if not needs:
+        return
     data_ready = is_prepared(get_data_dir(loaded))
     needed = find_unfinished_source(loaded, spec, seed)
     if not data_ready or needed:
@@ -130,7 +135,8 @@ def _describe_ways(
 ) -> str:
     """Return what to do while `needed` is not trained: train it and queue this behind it, or start from a
     public checkpoint."""
-    train = f"{_rehearse_prefix(experiment)}{launcher.format_script('train')} {name}"
+    shape = "" if experiment.rehearsal else format_shape("train", experiment.name)
+    train = f"{_rehearse_prefix(experiment)}{shape}{launcher.format_script('train')} {name}"
     flag = format_seed_flag(seed)
     again = f"{train} {run}{f' --stage {stage}' if stage else ''}{flag}"
     settings = experiment.train_of(experiment.run(needed))
@@ -157,5 +163,5 @@ def _describe_ways(
             f"{name}\n"
         )
         verb = "grow" if experiment.run(public).grow else "train"
-        text += f"    {launcher.format_script(verb)} {name} {public}{flag}"
+        text += f"    {shape}{launcher.format_script(verb)} {name} {public}{flag}"
     return text

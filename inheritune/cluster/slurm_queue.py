@@ -7,11 +7,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from inheritune.cluster.job_records import Key, read_keys, read_record
 from inheritune.config import names
-from inheritune.files.storage import find_root
+from inheritune.files.storage import find_root, list_names
 
-SQUEUE = ["squeue", "-h", "-r", "--me", "-o", "%i|%A|%T|%N|%r"]
-"""Array tasks one by one: job (123_4), its own number, state, nodes, reason for waiting."""
+STATE = "state"
+"""File in the folder of a job that has started (submit/job_context.py)."""
+
+SQUEUE = ["squeue", "-h", "-r", "--me", "-o", "%i|%A|%T|%N|%r|%E|%o"]
+"""Array tasks one by one: job (123_4), its own number, state, nodes, reason for waiting, dependency,
+command."""
 JOB_NAME = re.compile(r"[0-9]+(_[0-9]+)?")
 
 
@@ -24,12 +29,26 @@ class QueuedJob:
     failure: str = ""
     state: str = ""
     where: str = ""
+    dependency: str = ""
+    command: str = ""
 
     def describe(self) -> str:
         """Return the job's name with its place in the queue, as a cell."""
         if self.state == "RUNNING":
             return f"{self.name} on {self.where}"
         return f"{self.name} {self.state} {self.where}".rstrip()
+
+    def describe_waiting(self) -> str:
+        """Return why the job waits, as a cell: Slurm's reason, or what it depends on."""
+        state = "held" if "JobHeld" in self.where else self.state
+        depends = re.sub(r"\((?:unfulfilled|failed)\)", "", self.dependency)
+        reason = f"({depends})" if depends and self.where == "(Dependency)" else self.where
+        return f"{self.name} {state} {reason}".rstrip()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it waits for a job that has failed, so that it will never start."""
+        return self.where == "(DependencyNeverSatisfied)"
 
 
 def read_queue() -> dict[str, QueuedJob] | None:
@@ -41,8 +60,37 @@ def read_queue() -> dict[str, QueuedJob] | None:
         return None
     found = {}
     for line in done.stdout.splitlines():
-        name, number, state, nodes, reason = line.split("|", 4)
-        found[name] = found[number] = QueuedJob(name, "", state, nodes or f"({reason})")
+        name, number, state, nodes, reason, dependency, command = line.split("|", 6)
+        where = nodes or f"({reason})"
+        job = QueuedJob(name, "", state, where, dependency.replace("(null)", ""), command)
+        found[name] = found[number] = job
+    return found
+
+
+def list_queued_work(queue: dict[str, QueuedJob] | None) -> list[tuple[Key, QueuedJob]]:
+    """Return (work, job) of the user's jobs in the queue; of an array only its first task."""
+    found: list[tuple[Key, QueuedJob]] = []
+    arrays = set()
+    for name, job in (queue or {}).items():
+        if name == job.name and _name_array(name) not in arrays:
+            arrays.add(_name_array(name))
+            found += [(key, job) for key in read_keys(name, job.command)]
+    return found
+
+
+def list_lost_work(queue: dict[str, QueuedJob] | None) -> list[tuple[Key, str]]:
+    """Return (work, sentence) of the jobs that left the queue before they started: they waited for a job that
+    failed, or were cancelled. None of them where squeue does not answer."""
+    folder, found = find_root() / "runs" / names.JOBS, []
+    listed = set(list_names(folder)) if queue is not None else set()
+    started = {name.partition("_")[0] for name in listed if (folder / name / STATE).is_file()}
+    for name in sorted(filter(str.isdigit, listed), key=int):
+        record = read_record(name) if name not in started and name not in (queue or {}) else None
+        waits = [word for word in record.options if word.startswith("--dependency=")] if record else []
+        if record and not any(_name_array(name) == _name_array(other) for other in queue or {}):
+            why = f" (it waited for {waits[0].partition('=')[2]})" if waits else ""
+            text = f"job {name} left the queue before it started{why}"
+            found += [(key, text) for key in record.keys]
     return found
 
 

@@ -6,8 +6,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from inheritune.cluster.job_records import Key
 from inheritune.cluster.record_tail import find_number, read_last_rows
-from inheritune.cluster.slurm_queue import QueuedJob, read_jobs, read_queue
+from inheritune.cluster.slurm_queue import (
+    QueuedJob,
+    list_lost_work,
+    list_queued_work,
+    read_jobs,
+    read_queue,
+)
 from inheritune.config.experiment import Experiment
 from inheritune.config.run import Run
 from inheritune.errors import UserError
@@ -26,6 +33,7 @@ STATUS_COLUMNS = (
     "minus the paper's there",
     "tokens/s",
     "time left",
+    "queue",
     "job and node",
 )
 
@@ -34,7 +42,7 @@ STATUS_COLUMNS = (
 class Standing:
     """The state of a run, or of a stage of a grown run.
 
-    `state` is not started, running, stopped, finished or failed; unknown if its files do not say."""
+    `state` is not started, queued, running, stopped, finished or failed; unknown if its files do not say."""
 
     label: str
     state: str = "not started"
@@ -46,6 +54,8 @@ class Standing:
     published: float | None = None
     """The paper's validation loss at the evaluation's step, in nats."""
     job: str = ""
+    queue: str = ""
+    """The job that waits to work on it, and why it waits."""
     errors: list[str] = field(default_factory=list)
     """What went wrong with the run, and which of its files cannot be read."""
 
@@ -62,6 +72,7 @@ class Standing:
             f"{loss - self.published:+.4f}" if loss is not None and self.published is not None else "",
             f"{rate:,.0f}" if rate else "",
             self._format_time_left(),
+            self.queue,
             self.job,
         ]
 
@@ -93,6 +104,8 @@ class View:
         self.experiment, self.seed = experiment, seed
         self.queue = read_queue()
         self.jobs = read_jobs(self.queue)
+        self.work = list_queued_work(self.queue)
+        self.lost = list_lost_work(self.queue)
         self.curves = {} if experiment.rehearsal else load_curves(experiment.name)
         self.data_ready = is_prepared(get_data_dir(experiment))
         self.slurm = shutil.which("sbatch") is not None
@@ -100,6 +113,17 @@ class View:
 
     def folder(self, run: str) -> RunDir:
         return RunDir.of(self.experiment, run, self.seed)
+
+    def key(self, verb: str, run: str = "", stage: int | None = None) -> Key:
+        """Return the work of `verb` on a run of this experiment and seed."""
+        seed = 0 if verb == "prepare" else self.seed
+        return Key(verb, self.experiment.name, run, stage, seed, self.experiment.rehearsal)
+
+    def find_queued(self, verb: str, run: str = "", stage: int | None = None) -> QueuedJob | None:
+        """Return the job in the queue that does this work, or None. One that will never start counts last."""
+        key = self.key(verb, run, stage)
+        found = [job for other, job in self.work if other.meets(key)]
+        return min(found, key=lambda job: job.is_lost, default=None)
 
     def holder(self, path: Path) -> dict | None:
         """Return who holds the lock of `path`, or None."""
@@ -113,12 +137,36 @@ class View:
 
 def list_standings(view: View, name: str, run: Run) -> list[Standing]:
     """Return the run's standing; for a grown run, also those of its stages up to the current one."""
-    folder, experiment = view.folder(name), view.experiment
+    folder = view.folder(name)
     if run.init.external:
         found = Standing(f"{name} (third-party model)", "unknown")
         with found.collect_errors():
             found.state = "finished" if folder.results.is_file() else "not started"
         return [found]
+    standings = _list_trained(view, name, run)
+    _fill_queue(view, name, standings[0])
+    return standings
+
+
+def _fill_queue(view: View, name: str, found: Standing) -> None:
+    """Fill in which queued job is to work on a run, and what became of the last one that never started."""
+    job = view.find_queued("train", name)
+    if found.state in ("running", "finished", "unknown"):
+        return
+    if job and job.state != "RUNNING":
+        found.queue, found.job = job.describe_waiting(), ""
+        found.state = "queued" if found.state == "not started" else found.state
+        if job.is_lost:
+            found.errors.append(f"job {job.name} will never start, because what it waits for failed")
+    key = view.key("train", name)
+    lost = [text for other, text in view.lost if other.meets(key)]
+    if lost and not job:
+        found.errors.append(lost[-1])
+
+
+def _list_trained(view: View, name: str, run: Run) -> list[Standing]:
+    """Return the standing of a run that this repository trains, and of its stages."""
+    folder, experiment = view.folder(name), view.experiment
     if run.grow and run.init.inherit:
         depths = run.grow.depths(run.init.inherit.layers, experiment.model.layers)
         return _list_growth(view, name, depths, experiment.train_of(run).steps)

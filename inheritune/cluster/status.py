@@ -4,14 +4,20 @@ Runs are written while this reads. What the paper's logs say at the same step co
 (curves.yaml says which curve belongs to which run).
 """
 
+import sys
+import time
+
 from tabulate import tabulate
 
 from inheritune.cluster.planner import find_unfinished_source
 from inheritune.cluster.standing import STATUS_COLUMNS, View, list_standings
 from inheritune.config.experiment import Experiment, load_experiment
+from inheritune.config.jobs import format_shape
 from inheritune.config.run import Run
 from inheritune.files.rundir import format_seed_flag
-from inheritune.runtime import launcher
+from inheritune.runtime import launcher, streams
+
+WATCH_S = 30
 
 
 def status(experiment: str, seed: int = 0, rehearse: bool | None = None) -> None:
@@ -41,6 +47,15 @@ def status(experiment: str, seed: int = 0, rehearse: bool | None = None) -> None
     print("\n" + "\n".join(remarks))
 
 
+def watch_status(experiment: str, seed: int = 0, rehearse: bool | None = None) -> None:
+    """Print the status again every WATCH_S seconds, until Ctrl-C or until nobody reads it."""
+    while not streams.write_errors:
+        print(f"\033[H\033[2J{time.strftime('%F %T')}, every {WATCH_S} s; Ctrl-C ends this\n")
+        status(experiment, seed, rehearse)
+        sys.stdout.flush()
+        time.sleep(WATCH_S)
+
+
 def _list_flags(experiment: Experiment, seed: int) -> str:
     return format_seed_flag(seed) + (" --rehearse" if experiment.rehearsal else "")
 
@@ -48,12 +63,14 @@ def _list_flags(experiment: Experiment, seed: int) -> str:
 def find_next_command(view: View, experiment: str, name: str, run: Run, state: str) -> str:
     """Return the line to paste that continues the run.
 
-    It is empty if the run is running or finished, or if its state is unknown."""
+    It is empty if the run is queued, running or finished, or if its state is unknown."""
     if state in ("running", "finished", "unknown"):
         return ""
     loaded, seed = view.experiment, view.seed
     if run.init.external:
         return f"python -m inheritune evaluate {experiment} --run {name}{_list_flags(loaded, seed)}"
+    if queued := view.find_queued("train", name):  # a second job would do the same
+        return f"scancel {queued.name}" if queued.is_lost else ""
     stop, verb = view.folder(name).stop, "grow" if run.grow else "train"
     remove = f"rm {stop} && " if stop.is_file() else ""
     if verb == "train":  # grow itself does what its run needs
@@ -63,10 +80,20 @@ def find_next_command(view: View, experiment: str, name: str, run: Run, state: s
             return ""
         if needed:
             name, verb = needed, "grow" if loaded.run(needed).grow else "train"
-    prefix = "REHEARSE=1 " if loaded.rehearsal else ""
-    if verb == "train" and not view.data_ready:
-        by_hand = f"python -m inheritune prepare {experiment}{_list_flags(loaded, 0)}"
-        return f"{prefix}{launcher.format_script('prepare')} {experiment}" if view.slurm else by_hand
-    if view.slurm:
-        return f"{remove}{prefix}{launcher.format_script(verb)} {experiment} {name}{format_seed_flag(seed)}"
-    return f"{remove}python -m inheritune {verb} {experiment} --run {name}{_list_flags(loaded, seed)}"
+        if not view.data_ready:
+            name, verb = "", "prepare"
+    if view.find_queued("prepare" if verb == "prepare" else "train", name):
+        return ""
+    if verb == "prepare":
+        remove, seed = "", 0
+    return remove + _format_verb(view, verb, experiment, name, seed)
+
+
+def _format_verb(view: View, verb: str, experiment: str, name: str, seed: int) -> str:
+    """Return the line that runs `verb` on run `name` (empty for prepare), with Slurm where there is one."""
+    if not view.slurm:
+        run = f" --run {name}" if name else ""
+        return f"python -m inheritune {verb} {experiment}{run}{_list_flags(view.experiment, seed)}"
+    prefix = "REHEARSE=1 " if view.experiment.rehearsal else format_shape(verb, view.experiment.name)
+    run = f" {name}" if name else ""
+    return f"{prefix}{launcher.format_script(verb)} {experiment}{run}{format_seed_flag(seed)}"

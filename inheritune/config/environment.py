@@ -9,7 +9,7 @@ import math
 import os
 from dataclasses import dataclass
 
-from inheritune.config.values import MEBIBYTES, MINUTES, SECONDS, Kind
+from inheritune.config.values import MEBIBYTES, MINUTES, SECONDS, STEPS_OR_NONE, Kind
 from inheritune.errors import UserError
 
 
@@ -45,6 +45,10 @@ VARIABLES: dict[str, Variable] = {
     "INHERITUNE_LAUNCH": Variable("the srun line that starts the tasks of a job"),
     "INHERITUNE_PYTHON": Variable("the command that runs Python within an image"),
     "INHERITUNE_HOSTS": Variable("the nodes of a job, where scontrol is not available"),
+    "INHERITUNE_REPOSITORY": Variable("the checkout whose snapshot a job runs"),
+    "MAX_RESTARTS": Variable("how often a job may be restarted", STEPS_OR_NONE, 100),
+    "INHERITUNE_AGAIN": Variable("the line that submits a job again"),
+    "INHERITUNE_SUBMITTED": Variable("1 in a job that `submit` queued, which has a record", FLAG, 0),
     "INHERITUNE_LEAD": Variable("the time between a job's signal and its time limit", SECONDS, math.inf),
     "INHERITUNE_STOP": Variable("a STOP file that stops this run too, set by `grow` for the runs it starts"),
     # set by Slurm

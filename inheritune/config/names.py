@@ -10,9 +10,17 @@ would be two names in --run.
 import re
 from collections.abc import Iterable
 
-REHEARSAL, PAPER, ANALYSIS, JOBS, LOGS = FOLDERS = ("rehearsal", "paper", "analysis", "jobs", "logs")
+REHEARSAL, PAPER, ANALYSIS, JOBS, LOGS, CODE = FOLDERS = (
+    "rehearsal",
+    "paper",
+    "analysis",
+    "jobs",
+    "logs",
+    "code",
+)
 """Folders of runs/ that belong to no experiment. In order: rehearsals; tables and figures of the paper;
-attention of models that belong to no run; messages between a job and its ranks; output of jobs."""
+attention of models that belong to no run; messages between a job and its ranks; output of jobs; the code
+that jobs run."""
 RANDOM_INIT = "random_init_{}_layers"
 """Name of a random start in a seed's folder."""
 LOCK, TEMPORARY = ".lock", ".tmp"

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from inheritune.config.paths import REPOSITORY
+from inheritune.config.paths import find_checkout
 from inheritune.errors import UserError
 
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -30,8 +30,9 @@ JOINING = ("train", "evaluate")
 def format_script(name: str) -> str:
     """Return the shell command that starts slurm/NAME.sh from the current folder, with a relative path inside
     the checkout."""
-    own = REPOSITORY / "slurm" / f"{name}.sh"
-    here = os.path.relpath(own) if os.path.realpath(os.curdir) == os.path.realpath(REPOSITORY) else own
+    checkout = find_checkout()
+    own = checkout / "slurm" / f"{name}.sh"
+    here = os.path.relpath(own) if os.path.realpath(os.curdir) == os.path.realpath(checkout) else own
     return f"bash {shlex.quote(str(here))}"
 
 

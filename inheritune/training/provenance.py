@@ -9,7 +9,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from inheritune.config.paths import REPOSITORY
+from inheritune.config.paths import COMMIT, REPOSITORY
 from inheritune.files.json_files import write_json
 from inheritune.files.rundir import RunDir
 from inheritune.runtime.dist import get_world_size
@@ -43,7 +43,9 @@ def git_commit() -> str | None:
     """Return the commit of the repository, with '+changes' if files differ from it.
 
     Returns None outside a git checkout, without git, and where git refuses or does not answer: a checkout
-    that another user owns, a network disk that hangs."""
+    that another user owns, a network disk that hangs. A snapshot of the checkout names the commit itself."""
+    if (REPOSITORY / COMMIT).is_file():
+        return (REPOSITORY / COMMIT).read_text(encoding="utf-8").strip()
     head = _git("rev-parse", "HEAD")
     if head is None:
         return None

@@ -107,6 +107,7 @@ def test_submitted_jobs_wait_for_what_they_need(tmp_path, monkeypatch):
     """`SUBMIT=1` on a login node whose sbatch only writes down what it is given (Slurm itself:
     test_slurm_growth.py)."""
     sbatch = (
+        f'[ -z "$REFUSE" ] || case "$*" in *grow*) echo "sbatch: error: no" >&2; exit 1; esac\n'
         f'n=$(($(cat {tmp_path}/calls 2> /dev/null | wc -l) + 101)); echo "$@" >> {tmp_path}/calls; echo $n'
     )
     for name, body in (("sbatch", sbatch), ("sinfo", "echo idle"), ("squeue", "")):
@@ -127,6 +128,13 @@ def test_submitted_jobs_wait_for_what_they_need(tmp_path, monkeypatch):
         (["afterany:103"], "evaluate.sh gpt2_xl_owt --run inheritune/stage1 --seed 0"),
         (["afterany:104"], "evaluate.sh gpt2_xl_owt --run inheritune_everything/stage1 --seed 0"),
     ]
+    # the first refused submission ends it: what would wait for the job must not start at once
+    (tmp_path / "calls").unlink()
+    monkeypatch.setenv("REFUSE", "1")
+    command = ["bash", REPOSITORY / "recipes" / "table7_xl_downstream.sh"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and len((tmp_path / "calls").read_text().splitlines()) == 2
+    assert "sbatch refused the job: no\nqueued so far: 101 102 (scancel 101 102 " in done.stderr
 
 
 def test_on_a_login_node_nothing_is_trained_and_the_sites_folder_is_looked_at(tmp_path, monkeypatch):

@@ -33,6 +33,9 @@ from inheritune.files.rundir import RunDir
 from inheritune.models.sources import open_source
 from inheritune.models.surgery import inherit
 from inheritune.models.torch_files import list_deepspeed_classes, load_skeleton
+from inheritune.submit.request import read_request
+from inheritune.submit.sbatch import make_submission
+from inheritune.submit.site import Site
 
 # --- code of others -----------------------------------------------------------------------------------------
 
@@ -428,52 +431,20 @@ GENERIC = {
 }
 
 
-@pytest.fixture
-def login_node(tmp_path) -> dict:
-    """Environment of a machine where sinfo shows a node of 8 GPUs, sbatch says what it would run, and so does
-    its bash."""
-    commands = {
-        "sinfo": "echo 'gpu*|2|64|512000|1-00:00:00|gpu:8'",
-        "sbatch": 'for word; do last=$word; done; eval "$last"',  # as the node's shell takes --wrap apart
-        "bash": 'printf "%s\\n" "$@"',
-    }
+@pytest.mark.parametrize("script", GENERIC)
+def test_a_name_reaches_the_job_as_it_is(tmp_path, script):
+    """The command of `submit`, in a shell whose sbatch runs what it wraps, as a node does."""
+    commands = {"sbatch": 'for word; do last=$word; done; eval "$last"', "bash": 'printf "%s\\n" "$@"'}
     (tmp_path / "bin").mkdir()
     for name, body in commands.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / "bin" / name).chmod(0o755)
-    kept = {
-        key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "SITE_"))
-    }
-    return {
-        **kept,
-        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
-        "INHERITUNE_ROOT": str(tmp_path / NAME),
-    }
-
-
-@pytest.mark.parametrize("script", GENERIC)
-def test_a_name_reaches_the_job_as_it_is(tmp_path, login_node, script):
-    (tmp_path / "here").mkdir()
-    path = REPOSITORY / "slurm" / f"{script}.sh"
-    done = subprocess.run(
-        ["/bin/bash", path, *GENERIC[script], "--dry-run"],
-        cwd=tmp_path / "here",
-        text=True,
-        check=False,
-        env={**login_node, "ARRAY": "1"},
-        capture_output=True,
-    )
-    assert done.returncode == 0, done.stderr
-    line = done.stdout.splitlines()[0]
-    ran = subprocess.run(
-        ["/bin/sh", "-c", line],
-        cwd=tmp_path / "here",
-        text=True,
-        check=True,
-        env=login_node,
-        capture_output=True,
-    )
-    assert ran.stdout.splitlines() == [str(path), *GENERIC[script]]
+    site = Site({"SITE_GPUS_PER_NODE": "8", "INHERITUNE_ROOT": str(tmp_path / NAME)})
+    line = make_submission(read_request(script, GENERIC[script]), site, {}).line(site)
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    shell = ["/bin/sh", "-c", line]
+    ran = subprocess.run(shell, cwd=tmp_path, text=True, check=True, env=environment, capture_output=True)
+    assert ran.stdout.splitlines() == [str(REPOSITORY / "slurm" / f"{script}.sh"), *GENERIC[script]]
     assert f"--job-name={script}-" in line and shlex.split(line)
     assert not list(tmp_path.rglob("pwned"))
 

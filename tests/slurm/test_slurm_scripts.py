@@ -8,22 +8,21 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from slurm_cluster import REPOSITORY, cluster, session_cluster, slurm  # noqa: F401
+from slurm_cluster import COUNTING, REPOSITORY, cluster, session_cluster, slurm  # noqa: F401
 
 from inheritune.cli.verbs import Verbs
 from inheritune.config.experiment import load_experiment
+from inheritune.errors import UserError
 from inheritune.files.rundir import RunDir
+from inheritune.submit.request import KINDS
+from inheritune.submit.runs import list_baselines
 
 SCRIPTS = sorted(
     p for p in (REPOSITORY / "slurm").glob("*.sh") if p.name not in ("job.sh", "site.sh", "fetch.sh")
 )
-COUNTING = REPOSITORY / "tests" / "support" / "slurm" / "counting.sh"
 PROFILES = {
     "8 GPUs a node": {"LAB_GPUS": 8},
     "4 GPUs a node": {"LAB_NODES": 4, "LAB_GPUS": 4},
@@ -44,23 +43,17 @@ def words_of(script: Path) -> list[str]:
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_script_is_accepted(profile):
+    """Slurm takes the command and the header of each."""
     knobs = PROFILES[profile]
     site = {name: value for name, value in knobs.items() if name.startswith("SITE_")}
     with cluster(**knobs) as here:
-
-        def submit(script):
-            here.run("sbatch", "--test-only", script, *words_of(script))
-            # an array's length is given: the experiment's file is not what is tested here
-            printed = here.run("bash", script, *words_of(script), "--dry-run", ARRAY="1-3%1", **site)
-            line = printed.splitlines()[0]
-            here.run(*shlex.split(line.replace("sbatch ", "sbatch --test-only ", 1)))
-            return line
-
-        with ThreadPoolExecutor(4) as pool:
-            lines = dict(zip((s.stem for s in SCRIPTS), pool.map(submit, SCRIPTS), strict=True))
+        lines = {script.stem: here.plan(script.stem, *words_of(script), **site) for script in SCRIPTS}
         assert len(lines) > 30
+        for script in SCRIPTS:
+            if profile == "8 GPUs a node":
+                here.run("sbatch", "--test-only", script, *words_of(script))
+            here.run(*shlex.split(lines[script.stem].replace("sbatch ", "sbatch --test-only ", 1)))
         assert "No jobs" in here.run("scontrol", "show", "jobs")
-    assert not any("ntasks-per-gpu" in line for line in lines.values())
     shape = re.search(r"--nodes=\d+ --gpus-per-node=\S+", lines["gpt2_xl_growth"])[0]
     assert (
         shape
@@ -73,7 +66,6 @@ def test_every_script_is_accepted(profile):
         }[profile]
     )
     assert ("--no-requeue" in lines["gpt2_xl_growth"]) == (profile == "no requeue")
-    assert "gpus" not in lines["prepare"]
 
 
 def test_headers_have_the_shape_that_the_readme_tells():
@@ -115,10 +107,15 @@ def test_site_file_serves_a_login_shell(slurm):  # noqa: F811
     )
     # what it exported must not give GPUs to a job that asks for none
     rehearsal = (
-        f"source {REPOSITORY}/slurm/site.sh; REHEARSE=1 bash {REPOSITORY}/slurm/train.sh a b --dry-run"
+        f"source {REPOSITORY}/slurm/site.sh; REHEARSE=1 bash {REPOSITORY}/slurm/train.sh quickstart random "
+        "--dry-run"
     )
-    line = slurm.run("bash", "-c", rehearsal).splitlines()[0]
+    (line,) = re.findall(r"^.*sbatch .*$", slurm.run("bash", "-c", rehearsal), re.MULTILINE)
     assert line.startswith("env -u SBATCH_") and "-u SBATCH_GPUS_PER_NODE " in line
+    # a profile's values go before those of the file; an unknown one is named
+    profile = f"source {REPOSITORY}/slurm/site.sh; env"
+    assert "SBATCH_PARTITION=gpu\n" in slurm.run("bash", "-c", profile, SITE="example")
+    assert "SITE=nosuch names no file" in slurm.run("bash", "-c", profile, SITE="nosuch")
 
 
 def test_site_file_finds_the_partition_with_gpus(tmp_path):
@@ -141,57 +138,53 @@ def test_site_file_finds_the_partition_with_gpus(tmp_path):
             ({"SITE_CPU_PARTITION": "cpu"}, "cpu"),
             ({"SITE_PARTITION": "gpus"}, "gpus"),
         ):
-            line = here.run(
-                "bash", COUNTING, "a", 2, "--dry-run", REHEARSE=1, SITE_CONSTRAINT="big", **more
-            ).splitlines()[0]
+            line = here.plan("train", "a", 2, REHEARSE=1, SITE_CONSTRAINT="big", **more)
             assert re.findall(r"--partition=(\S+)", line) == [partition] * bool(partition)
             assert ("--constraint" in line) == (partition != "cpu")
-        prepare = f"bash {REPOSITORY}/slurm/prepare.sh small --dry-run"
-        for before in ("", f"source {REPOSITORY}/slurm/site.sh; "):
+        sourced = here.run("bash", "-c", f"source {REPOSITORY}/slurm/site.sh; env -0").split("\0")
+        exported = dict(word.split("=", 1) for word in sourced if word.startswith(("SITE_", "SBATCH_")))
+        for shell in ({}, exported):
             # nor does it ask for that one's time, which may be longer
-            line = here.run("bash", "-c", before + prepare).splitlines()[0]
+            line = here.plan("prepare", "small", **shell)
             assert "--partition" not in line and "--time" not in line
-            assert "--time=30 " in here.run("bash", "-c", before + prepare, SITE_TIME=30).splitlines()[0]
-            assert "--partition=gpus " in here.run("bash", "-c", f"{before}bash {COUNTING} a 2 --dry-run")
+            assert "--time=30 " in here.plan("prepare", "small", **{**shell, "SITE_TIME": 30})
+            assert "--partition=gpus " in here.plan("train", "a", 2, **shell)
 
 
 def test_plain_sbatch_finds_the_repository_from_any_folder(slurm, tmp_path):  # noqa: F811
     """In a job $0 is a copy in a spool folder. The last line of a failed log names the cause and the line to
-    paste."""
-    job = slurm.run(
-        "sbatch",
-        "--parsable",
-        "--array=1",
-        "--output",
-        tmp_path / "log",
-        REPOSITORY / "slurm" / "evaluate.sh",
-        "no such $(touch pwned)",
-        cwd=tmp_path,
-    )
-    (record,) = slurm.wait(job)
-    log = (tmp_path / "log").read_text()
-    assert record["ExitCode"] == "2:0", log
-    assert "no experiment 'no such $(touch pwned)'" in log
-    assert log.splitlines()[-1].endswith(
-        f"submit again: bash {REPOSITORY}/slurm/evaluate.sh 'no such $(touch pwned)'"
-    )
+    paste. The last task of an array has the id of all; a script may be a link."""
+    (tmp_path / "my link.sh").symlink_to(REPOSITORY / "slurm" / "evaluate.sh")
+    words = ["no such $(touch pwned)"]
+    options = ["--parsable", "--array=1-2", "--output", tmp_path / "log-%a"]
+    records = slurm.wait(slurm.run("sbatch", *options, tmp_path / "my link.sh", *words, cwd=tmp_path))
+    for task in "12":
+        log = (tmp_path / f"log-{task}").read_text()
+        assert "no experiment 'no such $(touch pwned)'" in log
+        assert log.splitlines()[-1].endswith(
+            f"submit again: bash {REPOSITORY}/slurm/evaluate.sh 'no such $(touch pwned)'"
+        )
+    assert {record["ExitCode"] for record in records} == {"2:0"} and len(records) == 2
     assert not (tmp_path / "pwned").exists()
+    # a copy cannot know where the repository is
+    copy = shutil.copy(REPOSITORY / "slurm" / "evaluate.sh", tmp_path / "copy.sh")
+    said = slurm.run("bash", copy, "small", cwd=tmp_path, check=False)
+    assert said.endswith("set INHERITUNE_REPOSITORY to the repository, or link the script")
 
 
-def test_mistakes_at_submission_are_one_sentence(slurm, tmp_path):  # noqa: F811
-    """Nothing is submitted, and the exit code is not 0."""
-    script = REPOSITORY / "slurm" / "baselines.sh"
-    assert "no experiment 'nosuch'" in slurm.run("bash", script, "nosuch", check=False)
-    assert "usage: bash" in slurm.run("bash", script, check=False)
-    nowhere = tmp_path / "slurm.conf"
+def test_mistakes_at_submission_are_one_sentence(slurm, small, own_root):  # noqa: F811
+    """Nothing is submitted, and the exit code is 2. What else is refused: unit/test_submit.py."""
+    said = slurm.run("bash", "-c", f"bash {REPOSITORY}/slurm/train.sh {small} refrence; echo code $?")
+    assert "did you mean 'reference'?\ncode 2" in said
+    nowhere = own_root.parent / "slurm.conf"
     nowhere.touch()  # not a missing one, for which Slurm's commands wait a minute
-    elsewhere = slurm.run(
-        "bash", REPOSITORY / "slurm" / "train.sh", "a", "b", check=False, SLURM_CONF=nowhere
-    )
-    assert (
-        elsewhere.startswith("inheritune: this is no login node of a Slurm cluster")
-        and elsewhere.count("\n") == 0
-    )
+    train = [REPOSITORY / "slurm" / "train.sh", small, "reference"]
+    elsewhere = slurm.run("bash", *train, check=False, SLURM_CONF=nowhere)
+    assert elsewhere.startswith("inheritune: this is no login node of a Slurm cluster")
+    assert elsewhere.count("\n") == 0
+    (own_root / "runs").mkdir(exist_ok=True)
+    (own_root / "runs" / "logs").write_text("a file")
+    assert "runs/logs cannot be written (File exists)" in slurm.run("bash", *train, check=False)
     assert not slurm.run("squeue", "-h")
 
 
@@ -200,9 +193,7 @@ def test_baselines_of_baselines_wait(slurm, own_root):  # noqa: F811
     script = REPOSITORY / "slurm" / "gpt2_medium_baselines.sh"
     printed = slurm.run("bash", script, "--", "--hold")
     first, stacking, long = re.findall(r"^submitted job (\d+)$", printed, re.MULTILINE)
-    names = slurm.run(
-        "python", REPOSITORY / "slurm" / "runs.py", "gpt2_medium_owt", "baselines", PYTHONPATH=REPOSITORY
-    ).split()
+    names = list_baselines(load_experiment("gpt2_medium_owt"))
     number = {name: position for position, name in enumerate(names, 1)}
     waits = {"stacking": "stacking_half", "inheritune_18_200k_50k": "reference_200k_50k"}
     for job, (run, source) in zip((stacking, long), waits.items(), strict=True):
@@ -211,9 +202,8 @@ def test_baselines_of_baselines_wait(slurm, own_root):  # noqa: F811
         assert record["Dependency"].startswith(f"afterok:{first}_{number[source]}(")
     alone = sorted(int(line) for line in slurm.run("squeue", "-h", "-r", "-j", first, "-o", "%K").split())
     assert alone == sorted(set(number.values()) - {number[run] for run in waits})
-    assert "queued already" in slurm.run("bash", script) and len(
-        slurm.run("squeue", "-h", "-r").splitlines()
-    ) == len(names)
+    assert f"not submitted: job {first}" in slurm.run("bash", script)
+    assert len(slurm.run("squeue", "-h", "-r").splitlines()) == len(names)
     assert f"--dependency=afterok:JOB_{number['stacking_half']} " in slurm.run("bash", script, "--dry-run")
 
 
@@ -228,7 +218,7 @@ def test_a_module_that_is_loaded_again_does_not_hide_the_environment(slurm, tmp_
         COUNTING,
         tmp_path / "a",
         2,
-        VIRTUAL_ENV=sys.prefix,
+        VIRTUAL_ENV=COUNTING.parent,  # whose bin/python is the stand-in
         SITE_MODULES="python/3.11",
         MODULESHOME=tmp_path,
         LMOD_PKG="",
@@ -255,7 +245,7 @@ exec {shutil.which("scontrol")} "$@"
     assert (
         record["JobState"] == "COMPLETED" and record["Restarts"] == "1" and counted(tmp_path / "a") == {30}
     ), slurm.logs()
-    assert {path.name for path in (tmp_path / "calls").iterdir()} == {"job", "hostnames"}
+    assert {path.name for path in (tmp_path / "calls").iterdir()} == {"config", "job", "hostnames"}
 
 
 def test_names_are_data(slurm, tmp_path):  # noqa: F811
@@ -266,12 +256,13 @@ def test_names_are_data(slurm, tmp_path):  # noqa: F811
     assert (folder / "DONE").exists() and not list(tmp_path.rglob("pwned"))
 
 
-def test_a_second_submission_is_told(slurm, tmp_path):  # noqa: F811
+def test_a_second_submission_is_told(slurm, tmp_path, capsys):  # noqa: F811
     job = slurm.submit(COUNTING, tmp_path / "a", 3, "--", "--hold")
-    assert f"not submitted: a job of this name is queued already ({job} PENDING)" in slurm.run(
-        "bash", COUNTING, tmp_path / "a", 3
+    assert slurm.submit(COUNTING, tmp_path / "a", 3, "--", "--job-name=other") == job
+    assert (
+        f"not submitted: job {job} (PENDING) does this already (train a/3, seed 0)" in capsys.readouterr().out
     )
-    assert "submitted job" in slurm.run("bash", COUNTING, tmp_path / "a", 3, "--", "--hold", FORCE=1)
+    assert slurm.submit(COUNTING, tmp_path / "a", 3, "--", "--hold", FORCE=1) != job
 
 
 @pytest.mark.parametrize("gpus", [4, 0])
@@ -283,7 +274,8 @@ def test_rehearsal_asks_for_no_gpu(gpus, tmp_path):
         assert "REHEARSAL" in here.log(job) and "2 task(s) of 1 CPU(s)" in here.log(job)
         assert {p.name for p in (tmp_path / "a").iterdir()} == {"rank0", "rank1", "DONE"}
         if not gpus:
-            assert "sinfo shows no GPU" in here.run("bash", COUNTING, tmp_path / "b", 2, check=False)
+            with pytest.raises(UserError, match="sinfo shows no GPU"):
+                here.submit(COUNTING, tmp_path / "b", 2)
 
 
 def test_prepare_rehearses_for_real(slurm, small, own_root):  # noqa: F811
@@ -299,7 +291,8 @@ def test_a_job_whose_run_has_a_stop_file_says_so_last(slurm, small, own_root):  
     run.stop.touch()
     job = slurm.submit(REPOSITORY / "slurm" / "train.sh", small, "reference", TASKS=1, NODES=1)
     (record,) = slurm.wait(job, timeout=120)
-    assert record["JobState"] == "COMPLETED" and not run.is_done(), slurm.logs()
+    # not 0: what waits for the end of the work must not start
+    assert record["ExitCode"] == "3:0" and not run.is_done(), slurm.logs()
     last = slurm.log(job).splitlines()[-1]
     assert "stopped, not finished:" in last and f"{run.stop} exists; delete it to continue" in last, (
         slurm.logs()
@@ -374,7 +367,7 @@ def test_a_refused_submission_of_baselines_fails(slurm, own_root):  # noqa: F811
     script = REPOSITORY / "slurm" / "gpt2_medium_baselines.sh"
     printed = slurm.run("bash", "-c", f"bash {script} -- --partition=nowhere; echo ends with $?", check=False)
     assert (
-        printed.endswith("ends with 1") and "invalid partition" in printed and "submitted job" not in printed
+        printed.endswith("ends with 2") and "invalid partition" in printed and "submitted job" not in printed
     )
 
 
@@ -394,7 +387,7 @@ def test_a_cancelled_job_stays_cancelled(slurm, tmp_path):  # noqa: F811
     slurm.run("scancel", job)
     (record,) = slurm.wait(job)
     assert record["JobState"] == "CANCELLED" and record["Restarts"] == "0", slurm.log(job)
-    assert "cancelled or requeued from outside; to go on: bash" in slurm.log(job).splitlines()[-1]
+    assert "cancelled or requeued from outside; to go on: GPUS=4 bash" in slurm.log(job).splitlines()[-1]
     assert len(counted(tmp_path / "a")) and max(counted(tmp_path / "a")) < 100  # but saved
 
 
@@ -477,7 +470,52 @@ def test_a_killed_task_fails_the_job_with_its_cause(slurm, tmp_path):  # noqa: F
     last = slurm.log(job).splitlines()[-1]
     assert record["JobState"] == "FAILED" and record["ExitCode"] == "137:0"
     assert "killed by signal 9 (out of memory?) on one of the nodes 127.0.0." in last
-    assert last.endswith(f"goes on from the last checkpoint: bash {COUNTING} {tmp_path}/a 50")
+    assert last.endswith(f"resumes from the last checkpoint: GPUS=4 bash {COUNTING} {tmp_path}/a 50")
+
+
+def test_a_run_without_done_is_not_finished(slurm, tmp_path):  # noqa: F811
+    job = slurm.submit(COUNTING, tmp_path / "a", 3, COUNTING_FAILS="done")
+    (record,) = slurm.wait(job)
+    last = slurm.log(job).splitlines()[-1]
+    assert record["ExitCode"] == "1:0" and "the program ended without an error" in last, slurm.log(job)
+    assert "seed0/3 has no DONE" in last
+
+
+def test_restarts_without_a_new_step_stop_with_the_reason(slurm, tmp_path):  # noqa: F811
+    """Here by the slots of an array: no requeue has to be waited for."""
+    job = slurm.submit(COUNTING, tmp_path / "a", 5, COUNTING_SLOTS=1, COUNTING_FAILS="idle")
+    for slot in "123":
+        slurm.wait_for_log(f"{job}_{slot}", "rank 3 counts from 0")
+        slurm.ask_to_stop(f"{job}_{slot}")
+    slurm.wait(job)
+    assert [states(slurm, job)[slot] for slot in "123"] == ["COMPLETED", "COMPLETED", "FAILED"], slurm.logs()
+    last = slurm.log(f"{job}_3").splitlines()[-1]
+    assert "FAILED (code 1): no progress: 2 restarts in a row without a new step" in last
+    assert "CANCELLED" in states(slurm, job).values()
+
+
+def test_a_failure_before_python_names_node_and_cause(slurm, own_root, tmp_path):  # noqa: F811
+    """No environment on the node, a module that does not load; and on a full disk, where no line can be
+    written, Slurm's comment has the cause. The slots behind are cancelled."""
+    script = REPOSITORY / "slurm" / "gpt2_xl_growth.sh"
+    lost = dict.fromkeys(("VIRTUAL_ENV", "CONDA_PREFIX"), "")
+    command = ["sbatch", "--parsable", "--array=1-3%1"]
+    jobs = [
+        slurm.run(*command, "--output", tmp_path / "no-environment", script, **lost),
+        slurm.run(*command, "--output", tmp_path / "no-module", script, SITE_MODULES="nosuch"),
+        slurm.run(*command, "--output", "/dev/full", script, **lost),
+    ]
+    slurm.wait(*jobs)
+    for job, cause in zip(
+        jobs, ("the Python environment", "module load nosuch", "the Python environment"), strict=True
+    ):
+        assert set(states(slurm, job).values()) == {"FAILED", "CANCELLED"}
+        shown = slurm.run("scontrol", "show", "job", f"{job}_1")
+        assert re.search(rf"Comment=127\.0\.0\.\d: {cause} failed", shown), shown
+    last = (tmp_path / "no-environment").read_text().splitlines()[-1]
+    assert "FAILED (code 2): the Python environment failed on node 127.0.0." in last
+    assert last.endswith(f"submit again: bash {script} ")
+    assert not (own_root / ".venv").exists()
 
 
 # --- arrays of slots ----------------------------------------------------------------------------------------
@@ -487,18 +525,18 @@ def states(slurm, job) -> dict[str, str]:  # noqa: F811
     return {record["ArrayTaskId"]: record["JobState"] for record in slurm.records(job)}
 
 
-def test_the_next_slot_goes_on_and_surplus_ones_end_at_once(slurm, tmp_path):  # noqa: F811
+def test_the_next_slot_goes_on_and_surplus_ones_are_cancelled(slurm, tmp_path):  # noqa: F811
     job = slurm.submit(COUNTING, tmp_path / "a", 20, COUNTING_SLOTS=1)
+    behind = slurm.submit(COUNTING, tmp_path / "b", 2, "--", f"--dependency=afterok:{job}")
     slurm.wait_for_log(f"{job}_1", "rank 3 counts from 0")
     slurm.ask_to_stop(f"{job}_1")
     records = slurm.wait(job)
-    assert {r["JobState"] for r in records} == {"COMPLETED"} and {r["Restarts"] for r in records} == {"0"}, (
-        slurm.logs()
-    )
+    assert [states(slurm, job)[task] for task in "12"] == ["COMPLETED"] * 2, slurm.logs()
+    assert "CANCELLED" in states(slurm, job).values() and {r["Restarts"] for r in records} == {"0"}
     assert "the next slot of the array goes on" in slurm.log(f"{job}_1")
-    assert "nothing is left to do" not in slurm.log(f"{job}_2") and "nothing is left to do" in slurm.log(
-        f"{job}_3"
-    )
+    assert "the rest of the array was cancelled: nothing is left" in slurm.log(f"{job}_2")
+    # what waited for the success of the whole array waits for the slot that had it
+    assert slurm.wait(behind)[0]["JobState"] == "COMPLETED", slurm.logs()
     assert counted(tmp_path / "a") == {20}
 
 
@@ -526,10 +564,15 @@ def test_a_chain_of_jobs_does_what_an_array_does(slurm, tmp_path):  # noqa: F811
 
 def test_a_mistake_stops_the_rest_of_the_array(slurm, tmp_path):  # noqa: F811
     job = slurm.submit(COUNTING, tmp_path / "a", 20, COUNTING_SLOTS=1, COUNTING_FAILS="mistake")
-    slurm.wait(job)
+    behind = slurm.submit(COUNTING, tmp_path / "b", 2, "--", f"--dependency=afterok:{job}")
+    slurm.wait(job, behind)
     assert set(states(slurm, job).values()) == {"FAILED", "CANCELLED"}, slurm.logs()
+    assert slurm.records(behind)[0]["JobState"] == "CANCELLED"
     last = slurm.log(f"{job}_1").splitlines()[-1]
-    assert "FAILED (code 2): 127.0.0.2 rank 0: the loss is not a number; mend that, then submit again" in last
+    assert "FAILED (code 2): 127.0.0.2 rank 0: the loss is not a number; " in last
+    assert (
+        f"; job(s) {behind} waited for its success and will not start; fix that, then submit again: " in last
+    )
 
 
 def test_the_same_crash_twice_stops_the_array_and_another_slot_is_told_why(slurm, tmp_path):  # noqa: F811
@@ -547,26 +590,9 @@ def test_the_same_crash_twice_stops_the_array_and_another_slot_is_told_why(slurm
     slurm.wait(job)
 
 
-@pytest.mark.parametrize(
-    ("script", "words", "line"),
-    [
-        ("prepare.sh", ["small"], "prepare EXPERIMENT [--workers N]"),
-        ("analyze.sh", ["model", "small"], "analyze --model MODEL --data EXPERIMENT"),
-        ("evaluate.sh", ["small", "--run", "reference"], "evaluate EXPERIMENT --run RUN [--procs N]"),
-        ("grow.sh", ["small", "grown"], "grow EXPERIMENT --run RUN [--procs N]"),
-        ("train.sh", ["small", "reference"], "train EXPERIMENT --run RUN [--procs N]"),
-    ],
-)
-def test_without_slurm_the_line_that_does_the_same_is_told(tmp_path, script, words, line):
-    (tmp_path / "sinfo").write_text("#!/bin/sh\nexit 1\n")
-    (tmp_path / "sinfo").chmod(0o755)
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
-    environment["PATH"] = f"{tmp_path}{os.pathsep}{environment['PATH']}"
-    command = ["bash", str(REPOSITORY / "slurm" / script), *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
-    assert done.returncode == 2 and done.stderr.strip().endswith(
-        f"without Slurm: python -m inheritune {line}"
-    ), done.stderr
+@pytest.mark.parametrize("verb", KINDS)
+def test_without_slurm_the_line_that_does_the_same_is_told(verb):
+    line = KINDS[verb].local
     flags = {flag for flag in ("--workers", "--procs", "--model", "--data", "--run") if flag in line}
     function = getattr(Verbs, line.split()[0])
     assert {flag[2:] for flag in flags} <= set(inspect.signature(function).parameters)

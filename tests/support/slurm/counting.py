@@ -5,10 +5,13 @@ asked to.
     counting.py FOLDER STEPS --slot   what `grow` is on the batch host: starts the ranks with
     $INHERITUNE_LAUNCH, passes USR1 on
 
+Like the program, it keeps its steps in the run's metrics.jsonl and ends with the run's DONE.
+
 COUNTING_FAILS: "killed" (rank 1 gets SIGKILL at step 5), "mistake" (exit code 2), "crash" (exit code 1 with a
-cause).
+cause), "idle" (saves without a step), "done" (ends without DONE).
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -53,21 +56,28 @@ def count() -> int:
     kept = folder / f"rank{rank}"
     step = int(kept.read_text()) if kept.exists() else 0
     print(f"rank {rank} counts from {step}", flush=True)
-    while step < steps and not asked:
+    while (step < steps or fails == "idle") and not asked:
         time.sleep(0.1)
-        step += 1
+        step += fails != "idle"
         if fails == "killed" and rank == 1 and step == 5:
             os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(0.3 + 0.1 * rank)  # a save takes its time, and not all ranks the same
     kept.write_text(str(step))
-    if rank == 0 and step < steps:
+    if rank == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        with open(run / "metrics.jsonl", "a") as metrics:
+            metrics.write(json.dumps({"step": step}) + "\n")
+    if rank == 0 and asked and step < steps:
         print(f"stopped at {step} by {signal.Signals(asked[0]).name}", flush=True)
         tell("more", f"step {step} of {steps}")
-    elif rank == 0:
+    elif rank == 0 and fails != "done":
         (folder / "DONE").touch()
+        (run / "DONE").touch()
     return 0
 
 
 folder, steps = Path(sys.argv[1]), int(sys.argv[2])
+run = Path(os.environ["INHERITUNE_ROOT"], "runs", "rehearsal" if os.environ.get("REHEARSE") == "1" else "")
+run = run / folder.name / "seed0" / str(steps)
 folder.mkdir(parents=True, exist_ok=True)
 sys.exit(slot() if "--slot" in sys.argv else count())

@@ -1,14 +1,11 @@
 #!/usr/bin/env bash
-# A job like those of slurm/, with counting.py for the training: bash counting.sh FOLDER STEPS; COUNTING_SLOTS=1 for an array.
-# shellcheck disable=SC2034,SC2154  # array, slots and words are job.sh's
+# A job like those of slurm/, with counting.py for the program: bash counting.sh FOLDER STEPS; COUNTING_SLOTS=1 for a growth.
+# Its `python` (bin/python) is counting.py where the program is asked for, and the real one for all else.
 set -euo pipefail
-here=$(dirname "$0")
+here=$(cd "$(dirname "$0")" && pwd)
+export PATH="$here/bin:$PATH" COUNTING_PYTHON="${COUNTING_PYTHON:-$(command -v python)}"
+# shellcheck disable=SC2034 # of job.sh
+job_script=$here/counting.sh
 # shellcheck source=slurm/job.sh
 source "$here/../../../slurm/job.sh"
-defaults train 4
-if [ "${COUNTING_SLOTS:-0}" = 1 ]; then array=${ARRAY:-1-4%1} slots=1; fi
-read_arguments 2 "FOLDER STEPS" "$@"
-start "count ${words[0]} to ${words[1]}"
-if [ "$slots" = 1 ]; then work python3 "$here/counting.py" "${words[@]}" --slot; fi
-# shellcheck disable=SC2086 # a list of plain words
-work $INHERITUNE_LAUNCH python3 "$here/counting.py" "${words[@]}"
+if [ "${COUNTING_SLOTS:-0}" = 1 ]; then run_job grow "$@"; else run_job train "$@"; fi

@@ -1,0 +1,130 @@
+"""Records of submitted jobs, runs/jobs/ID/submission.json: what each does, and how it was asked for.
+
+The queue knows a job by its name only. The record says which run it works on, so that the same work is not
+queued twice, and which options it was submitted with, so that it can be submitted again as it was."""
+
+import os
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from inheritune.config import names
+from inheritune.config.jobs import load_jobs
+from inheritune.errors import UserError
+from inheritune.files.json_files import read_json, write_json
+from inheritune.files.storage import find_root
+
+RECORD = "submission.json"
+TRAINING = ("train", "grow", "baselines")
+
+
+@dataclass(frozen=True)
+class Key:
+    """A piece of work: two queued jobs with keys that meet would do the same."""
+
+    verb: str
+    """train (also of a growth and of baselines), evaluate, analyze or prepare."""
+    experiment: str
+    run: str = ""
+    """Empty for all runs, or where the verb has none."""
+    stage: int | None = None
+    """None for all stages."""
+    seed: int = 0
+    rehearsal: bool = False
+    detail: str = ""
+    """What else tells two pieces of work apart, such as the tasks of an evaluation."""
+
+    def meets(self, other: "Key") -> bool:
+        """Return whether both would write the same."""
+        same = ("verb", "experiment", "run", "seed", "rehearsal", "detail")
+        is_same = all(getattr(self, name) == getattr(other, name) for name in same)
+        return is_same and (None in (self.stage, other.stage) or self.stage == other.stage)
+
+    def describe(self) -> str:
+        """Return the work in words."""
+        run = f"/{self.run}" if self.run else ""
+        stage = f" stage {self.stage}" if self.stage else ""
+        mark = "REHEARSAL " if self.rehearsal else ""
+        detail = f" {self.detail}" if self.detail else ""
+        return f"{mark}{self.verb} {self.experiment}{run}{stage}, seed {self.seed}{detail}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A submitted job."""
+
+    job: str
+    """Its name in slurm/jobs.yaml."""
+    script: str
+    words: tuple[str, ...]
+    options: tuple[str, ...]
+    """All options that sbatch was given."""
+    command: tuple[str, ...]
+    again: str
+    """The line to paste that asks for the same again."""
+    keys: tuple[Key, ...] = ()
+    user_options: tuple[str, ...] = ()
+    """The options after the two dashes."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """The variables that shaped it, for `retry`."""
+    code: str = ""
+    """The snapshot that it runs; empty for the live checkout."""
+    restarts: int = 0
+    """Jobs before it in a chain of a site that does not requeue."""
+    submitted: str = ""
+
+
+def find_record(job: str) -> Path:
+    """Return the path of a job's record. `job` may name a task of an array."""
+    return find_root() / "runs" / names.JOBS / job.partition("_")[0] / RECORD
+
+
+def write_record(job: str, record: Record) -> None:
+    """Write the record of job `job`."""
+    path = find_record(job)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, asdict(record) | {"submitted": record.submitted or time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+
+
+def read_record(job: str) -> Record | None:
+    """Return the record of job `job`; None if it has none or it cannot be read."""
+    path = find_record(job)
+    if not path.is_file():
+        return None
+    with suppress(UserError, TypeError, KeyError):
+        raw: dict[str, Any] = read_json(path)
+        keys = tuple(Key(**key) for key in raw.pop("keys"))
+        lists = {name: tuple(value) for name, value in raw.items() if isinstance(value, list)}
+        return Record(**(raw | lists), keys=keys)
+    return None
+
+
+def make_keys(verb: str, experiment: str, runs: Iterable[str], **details: Any) -> tuple[Key, ...]:
+    """Return the keys of a job of `verb` on `runs` of an experiment, given by name or path."""
+    name = Path(experiment).name
+    for ending in (".yaml", ".yml"):
+        name = name.removesuffix(ending)
+    purpose = "train" if verb in TRAINING else verb
+    return tuple(Key(purpose, name, run, **details) for run in runs)
+
+
+def read_keys(job: str, command: str) -> tuple[Key, ...]:
+    """Return what a queued job does: from its record, or from its `command`.
+
+    A script of the paper that plain sbatch queued has no record before it starts."""
+    if record := read_record(job):
+        return record.keys
+    script, *words = command.split()[:1] + command.split()[1:] or [""]
+    spec = load_jobs().get(Path(script).stem)
+    if (
+        not spec
+        or not spec.experiment
+        or not spec.run
+        or os.path.basename(os.path.dirname(script)) != "slurm"
+    ):
+        return ()
+    seed = words[words.index("--seed") + 1] if "--seed" in words[:-1] else "0"
+    return make_keys(spec.verb, spec.experiment, [spec.run], stage=spec.stage, seed=int(seed or 0))

@@ -1,0 +1,161 @@
+"""What is checked before a job queues: the experiment, the run, the JSON, what the job needs, its cost.
+
+A job that cannot run is refused here, in seconds, instead of after hours in the queue."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+from inheritune.cluster.check import check
+from inheritune.config import names
+from inheritune.config.experiment import Experiment, load_experiment
+from inheritune.config.units import format_memory
+from inheritune.errors import UserError
+from inheritune.files.markers import is_prepared
+from inheritune.files.rundir import RunDir, get_data_dir, parse_weights_name, require_weights
+from inheritune.planning.workload import MFU
+from inheritune.submit.request import Request
+from inheritune.submit.runs import list_baselines
+from inheritune.submit.sbatch import Shape, Submission
+from inheritune.submit.site import Site
+
+
+def check_request(request: Request, rehearsal: bool) -> Experiment | None:
+    """Return the experiment of `request` once it is sound and has what the job needs; None for prepared data
+    that belongs to no experiment.
+
+    Raises UserError for an unknown experiment, run or stage, a JSON that is refused, and for what is missing,
+    unless the job waits for another one."""
+    name, values, verb = request.values["experiment"], request.values, request.job.verb
+    if verb == "analyze" and Path(name).is_dir():
+        return None
+    loaded = load_experiment(name, rehearsal or None)
+    if verb == "prepare":
+        return loaded
+    if verb in ("train", "grow", "baselines"):
+        runs = values["run"].split(",") if "run" in values else list_baselines(loaded)
+        for run in runs:
+            _check_run(request, loaded, run)
+        return loaded
+    if not request.waits:
+        with _report_missing(request):
+            _check_measured(request, loaded)
+    return loaded
+
+
+@contextmanager
+def _report_missing(request: Request) -> Iterator[None]:
+    """Print what is missing, in a dry run, instead of raising UserError."""
+    try:
+        yield
+    except UserError as error:
+        if "dry_run" not in request.switches:
+            raise
+        print(f"note: {str(error).partition(chr(10))[0]}")
+
+
+def _check_measured(request: Request, loaded: Experiment) -> None:
+    """Raise UserError if the data, or the weights that are to be evaluated, do not exist."""
+    name, values = request.values["experiment"], request.values
+    if request.job.verb == "evaluate" and "run" in values:
+        for run in values["run"].split(","):
+            if not loaded.run(parse_weights_name(run)[0]).init.external:
+                require_weights(loaded, run, request.seed)
+    if not is_prepared(get_data_dir(loaded)):
+        check(name, next(iter(loaded.runs)), rehearse=loaded.rehearsal)  # which says how to prepare it
+
+
+def _check_run(request: Request, loaded: Experiment, run: str) -> None:
+    """Raise UserError if a run cannot be trained or grown as it is asked for."""
+    spec, verb, name = loaded.run(run), request.job.verb, request.values["experiment"]
+    if verb == "grow" and not (spec.grow and spec.init.inherit):
+        raise UserError(f"run '{run}' of {loaded.name} has no 'grow' section; use train.sh")
+    if verb == "train" and spec.grow and request.stage is None:
+        raise UserError(
+            f"run '{run}' of {loaded.name} grows by stages; use grow.sh, or --stage N for one of them"
+        )
+    if verb == "train" and spec.init.external:
+        raise UserError(f"run '{run}' of {loaded.name} is a third-party model, which is only evaluated")
+    # a growth makes what it lacks, and a baseline may start from another one of the same submission
+    needs = verb == "train" and not request.waits
+    said = StringIO()
+    for checked in (False, True)[: 1 + needs]:  # first what no other job can make
+        with _report_missing(request) if checked else nullcontext(), redirect_stdout(said):
+            check(
+                name,
+                run,
+                request.stage,
+                request.seed,
+                loaded.rehearsal,
+                request.values.get("ds"),
+                needs=checked,
+            )
+    for line in dict.fromkeys(said.getvalue().splitlines()):
+        if line.startswith("warning:"):
+            print(line)
+
+
+def check_folders(submission: Submission) -> None:
+    """Make the folder of the logs. Raises UserError if a job could not write its log or its record."""
+    root = Path(os.path.dirname(os.path.dirname(os.path.dirname(submission.log))))
+    for folder in (root / "runs" / names.LOGS, root / "runs" / names.JOBS):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".probe-{os.getpid()}"
+            probe.write_bytes(b"?")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"{folder} cannot be written ({error.strerror}), so a job would leave neither a log nor a "
+                "result; set INHERITUNE_ROOT in slurm/site.sh to a folder on a shared disk that you can write"
+            ) from None
+
+
+def describe_cost(request: Request, loaded: Experiment | None, shape: Shape, site: Site) -> str:
+    """Return one line: what the job takes, and what it leaves."""
+    time = next((f"at most {site.get('TIME')} each time" for _ in range(bool(site.get("TIME")))), "")
+    if not shape.gpus:
+        return (
+            f"cost: {shape.tasks} task(s) of {shape.cpus} CPU(s); leaves {_describe_result(request, loaded)}"
+        )
+    gpus = f"{shape.gpus} GPU(s)"
+    plans = _plan(request, loaded, shape.gpus) if loaded else []
+    if not plans:
+        return f"cost: {gpus}, {time}; leaves {_describe_result(request, loaded)}"
+    hours = [facts["gpu_hours"] for facts in plans]
+    disk = format_memory(sum(facts["disk"] for facts in plans))
+    most = "at most " if request.job.verb == "grow" and len(plans) > 1 else ""
+    return (
+        f"cost: {gpus} for {most}{sum(hours) / shape.gpus:,.1f} hours, {most}{sum(hours):,.1f} GPU-hours at "
+        f"{MFU:.0%} of the bf16 rate of an H100; leaves {_describe_result(request, loaded)} ({disk})"
+    )
+
+
+def _plan(request: Request, loaded: Experiment, gpus: int) -> list[dict]:
+    """Return the plans of the models that the job trains; none where there is nothing to train."""
+    if request.job.verb not in ("train", "grow", "baselines"):
+        return []
+    try:
+        from inheritune.planning.plan import plan_experiment
+    except ImportError:  # on a host whose Python is that of an image
+        return []
+    runs = [request.values["run"]] if "run" in request.values else list_baselines(loaded)
+    plans = [facts for run in runs for facts in plan_experiment(loaded, run, gpus=gpus)]
+    return [facts for facts in plans if request.stage in (None, facts["stage"])]
+
+
+def _describe_result(request: Request, loaded: Experiment | None) -> str:
+    """Return what the job leaves."""
+    if loaded is None:
+        return "attention.jsonl and its plots"
+    verb, run = request.job.verb, request.values.get("run")
+    if verb == "prepare":
+        return str(get_data_dir(loaded))
+    folder = RunDir.of(loaded, run.split(",")[0] if run else "X", request.seed)
+    if verb == "evaluate":
+        return "results.json in the folder of each run" if not run else f"results.json of {run}"
+    if verb == "analyze":
+        return "attention.jsonl and its plots"
+    return str((folder.stage(request.stage) if request.stage else folder).path if run else folder.path.parent)

@@ -1,0 +1,258 @@
+"""What the user asks for: a job of slurm/jobs.yaml, its arguments, and sbatch options after two dashes."""
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from inheritune.config.jobs import JobSpec, load_jobs
+from inheritune.config.values import ARGUMENTS
+from inheritune.errors import UserError, suggest_name
+
+SWITCHES = ("dry_run", "no_snapshot", "rehearse", "help")
+"""Flags without a value that are about submitting, not about the verb."""
+VERB_SWITCHES = ("allow_task_code",)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What all jobs of a verb have in common."""
+
+    words: tuple[str, ...]
+    """Arguments by position."""
+    flags: tuple[str, ...]
+    array: str | None = None
+    """Tasks of its array; None for a single job, "runs" for one task per run."""
+    slots: bool = False
+    """Whether the tasks of its array take turns on one run."""
+    single: bool = False
+    """Whether it runs as one process."""
+    local: str = ""
+    """What does the same without Slurm."""
+
+
+_TRAIN = "EXPERIMENT --run RUN [--procs N]"
+KINDS = {
+    "train": Kind(("experiment", "run"), ("stage", "seed", "ds"), local=f"train {_TRAIN}"),
+    "grow": Kind(("experiment", "run"), ("seed", "ds"), "1-12%1", True, local=f"grow {_TRAIN}"),
+    "baselines": Kind(("experiment",), ("seed", "ds"), "runs", local=f"train {_TRAIN}"),
+    "evaluate": Kind(
+        ("experiment",),
+        ("run", "seed", "tasks", "model", "out", "allow_task_code"),
+        "runs",
+        single=True,
+        local="evaluate EXPERIMENT --run RUN [--procs N]",
+    ),
+    "analyze": Kind(
+        ("model", "experiment"),
+        ("out", "sequences", "length", "seed", "maps"),
+        single=True,
+        local="analyze --model MODEL --data EXPERIMENT",
+    ),
+    "prepare": Kind(("experiment",), ("workers",), single=True, local="prepare EXPERIMENT [--workers N]"),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A job as it was asked for."""
+
+    job: JobSpec
+    script: str
+    """Path of the script that the job runs and that the user calls."""
+    words: tuple[str, ...] = ()
+    """Its arguments as typed, without what only concerns submitting."""
+    values: Mapping[str, str] = field(default_factory=dict)
+    """{argument: text}, with those of the job's entry in jobs.yaml."""
+    options: tuple[str, ...] = ()
+    """Options for sbatch."""
+    switches: frozenset[str] = frozenset()
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.job.verb]
+
+    @property
+    def seed(self) -> int:
+        return int(self.values.get("seed", 0))
+
+    @property
+    def stage(self) -> int | None:
+        return int(self.values["stage"]) if "stage" in self.values else None
+
+    @property
+    def waits(self) -> bool:
+        """Whether the job waits for another, which may make what this one lacks."""
+        return any(word.startswith(("--dependency", "-d")) for word in self.options)
+
+    def flags(self, *left_out: str) -> list[str]:
+        """Return the flags of the verb as words, in the order of its table."""
+        found: list[str] = []
+        for name in self.kind.flags:
+            if name in self.values and name not in left_out:
+                flag = f"--{name.replace('_', '-')}"
+                found += [flag] if name in VERB_SWITCHES else [flag, self.values[name]]
+        return found
+
+
+def read_request(job: str, argv: list[str], script: str | None = None) -> Request:
+    """Return the request for job `job` with the arguments `argv`.
+
+    `script` is the script that the user called, where it is not that of the job. Raises UserError for an
+    unknown job, flag or argument, a missing one, and a value of the wrong type."""
+    spec = find_spec(job)
+    own = argv[: argv.index("--")] if "--" in argv else argv
+    reader = _Reader(
+        spec, f"usage: bash {shlex.quote(script or f'slurm/{job}.sh')} {format_usage(spec)}", list(own)
+    )
+    while reader.rest:
+        reader.read_word()
+    missing = [place for place in reader.kind.words if place not in reader.values]
+    if missing and "help" not in reader.switches:
+        raise UserError(f"{job} needs {missing[0].upper()}; {reader.usage}")
+    options = tuple(argv[len(own) + 1 :])
+    path, switches = script or str(spec.script), frozenset(reader.switches)
+    return Request(spec, path, tuple(reader.words), reader.values, options, switches)
+
+
+class _Reader:
+    """Takes the words of a command line apart, one flag or argument at a time."""
+
+    def __init__(self, spec: JobSpec, usage: str, rest: list[str]):
+        self.job, self.kind, self.usage, self.rest = spec.name, KINDS[spec.verb], usage, rest
+        own = {name: getattr(spec, name) for name in ("experiment", "run", "stage")}
+        self.values = {name: str(value) for name, value in own.items() if value is not None}
+        self.fixed = set(self.values)
+        self.words: list[str] = []
+        self.switches: set[str] = set()
+
+    def read_word(self) -> None:
+        """Take the next word, and its value where it has one."""
+        word = self.rest.pop(0)
+        name = word[2:].replace("-", "_")
+        if word in ("-h", "--help"):
+            self.switches.add("help")
+        elif word.startswith("--") and name in SWITCHES:
+            self.switches.add(name)
+        elif word.startswith("-"):
+            self._read_flag(word)
+        else:
+            self._read_place(word)
+
+    def _read_place(self, word: str) -> None:
+        free = [place for place in self.kind.words if place not in self.values]
+        if not free:
+            raise UserError(f"{self.job} takes no further argument '{word}'; {self.usage}")
+        self.values[free[0]] = word
+        self.words.append(word)
+
+    def _read_flag(self, word: str) -> None:
+        flag, equals, text = word.partition("=")
+        name = flag[2:].replace("-", "_")
+        if not word.startswith("--") or name in self.fixed or name not in self.kind.flags:
+            known = [f"--{n.replace('_', '-')}" for n in (*self.kind.flags, *SWITCHES) if n not in self.fixed]
+            raise UserError(f"{self.job} has no flag {flag}; {suggest_name(flag, known)}")
+        if name in self.values:
+            raise UserError(f"{self.job}: {flag} is given twice")
+        self.words.append(word)
+        if name in VERB_SWITCHES:
+            text = "True"
+        elif not equals and self.rest and not self.rest[0].startswith("--"):
+            text = self.rest.pop(0)
+            self.words.append(text)
+        if not text:
+            raise UserError(f"{self.job}: {flag} needs a value")
+        self.values[name] = check_value(self.job, name, text)
+
+
+def find_spec(job: str) -> JobSpec:
+    """Return the job called `job`. Raises UserError if there is none."""
+    if job not in load_jobs():
+        raise UserError(f"there is no job '{job}' in slurm/jobs.yaml; {suggest_name(job, load_jobs())}")
+    return load_jobs()[job]
+
+
+def check_value(job: str, name: str, text: str) -> str:
+    """Return `text`. Raises UserError if it is not the number that argument `name` takes."""
+    if name in ARGUMENTS:
+        try:
+            ARGUMENTS[name].read(text)
+        except ValueError as problem:
+            raise UserError(f"{job}: --{name} {problem} (got '{text}')") from None
+    return text
+
+
+def format_usage(spec: JobSpec) -> str:
+    """Return the arguments of a job's script in one line."""
+    kind = KINDS[spec.verb]
+    fixed = {name for name in ("experiment", "run", "stage") if getattr(spec, name) is not None}
+    words = [name.upper() for name in kind.words if name not in fixed]
+    names = [name for name in kind.flags if name not in fixed]
+    flags = [
+        f"[--{name.replace('_', '-')}{'' if name in VERB_SWITCHES else ' ' + name.upper()}]" for name in names
+    ]
+    return " ".join([*words, *flags, "[--rehearse] [--dry-run] [--no-snapshot] [-- SBATCH OPTIONS]"])
+
+
+def describe_job(job: str) -> str:
+    """Return the text of `bash slurm/JOB.sh --help`."""
+    spec = find_spec(job)
+    gpus = f"{spec.gpus} GPUs" if spec.gpus else "CPUs only"
+    lines = [
+        f"bash slurm/{job}.sh {format_usage(spec)}",
+        "",
+        spec.about,
+        f"{gpus}; GPUS=N, NODES=N, TASKS=N, ARRAY=1-12%1 or no, REHEARSE=1 and the SITE_ variables of "
+        "slurm/site.sh change the shape; FORCE=1 submits though the same is queued.",
+        f"Without Slurm: python -m inheritune {KINDS[spec.verb].local}",
+    ]
+    return "\n".join(lines)
+
+
+def make_again(request: Request, environment: Mapping[str, str]) -> str:
+    """Return the line to paste that asks for the same again, with the shape and without dependencies."""
+    names = ("REHEARSE", "SITE", "GPUS", "NODES", "TASKS", "ARRAY")
+    shape = [f"{name}={shlex.quote(environment[name])}" for name in names if environment.get(name)]
+    usual = load_jobs()[request.job.name].gpus
+    if request.job.gpus != usual and not environment.get("GPUS"):
+        shape.append(f"GPUS={request.job.gpus}")
+    kept = drop_option(request.options, "--dependency", "-d")
+    line = ["bash", request.script, *request.words, *(["--", *kept] if kept else [])]
+    return " ".join([*shape, shlex.join(line)])
+
+
+def drop_option(options: tuple[str, ...], *names: str) -> list[str]:
+    """Return sbatch's `options` without those called `names`, each as --name=value or as two words."""
+    found, skip = [], False
+    for word in options:
+        name, equals, _ = word.partition("=")
+        if skip:
+            skip = False
+        elif name in names:
+            skip = not equals
+        else:
+            found.append(word)
+    return found
+
+
+def make_command(request: Request) -> list[str]:
+    """Return the verb that the job's tasks run, as the words after `python -m inheritune`."""
+    values, verb = request.values, request.job.verb
+    if verb == "analyze":
+        return ["analyze", "--model", values["model"], "--data", values["experiment"], *request.flags()]
+    if verb == "grow":
+        return ["grow", values["experiment"], "--run", values["run"], "--slot", *request.flags()]
+    words = ["train" if verb == "baselines" else verb, values["experiment"]]
+    if verb in ("train", "baselines"):
+        words += ["--run", values.get("run", "")]
+    return [*words, *request.flags()]
+
+
+def name_job(script: Path, words: tuple[str, ...], rehearsal: bool) -> str:
+    """Return the name of a job in the queue: its script and arguments, in characters that Slurm shows."""
+    parts = [script.stem]
+    for word in words:
+        last = word.removeprefix("--").rpartition("/")[2]
+        parts.append(last.removesuffix(".yaml"))
+    name = "-".join([*parts, *(["rehearsal"] if rehearsal else [])])
+    return "".join(c if c.isascii() and (c.isalnum() or c in "_.-") else "_" * len(c.encode()) for c in name)

@@ -1,0 +1,222 @@
+"""`submit`: check a job, queue it unless the same work is queued already, and keep a record of it."""
+
+import os
+import shlex
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from inheritune.cluster.job_records import Key, Record, make_keys, read_keys, write_record
+from inheritune.cluster.slurm_queue import QueuedJob, read_queue
+from inheritune.config.experiment import Experiment
+from inheritune.config.paths import REPOSITORY, find_checkout
+from inheritune.errors import UserError
+from inheritune.submit.preflight import check_folders, check_request, describe_cost
+from inheritune.submit.request import Request, describe_job, make_again, read_request
+from inheritune.submit.runs import list_runs, list_waiting
+from inheritune.submit.sbatch import Submission, is_rehearsal, list_indices, make_submission
+from inheritune.submit.site import Site, read_site
+from inheritune.submit.slurm_commands import is_alive, strip_options
+from inheritune.submit.snapshot import make_snapshot
+
+REPLAYED = (
+    "REHEARSE",
+    "GPUS",
+    "NODES",
+    "TASKS",
+    "CPUS",
+    "ARRAY",
+    "SITE",
+    "MAX_RESTARTS",
+    "DEEPSPEED_TIMEOUT",
+)
+"""Variables that shape a job, kept in its record."""
+
+
+@dataclass(frozen=True)
+class Queued:
+    """What became of a submission: the job's id, or that of the job that does the same already."""
+
+    job: str
+    is_new: bool = True
+
+
+def submit(job: str, argv: list[str], script: str | None = None) -> None:
+    """Submit job `job` of slurm/jobs.yaml with the arguments `argv`, as `bash slurm/JOB.sh` does.
+
+    Raises UserError, with nothing queued, for what cannot run."""
+    request = read_request(job, argv, script)
+    if "help" in request.switches:
+        print(describe_job(job))
+        return
+    environment = dict(os.environ)
+    if not is_alive():
+        raise UserError(
+            "this is no login node of a Slurm cluster (sinfo does not answer); without Slurm: python -m "
+            f"inheritune {request.kind.local}"
+        )
+    submit_request(request, read_site(environment), environment)
+
+
+def submit_request(request: Request, site: Site, environment: Mapping[str, str]) -> list[Queued]:
+    """Check a request and queue it: as one job, or where baselines wait for each other as several. Returns
+    what was queued, or found in the queue."""
+    rehearsal = is_rehearsal(request, environment)
+    loaded = check_request(request, rehearsal)
+    runs: list[str] = []
+    if request.kind.array == "runs" and loaded and "run" not in request.values:
+        runs = list_runs(loaded, request.job.verb)
+    is_whole = request.job.verb == "baselines" and not environment.get("ARRAY")
+    if is_whole and loaded and (waiting := list_waiting(loaded)):
+        return _submit_in_order(request, loaded, site, environment, waiting)
+    submission = make_submission(request, site, environment, len(runs) or 1)
+    print(describe_cost(request, loaded, submission.shape, site))
+    return [
+        queue_job(request, submission, site, environment, list_keys(request, rehearsal, runs, submission))
+    ]
+
+
+def _submit_in_order(
+    request: Request,
+    loaded: Experiment,
+    site: Site,
+    environment: Mapping[str, str],
+    waiting: dict[int, list[int]],
+) -> list[Queued]:
+    """Queue the baselines that start from others of them behind these, each in a job of its own, and all
+    others as one array."""
+    runs, rehearsal = list_runs(loaded, "baselines"), is_rehearsal(request, environment)
+    alone = ",".join(str(n) for n in range(1, len(runs) + 1) if n not in waiting)
+    submission = make_submission(request, site, environment, len(runs), alone)
+    print(describe_cost(request, loaded, submission.shape, site))
+    keys = list_keys(request, rehearsal, runs, submission)
+    first = queue_job(request, submission, site, environment, keys)
+    if not first.is_new and first.job:  # they are queued already
+        return [first]
+    queued = [first]
+    ids: dict[int, str] = {}
+    for number, sources in waiting.items():
+        waits = ",".join(f"afterok:{ids.get(source, first.job or 'JOB')}_{source}" for source in sources)
+        behind = replace(request, options=(*request.options, f"--dependency={waits}"))
+        submission = make_submission(behind, site, environment, len(runs), str(number))
+        keys = list_keys(request, rehearsal, runs, submission)
+        queued.append(queue_job(behind, submission, site, environment, keys))
+        if queued[-1].job:
+            ids[number] = queued[-1].job
+    return queued
+
+
+def list_keys(request: Request, rehearsal: bool, runs: list[str], submission: Submission) -> tuple[Key, ...]:
+    """Return what the job works on; of an array over `runs`, the work of its tasks."""
+    values, verb = request.values, request.job.verb
+    if verb == "analyze":
+        chosen, detail = [values["model"]], " ".join(request.flags("seed"))
+    elif verb == "evaluate":
+        chosen, detail = values.get("run", "").split(","), " ".join(request.flags("run", "seed"))
+    else:
+        chosen, detail = values.get("run", "").split(","), ""
+    if runs and submission.shape.array:
+        indices = list_indices(submission.shape.array)
+        chosen = [runs[index - 1] for index in indices if 0 < index <= len(runs)]
+    details = {"stage": request.stage, "seed": request.seed, "rehearsal": rehearsal, "detail": detail}
+    return make_keys(verb, values["experiment"], chosen, **details)
+
+
+def find_queued(keys: tuple[Key, ...], queue: dict[str, QueuedJob] | None) -> tuple[QueuedJob, Key] | None:
+    """Return the first queued job that does some of the same work, and which."""
+    for job in (queue or {}).values():
+        for other in read_keys(job.name, job.command):
+            if found := next((key for key in keys if key.meets(other)), None):
+                return job, found
+    return None
+
+
+def queue_job(
+    request: Request,
+    submission: Submission,
+    site: Site,
+    environment: Mapping[str, str],
+    keys: tuple[Key, ...],
+) -> Queued:
+    """Give a submission to sbatch and keep its record, unless a queued job does the same or this is a dry
+    run.
+
+    Prints the command, then the job, its log, how to watch it and how to stop it."""
+    log = submission.log.replace("%x", submission.name)
+    if "dry_run" in request.switches:
+        print(submission.line(site))
+        print(f"dry run: nothing was submitted; its log would be {log}")
+        return Queued("", False)
+    found = find_queued(keys, read_queue())
+    if found and environment.get("FORCE", "0") != "1":
+        other, key = found
+        print(
+            f"not submitted: job {other.name} ({other.state}) does this already ({key.describe()}); FORCE=1 "
+            "submits another"
+        )
+        return Queued(other.name.partition("_")[0], False)
+    check_folders(submission)
+    record = Record(
+        request.job.name,
+        request.script,
+        request.words,
+        submission.options,
+        submission.command,
+        make_again(request, environment),
+        keys,
+        request.options,
+        {n: v for n, v in environment.items() if n in REPLAYED or n.startswith("SITE_")},
+    )
+    if "no_snapshot" not in request.switches:
+        submission, record = _use_snapshot(submission, record)
+    print(submission.line(site))
+    job = send(submission.words(), record, site, environment)
+    _print_queued(job, submission, keys, site)
+    return Queued(job)
+
+
+def _use_snapshot(submission: Submission, record: Record) -> tuple[Submission, Record]:
+    """Return both with the command that runs a snapshot of the checkout, where its script is in the "
+    "snapshot."""
+    code = make_snapshot()
+    script = Path(submission.command[1])
+    if not script.is_relative_to(REPOSITORY) or not (code / script.relative_to(REPOSITORY)).is_file():
+        return submission, record
+    command = ("bash", str(code / script.relative_to(REPOSITORY)), *submission.command[2:])
+    return replace(submission, command=command), replace(record, command=command, code=str(code))
+
+
+def send(words: list[str], record: Record, site: Site, environment: Mapping[str, str]) -> str:
+    """Give a command to sbatch, and write the job's record. Returns the job's id.
+
+    Raises UserError with the answer of sbatch if it refuses."""
+    shown = strip_options(environment) | dict(site.values)
+    shown |= {"INHERITUNE_ROOT": site.root, "INHERITUNE_SUBMITTED": "1"}
+    if record.code:
+        # the job imports the snapshot, not the checkout that the environment was installed from
+        shown |= {"INHERITUNE_REPOSITORY": str(find_checkout())}
+    done = subprocess.run([*words, "--parsable"], capture_output=True, text=True, check=False, env=shown)
+    if done.returncode:
+        said = " ".join(done.stderr.split()) or f"it ended with code {done.returncode}"
+        raise UserError(f"sbatch refused the job: {said.removeprefix('sbatch: error: ')}")
+    job = done.stdout.strip().splitlines()[-1].partition(";")[0]
+    write_record(job, record)
+    return job
+
+
+def _print_queued(job: str, submission: Submission, keys: tuple[Key, ...], site: Site) -> None:
+    """Print a queued job: its id, log, how to watch and how to stop it."""
+    log = submission.log.replace("%x", submission.name)
+    log = log.replace("%j", job).replace("%A", job).replace("%a", "*")
+    folder, _, name = log.rpartition("/")
+    print(f"submitted job {job}")
+    print(f"log:    {log} (once the job has started)")
+    print(f"watch:  squeue -j {job}; tail -F {shlex.quote(folder)}/{name}")
+    stop = ""
+    if keys and keys[0].verb == "train" and len(keys) == 1:
+        key = keys[0]
+        base = f"{site.root}/runs{'/rehearsal' if key.rehearsal else ''}"
+        file = f"{base}/{key.experiment}/seed{key.seed}/{key.run}/STOP"
+        stop = f"      (or, with a checkpoint first: touch {shlex.quote(file)})"
+    print(f"stop:   scancel {job}{stop}")
