@@ -18,6 +18,7 @@ from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment, wr
 from slurm_cluster import session_cluster, slurm  # noqa: F401
 from test_damage import modes_count
 
+from inheritune.cluster import status as status_module
 from inheritune.cluster.record_tail import read_last_rows
 from inheritune.cluster.slurm_queue import QueuedJob, read_jobs
 from inheritune.cluster.status import status as show
@@ -469,6 +470,19 @@ def test_status_on_a_cluster(slurm, tmp_path, own_root, monkeypatch):  # noqa: F
         slurm.logs()
     )
     assert "train_00000.bin" in said["reference:"]
+
+
+def test_watching_prints_again_until_it_is_stopped(small, capsys, monkeypatch):
+    waits = iter([None, KeyboardInterrupt])
+
+    def sleep(seconds: float) -> None:
+        if stop := next(waits):
+            raise stop
+
+    monkeypatch.setattr(status_module.time, "sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        status_module.watch_status(small)
+    assert capsys.readouterr().out.count("every 30 s; Ctrl-C ends this") == 2
 
 
 def test_an_unfinished_source_comes_first(small, capsys):

@@ -14,11 +14,14 @@ import pytest
 from slurm_cluster import COUNTING, REPOSITORY, cluster, session_cluster, slurm  # noqa: F401
 
 from inheritune.cli.verbs import Verbs
+from inheritune.cluster.status import status
 from inheritune.config.experiment import load_experiment
 from inheritune.errors import UserError
 from inheritune.files.rundir import RunDir
+from inheritune.submit.control import cancel, print_queue, retry
 from inheritune.submit.request import KINDS
 from inheritune.submit.runs import list_baselines
+from inheritune.submit.submission import submit
 
 SCRIPTS = sorted(
     p for p in (REPOSITORY / "slurm").glob("*.sh") if p.name not in ("job.sh", "site.sh", "fetch.sh")
@@ -265,6 +268,68 @@ def test_a_second_submission_is_told(slurm, tmp_path, capsys):  # noqa: F811
     assert slurm.submit(COUNTING, tmp_path / "a", 3, "--", "--hold", FORCE=1) != job
 
 
+def test_jobs_are_known_by_what_they_do(slurm, small, own_root, capsys):  # noqa: F811
+    """queue, status, cancel and retry, and a job that will never start."""
+    asked = [
+        "--",
+        "--hold",
+        "--nice=7",
+        "--mail-user=me@here",
+        "--mail-type=END",
+        "--exclude=127.0.0.3",
+        "--comment=mine",
+    ]
+    with slurm.login():
+        submit("train", [small, "reference", *asked])
+        submit("train", [small, "grown", "--stage", "1", "--", "--hold", "--dependency=afterok:1"])
+        job, behind = re.findall(r"^submitted job (\d+)$", capsys.readouterr().out, re.MULTILINE)
+        slurm.run("scontrol", "update", f"jobid={behind}", f"dependency=afterok:{job}")
+        print_queue()
+        rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+        assert "(JobHeldUser)" in rows[job] and "train small/reference, seed 0" in rows[job]
+        assert "train small/grown stage 1, seed 0" in rows[behind] and f"afterok:{job}" in rows[behind]
+        status(small)
+        said = capsys.readouterr().out
+        assert re.search(rf"^reference +queued.* {job} held \(JobHeldUser\)$", said, re.MULTILINE), said
+        # a command that is pasted must not queue the same a second time
+        assert "reference: next" not in said and "grown: next" not in said
+        submit("train", [small, "reference"])
+        assert f"not submitted: job {job} (PENDING) does this already" in capsys.readouterr().out
+        cancel("small", "reference")
+        assert (
+            f"cancelled job {job} (PENDING: train small/reference, seed 0); job(s) {behind} waited for it"
+            in (capsys.readouterr().out)
+        )
+        slurm.wait(job, behind)
+        status(small)
+        assert (
+            f"job {behind} left the queue before it started (it waited for afterok:1)"
+            in capsys.readouterr().out
+        )
+        retry(job)
+        again = re.search(r"^submitted job (\d+)$", capsys.readouterr().out, re.MULTILINE)[1]
+    (first,), (second,) = slurm.records(job), slurm.records(again)
+    same = ("JobName", "Nice", "MailUser", "ExcNodeList", "Comment", "TresPerNode", "TimeLimit")
+    assert {key: first[key] for key in same} == {key: second[key] for key in same} and first["Nice"] == "7"
+    # each runs the code that was there when it was submitted
+    assert f"exec bash {own_root}/runs/code/" in slurm.run("scontrol", "write", "batch_script", again, "-")
+
+
+def test_in_an_allocation_a_dry_run_is_dry_and_index_0_is_refused(slurm, small, own_root):  # noqa: F811
+    script = REPOSITORY / "slurm" / "train.sh"
+    allocation = ["salloc", "--nodes=1", "--gpus-per-node=2"]
+    said = slurm.run(*allocation, "bash", script, small, "reference", "--dry-run")
+    assert re.search(
+        rf"would run: srun .*--ntasks=2 .*python -m inheritune train {small} --run reference", said
+    )
+    assert not (own_root / "runs" / "small").exists()
+    log = own_root.parent / "log"
+    job = slurm.run(
+        "sbatch", "--parsable", "--array=0", "-o", log, REPOSITORY / "slurm" / "evaluate.sh", small
+    )
+    assert slurm.wait(job)[0]["ExitCode"] == "2:0" and "the array has index 0" in log.read_text()
+
+
 @pytest.mark.parametrize("gpus", [4, 0])
 def test_rehearsal_asks_for_no_gpu(gpus, tmp_path):
     with cluster(LAB_GPUS=gpus) as here:
@@ -286,14 +351,16 @@ def test_prepare_rehearses_for_real(slurm, small, own_root):  # noqa: F811
 
 
 def test_a_job_whose_run_has_a_stop_file_says_so_last(slurm, small, own_root):  # noqa: F811
-    run = RunDir.of(load_experiment(small), "reference")
+    """The slots behind it are cancelled, and what waits for its success does not start."""
+    run = RunDir.of(load_experiment(small), "grown")
     run.path.mkdir(parents=True)
     run.stop.touch()
-    job = slurm.submit(REPOSITORY / "slurm" / "train.sh", small, "reference", TASKS=1, NODES=1)
-    (record,) = slurm.wait(job, timeout=120)
-    # not 0: what waits for the end of the work must not start
-    assert record["ExitCode"] == "3:0" and not run.is_done(), slurm.logs()
-    last = slurm.log(job).splitlines()[-1]
+    job = slurm.submit(REPOSITORY / "slurm" / "grow.sh", small, "grown", GPUS=1, ARRAY="1-3%1")
+    slurm.wait(job, timeout=120)
+    ended = {(record["JobState"], record["ExitCode"]) for record in slurm.records(job)}
+    assert ended == {("FAILED", "3:0"), ("CANCELLED", "0:0")} and not run.is_done(), slurm.logs()
+    first, last = slurm.log(f"{job}_1").splitlines()[-2:]
+    assert "the rest of the array was cancelled: the run was stopped" in first
     assert "stopped, not finished:" in last and f"{run.stop} exists; delete it to continue" in last, (
         slurm.logs()
     )

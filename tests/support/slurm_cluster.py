@@ -95,6 +95,14 @@ class Slurm:
                 patch.setenv(key, value)
             yield
 
+    @contextmanager
+    def login(self, **environment):
+        """Let this process have the environment of a login shell for a while."""
+        own = ("SLURM_", "SBATCH_", "SRUN_", "SITE_")
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(own)}
+        with self.environment({**kept, "SLURM_CONF": self.conf, **environment}):
+            yield
+
     def plan(self, job: str, *words, **environment) -> str:
         """The command that would submit `job` with these words; an array over runs has three tasks."""
         cleaned = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SITE_"))}
