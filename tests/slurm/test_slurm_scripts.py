@@ -179,6 +179,8 @@ def test_mistakes_at_submission_are_one_sentence(slurm, small, own_root):  # noq
     """Nothing is submitted, and the exit code is 2. What else is refused: unit/test_submit.py."""
     said = slurm.run("bash", "-c", f"bash {REPOSITORY}/slurm/train.sh {small} refrence; echo code $?")
     assert "did you mean 'reference'?\ncode 2" in said
+    fetch = REPOSITORY / "slurm" / "fetch.sh"
+    assert "did you mean 'quickstart'?" in slurm.run("bash", fetch, "quickstat", check=False)
     nowhere = own_root.parent / "slurm.conf"
     nowhere.touch()  # not a missing one, for which Slurm's commands wait a minute
     train = [REPOSITORY / "slurm" / "train.sh", small, "reference"]
