@@ -279,11 +279,9 @@ def fail_job(context: JobContext, code: int, cause: str = "") -> int:
     if stops:
         cancel_slots(context, "it would fail in the same way")
     set_comment(context.job, f"{context.node}: {cause}")
-    if context.slots and context.array:
+    if stops:
         with suppress(OSError):
-            if stops:
-                context.array_stopped.write_text(f"{cause}\n", encoding="utf-8")
-            context.last_failure.write_text(_identify(context, cause), encoding="utf-8")
+            context.array_stopped.write_text(f"{cause}\n", encoding="utf-8")
     fix = "the same command resumes from the last checkpoint"
     next_line = f"{'fix that, then submit again' if code == 2 else fix}: {context.again}"
     dependents = _describe_dependents(context) if stops or not (context.slots and context.array) else ""
@@ -292,16 +290,19 @@ def fail_job(context: JobContext, code: int, cause: str = "") -> int:
 
 
 def _stops_array(context: JobContext, code: int, cause: str) -> bool:
-    """Return whether the next slot would fail in the same way.
+    """Return whether the next slot would fail in the same way, and keep this failure to compare.
 
-    It would after a mistake, without progress, or if the last slot failed for the same cause at the same
-    place."""
+    It would after a mistake, without progress, if the last slot failed for the same cause at the same place,
+    or on a disk that cannot be written."""
     if not (context.slots and context.array):
         return False
-    with suppress(OSError):
-        if context.last_failure.read_text(encoding="utf-8") == _identify(context, cause):
-            return True
-    return code == 2 or cause.startswith("no progress")
+    failure = _identify(context, cause)
+    try:
+        is_same = context.last_failure.is_file() and context.last_failure.read_text("utf-8") == failure
+        context.last_failure.write_text(failure, encoding="utf-8")
+    except OSError:
+        return True
+    return is_same or code == 2 or cause.startswith("no progress")
 
 
 def _identify(context: JobContext, cause: str) -> str:

@@ -21,7 +21,14 @@ from inheritune.submit.interfaces import find_interface
 from inheritune.submit.job_context import JobContext
 from inheritune.submit.job_end import fail_job
 from inheritune.submit.recovery import describe_options
-from inheritune.submit.request import Request, make_again, make_command, read_request
+from inheritune.submit.request import (
+    KINDS,
+    Request,
+    find_spec,
+    make_again,
+    make_command,
+    read_request,
+)
 from inheritune.submit.runs import is_finished, list_runs
 from inheritune.submit.slurm_commands import ask_slurm, get_this_job, list_node_gpus, read_fields
 from inheritune.training.provenance import git_commit
@@ -63,7 +70,8 @@ def begin_job(script: str, name: str, argv: list[str]) -> list[str]:
     exit with a failure that has been reported.
 
     `script` is the path of the script, `name` its entry in slurm/jobs.yaml, `argv` its arguments."""
-    context = JobContext("", os.environ.get("INHERITUNE_AGAIN", ""), node=get_node_name())
+    slots = KINDS[find_spec(name).verb].slots
+    context = JobContext("", os.environ.get("INHERITUNE_AGAIN", ""), slots, node=get_node_name())
     try:
         request = read_request(name, argv, script)
         context = make_context(request)

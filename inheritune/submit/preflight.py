@@ -4,9 +4,10 @@ A job that cannot run is refused here, in seconds, instead of after hours in the
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 from inheritune.cluster.check import check
 from inheritune.config import names
@@ -34,10 +35,12 @@ def check_request(request: Request, rehearsal: bool) -> Experiment | None:
     loaded = load_experiment(name, rehearsal or None)
     if verb == "prepare":
         return loaded
-    if verb in ("train", "grow", "baselines"):
-        runs = values["run"].split(",") if "run" in values else list_baselines(loaded)
-        for run in runs:
+    if verb in ("train", "grow"):
+        for run in values["run"].split(","):
             _check_run(request, loaded, run)
+        return loaded
+    if verb == "baselines":  # whose sources may be others of them
+        _check_quietly(name, None, rehearse=loaded.rehearsal, ds=values.get("ds"))
         return loaded
     if not request.waits:
         with _report_missing(request):
@@ -78,21 +81,20 @@ def _check_run(request: Request, loaded: Experiment, run: str) -> None:
         )
     if verb == "train" and spec.init.external:
         raise UserError(f"run '{run}' of {loaded.name} is a third-party model, which is only evaluated")
-    # a growth makes what it lacks, and a baseline may start from another one of the same submission
-    needs = verb == "train" and not request.waits
+    needs = verb == "train" and not request.waits  # a growth makes what it lacks
+    options: dict[str, Any] = {"stage": request.stage, "seed": request.seed, "ds": request.values.get("ds")}
+    _check_quietly(name, run, rehearse=loaded.rehearsal, needs=False, **options)
+    if needs:
+        with _report_missing(request), redirect_stdout(StringIO()):
+            check(name, run, rehearse=loaded.rehearsal, **options)
+
+
+def _check_quietly(name: str, run: str | None, **options: Any) -> None:
+    """Run `check`, and print only its warnings."""
     said = StringIO()
-    for checked in (False, True)[: 1 + needs]:  # first what no other job can make
-        with _report_missing(request) if checked else nullcontext(), redirect_stdout(said):
-            check(
-                name,
-                run,
-                request.stage,
-                request.seed,
-                loaded.rehearsal,
-                request.values.get("ds"),
-                needs=checked,
-            )
-    for line in dict.fromkeys(said.getvalue().splitlines()):
+    with redirect_stdout(said):
+        check(name, run, **options)
+    for line in said.getvalue().splitlines():
         if line.startswith("warning:"):
             print(line)
 

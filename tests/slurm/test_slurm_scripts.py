@@ -330,6 +330,12 @@ def test_in_an_allocation_a_dry_run_is_dry_and_index_0_is_refused(slurm, small, 
         "sbatch", "--parsable", "--array=0", "-o", log, REPOSITORY / "slurm" / "evaluate.sh", small
     )
     assert slurm.wait(job)[0]["ExitCode"] == "2:0" and "the array has index 0" in log.read_text()
+    # a mistake of plain sbatch costs one slot
+    words = [REPOSITORY / "slurm" / "grow.sh", small, "grown", "--sead", "1"]
+    job = slurm.run("sbatch", "--parsable", "--array=1-3%1", "-o", own_root.parent / "mistake", *words)
+    slurm.wait(job)
+    assert set(states(slurm, job).values()) == {"FAILED", "CANCELLED"}
+    assert "did you mean '--seed'?" in (own_root.parent / "mistake").read_text()
 
 
 @pytest.mark.parametrize("gpus", [4, 0])
