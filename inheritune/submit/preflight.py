@@ -139,12 +139,13 @@ def _plan(request: Request, loaded: Experiment, gpus: int) -> list[dict]:
     """Return the plans of the models that the job trains; none where there is nothing to train."""
     if request.job.verb not in ("train", "grow", "baselines"):
         return []
+    runs = [request.values["run"]] if "run" in request.values else list_baselines(loaded)
     try:
         from inheritune.planning.plan import plan_experiment
-    except ImportError:  # on a host whose Python is that of an image
+
+        plans = [facts for run in runs for facts in plan_experiment(loaded, run, gpus=gpus)]
+    except ImportError:  # on a host whose Python lacks what the image has
         return []
-    runs = [request.values["run"]] if "run" in request.values else list_baselines(loaded)
-    plans = [facts for run in runs for facts in plan_experiment(loaded, run, gpus=gpus)]
     return [facts for facts in plans if request.stage in (None, facts["stage"])]
 
 

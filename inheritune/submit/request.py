@@ -213,6 +213,8 @@ def make_again(request: Request, environment: Mapping[str, str]) -> str:
     """Return the line to paste that asks for the same again, with the shape and without dependencies."""
     names = ("REHEARSE", "SITE", "GPUS", "NODES", "TASKS", "ARRAY")
     shape = [f"{name}={shlex.quote(environment[name])}" for name in names if environment.get(name)]
+    if "rehearse" in request.switches and not environment.get("REHEARSE"):
+        shape.append("REHEARSE=1")
     usual = load_jobs()[request.job.name].gpus
     if request.job.gpus != usual and not environment.get("GPUS"):
         shape.append(f"GPUS={request.job.gpus}")

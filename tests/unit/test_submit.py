@@ -1,7 +1,10 @@
 """Submitting: requests, sbatch's command, keys and endings, from recorded text and without a process."""
 
 import json
+import os
+import subprocess
 import sys
+import sysconfig
 from dataclasses import replace
 from pathlib import Path
 
@@ -229,6 +232,8 @@ def test_the_cost_is_one_line():
 def test_a_line_to_paste_keeps_the_shape():
     assert format_shape("train", "gpt2_xl_owt") == "GPUS=16 " and format_shape("train", "small") == ""
     assert find_job("train", "gpt2_xl_owt", "inheritune", 1) is load_jobs()["gpt2_xl_stage1"]
+    rehearsal = make_again(read_request("train", ["a", "b", "--rehearse"]), {})
+    assert rehearsal == f"REHEARSE=1 bash {REPOSITORY}/slurm/train.sh a b"
     request = read_request(
         "gpt2_xl_growth", ["--", "--dependency=afterok:7", "--exclude=n1", "-d", "after:3"]
     )
@@ -408,6 +413,18 @@ def test_how_a_job_ends(facts, kind, says):
     ending = decide_ending(facts)
     assert ending.kind == kind and says in ending.text
     assert ending.kind not in ("stopped", "fail") or ending.code
+
+
+def test_the_python_beside_an_image_needs_few_packages(tmp_path):
+    """Those that job.sh asks for: what decides runs next to srun, what computes in the image."""
+    site = Path(sysconfig.get_path("purelib"))
+    few = "pydantic pydantic_core annotated_types typing_extensions.py typing_inspection"
+    few += " yaml xxhash fire termcolor"
+    for name in few.split():
+        (tmp_path / name).symlink_to(site / name)
+    code = "import inheritune.submit.login, inheritune.submit.job, inheritune.cli"
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{tmp_path}"}
+    subprocess.run([sys.executable, "-S", "-c", code], check=True, env=environment)
 
 
 # --- on the node --------------------------------------------------------------------------------------------
