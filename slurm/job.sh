@@ -90,7 +90,7 @@ work() {
     wait "$child" || status=$?
   fi
   trap '' USR1 TERM
-  step="the end of the job" status=$(("$status"))
+  step="the end of the job"
   "$host_python" -m inheritune.submit.job end "$status" "$signalled" && status=0 || status=$?
   case $status in 126 | 127) ;; *) reported=1 ;; esac
   exit "$status"
