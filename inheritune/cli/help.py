@@ -39,9 +39,10 @@ def describe_verb(verb: str) -> str:
     function = list_verbs()[verb]
     usage = f"python -m inheritune {verb} {format_usage(function)}"
     rows = [_describe_argument(function, name) for name in list_arguments(function)]
-    width = max(len(words) for words, _ in rows)
+    width = max((len(words) for words, _ in rows), default=0)
     arguments = [f"  {words:{width}}  {kind}" for words, kind in rows]
-    return "\n".join([usage, "", inspect.getdoc(function) or "", "", "Arguments:", *arguments])
+    text = [usage.rstrip(), "", inspect.getdoc(function) or ""]
+    return "\n".join([*text, *(["", "Arguments:", *arguments] if arguments else [])])
 
 
 def _describe_argument(function: Callable, name: str) -> tuple[str, str]:
