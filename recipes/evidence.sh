@@ -31,7 +31,7 @@ if [ "$SCALE" = cpu ] || [ "${REHEARSE:-0}" != 0 ]; then
 else
   check_gpu
   JOBS=${JOBS:-1}
-  python -c 'from inheritune.runtime.dist import device; raise SystemExit(device().type != "cuda")' || {
+  python -c 'from inheritune.runtime.devices import get_device; raise SystemExit(get_device().type != "cuda")' || {
     echo "SCALE=gpu needs a GPU, and there is none here; SCALE=cpu takes two hours on two cores" >&2
     exit 2
   }

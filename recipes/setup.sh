@@ -68,10 +68,10 @@ check_gpu() {
   command -v nvidia-smi > /dev/null || return 0
   [ "${DS_ACCELERATOR:-}" = cpu ] && return 0
   python -c 'from inheritune.errors import UserError
-from inheritune.runtime.dist import device
+from inheritune.runtime.devices import get_device
 import sys
-try: print("device:", device())
-except UserError as error: sys.exit(str(error))' || exit 2
+try: print("device:", get_device())
+except UserError as error: sys.exit(f"inheritune: {error}")' || exit 2
 }
 
 # Print the default number of processes: two, or one on a machine with a single GPU.

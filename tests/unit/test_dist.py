@@ -2,10 +2,11 @@
 
 import os
 import socket
+import subprocess
 import threading
 
 import pytest
-from conftest import REPOSITORY, run_verb
+from conftest import REPOSITORY, one_sentence, run_verb
 
 from inheritune.cluster import launch
 from inheritune.runtime import devices, rendezvous
@@ -46,6 +47,17 @@ def test_training_is_refused_there_instead_of_using_the_cpu(gpu_machine, small):
         pytest.skip("this machine has a GPU that torch can use")
     done = run_verb("train", small, "--run", "reference", check=False)
     assert done.returncode == 2 and "this machine has a GPU (driver 550.54" in done.stderr
+
+
+def test_the_scripts_ask_for_the_device_before_they_train(gpu_machine):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU that torch can use")
+    command = ["bash", "-c", "source recipes/setup.sh; check_gpu; echo trains"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "this machine has a GPU (driver 550.54" in one_sentence(done)
 
 
 def test_first_failing_process_ends_the_others_with_its_code(monkeypatch):

@@ -1,0 +1,46 @@
+"""The documents and scripts agree with the code and with the numbers that programs wrote."""
+
+import ast
+import re
+from pathlib import Path
+
+from conftest import REPOSITORY
+
+IMPORT = re.compile(r"\bfrom (inheritune[\w.]*) import ([\w, ]+)")
+"""An import of this package in a shell script (`python -c`, a here-document) or in a block of a page."""
+FOLDERS = ("recipes", "slurm", "tests", "benchmarks", "ds_configs", "docs", ".ci")
+
+
+def find_texts() -> list[Path]:
+    """Return the shell scripts and pages of the repository."""
+    inside = [path for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*")]
+    return [
+        path
+        for path in [*REPOSITORY.iterdir(), *inside]
+        if path.suffix in {".sh", ".md"} or path.name in {"Makefile", "run"}
+    ]
+
+
+def list_names(module: str) -> set[str]:
+    """Return what `from module import` finds, read from the module's file without running it."""
+    place = REPOSITORY / Path(*module.split("."))
+    names = {path.stem for path in place.glob("*")} if place.is_dir() else set()
+    file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        else:
+            names |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+    return names
+
+
+def test_imports_in_scripts_and_pages_exist():
+    seen = set()
+    for path in find_texts():
+        for module, names in IMPORT.findall(path.read_text(encoding="utf-8")):
+            for name in re.findall(r"\w+", names):
+                assert name in list_names(module), f"{path}: {module} has no {name}"
+                seen.add((path.name, name))
+    assert {("setup.sh", "get_device"), ("evidence.sh", "get_device"), ("quickstart.sh", "RunDir")} <= seen
