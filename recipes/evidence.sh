@@ -32,7 +32,7 @@ else
   check_gpu
   JOBS=${JOBS:-1}
   python -c 'from inheritune.runtime.devices import get_device; raise SystemExit(get_device().type != "cuda")' || {
-    echo "SCALE=gpu needs a GPU, and there is none here; SCALE=cpu takes two hours on two cores" >&2
+    echo "SCALE=gpu needs a GPU, and there is none here; SCALE=cpu takes about an hour and a half on two cores" >&2
     exit 2
   }
 fi

@@ -325,5 +325,3 @@ def test_what_is_reported_is_what_the_seeds_say(scale, summary, monkeypatch):
         summary.make_cells(r) for r in rows
     ]
     assert set(summary.CORE) <= {row["run"] for row in rows}
-    page = (REPOSITORY / "docs" / "evidence.md").read_text(encoding="utf-8")
-    assert f'--8<-- "recipes/evidence/{scale}/table.md"' in page

@@ -1,6 +1,7 @@
 """The documents and scripts agree with the code and with the numbers that programs wrote."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -44,3 +45,24 @@ def test_imports_in_scripts_and_pages_exist():
                 assert name in list_names(module), f"{path}: {module} has no {name}"
                 seen.add((path.name, name))
     assert {("setup.sh", "get_device"), ("evidence.sh", "get_device"), ("quickstart.sh", "RunDir")} <= seen
+
+
+def format_row(row: dict) -> list[str]:
+    """Return the cells of a row of evidence.json, as docs/evidence.md has them."""
+    difference = row["to_reference"]
+    shown = (
+        difference and f"{difference['mean']:+.4f} ({difference['low']:+.4f} to {difference['high']:+.4f})"
+    )
+    return [row["label"], " or ".join(map(str, row["layers"])), f"{row['loss']['mean']:.4f}", shown or ""]
+
+
+def test_numbers_of_the_evidence_page_are_those_of_its_json():
+    made = json.loads((REPOSITORY / "recipes/evidence/cpu/evidence.json").read_text(encoding="utf-8"))
+    rows = {cells[0]: cells for row in made["rows"] if row["loss"]["n"] > 1 for cells in [format_row(row)]}
+    page = (REPOSITORY / "docs" / "evidence.md").read_text(encoding="utf-8")
+    _, _, *lines = re.findall(r"^\|.*\|$", page, re.MULTILINE)
+    shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert len(shown) == 8 and shown == [rows[cells[0]] for cells in shown]
+    assert f"These are 8 of the {len(made['rows'])} rows" in page
+    slope = made["rank_worth"]["slope"]
+    assert f"{slope['mean']:.3f} nats" in page and f"({slope['low']:.3f} to {slope['high']:+.3f})" in page
