@@ -18,6 +18,8 @@ ORDER = (
     "downstream",
 )
 
+PROFILES = "Files and line numbers are those of the code on the day of the measurement; some have moved since."
+
 
 def stored(part: str) -> list[dict]:
     path = HERE / "results" / f"{part}.json"
@@ -66,7 +68,7 @@ def text() -> str:
             growth.table(grown),
             "![Cost at four sizes](results/growth.png)",
         ]
-    parts += ["### Where the time goes where a goal was missed"] if missed else []
+    parts += ["### Where the time goes where a goal was missed", PROFILES] if missed else []
     for result in missed:
         parts.append(f"{result['part']}: {result['case']}\n\n```\n" + "\n".join(result["profile"]) + "\n```")
     return "\n\n".join(parts)

@@ -170,7 +170,7 @@ class Trainer:
         self.saved_step = 0 if started.resumed_at is None else started.state.step
         """Step of the newest checkpoint; 0 without one."""
         self.held: dict[str, int] = {}
-        """Bytes that the engine holds at the last step (`held_bytes`)."""
+        """Bytes that the engine holds at the last step (`count_held_bytes`)."""
         # DeepSpeed averages over ranks and accumulation steps; this makes it the mean over the step's real
         # tokens
         self.loss_scale = dist.get_world_size() * inputs.share.accumulation / inputs.step_tokens
