@@ -18,7 +18,7 @@ ORDER = (
     "downstream",
 )
 
-PROFILES = "Files and line numbers are those of the code on the day of the measurement; some have moved since."
+PROFILES = "Files and line numbers are those of the day of the measurement; some have moved since."
 
 
 def stored(part: str) -> list[dict]:
