@@ -1,7 +1,7 @@
 """The steps of recipes/quickstart.sh: python recipes/quickstart.py SEED PROCS.
 
-Each step is a verb of `python -m inheritune`. What the verbs print goes to quickstart.log beside the runs. The
-screen has a line for each step and, on a terminal, the remaining time of the whole. On CPUs the verbs are
+Each step is a verb of `python -m inheritune`. What the verbs print goes to quickstart.log beside the runs.
+The screen has a line for each step and, on a terminal, the remaining time of the whole. On CPUs the verbs are
 forks of this process, which imports once what each of them would import for 8 to 12 seconds.
 """
 
