@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fork_server import ForkServer
+from fork_server import FORKS
 from random_shards import write_shards
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -303,17 +303,14 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-_FORKS = ForkServer()
-
-
 def run_verb(*words, check=True, procs=1, fresh=False, **environment) -> subprocess.CompletedProcess:
     """`python -m inheritune WORDS` as a user runs it; with check, a failure shows what it printed. It is
     forked from a process that has imported already, unless `fresh` or its environment asks for a start of
     Python."""
     words = [str(w) for w in words] + (["--procs", str(procs)] if procs > 1 else [])
     whole = {**os.environ, **{k: str(v) for k, v in environment.items()}}
-    if not fresh and _FORKS.takes(whole):
-        done = _FORKS.run(words, REPOSITORY, whole)
+    if not fresh and FORKS.takes(whole):
+        done = FORKS.run(words, REPOSITORY, whole)
     else:
         command = [sys.executable, "-m", "inheritune", *words]
         done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=whole, check=False)

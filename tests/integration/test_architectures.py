@@ -12,8 +12,9 @@ import pytest
 import torch
 import yaml
 from conftest import experiment_dict, run_verb, write_experiment, write_tokens
+from launching import train_runs
 from safetensors import safe_open
-from test_train import launch, losses_of
+from test_train import losses_of
 from tiny_families import FAMILIES, MIXED, family_config
 from tiny_models import random_model
 from transformers import AutoModelForCausalLM, masking_utils
@@ -280,9 +281,7 @@ def test_every_family_trains_from_a_slice(tmp_path, own_root):
     path = write_experiment(tmp_path, raw)
     experiment = load_experiment(path)
     write_tokens(get_data_dir(experiment), vocab=61)
-    launch(
-        ["tests/support/train_many.py", *(f"{path}:{name}" for name in FAMILIES)], 2, INHERITUNE_ROOT=own_root
-    )
+    train_runs([f"{path}:{name}" for name in FAMILIES], 2, own_root)
     for name in FAMILIES:
         run = RunDir.of(experiment, name)
         losses = losses_of(run)

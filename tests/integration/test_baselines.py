@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import experiment_dict, run_verb, write_experiment, write_tokens
-from test_train import launch, losses_of
+from launching import train_runs
+from test_train import losses_of
 from tiny_models import config_of, logits, random_model, weights_of
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
@@ -487,9 +488,7 @@ def taught(tmp_path_factory):
         patch.setenv("INHERITUNE_ROOT", str(root))
         path = distilled(root)
         names = ["reference", "taught_0", "taught_3", "alone_0", "alone_3", "autocast"]
-        launch(
-            ["tests/support/train_many.py", *(f"{path}:{name}" for name in names)], 2, INHERITUNE_ROOT=root
-        )
+        train_runs([f"{path}:{name}" for name in names], 2, root)
     return root, path
 
 
@@ -681,11 +680,7 @@ def test_every_start_trains_from_an_experiment(tmp_path, own_root):
     path = write_experiment(tmp_path, raw)
     experiment = load_experiment(path)
     write_tokens(get_data_dir(experiment))
-    launch(
-        ["tests/support/train_many.py", *(f"{path}:{name}" for name in raw["runs"])],
-        2,
-        INHERITUNE_ROOT=own_root,
-    )
+    train_runs([f"{path}:{name}" for name in raw["runs"]], 2, own_root)
     manifests = {
         name: read_json(RunDir.of(experiment, name).init / "inherited.json") for name in list(raw["runs"])[2:]
     }

@@ -6,11 +6,11 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment, write_tokens
+from fork_server import FORKS
 
 from inheritune.config.experiment import load_experiment
 from inheritune.files.json_files import read_jsonl
@@ -46,7 +46,7 @@ def make(tmp_path, name: str, stage: int):
 
 
 def start(path, root, procs=2) -> subprocess.Popen:
-    command = [sys.executable, "-m", "inheritune", "train", path, "--run", "reference", "--procs", str(procs)]
+    command = [FORKS.python(), "-m", "inheritune", "train", path, "--run", "reference", "--procs", str(procs)]
     return subprocess.Popen(
         command,
         cwd=REPOSITORY,

@@ -5,8 +5,6 @@ import errno
 import json
 import os
 import struct
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,6 +14,7 @@ import safetensors.torch
 import torch
 import transformers
 from conftest import REPOSITORY
+from launching import launch_locally
 from tiny_models import config_of, logits, random_model, weights_of
 from transformers import AutoModelForCausalLM
 
@@ -196,28 +195,12 @@ def test_only_the_tensor_asked_for_is_read(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def zero_checkpoints(tmp_path_factory) -> Path:
-    """Checkpoints of real one- and two-rank runs, all stages (zero_worker.py), both launches at once."""
+    """Checkpoints of real one- and two-rank runs, all stages (zero_worker.py)."""
     out = tmp_path_factory.mktemp("zero")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     worker = str(REPOSITORY / "tests" / "support" / "zero_worker.py")
-    launches = []
     for ranks in (1, 2):
         (out / str(ranks)).mkdir()
-        launch = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(ranks),
-            worker,
-        ]
-        with open(out / f"{ranks}.log", "w") as log:
-            launches.append(
-                subprocess.Popen([*launch, str(out / str(ranks))], env=environment, stdout=log, stderr=log)
-            )
-    for ranks, process in zip((1, 2), launches, strict=True):
-        assert process.wait(timeout=300) == 0, (out / f"{ranks}.log").read_text()[-4000:]
+        launch_locally([worker, str(out / str(ranks))], ranks)
     return out
 
 

@@ -10,6 +10,7 @@ import time
 
 import pytest
 from conftest import REPOSITORY, experiment_dict, free_port, run_verb, write_experiment, write_tokens
+from fork_server import FORKS
 
 from inheritune.cluster import launch
 from inheritune.config.experiment import load_experiment
@@ -57,7 +58,7 @@ def start(
     common |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", **environment}
     workers = [
         subprocess.Popen(
-            [sys.executable, f"tests/support/{worker}", path, "reference", when],
+            [FORKS.python(), f"tests/support/{worker}", path, "reference", when],
             cwd=REPOSITORY,
             text=True,
             env={**common, "RANK": str(r), "LOCAL_RANK": str(r)},

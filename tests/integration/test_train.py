@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, experiment_dict, free_port, write_experiment, write_tokens
+from launching import train_runs
 
 from inheritune.config.experiment import load_experiment
 from inheritune.data.batches import Order, Tokens
@@ -145,25 +146,8 @@ def trained(request, tmp_path_factory):
                     if (int(stage), ranks) in shapes(family, precision, request.param):
                         words.append(f"{path}:{name}")
                         runs[family, precision, int(stage), ranks] = RunDir.of(experiment, name)
-            launch(["tests/support/train_many.py", *words], ranks, INHERITUNE_ROOT=root)
+            train_runs(words, ranks, root)
     return runs
-
-
-def launch(command: list[str], ranks: int, **environment) -> None:
-    """Run a Python program under torchrun, as a user's launcher would."""
-    run = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={ranks}",
-        *command,
-    ]
-    added = {k: str(v) for k, v in environment.items()}
-    done = subprocess.run(
-        run, cwd=REPOSITORY, env={**os.environ, **added}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
 def losses_of(run: RunDir, key: str = "loss") -> np.ndarray:
@@ -324,9 +308,7 @@ def test_activation_checkpointing_and_compile_leave_the_losses_alone(tmp_path, o
     path = write_experiment(tmp_path, raw)
     experiment = load_experiment(path)
     write_tokens(get_data_dir(experiment))
-    launch(
-        ["tests/support/train_many.py", *(f"{path}:{name}" for name in blocks)], 1, INHERITUNE_ROOT=own_root
-    )
+    train_runs([f"{path}:{name}" for name in blocks], 1, own_root)
     plain = losses_of(RunDir.of(experiment, "plain"))
     for name in blocks:
         run = RunDir.of(experiment, name)

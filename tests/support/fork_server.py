@@ -1,15 +1,18 @@
-"""A process that has imported what the verbs need, and forks one child for each verb that a test runs.
+"""A process that has imported what the verbs need, and forks one child for each verb that a test runs, for
+each rank and step that such a verb starts, and for the workers of this folder.
 
-Starting Python and importing torch, transformers and DeepSpeed takes 3 to 5 seconds, a fork 10 ms. A forked
+Starting Python and importing torch, transformers and DeepSpeed takes 3 to 8 seconds, a fork 10 ms. A forked
 verb is a process of its own: its own environment, working folder, signals and exit code. It is not a fresh
 start of Python, so a test of imports, of the program's first moments or of variables that libraries read
-while they are imported starts a real one (`FORKABLE` says which variables may differ).
+while they are imported starts a real one. fork_client.py is what asks for a fork.
 """
 
 import array
 import contextlib
 import json
 import os
+import runpy
+import select
 import signal
 import socket
 import struct
@@ -19,9 +22,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
-FORKABLE = ("INHERITUNE_", "REHEARSE", "PYTEST_", "SLURM", "SITE_", "SBATCH", "GPUS", "TERM", "COLUMNS")
-"""How the names of those variables begin that may differ between the server and a verb: nothing reads them at
-import."""
+from fork_client import connect, describe_process, is_forkable, receive_number, send_request
 
 PRELOADED = [
     "torch.distributed",
@@ -42,6 +43,13 @@ PRELOADED = [
     "inheritune.paper.tables",
 ]
 
+CLIENT = """#!{python} -IS
+import sys
+sys.path.insert(0, {support!r})
+import fork_client
+fork_client.main({folder!r}, {python!r})
+"""
+
 
 class ForkServer:
     """The client's side: starts the server at the first verb, and ends it with this process."""
@@ -51,18 +59,22 @@ class ForkServer:
         self.environment: dict[str, str] = {}
 
     def takes(self, environment: dict[str, str]) -> bool:
-        """Whether a verb in this environment may be forked: it differs from the server's in FORKABLE names
-        only."""
+        """Whether a verb in this environment may be forked."""
         self.start()
-        names = set(environment) ^ set(self.environment)
-        names |= {name for name in environment if environment[name] != self.environment.get(name)}
-        return all(name.startswith(FORKABLE) for name in names)
+        return is_forkable(environment, self.environment)
+
+    def python(self) -> str:
+        """Path of the program that stands for `python` (fork_client.py)."""
+        self.start()
+        return os.path.join(self.folder.name, "python")
 
     def start(self) -> None:
+        """Start the server unless it runs."""
         if self.process is not None and self.process.poll() is None:
             return
         self.environment = dict(os.environ)
         self.folder = tempfile.TemporaryDirectory(prefix="forks")
+        write_client(Path(self.folder.name), self.environment)
         self.address = os.path.join(self.folder.name, "socket")
         reader, writer = os.pipe()  # it ends when this process does
         self.alive = writer
@@ -76,23 +88,15 @@ class ForkServer:
         with (
             tempfile.TemporaryFile() as out,
             tempfile.TemporaryFile() as err,
-            socket.socket(socket.AF_UNIX) as link,
+            open(os.devnull) as nothing,
+            connect(self.address) as link,
         ):
-            while True:
-                try:
-                    link.connect(self.address)
-                    break
-                except (FileNotFoundError, ConnectionRefusedError):
-                    if self.process.poll() is not None:
-                        raise RuntimeError("the fork server has ended") from None
-            request = json.dumps({"argv": argv, "cwd": str(cwd), "environment": environment}).encode()
-            files = array.array("i", [out.fileno(), err.fileno()])
-            link.sendmsg([struct.pack("Q", len(request))], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
-            link.sendall(request)
-            answer = link.recv(8)
-            if len(answer) != 8:
+            asked = {"argv": ["-m", "inheritune", *argv], "cwd": str(cwd), "environment": environment}
+            send_request(link, [nothing.fileno(), out.fileno(), err.fileno()], asked)
+            receive_number(link)
+            code = receive_number(link)
+            if code is None:
                 raise RuntimeError("the fork server has not answered")
-            (code,) = struct.unpack("q", answer)
             out.seek(0), err.seek(0)
             said = [
                 file.read().decode("utf-8", errors="replace").replace("\r\n", "\n") for file in (out, err)
@@ -100,10 +104,22 @@ class ForkServer:
             return subprocess.CompletedProcess(["inheritune", *argv], code, *said)
 
 
+FORKS = ForkServer()
+"""The server of this process."""
+
+
+def write_client(folder: Path, environment: dict[str, str]) -> None:
+    """Write the program that stands for `python` in forked verbs, and what it compares itself with."""
+    facts = {"environment": environment, "process": describe_process()}
+    (folder / "server.json").write_text(json.dumps(facts))
+    names = {"python": sys.executable, "support": str(Path(__file__).parent), "folder": str(folder)}
+    (folder / "python").write_text(CLIENT.format(**names))
+    (folder / "python").chmod(0o755)
+
+
 def serve(address: str, alive: int) -> None:
     """Import, then fork for each request until the other end of the pipe `alive` is closed."""
     import importlib
-    import select
 
     for name in PRELOADED:
         importlib.import_module(name)
@@ -120,45 +136,65 @@ def serve(address: str, alive: int) -> None:
         if os.fork() == 0:
             listener.close()
             os.close(alive)
-            watch(link)
+            watch(link, os.path.join(os.path.dirname(address), "python"))
         link.close()
 
 
-def watch(link: socket.socket) -> None:
-    """Run one request in a child of this process, and answer with its exit code."""
+def watch(link: socket.socket, python: str) -> None:
+    """Run one request in a child of this process, and answer with its process id and its exit code. The child
+    is killed if the process that asked for it has ended."""
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        first, ancillary, _, _ = link.recvmsg(8, socket.CMSG_SPACE(8))
-        out, err = array.array("i", ancillary[0][2])
+        first, ancillary, _, _ = link.recvmsg(8, socket.CMSG_SPACE(12))
+        files = list(array.array("i", ancillary[0][2]))
         (size,), request = struct.unpack("Q", first), b""
         while len(request) < size:
             request += link.recv(size - len(request))
         asked = json.loads(request)
         child = os.fork()
         if child == 0:
+            os.setpgid(0, 0)  # with all that it starts, it ends with the process that asked for it
             link.close()
-            os.dup2(out, 1), os.dup2(err, 2)
-            os.close(out), os.close(err)
-            begin(**asked)
+            for number, file in enumerate(files):
+                os.dup2(file, number)
+            for file in files:
+                os.close(file)
+            begin(python, **asked)
+        for file in files:
+            os.close(file)
+        link.sendall(struct.pack("q", child))
+        ended = os.pidfd_open(child)
+        ready, _, _ = select.select([link, ended], [], [])
+        if ended not in ready:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         link.sendall(struct.pack("q", os.waitstatus_to_exitcode(status)))
     finally:
         os._exit(0)
 
 
-def begin(argv: list[str], cwd: str, environment: dict[str, str]) -> None:
-    """Be `python -m inheritune ARGV`. Never returns."""
+def begin(
+    python: str,
+    argv: list[str],
+    cwd: str,
+    environment: dict[str, str],
+    umask: int | None = None,
+    ignored: tuple[int, ...] = (),
+    blocked: tuple[int, ...] = (),
+) -> None:
+    """Be `python ARGV`. Never returns."""
     code = 1
     try:
-        os.environ.clear()
-        os.environ.update(environment)
-        tempfile.tempdir = None
+        take_over(environment, umask, ignored, blocked)
         os.chdir(cwd)
-        sys.path[0] = cwd
-        sys.argv = ["inheritune", *argv]
-        from inheritune.__main__ import start
-
-        start()
+        sys.executable = python
+        if argv[0] == "-m":
+            sys.path[0], sys.argv = cwd, argv[1:]
+            runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.path[0], sys.argv = os.path.dirname(os.path.abspath(argv[0])), argv
+            runpy.run_path(argv[0], run_name="__main__")
         code = 0
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else int(left.code is not None)
@@ -168,6 +204,23 @@ def begin(argv: list[str], cwd: str, environment: dict[str, str]) -> None:
         with contextlib.suppress(Exception):
             sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
+
+
+def take_over(environment: dict[str, str], umask: int | None, ignored, blocked) -> None:
+    """Have the environment, and what else a process inherits, of the process that asked for this one."""
+    threads = environment.get("OMP_NUM_THREADS")
+    if threads != os.environ.get("OMP_NUM_THREADS"):
+        import torch
+
+        torch.set_num_threads(int(threads) if threads else os.cpu_count() or 1)
+    os.environ.clear()
+    os.environ.update(environment)
+    tempfile.tempdir = None
+    if umask is not None:
+        os.umask(umask)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 if __name__ == "__main__":

@@ -279,7 +279,8 @@ def test_shipped_json_passes_check(path):
 def test_every_shipped_json_trains_two_steps(tmp_path, own_root):
     """On four ranks, for the hierarchical partitioning; losses are those of ZeRO 0, offload included."""
     import numpy as np
-    from test_train import launch, losses_of
+    from launching import train_runs
+    from test_train import losses_of
 
     from inheritune.files.rundir import RunDir
 
@@ -295,11 +296,7 @@ def test_every_shipped_json_trains_two_steps(tmp_path, own_root):
         raw["runs"][path.stem] = {"init": "random", "train": {"deepspeed": ds}}
     experiment = write_experiment(tmp_path, raw)
     write_tokens(get_data_dir(load_experiment(experiment)))
-    launch(
-        ["tests/support/train_many.py", *(f"{experiment}:{path.stem}" for path in SHIPPED)],
-        4,
-        INHERITUNE_ROOT=own_root,
-    )
+    train_runs([f"{experiment}:{path.stem}" for path in SHIPPED], 4, own_root)
     losses = {path.stem: losses_of(RunDir.of(load_experiment(experiment), path.stem)) for path in SHIPPED}
     for name, mine in losses.items():
         assert len(mine) == 2 and np.abs(mine - losses["zero0"]).max() < 1e-5, name
