@@ -17,7 +17,7 @@ import torch
 from inheritune.errors import UserError
 from inheritune.files.json_files import read_json, write_json
 from inheritune.files.writing import write_text
-from inheritune.models.architectures import find_architecture
+from inheritune.models.architectures import find_depth_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -48,7 +48,7 @@ def load_config(path: Path) -> "PreTrainedConfig":
         )
     if raw.pop("auto_map", None):
         _check_classes(raw, path)
-    layers = raw.get(find_architecture(raw["model_type"]).layers, 1)
+    layers = raw.get(find_depth_key(raw["model_type"]), 1)
     if type(layers) is not int or not 1 <= layers <= MAX_LAYERS:  # building such a model would not finish
         raise UserError(
             f"{path} describes a model of {str(layers)[:50]} layers; 1 to {MAX_LAYERS} can be sliced"

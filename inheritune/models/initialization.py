@@ -22,7 +22,7 @@ def make_fresh_tensor(name: str, shape: Shape, config: "PreTrainedConfig", seed:
 
     Norms are one, biases zero, the rest N(0, 0.02); projections onto the residual stream are
     N(0, 0.02 / sqrt(2 layers)) (as nanoGPT)."""
-    table = find_architecture(config.model_type)
+    table = find_architecture(config)
     if name.endswith(".bias"):
         return torch.zeros(shape)
     if len(shape) == 1 or "norm." in name:  # Cohere's norms of queries and keys are matrices

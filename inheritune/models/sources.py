@@ -59,7 +59,7 @@ class Source:
         self.folder, self.config_path = folder, config_path
         self.config = load_config(config_path)
         self.config_hash = markers.hash_file(config_path)
-        self.table = find_architecture(self.config.model_type)
+        self.table = find_architecture(self.config)
         pieces = {
             name: (shape, self.table.in_checkpoint(name, shape))
             for name, shape in list_model_shapes(self.config, config_path).items()
