@@ -31,6 +31,8 @@ class Architecture:
     modules: dict[str, list[str]]
     residual: list[str] = field(default_factory=list)
     norm_weight: float = 1.0
+    constants: dict[str, float] = field(default_factory=dict)
+    drawn: list[str] = field(default_factory=list)
     buffers: list[str] = field(default_factory=list)
     published: dict[str, list[str]] = field(default_factory=dict)
     per_layer: list[str] = field(default_factory=list)

@@ -1,8 +1,8 @@
 """Rows of the architecture table for families that it lacks, read off a model on device meta.
 
-Such a row places the blocks, the embedding and the head, which is what a plain cut needs: the numbered tensors
-of the one module list that has as many entries as the config has layers (as mergekit's automatic architecture
-finds them). Parts, modules and fresh starts need a row of architectures.yaml.
+Such a row places the blocks, the embedding and the head, which is what a plain cut needs: the numbered
+tensors of the one module list that has as many entries as the config has layers (as mergekit's automatic
+architecture finds them). Parts, modules and fresh starts need a row of architectures.yaml.
 """
 
 from functools import cache
@@ -48,7 +48,8 @@ def _describe(key: str) -> dict[str, Any]:
         with torch.device("meta"), no_init_weights():
             model: Any = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # transformers and torch raise many kinds for numbers that make no model
-        raise UserError(f"the config describes no possible model: {' '.join(str(error).split())[:300]}") from None
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"the config describes no possible model: {reason}") from None
     return _read_row(model, getattr(config, "num_hidden_layers", 0))
 
 
@@ -59,7 +60,9 @@ def detect_row(config: "PreTrainedConfig") -> dict[str, Any]:
     checkpoint's tensors cannot be laid out as the model's."""
     key = find_depth_key(config.model_type)
     if config.to_dict().get("is_decoder") is False:
-        raise UserError(f"'{config.model_type}' is an encoder (is_decoder is false); only decoders can be sliced")
+        raise UserError(
+            f"'{config.model_type}' is an encoder (is_decoder is false); only decoders can be sliced"
+        )
     row = _describe(config.to_json_string(use_diff=False))
     return {**row, "layers": key}
 

@@ -28,8 +28,8 @@ LEADING = {
     "num_dense_layers": ("mlp_layer_types", "dense"),
     "max_window_layers": ("layer_types", "full_attention"),
 }
-"""Config keys that count the first blocks of a kind -> the list that rules instead where there is one, and the
-name of that kind in it."""
+"""Config keys that count the first blocks of a kind -> the list that rules instead where there is one, and
+the name of that kind in it."""
 OF_TOKENS = ("_token_id", "_token_ids")
 """Ends of the keys of lists that have nothing to do with blocks."""
 OWN_INDEX = {"layer_idx", "layer_id", "layer_number", "layer_index"}

@@ -174,8 +174,8 @@ def takes_token_types(config: "PreTrainedConfig") -> bool:
 def list_saved_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return {name: tensor} of what a checkpoint of `model` holds: parameters, a tied one once, and buffers.
 
-    Only persistent buffers are meant, such as the correction of DeepSeek's router (`e_score_correction_bias`).
-    No gradient reaches them. Under ZeRO 3 they are whole on every rank."""
+    Only persistent buffers are meant, such as the correction of DeepSeek's router, which no gradient reaches
+    (`e_score_correction_bias`). Under ZeRO 3 they are whole on every rank."""
     parameters = dict(model.named_parameters())
     stored = model.state_dict(keep_vars=True)
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
@@ -240,11 +240,12 @@ def count_parameters(config: "PreTrainedConfig") -> int:
 def count_flops_per_token(config: "PreTrainedConfig", sequence_length: int) -> float:
     """Return the training FLOPs per token of a model of `config`, by sizes.compute_flops_per_token."""
     model = build_meta_model(config)
-    # A token passes through some of the experts only. Their weights are three-dimensional: (experts, outputs,
-    # inputs).
-    active = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_local_experts", 1)
-    weights = find_linear_weights(model).values()
-    matrices = sum(p.numel() * (active if p.dim() == 3 else 1) for p in weights)
+    # A token passes through some of the experts only, the first dimension of their weights.
+    chosen = getattr(config, "num_experts_per_tok", 1)
+    matrices = sum(
+        p.numel() * (min(1.0, chosen / p.shape[0]) if ".experts." in name else 1.0)
+        for name, p in find_linear_weights(model).items()
+    )
     if config.tie_word_embeddings:  # find_linear_weights leaves the tied head to the embedding
         matrices += model.get_output_embeddings().weight.numel()
     heads = config.num_attention_heads
