@@ -87,9 +87,7 @@ class Verbs:
             ) from None
         parts_list = parts.split(",") if parts else PARTS
         modules_list = modules.split(",") if modules else MODULES
-        inherit(
-            source, chosen, out, parts_list, modules_list, seed, revision, depth, at, dtype=dtype
-        )
+        inherit(source, chosen, out, parts_list, modules_list, seed, revision, depth, at, dtype=dtype)
         print(f"wrote {out}: layers {layers} of {source}")
 
     def analyze(

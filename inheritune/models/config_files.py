@@ -101,6 +101,7 @@ OLDER_KEYS = {
     "rope_local_base_freq",
     "partial_rotary_factor",
     "original_max_position_embeddings",
+    "num_experts",
     *(name for names in RENAMED.values() for name in names.values()),
 }
 """Keys by which transformers 4 reads values that transformers 5 has under others."""
@@ -119,6 +120,8 @@ def add_older_keys(described: dict) -> dict:
         if sliding := rope.get("sliding_attention"):
             older["rope_local_base_freq"] = sliding["rope_theta"]
         rope = rope["full_attention"] or {}
+    if described.get("num_local_experts") and _counts_experts_otherwise(described["model_type"]):
+        older["num_experts"] = described["num_local_experts"]
     names = RENAMED.get(described["model_type"], {})
     for key in ("rope_theta", "partial_rotary_factor"):
         if rope.get(key) is not None:
@@ -128,6 +131,14 @@ def add_older_keys(described: dict) -> dict:
         if rope["rope_type"] == "longrope":
             older["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     return {key: value for key, value in described.items() if key != "rope_scaling"} | older
+
+
+def _counts_experts_otherwise(model_type: str) -> bool:
+    """Return whether the family's `num_local_experts` has `num_experts` for another name (Qwen 3 MoE)."""
+    from transformers import CONFIG_MAPPING
+
+    named: dict[str, str] = CONFIG_MAPPING[model_type].attribute_map if model_type in CONFIG_MAPPING else {}
+    return named.get("num_experts") == "num_local_experts"
 
 
 def drop_older_keys(described: dict) -> dict:

@@ -26,10 +26,11 @@ def make_fresh_tensor(name: str, shape: Shape, config: "PreTrainedConfig", seed:
     inside = (table.split_name(name) or (0, name))[1]
     if inside in table.constants:
         return torch.full(shape, table.constants[inside])
-    if name.endswith("bias"):  # also those of GPT-OSS's experts and of DeepSeek's router
+    is_drawn = inside in table.drawn
+    if name.endswith("bias") and not is_drawn:  # also those of GPT-OSS's experts and of DeepSeek's router
         return torch.zeros(shape)
     is_norm = "norm." in name  # Cohere's norms of queries and keys are matrices
-    if is_norm or (len(shape) == 1 and inside not in table.drawn):
+    if is_norm or (len(shape) == 1 and not is_drawn):
         return torch.full(shape, float(table.norm_weight))
     key = "initializer_range" if getattr(config, "initializer_range", None) else "init_std"  # OPT's key
     std: float = getattr(config, key, 0.02)

@@ -32,6 +32,7 @@ from inheritune.models.extents import (
     read_tensor,
     view_bytes,
 )
+from inheritune.models.gguf_files import convert_gguf, find_gguf
 from inheritune.models.networks import list_model_shapes
 from inheritune.models.torch_files import read_bin
 from inheritune.models.weight_files import WEIGHTS, read_safetensors, read_weight_files
@@ -165,16 +166,18 @@ READERS = {".safetensors": read_safetensors, ".bin": read_bin}
 
 
 def open_source(path_or_id: str | Path, revision: str | None = None, check: bool = True) -> Source:
-    """Open a folder of Hugging Face or DeepSpeed weights, or a Hub id (downloaded or from the cache).
+    """Open a folder of Hugging Face or DeepSpeed weights, a GGUF file, or a Hub id (downloaded or cached).
 
     Only headers are read. A folder that this program wrote is compared with its hashes, unless `check` is
     False because one rank did so for all; torch files are compared with their checksums. Raises UserError if
     there is no such folder or model, if files are missing, cut off, damaged, left over or unsafe, or if the
     tensors are not those that the config describes."""
     folder = Path(path_or_id).expanduser()
+    origin, commit = str(folder.absolute()), None
+    if gguf := find_gguf(folder):
+        folder = convert_gguf(gguf)
     if folder.is_file():
         raise UserError(f"source '{path_or_id}' is a file; give the folder that holds it and config.json")
-    origin, commit = str(folder.absolute()), None
     if not folder.is_dir():
         folder = download_model(str(path_or_id), revision)
         origin, commit = str(path_or_id), folder.name  # the folder of a snapshot has the commit as its name

@@ -21,6 +21,7 @@ import xxhash
 
 from inheritune.config.layers import parse_layers, place_layers
 from inheritune.config.run import MODULES, NORMS, PARTS
+from inheritune.data.tokenizer_files import count_ids
 from inheritune.errors import UserError, suggest_name
 from inheritune.models.architectures import find_architecture
 from inheritune.models.config_files import drop_older_keys
@@ -71,6 +72,12 @@ def inherit(
                 f"modules: in a block of {table.name} one norm serves attention and MLP, so name norms, not "
                 f"{name}"
             )
+    beside = opened.config_path.parent
+    if (n_ids := count_ids(beside)) > (n_rows := opened.config.vocab_size):
+        raise UserError(
+            f"the tokenizer in {beside} has {n_ids} ids and the model's embedding {n_rows} rows: they belong "
+            f"to two models; put the model's own tokenizer there, or remove the tokenizer's files"
+        )
     once = parse_layers(layers if isinstance(layers, str) else list(layers), n_source)
     indices = place_layers(once * copies, n_source, depth, at)
     config = cut_config(opened.config, indices)
@@ -88,7 +95,7 @@ def inherit(
         "moved_blocks": _describe_moves(config, indices),
         **({"dtype": dtype} if dtype else {}),
     }
-    return write_target(out, config, origins, about, seed, opened.config_path.parent)
+    return write_target(out, config, origins, about, seed, beside)
 
 
 def _inherit_origins(
