@@ -17,8 +17,8 @@ from inheritune.models.networks import (
     CAUSAL_ATTENTION,
     build_model,
     find_training_attention,
-    list_saved_tensors,
     fuse_gelu,
+    list_saved_tensors,
 )
 from inheritune.runtime.dist import get_device, sum_over_ranks
 from inheritune.runtime.ranks import get_rank

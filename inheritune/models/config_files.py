@@ -46,6 +46,7 @@ def load_config(path: Path) -> "PreTrainedConfig":
             f"{path} describes an encoder-decoder ({raw['model_type']}); only decoder-only models can be "
             f"sliced"
         )
+    raw = take_text_part(raw)
     if raw.pop("auto_map", None):
         _check_classes(raw, path)
     layers = raw.get(find_depth_key(raw["model_type"]), 1)
@@ -59,6 +60,17 @@ def load_config(path: Path) -> "PreTrainedConfig":
         raise UserError(
             f"{path} is not a valid {raw['model_type']} config: {' '.join(str(error).split())[:300]}"
         ) from None
+
+
+def take_text_part(raw: dict) -> dict:
+    """Return the config of the language model in `raw`, which describes it beside an image or audio encoder.
+
+    Any other config is returned as it is."""
+    text = raw.get("text_config")
+    if not (isinstance(text, dict) and isinstance(text.get("model_type"), str)):
+        return raw
+    shared = ("tie_word_embeddings", "dtype", "torch_dtype", *SPECIAL_IDS)
+    return {key: raw[key] for key in shared if raw.get(key) is not None} | text
 
 
 def _check_classes(raw: dict, path: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from inheritune.errors import UserError
-from inheritune.files.markers import COMPLETE, hash_file, hash_folder
 from inheritune.files.json_files import write_json
+from inheritune.files.markers import COMPLETE, hash_file, hash_folder
 from inheritune.files.storage import find_root
 from inheritune.files.writing import replace_atomically
 from inheritune.models.weight_files import WEIGHTS

@@ -13,12 +13,14 @@ import torch
 
 from inheritune.errors import UserError
 from inheritune.files import markers
+from inheritune.files.json_files import read_json
 from inheritune.files.markers import COMPLETE
 from inheritune.models.architectures import Shape, find_architecture
 from inheritune.models.checkpoint_names import (
     join_model_tensors,
     normalize_names,
     split_model_tensors,
+    take_text_tensors,
 )
 from inheritune.models.config_files import load_config
 from inheritune.models.deepspeed_files import find_tag_folder, read_deepspeed
@@ -66,6 +68,8 @@ class Source:
             for name, shape in list_model_shapes(self.config, config_path).items()
         }
         shapes = {part: shape for _, parts in pieces.values() for part, shape in parts.items()}
+        if "text_config" in read_json(config_path):
+            stored = take_text_tensors(stored, self.table)
         self._stored = normalize_names(stored, self.table, self.config.tie_word_embeddings, folder)
         split_model_tensors(self._stored, pieces)
         self._check_tensors(shapes)

@@ -1,7 +1,7 @@
 """Every family is cut in the middle and at the end: the logits are those of the source with the other blocks
 removed by hand, to the last bit, in both transformers versions.
 
-Families that are cut only are tested here; test_architectures.py has those that are also measured and trained.
+Families that are cut only are tested here; test_architectures.py has those that are measured and trained too.
 """
 
 import json
@@ -18,6 +18,7 @@ from conftest import experiment_dict, run_verb, write_experiment, write_tokens
 from test_train import launch
 from tiny_families import AUTOMATIC, FAMILIES, FURTHER, family_config
 from tiny_models import random_model
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from inheritune.config.experiment import load_experiment
 from inheritune.data.bpe_training import train_bpe
@@ -92,6 +93,29 @@ def test_dtype_casts_what_is_copied(tmp_path):
         inherit(tmp_path / "source", "1:3", tmp_path / "other", dtype="int8")
 
 
+@pytest.mark.parametrize("kind", ["llava", "gemma3"])
+def test_the_text_part_of_a_wrapper_is_cut(kind, tmp_path):
+    """The encoder of images is left out, and the cut is an ordinary model of the text part's family."""
+    text = family_config("llama" if kind == "llava" else "gemma3")
+    encoder = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 5, "num_attention_heads": 2}
+    encoder |= {"image_size": 8, "patch_size": 4}
+    encoder |= {"model_type": "clip_vision_model" if kind == "llava" else "siglip_vision_model"}
+    config = CONFIG_MAPPING[kind](
+        text_config=text.to_dict(), vision_config=encoder, image_token_index=60, mm_tokens_per_image=4
+    )
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
+    model.save_pretrained(tmp_path / "source")
+    inherit(tmp_path / "source", "2:5", tmp_path / "cut")
+    cut = AutoModelForCausalLM.from_pretrained(tmp_path / "cut", attn_implementation="eager").eval()
+    assert cut.config.model_type == text.model_type and cut.config.num_hidden_layers == 3
+    language = model.model.language_model
+    del language.layers[:2]
+    language.config.num_hidden_layers = 3
+    if kind == "gemma3":
+        language.config.layer_types = language.config.layer_types[2:]
+    assert torch.equal(cut_worker.compute_logits(cut), cut_worker.compute_logits(model))
+
+
 @pytest.mark.parametrize("name", ["deepseek_v3", "apertus"])
 def test_a_loaded_model_has_the_saved_buffers(name, tmp_path):
     model = random_model(family_config(name))
@@ -163,9 +187,9 @@ def test_it_has_them_in_transformers_4_57_too(in_older, result_of, name):
     assert (older is None) == (name in NEWER)
     if older is not None:
         assert_equal(older)
-        assert [row[1] for row in older.values()] == pytest.approx(
-            [row[1] for row in result_of(name).values()], rel=1e-4
-        )
+        newest = [row[1] for row in result_of(name).values()]
+        near = 2e-3 if name == "apertus" else 1e-4  # 4.57 keeps two numbers of each of its MLPs in bf16
+        assert [row[1] for row in older.values()] == pytest.approx(newest, rel=near)
 
 
 def test_at_least_forty_families_are_cut_in_both_versions():

@@ -37,13 +37,21 @@ def remove_blocks(model: torch.nn.Module, blocks: str, kept: list[int]) -> torch
     return model
 
 
+def open_aligned(folder: str) -> torch.nn.Module:
+    """The model in `folder`, its tensors at aligned addresses: in a mapped file they lie anywhere, and a
+    product of matrices rounds otherwise there."""
+    model = AutoModelForCausalLM.from_pretrained(folder, **EAGER).eval()
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
+
+
 def compare(job: dict) -> dict:
     """{folder: [largest |difference| of a logit, largest |logit|]} of one job"""
     found = {}
     for folder, kept in job["cuts"].items():
-        by_hand = AutoModelForCausalLM.from_pretrained(job["source"], **EAGER).eval()
-        expected = compute_logits(remove_blocks(by_hand, job["blocks"], kept))
-        cut = compute_logits(AutoModelForCausalLM.from_pretrained(folder, **EAGER).eval())
+        by_hand = remove_blocks(open_aligned(job["source"]), job["blocks"], kept)
+        expected, cut = compute_logits(by_hand), compute_logits(open_aligned(folder))
         found[folder] = [float((cut - expected).abs().max()), float(expected.abs().max())]
     return found
 
