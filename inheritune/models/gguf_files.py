@@ -58,15 +58,22 @@ def _read(file: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        found: Any = AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except Exception as error:  # transformers and gguf raise many kinds: cut off, of another family
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{file} cannot be read as a GGUF model by transformers: {reason}") from None
+    model, report = found
+    if report["missing_keys"]:  # transformers would fill them with random numbers
+        raise UserError(
+            f"{file} lacks the tensors {', '.join(sorted(report['missing_keys'])[:3])}, as transformers "
+            f"reads it; use the safetensors of this model"
+        )
     vars(model.config).pop("quantization_config", None)
     return model, tokenizer

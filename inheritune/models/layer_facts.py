@@ -17,9 +17,18 @@ from inheritune.models.networks import build_meta_model
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-PER_LAYER = ("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers", "attention_layers")
-PER_LAYER += ("indexer_types", "layer_rope_theta", "num_attention_heads_per_layer")
-PER_LAYER += ("num_key_value_heads_per_layer", "activation_sparsity_pattern")
+PER_LAYER = {
+    "activation_sparsity_pattern",
+    "attention_layers",
+    "indexer_types",
+    "layer_rope_theta",
+    "layer_types",
+    "layers_block_type",
+    "mlp_layer_types",
+    "no_rope_layers",
+    "num_attention_heads_per_layer",
+    "num_key_value_heads_per_layer",
+}
 """Config lists with one entry per block; architectures.yaml can name more."""
 INDEXES = ("mlp_only_layers", "moe_layers", "full_attn_idxs")
 """Config lists of the indexes of blocks."""

