@@ -21,6 +21,7 @@ PER_LAYER = {
     "activation_sparsity_pattern",
     "attention_layers",
     "indexer_types",
+    "intermediate_size",
     "layer_rope_theta",
     "layer_types",
     "layers_block_type",
