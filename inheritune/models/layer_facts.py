@@ -123,8 +123,17 @@ def _describe_block(block: torch.nn.Module) -> dict[str, object]:
 
 
 def _describe_blocks(config: "PreTrainedConfig", table: Architecture) -> list[dict[str, object]]:
-    """Return `_describe_block` of each block of a model of `config`."""
-    blocks: Any = build_meta_model(config).get_submodule(table.block.removesuffix(".{i}."))
+    """Return `_describe_block` of each block of a model of `config`.
+
+    Raises UserError if transformers builds no such model."""
+    try:
+        model = build_meta_model(config)
+    except Exception as error:  # transformers raises many kinds for blocks that do not go together
+        raise UserError(
+            f"{config.model_type} has no model of these {getattr(config, table.layers)} layers: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from None
+    blocks: Any = model.get_submodule(table.block.removesuffix(".{i}."))
     return [_describe_block(block) for block in blocks]
 
 
@@ -144,5 +153,5 @@ def check_blocks(source: "PreTrainedConfig", cut: "PreTrainedConfig", layers: La
                 raise UserError(
                     f"layer {layer} of the source cannot become layer {i}: {source.model_type} builds it "
                     f"otherwise there ({key}: {old.get(key)}, then {new.get(key)}); choose layers that keep "
-                    f"their kind, such as the first n"
+                    f"their kind"
                 )

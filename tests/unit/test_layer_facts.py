@@ -51,12 +51,25 @@ def test_facts_that_cannot_be_cut_are_refused_in_one_sentence(name, changes, lay
 
 
 def test_a_block_that_its_index_changes_is_refused():
-    """DiffLlama computes a constant from the index; Gemma 3n's last blocks use the caches of earlier ones."""
+    """DiffLlama computes a constant from the index."""
     sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 44, "num_attention_heads": 4}
     config = CONFIG_MAPPING["diffllama"](**sizes, num_key_value_heads=2, num_hidden_layers=5)
     check_blocks(config, cut_config(config, [0, 1, 2]), [0, 1, 2])
     with pytest.raises(UserError, match=r"layer 2 of the source cannot become layer 0.*lambda_init"):
         check_blocks(config, cut_config(config, [2, 3]), [2, 3])
+
+
+@pytest.mark.parametrize(
+    "layers, message", [([0, 1], "has no model of these 2"), ([0, 1, 2, 3, 4, 5], "store_")]
+)
+def test_gemma_3n_whose_last_blocks_use_caches_of_others_is_refused(layers, message):
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 44, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 8, "num_kv_shared_layers": 4}
+    sizes |= {"layer_types": ["sliding_attention", "full_attention"] * 4, "laurel_rank": 4}
+    sizes |= {"vocab_size_per_layer_input": 61, "hidden_size_per_layer_input": 8}
+    config = CONFIG_MAPPING["gemma3n_text"](**sizes, activation_sparsity_pattern=[0.5] * 2 + [0.0] * 6)
+    with pytest.raises(UserError, match=message):
+        check_blocks(config, cut_config(config, layers), layers)
 
 
 def test_a_list_of_token_ids_is_no_fact_of_blocks():
