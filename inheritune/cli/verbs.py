@@ -65,6 +65,7 @@ class Verbs:
         revision: str | None = None,
         depth: int | None = None,
         at: int = 0,
+        dtype: str | None = None,
     ) -> None:
         """Write an HF checkpoint of chosen layers of SOURCE: --layers 0:16 for the first 16 (half-open).
 
@@ -72,7 +73,7 @@ class Verbs:
         PARTS: any of token_embedding, position_embedding, blocks, final_norm, head.
         MODULES: any of attn, mlp, norms, or one of the norms: attn_norm, mlp_norm.
         All other tensors are newly initialized. With --depth 24 --at 15 the layers become blocks 15 and
-        following of 24."""
+        following of 24. Tensors keep the source's dtype, or have DTYPE: fp32, bf16 or fp16."""
         from inheritune.config.run import MODULES, PARTS
         from inheritune.models.surgery import inherit
 
@@ -86,7 +87,7 @@ class Verbs:
             ) from None
         parts_list = parts.split(",") if parts else PARTS
         modules_list = modules.split(",") if modules else MODULES
-        inherit(source, chosen, out, parts_list, modules_list, seed, revision, depth, at)
+        inherit(source, chosen, out, parts_list, modules_list, seed, revision, depth, at, dtype=dtype)
         print(f"wrote {out}: layers {layers} of {source}")
 
     def analyze(

@@ -137,6 +137,21 @@ def _parse_json(files: dict[str, bytes], name: str) -> dict:
     return parsed
 
 
+def count_ids(folder: Path) -> int:
+    """Return one more than the largest id that tokenizer.json in `folder` gives, 0 without that file.
+
+    Raises UserError if the file cannot be read."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return 0
+    parsed = _parse_json({path.name: path.read_bytes()}, path.name)
+    model = parsed.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary or []) - 1]
+    ids += [token.get("id", -1) for token in parsed.get("added_tokens") or [] if isinstance(token, dict)]
+    return max(ids, default=-1) + 1
+
+
 def copy_tokenizer(
     source: Path,
     target: Path,

@@ -18,6 +18,7 @@ from inheritune.models.networks import (
     build_model,
     find_training_attention,
     fuse_gelu,
+    list_saved_tensors,
 )
 from inheritune.runtime.dist import get_device, sum_over_ranks
 from inheritune.runtime.ranks import get_rank
@@ -114,25 +115,27 @@ def share_attention_scale(model: PreTrainedModel) -> None:
 
 def get_blocks(model: PreTrainedModel) -> torch.nn.ModuleList:
     """Return the model's list of transformer blocks."""
-    path = find_architecture(model.config.model_type).block.removesuffix(".{i}.")
+    path = find_architecture(model.config).block.removesuffix(".{i}.")
     return cast(torch.nn.ModuleList, model.get_submodule(path))
 
 
 def fill_parameters(model: torch.nn.Module, weights: Source, stage: int) -> None:
-    """Copy every parameter from `weights`, one at a time; at ZeRO 3 rank 0 reads and the
-    other ranks receive their partitions."""
+    """Copy every parameter and saved buffer from `weights`, one at a time; at ZeRO 3 rank 0 reads the
+    parameters and the other ranks receive their partitions."""
     import deepspeed
 
-    for name, parameter in model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=stage == 3):
-            if stage < 3 or get_rank() == 0:
+    for name, tensor in list_saved_tensors(model).items():
+        is_partitioned = stage == 3 and isinstance(tensor, torch.nn.Parameter)
+        with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0, enabled=is_partitioned):
+            if not is_partitioned or get_rank() == 0:
                 with torch.no_grad():
-                    parameter.copy_(weights.tensor(name))
+                    tensor.copy_(weights.tensor(name))
 
 
 def gather_parameters(engine: Any) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """Yield (name, fp32 CPU tensor) of every parameter, a tied one once, from the fp32 masters. Every rank
-    must iterate; all but rank 0 get None for the tensor. Only one parameter is gathered at a time."""
+    """Yield (name, fp32 CPU tensor) of every parameter, a tied one once, from the fp32 masters, and of every
+    saved buffer. Every rank must iterate; all but rank 0 get None for the tensor. Only one parameter is
+    gathered at a time."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -141,11 +144,12 @@ def gather_parameters(engine: Any) -> Iterator[tuple[str, torch.Tensor | None]]:
         partitioned
     ):  # what the last forward fetched ahead is still in flight; such a parameter cannot be gathered
         engine.empty_partition_cache()
-    for name, parameter in engine.module.named_parameters():
-        has_master = parameter.dtype != torch.float32 and parameter.requires_grad
-        master = safe_get_full_fp32_param(parameter) if has_master else None
-        with deepspeed.zero.GatheredParameters([parameter], enabled=partitioned):
-            value = parameter if master is None else master
+    for name, tensor in list_saved_tensors(engine.module).items():
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        has_master = tensor.dtype != torch.float32 and tensor.requires_grad
+        master = safe_get_full_fp32_param(tensor) if has_master else None
+        with deepspeed.zero.GatheredParameters([tensor], enabled=partitioned and is_parameter):
+            value = tensor if master is None else master
             yield name, value.detach().float().cpu().clone() if get_rank() == 0 else None
 
 

@@ -169,6 +169,6 @@ def read_client_state(folder: Path) -> dict:
     return {key: saved[key] for key in ("run", "global_steps", "skipped_steps")}
 
 
-def get_shape(parameter: torch.nn.Parameter) -> torch.Size:
-    """Return a parameter's whole shape, also at ZeRO 3, where a rank holds only a part."""
+def get_shape(parameter: torch.Tensor) -> torch.Size:
+    """Return a parameter's (or a buffer's) whole shape, also at ZeRO 3, where a rank holds only a part."""
     return getattr(parameter, "ds_shape", parameter.shape)

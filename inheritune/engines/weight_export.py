@@ -16,6 +16,7 @@ from inheritune.files.rundir import RunDir
 from inheritune.files.writing import replace_atomically
 from inheritune.models.architectures import find_architecture
 from inheritune.models.config_files import copy_settings
+from inheritune.models.networks import list_saved_tensors
 from inheritune.models.writer import CheckpointWriter
 from inheritune.runtime.ranks import get_rank
 
@@ -52,9 +53,10 @@ def _write_parameters(
     """Write config.json and the tensors of `parameters`, split into the pieces that the architecture
     stores."""
     config = engine.module.config
-    table = find_architecture(config.model_type)
+    table = find_architecture(config)
     pieces = {
-        name: table.in_checkpoint(name, tuple(get_shape(p))) for name, p in engine.module.named_parameters()
+        name: table.in_checkpoint(name, tuple(get_shape(tensor)))
+        for name, tensor in list_saved_tensors(engine.module).items()
     }
     specs = {piece: (shape, torch.float32) for shapes in pieces.values() for piece, shape in shapes.items()}
     writer = CheckpointWriter(folder, config, specs)

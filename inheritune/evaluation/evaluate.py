@@ -26,7 +26,7 @@ from inheritune.files.json_files import read_json, write_json
 from inheritune.files.markers import hash_folder
 from inheritune.files.outputs import check_new_file, resolve_output
 from inheritune.files.rundir import RunDir, get_results_dir, parse_weights_name, require_weights
-from inheritune.models.networks import build_model, count_parameters
+from inheritune.models.networks import build_model, count_parameters, list_saved_tensors
 from inheritune.models.sources import Source, open_source
 from inheritune.runs.changes import check_own_run, describe_change_since, find_changes_since, find_job
 from inheritune.runs.comparison import compare_with_reference, compute_interval
@@ -285,8 +285,8 @@ def load_weights(source: Source) -> torch.nn.Module:
     Raises UserError for a weight that is nan or inf."""
     model = build_model(source.config)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(source.finite_tensor(name))
+        for name, tensor in list_saved_tensors(model).items():
+            tensor.copy_(source.finite_tensor(name))
     return model.eval().to(dist.get_device())
 
 

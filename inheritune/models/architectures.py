@@ -1,15 +1,20 @@
 """The architecture table: how each model family names its tensors (architectures.yaml). Torch is not needed.
 
-`find_architecture(config.model_type)` returns one family's row. The row places every tensor: in which block
-it lies, which part of the model it belongs to, and what published checkpoints call it.
+`find_architecture(config)` returns one family's row. The row places every tensor: in which block it lies,
+which part of the model it belongs to, and what published checkpoints call it. Families that the table lacks
+have a row that a model on device meta gives (automatic.py, which needs torch), for plain cuts.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from inheritune.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 Shape = tuple[int, ...]
 
@@ -26,9 +31,13 @@ class Architecture:
     modules: dict[str, list[str]]
     residual: list[str] = field(default_factory=list)
     norm_weight: float = 1.0
+    constants: dict[str, float] = field(default_factory=dict)
+    drawn: list[str] = field(default_factory=list)
     buffers: list[str] = field(default_factory=list)
     published: dict[str, list[str]] = field(default_factory=dict)
-    per_layer: list[str] = field(default_factory=lambda: ["layer_types"])
+    per_layer: list[str] = field(default_factory=list)
+    automatic: bool = False
+    """Whether the row was read off a model: blocks, embedding and head are known, parts and modules not."""
 
     @property
     def embedding(self) -> str:
@@ -67,6 +76,12 @@ class Architecture:
 
         Raises UserError for a tensor that the table does not place."""
         inside = self.split_name(name)
+        if self.automatic:
+            raise UserError(
+                f"model family '{self.name}' is not in the architecture table, so only whole blocks can be "
+                f"cut from it, with all parts and modules; for more, describe it in "
+                f"inheritune/models/architectures.yaml, a few lines: docs/new_architecture.md"
+            )
         if inside is None:
             for part, names in self.parts.items():
                 if name in names:
@@ -84,12 +99,22 @@ class Architecture:
 _TABLE = yaml.safe_load((Path(__file__).parent / "architectures.yaml").read_text(encoding="utf-8"))
 
 
-def find_architecture(model_type: str) -> Architecture:
-    """Return the table's row for a config's model_type. Raises UserError with the known families."""
-    if model_type not in _TABLE:
-        raise UserError(
-            f"model family '{model_type}' is not in the architecture table; known: "
-            f"{', '.join(sorted(_TABLE))}; to add one, describe its tensor names in "
-            f"inheritune/models/architectures.yaml, a few lines: docs/new_architecture.md"
-        )
-    return Architecture(name=model_type, **_TABLE[model_type])
+def find_architecture(config: "PreTrainedConfig") -> Architecture:
+    """Return the row of a config's family: the table's, or the one that automatic.py detects.
+
+    Raises UserError for a family that transformers does not have as a causal language model, and for one
+    whose blocks cannot be told."""
+    if config.model_type in _TABLE:
+        return Architecture(name=config.model_type, **_TABLE[config.model_type])
+    from inheritune.models.automatic import detect_row
+
+    return Architecture(name=config.model_type, **detect_row(config))
+
+
+def find_depth_key(model_type: str) -> str:
+    """Return the config key of the depth of a family. Raises UserError for an unknown family."""
+    if model_type in _TABLE:
+        return str(_TABLE[model_type]["layers"])
+    from inheritune.models.automatic import find_depth_key as ask_transformers
+
+    return ask_transformers(model_type)

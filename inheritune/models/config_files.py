@@ -17,7 +17,7 @@ import torch
 from inheritune.errors import UserError
 from inheritune.files.json_files import read_json, write_json
 from inheritune.files.writing import write_text
-from inheritune.models.architectures import find_architecture
+from inheritune.models.architectures import find_depth_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -46,9 +46,10 @@ def load_config(path: Path) -> "PreTrainedConfig":
             f"{path} describes an encoder-decoder ({raw['model_type']}); only decoder-only models can be "
             f"sliced"
         )
+    raw = take_text_part(raw)
     if raw.pop("auto_map", None):
         _check_classes(raw, path)
-    layers = raw.get(find_architecture(raw["model_type"]).layers, 1)
+    layers = raw.get(find_depth_key(raw["model_type"]), 1)
     if type(layers) is not int or not 1 <= layers <= MAX_LAYERS:  # building such a model would not finish
         raise UserError(
             f"{path} describes a model of {str(layers)[:50]} layers; 1 to {MAX_LAYERS} can be sliced"
@@ -59,6 +60,17 @@ def load_config(path: Path) -> "PreTrainedConfig":
         raise UserError(
             f"{path} is not a valid {raw['model_type']} config: {' '.join(str(error).split())[:300]}"
         ) from None
+
+
+def take_text_part(raw: dict) -> dict:
+    """Return the config of the language model in `raw`, which describes it beside an image or audio encoder.
+
+    Any other config is returned as it is."""
+    text = raw.get("text_config")
+    if not (isinstance(text, dict) and isinstance(text.get("model_type"), str)):
+        return raw
+    shared = ("tie_word_embeddings", "dtype", "torch_dtype", *SPECIAL_IDS)
+    return {key: raw[key] for key in shared if raw.get(key) is not None} | text
 
 
 def _check_classes(raw: dict, path: Path) -> None:
@@ -101,6 +113,7 @@ OLDER_KEYS = {
     "rope_local_base_freq",
     "partial_rotary_factor",
     "original_max_position_embeddings",
+    "num_experts",
     *(name for names in RENAMED.values() for name in names.values()),
 }
 """Keys by which transformers 4 reads values that transformers 5 has under others."""
@@ -119,6 +132,8 @@ def add_older_keys(described: dict) -> dict:
         if sliding := rope.get("sliding_attention"):
             older["rope_local_base_freq"] = sliding["rope_theta"]
         rope = rope["full_attention"] or {}
+    if described.get("num_local_experts") and _counts_experts_otherwise(described["model_type"]):
+        older["num_experts"] = described["num_local_experts"]
     names = RENAMED.get(described["model_type"], {})
     for key in ("rope_theta", "partial_rotary_factor"):
         if rope.get(key) is not None:
@@ -128,6 +143,14 @@ def add_older_keys(described: dict) -> dict:
         if rope["rope_type"] == "longrope":
             older["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     return {key: value for key, value in described.items() if key != "rope_scaling"} | older
+
+
+def _counts_experts_otherwise(model_type: str) -> bool:
+    """Return whether the family's `num_local_experts` has `num_experts` for another name (Qwen 3 MoE)."""
+    from transformers import CONFIG_MAPPING
+
+    named: dict[str, str] = CONFIG_MAPPING[model_type].attribute_map if model_type in CONFIG_MAPPING else {}
+    return named.get("num_experts") == "num_local_experts"
 
 
 def drop_older_keys(described: dict) -> dict:

@@ -130,6 +130,8 @@ def read_deepspeed(folder: Path, what: str = "master", check: bool = False) -> d
     if what != "master":
         return trained
     stored = trained | _read_fragments(models, model_files, folder) if stage == 3 else in_module | trained
+    if stage == 3:  # buffers are whole in each rank's file
+        stored |= {name: in_module[name] for name in models[0].get("buffer_names") or [] if name in in_module}
     return stored | {name: stored[owner] for name, owner in models[0]["shared_params"].items()}
 
 

@@ -22,10 +22,15 @@ def make_fresh_tensor(name: str, shape: Shape, config: "PreTrainedConfig", seed:
 
     Norms are one, biases zero, the rest N(0, 0.02); projections onto the residual stream are
     N(0, 0.02 / sqrt(2 layers)) (as nanoGPT)."""
-    table = find_architecture(config.model_type)
-    if name.endswith(".bias"):
+    table = find_architecture(config)
+    inside = (table.split_name(name) or (0, name))[1]
+    if inside in table.constants:
+        return torch.full(shape, table.constants[inside])
+    is_drawn = inside in table.drawn
+    if name.endswith("bias") and not is_drawn:  # also those of GPT-OSS's experts and of DeepSeek's router
         return torch.zeros(shape)
-    if len(shape) == 1 or "norm." in name:  # Cohere's norms of queries and keys are matrices
+    is_norm = "norm." in name  # Cohere's norms of queries and keys are matrices
+    if is_norm or (len(shape) == 1 and not is_drawn):
         return torch.full(shape, float(table.norm_weight))
     key = "initializer_range" if getattr(config, "initializer_range", None) else "init_std"  # OPT's key
     std: float = getattr(config, key, 0.02)

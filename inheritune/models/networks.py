@@ -15,7 +15,7 @@ import torch
 
 from inheritune.config.sections import Model
 from inheritune.errors import UserError
-from inheritune.models.architectures import Shape, find_architecture
+from inheritune.models.architectures import Shape, find_architecture, find_depth_key
 from inheritune.models.sizes import compute_flops_per_token
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def build_model(config: "PreTrainedConfig", attention: str | None = None) -> "Pr
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    find_architecture(config.model_type)  # raises UserError for an unknown family
+    find_depth_key(config.model_type)  # raises UserError for an unknown family
     config = copy.deepcopy(config)  # from_config writes the attention implementation into its argument
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
@@ -171,6 +171,17 @@ def takes_token_types(config: "PreTrainedConfig") -> bool:
 # --- their tensors ------------------------------------------------------------------------------------------
 
 
+def list_saved_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return {name: tensor} of what a checkpoint of `model` holds: parameters, a tied one once, and buffers.
+
+    Only persistent buffers are meant, such as the correction of DeepSeek's router, which no gradient reaches
+    (`e_score_correction_bias`). Under ZeRO 3 they are whole on every rank."""
+    parameters = dict(model.named_parameters())
+    stored = model.state_dict(keep_vars=True)
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
+    return {name: (parameters | buffers)[name] for name in stored if name in parameters or name in buffers}
+
+
 def list_model_shapes(config: "PreTrainedConfig", where: str | Path = "the config") -> dict[str, Shape]:
     """Return {name: shape} of every tensor of a model of `config`, in the model's order and by its names.
 
@@ -181,7 +192,7 @@ def list_model_shapes(config: "PreTrainedConfig", where: str | Path = "the confi
         raise UserError(
             f"{where} describes no possible model: {' '.join(str(error).split())[:300]}"
         ) from None
-    table = find_architecture(config.model_type)
+    table = find_architecture(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if not config.tie_word_embeddings:
         return shapes
@@ -194,7 +205,7 @@ def list_checkpoint_shapes(config: "PreTrainedConfig", where: str | Path = "the 
     """Return {name: shape} of every tensor of a checkpoint of `config`, in the model's order.
 
     A tied head is left out. Raises UserError as `list_model_shapes` does."""
-    table, shapes = find_architecture(config.model_type), list_model_shapes(config, where)
+    table, shapes = find_architecture(config), list_model_shapes(config, where)
     return {
         piece: piece_shape
         for name, shape in shapes.items()
@@ -229,11 +240,12 @@ def count_parameters(config: "PreTrainedConfig") -> int:
 def count_flops_per_token(config: "PreTrainedConfig", sequence_length: int) -> float:
     """Return the training FLOPs per token of a model of `config`, by sizes.compute_flops_per_token."""
     model = build_meta_model(config)
-    # A token passes through some of the experts only. Their weights are three-dimensional: (experts, outputs,
-    # inputs).
-    active = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_local_experts", 1)
-    weights = find_linear_weights(model).values()
-    matrices = sum(p.numel() * (active if p.dim() == 3 else 1) for p in weights)
+    # A token passes through some of the experts only, the first dimension of their weights.
+    chosen = getattr(config, "num_experts_per_tok", 1)
+    matrices = sum(
+        p.numel() * (min(1.0, chosen / p.shape[0]) if ".experts." in name else 1.0)
+        for name, p in find_linear_weights(model).items()
+    )
     if config.tie_word_embeddings:  # find_linear_weights leaves the tied head to the embedding
         matrices += model.get_output_embeddings().weight.numel()
     heads = config.num_attention_heads

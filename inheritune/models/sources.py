@@ -13,12 +13,14 @@ import torch
 
 from inheritune.errors import UserError
 from inheritune.files import markers
+from inheritune.files.json_files import read_json
 from inheritune.files.markers import COMPLETE
 from inheritune.models.architectures import Shape, find_architecture
 from inheritune.models.checkpoint_names import (
     join_model_tensors,
     normalize_names,
     split_model_tensors,
+    take_text_tensors,
 )
 from inheritune.models.config_files import load_config
 from inheritune.models.deepspeed_files import find_tag_folder, read_deepspeed
@@ -32,6 +34,7 @@ from inheritune.models.extents import (
     read_tensor,
     view_bytes,
 )
+from inheritune.models.gguf_files import convert_gguf, find_gguf
 from inheritune.models.networks import list_model_shapes
 from inheritune.models.torch_files import read_bin
 from inheritune.models.weight_files import WEIGHTS, read_safetensors, read_weight_files
@@ -59,12 +62,14 @@ class Source:
         self.folder, self.config_path = folder, config_path
         self.config = load_config(config_path)
         self.config_hash = markers.hash_file(config_path)
-        self.table = find_architecture(self.config.model_type)
+        self.table = find_architecture(self.config)
         pieces = {
             name: (shape, self.table.in_checkpoint(name, shape))
             for name, shape in list_model_shapes(self.config, config_path).items()
         }
         shapes = {part: shape for _, parts in pieces.values() for part, shape in parts.items()}
+        if "text_config" in read_json(config_path):
+            stored = take_text_tensors(stored, self.table)
         self._stored = normalize_names(stored, self.table, self.config.tie_word_embeddings, folder)
         split_model_tensors(self._stored, pieces)
         self._check_tensors(shapes)
@@ -165,16 +170,18 @@ READERS = {".safetensors": read_safetensors, ".bin": read_bin}
 
 
 def open_source(path_or_id: str | Path, revision: str | None = None, check: bool = True) -> Source:
-    """Open a folder of Hugging Face or DeepSpeed weights, or a Hub id (downloaded or from the cache).
+    """Open a folder of Hugging Face or DeepSpeed weights, a GGUF file, or a Hub id (downloaded or cached).
 
     Only headers are read. A folder that this program wrote is compared with its hashes, unless `check` is
     False because one rank did so for all; torch files are compared with their checksums. Raises UserError if
     there is no such folder or model, if files are missing, cut off, damaged, left over or unsafe, or if the
     tensors are not those that the config describes."""
     folder = Path(path_or_id).expanduser()
+    origin, commit = str(folder.absolute()), None
+    if gguf := find_gguf(folder):
+        folder = convert_gguf(gguf)
     if folder.is_file():
         raise UserError(f"source '{path_or_id}' is a file; give the folder that holds it and config.json")
-    origin, commit = str(folder.absolute()), None
     if not folder.is_dir():
         folder = download_model(str(path_or_id), revision)
         origin, commit = str(path_or_id), folder.name  # the folder of a snapshot has the commit as its name

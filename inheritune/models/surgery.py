@@ -21,9 +21,11 @@ import xxhash
 
 from inheritune.config.layers import parse_layers, place_layers
 from inheritune.config.run import MODULES, NORMS, PARTS
+from inheritune.data.tokenizer_files import count_ids
 from inheritune.errors import UserError, suggest_name
 from inheritune.models.architectures import find_architecture
 from inheritune.models.config_files import drop_older_keys
+from inheritune.models.layer_facts import INDEXES, LEADING, PER_LAYER, check_blocks, cut_config
 from inheritune.models.networks import list_checkpoint_shapes
 from inheritune.models.sizes import halve_heads, scale_width
 from inheritune.models.sources import Source, open_source
@@ -31,6 +33,9 @@ from inheritune.models.targets import Origin, write_target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+STORED_AS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Dtypes that a target can be stored in, by their names on the command line."""
 
 
 def inherit(
@@ -44,6 +49,7 @@ def inherit(
     depth: int | None = None,
     at: int = 0,
     copies: int = 1,
+    dtype: str | None = None,
 ) -> dict:
     """Write the blocks `layers` of `source` (a folder or a Hub id) to `out`; returns the manifest.
 
@@ -51,11 +57,13 @@ def inherit(
     `copies` repeats them, one copy after the other. `parts` names what is copied, and `modules` limits it
     inside the blocks; the rest is that of the random model of this depth and `seed`. A tied head is one
     tensor with the token embedding, copied if either is named. Every tensor keeps the source's dtype (fp32
-    for a DeepSpeed checkpoint). Running it again changes nothing.
+    for a DeepSpeed checkpoint), or has `dtype` (fp32, bf16 or fp16). Running it again changes nothing.
 
     Raises UserError for unknown names, layers out of range, a source that cannot be used, an `out` that holds
     something else, and a full disk; then nothing is written."""
     parts, modules = _order_names(parts, PARTS, "parts"), _order_names(modules, MODULES + NORMS, "modules")
+    if dtype is not None and dtype not in STORED_AS:
+        raise UserError(f"inherit: unknown dtype '{dtype}'; {suggest_name(dtype, STORED_AS)}")
     opened = open_source(source, revision)
     table, n_source = opened.table, getattr(opened.config, opened.table.layers)
     for name in modules:
@@ -64,10 +72,18 @@ def inherit(
                 f"modules: in a block of {table.name} one norm serves attention and MLP, so name norms, not "
                 f"{name}"
             )
+    beside = opened.config_path.parent
+    if (n_ids := count_ids(beside)) > (n_rows := opened.config.vocab_size):
+        raise UserError(
+            f"the tokenizer in {beside} has {n_ids} ids and the model's embedding {n_rows} rows: they belong "
+            f"to two models; put the model's own tokenizer there, or remove the tokenizer's files"
+        )
     once = parse_layers(layers if isinstance(layers, str) else list(layers), n_source)
     indices = place_layers(once * copies, n_source, depth, at)
     config = cut_config(opened.config, indices)
-    origins = _inherit_origins(opened, config, indices, once[0], parts, modules)
+    check_blocks(opened.config, config, indices)
+    stored_as = STORED_AS[dtype] if dtype else None
+    origins = _inherit_origins(opened, config, indices, once[0], parts, modules, stored_as)
     about = {
         "kind": "inherit" if copies == 1 else "stack",
         **_identify_source(opened),
@@ -77,8 +93,9 @@ def inherit(
         "seed": seed,
         "tied_head": bool(opened.config.tie_word_embeddings),
         "moved_blocks": _describe_moves(config, indices),
+        **({"dtype": dtype} if dtype else {}),
     }
-    return write_target(out, config, origins, about, seed, opened.config_path.parent)
+    return write_target(out, config, origins, about, seed, beside)
 
 
 def _inherit_origins(
@@ -88,16 +105,21 @@ def _inherit_origins(
     template: int,
     parts: Sequence[str],
     modules: Sequence[str],
+    dtype: torch.dtype | None,
 ) -> dict[str, Origin]:
     """Return the origin of every tensor of `config`, whose blocks are `layers` of the source (None: random).
 
-    Random blocks have the dtypes of the source's block `template`."""
+    Tensors are stored in `dtype`, by default in the source's; random blocks then have the dtypes of the
+    source's block `template`."""
     table, origins = source.table, {}
+    is_plain = set(parts) == set(PARTS) and set(modules) >= set(MODULES) and None not in layers
     for name in list_checkpoint_shapes(config):
-        part, module = table.part_of(name)
-        is_copied = part in parts and (
-            module is None or module in modules or (module in NORMS and "norms" in modules)
-        )
+        is_copied = is_plain
+        if not is_plain:
+            part, module = table.part_of(name)
+            is_copied = part in parts and (
+                module is None or module in modules or (module in NORMS and "norms" in modules)
+            )
         if source.config.tie_word_embeddings and name == table.embedding and "head" in parts:
             is_copied = True
         inside, source_name = table.split_name(name), name
@@ -105,8 +127,8 @@ def _inherit_origins(
             layer = layers[inside[0]]
             is_copied = is_copied and layer is not None
             source_name = table.block.format(i=template if layer is None else layer) + inside[1]
-        dtype = source.dtype(source_name)
-        origins[name] = Origin(dtype, source, source_name) if is_copied else Origin(dtype)
+        stored_as = dtype or source.dtype(source_name)
+        origins[name] = Origin(stored_as, source, source_name) if is_copied else Origin(stored_as)
     return origins
 
 
@@ -157,6 +179,7 @@ def extend_model(
         raise UserError(f"cannot extend {layers_from} layers to {layers_to}: {reference} has {n_new}")
     _check_joinable(old, new, previous, reference)
     config = cut_config(new.config, range(layers_to))
+    check_blocks(new.config, config, range(layers_to))
     origins = {}
     for name in list_checkpoint_shapes(config):
         inside = old.table.split_name(name)
@@ -183,7 +206,7 @@ def write_random(config: "PreTrainedConfig", out: str | Path, seed: int = 0) -> 
     about = {
         "kind": "random",
         "config": digest,
-        "layers": getattr(config, find_architecture(config.model_type).layers),
+        "layers": getattr(config, find_architecture(config).layers),
         "seed": seed,
     }
     return write_target(out, config, origins, about, seed)
@@ -195,19 +218,6 @@ INCIDENTAL = ("dtype", "architectures", "transformers_version", "_name_or_path",
 """Config keys that say nothing about what the model computes."""
 MLP_WIDTH = {"gpt2": "n_inner", "llama": "intermediate_size"}
 """Families that can be halved, and the config key of the width of their MLP."""
-
-
-def cut_config(config: "PreTrainedConfig", layers: Sequence[int | None]) -> "PreTrainedConfig":
-    """Return a copy of `config` with the blocks `layers` (None: new).
-
-    Lists with one entry per block are cut alike."""
-    table, raw = find_architecture(config.model_type), config.to_dict()
-    raw[table.layers] = len(layers)
-    for key in table.per_layer:
-        if isinstance(raw.get(key), list):
-            last = len(raw[key]) - 1
-            raw[key] = [raw[key][min(i, last) if layer is None else layer] for i, layer in enumerate(layers)]
-    return type(config).from_dict(raw)
 
 
 def halve_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
@@ -281,7 +291,7 @@ def _order_names(names: str | Sequence[str], valid: Sequence[str], what: str) ->
 
 def _check_joinable(old: Source, new: Source, previous: str | Path, reference: str | Path) -> None:
     """Raise UserError if the configs of the sources `previous` and `reference` differ in more than depth."""
-    ignored = {old.table.layers, *old.table.per_layer, *INCIDENTAL}
+    ignored = {old.table.layers, *old.table.per_layer, *PER_LAYER, *INDEXES, *LEADING, *INCIDENTAL}
     before, after = drop_older_keys(old.config.to_dict()), drop_older_keys(new.config.to_dict())
     for key in sorted((before.keys() | after.keys()) - ignored):
         if before.get(key) != after.get(key):

@@ -119,7 +119,7 @@ def check_start_model(job: Job, config: Any, folder: Path) -> None:
     copied = job.run.init.copied
     if copied and copied.source not in job.experiment.runs:
         return
-    wanted = build_config(job.experiment.model, getattr(config, find_architecture(config.model_type).layers))
+    wanted = build_config(job.experiment.model, getattr(config, find_architecture(config).layers))
     if job.run.init.half_width:
         wanted = halve_config(wanted)
     stored, asked = ({k: v for k, v in c.to_dict().items() if k not in INCIDENTAL} for c in (config, wanted))

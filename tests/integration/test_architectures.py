@@ -15,9 +15,10 @@ from conftest import experiment_dict, run_verb, write_experiment, write_tokens
 from launching import train_runs
 from safetensors import safe_open
 from test_train import losses_of
-from tiny_families import FAMILIES, MIXED, family_config
+from tiny_families import FAMILIES, FURTHER, MIXED, family_config
 from tiny_models import random_model
 from transformers import AutoModelForCausalLM, masking_utils
+from transformers.core_model_loading import revert_weight_conversion
 
 from inheritune.analysis.attention import measure_model, read_windows
 from inheritune.analysis.measures import approximate_rank
@@ -37,6 +38,7 @@ from inheritune.models.networks import (
     find_linear_weights,
     find_training_attention,
     list_checkpoint_shapes,
+    list_saved_tensors,
 )
 from inheritune.models.sources import open_source
 from inheritune.models.surgery import inherit, write_random
@@ -51,7 +53,28 @@ NAMED += " olmo2 stablelm starcoder2 cohere granite"
 
 def test_the_table_has_the_families_and_each_is_tested():
     table = yaml.safe_load((REPOSITORY / "inheritune" / "models" / "architectures.yaml").read_text())
-    assert set(table) == {model_type for model_type, _ in FAMILIES.values()} == set(NAMED.split())
+    tested = {model_type for model_type, _ in FAMILIES.values()}
+    assert tested == set(NAMED.split()) and set(table) == tested | set(FURTHER)
+
+
+@pytest.mark.parametrize("family", FURTHER)
+def test_a_family_that_is_only_cut_is_described_rightly(family):
+    """Every tensor has a place, checkpoints have the names that transformers gives them, and fresh tensors
+    are as transformers draws them."""
+    config = family_config(family)
+    table = find_architecture(config)
+    pieces = list_checkpoint_shapes(config)
+    places = {table.part_of(name) for name in pieces}
+    assert {("blocks", "attn"), ("blocks", "mlp"), ("token_embedding", None)} <= places
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(config).eval()
+    assert set(pieces) == set(revert_weight_conversion(theirs, list_saved_tensors(theirs)))
+    for name, value in revert_weight_conversion(theirs, list_saved_tensors(theirs)).items():
+        ours = initialization.make_fresh_tensor(name, tuple(value.shape), config, seed=0)
+        if value.unique().numel() == 1:
+            assert torch.allclose(ours, value.float(), rtol=0.01), name
+        elif value.numel() > 30:
+            assert 0.3 < float(ours.std() / value.std()) < 3.0, name
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -67,7 +90,7 @@ def source(request, tmp_path_factory):
 def truncated(model, kept: list[int]):
     """The model with only the blocks `kept`, cut by hand: ModuleList and configuration."""
     cut = copy.deepcopy(model)
-    blocks = cut.get_submodule(find_architecture(model.config.model_type).block.removesuffix(".{i}."))
+    blocks = cut.get_submodule(find_architecture(model.config).block.removesuffix(".{i}."))
     chosen = [blocks[i] for i in kept]
     del blocks[:]
     blocks.extend(chosen)
@@ -172,7 +195,7 @@ PLACES = [
 def test_every_tensor_has_its_part_and_module(family, name, place):
     config = family_config(family)
     assert name in list_checkpoint_shapes(config)
-    assert find_architecture(config.model_type).part_of(name) == (
+    assert find_architecture(config).part_of(name) == (
         ("blocks", place) if place in MODULES + NORMS else (place, None)
     )
 
@@ -193,7 +216,7 @@ def test_what_is_not_named_is_fresh_as_transformers_draws_it(source, tmp_path):
             assert 0.8 < float(ours[name].std() / value.std()) < 1.25, name
         else:
             assert 0.4 < float(ours[name].std() / value.std()) < 2.5, name
-    table = find_architecture(model.config.model_type)
+    table = find_architecture(model.config)
     rows = inherit(folder, "1:3", tmp_path / "out", parts=[part for part in PARTS if part != "final_norm"])[
         "tensors"
     ]
@@ -326,17 +349,15 @@ def test_analyze_refuses_what_inherit_refuses(case, tmp_path, data):
 
 
 def test_example_of_the_documents_describes_its_family(monkeypatch):
-    """A family that is not in the table: a model of it is refused, and with the lines of the documents every
+    """A family that is not in the table: only whole blocks are cut, and with the lines of the documents every
     tensor is placed."""
-    from transformers import CodeGenConfig
-
     page = (REPOSITORY / "docs" / "new_architecture.md").read_text(encoding="utf-8")
     example = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
-    with pytest.raises(UserError, match="not in the architecture table"):
-        find_architecture("codegen")
+    config = family_config("codegen")
+    with pytest.raises(UserError, match="not in the architecture table, so only whole blocks"):
+        find_architecture(config).part_of("lm_head.weight")
     monkeypatch.setattr(models, "_TABLE", {**models._TABLE, **example})
-    config = CodeGenConfig(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=32, rotary_dim=4)
-    places = {find_architecture("codegen").part_of(name) for name in list_checkpoint_shapes(config)}
+    places = {find_architecture(config).part_of(name) for name in list_checkpoint_shapes(config)}
     assert places == {("blocks", m) for m in MODULES} | {
         (p, None) for p in ("token_embedding", "final_norm", "head")
     }

@@ -700,7 +700,7 @@ def test_every_start_trains_from_an_experiment(tmp_path, own_root):
     compared = {name: r["compared_with"] for name, r in results.items() if "compared_with" in r}
     assert compared == dict.fromkeys(("stacking", "hybrid", "half_width", "lazy"), "reference")
     assert all(math.isfinite(r["validation"]["mean"]) for r in results.values())
-    table = find_architecture("gpt2")
+    table = find_architecture(GPT2Config())
     stacked, half = (
         open_source(RunDir.of(experiment, n).path / part)
         for n, part in (("stacking", "init"), ("half", "final"))

@@ -412,8 +412,8 @@ REFUSALS = {
     "no model type": ("single", lambda f: (f / "config.json").write_text("{}"), "names no 'model_type'"),
     "unknown family": (
         "single",
-        lambda f: edit_json(f / "config.json", lambda v: v.update(model_type="mamba")),
-        "known: bloom, cohere, .* docs/new_architecture.md",
+        lambda f: edit_json(f / "config.json", lambda v: v.update(model_type="nosuch")),
+        "family 'nosuch' has no causal language model in the installed transformers",
     ),
     "remote code": (
         "single",

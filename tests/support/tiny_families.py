@@ -54,11 +54,83 @@ FAMILIES = {
     ),
 }
 
+GROUPS = {"n_routed_experts": 4, "moe_intermediate_size": 12, "num_experts_per_tok": 2}
+GROUPS |= {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 3}
+EXPERTS = {"num_experts": 4, "moe_intermediate_size": 12, "num_experts_per_tok": 2}
+LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+LATENT = {"num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8}
+LATENT |= {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+HEADS = {**LLAMA, "head_dim": 8}
+
+# Families that are cut only, in both versions of transformers. Of the table:
+FURTHER = {
+    "apertus": LLAMA,
+    "arcee": LLAMA,
+    "cohere2": {**LLAMA, **WINDOWS},
+    "deepseek_v2": {**LLAMA, **LATENT, **GROUPS},
+    "deepseek_v3": {**LLAMA, **LATENT, **GROUPS},
+    "ernie4_5": LLAMA,
+    "exaone4": {**LLAMA, **WINDOWS, "sliding_window_pattern": 4},
+    "glm": HEADS,
+    "glm4": HEADS,
+    "glm4_moe": {**HEADS, **GROUPS},
+    "gpt_oss": {**HEADS, **LOCAL, **WINDOWS},
+    "helium": HEADS,
+    "hunyuan_v1_dense": HEADS,
+    "lfm2": {**LLAMA, "full_attn_idxs": [1, 3]},
+    "ministral": {**HEADS, **WINDOWS},
+    "nanochat": LLAMA,
+    "nemotron": LLAMA,
+    "olmo3": {**LLAMA, **WINDOWS},
+    "olmoe": {**LLAMA, "num_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**LLAMA, **EXPERTS, "shared_expert_intermediate_size": 12, "decoder_sparse_step": 2},
+    "qwen3_moe": {**HEADS, **EXPERTS, "mlp_only_layers": [1]},
+    "seed_oss": HEADS,
+    "smollm3": LLAMA,
+}
+# Found on device meta:
+AUTOMATIC = {
+    "afmoe": {**HEADS, **EXPERTS, "num_dense_layers": 2, "sliding_window": 4},
+    "biogpt": MLP,
+    "bitnet": LLAMA,
+    "codegen": {**GPT2, "rotary_dim": 4},
+    "doge": LLAMA,
+    "exaone_moe": {**HEADS, **EXPERTS, **WINDOWS},
+    "falcon_mamba": {"hidden_size": 32, "num_hidden_layers": 5},
+    "flex_olmo": {**LLAMA, "num_experts": 4, "num_experts_per_tok": 2},
+    "gpt_neo": {**WIDTHS, "attention_types": [[["global", "local"], 2], [["global"], 1]], "window_size": 4},
+    "gptj": {**GPT2, "rotary_dim": 4},
+    "granitemoe": {**LLAMA, **LOCAL},
+    "granitemoeshared": {**LLAMA, **LOCAL},
+    "hunyuan_v1_moe": {**HEADS, "num_experts": 4, "moe_topk": 2},
+    "hyperclovax": LLAMA,
+    "jais2": HEADS,
+    "jetmoe": {**LLAMA, **LOCAL, "kv_channels": 8},
+    "lfm2_moe": {
+        **LLAMA,
+        **EXPERTS,
+        "layer_types": ["conv", "full_attention", "conv", "full_attention", "conv"],
+        "num_dense_layers": 2,
+    },
+    "llama4_text": {**HEADS, **LOCAL, "intermediate_size_mlp": 44, "num_experts_per_tok": 1},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 5},
+    "mellum": {**HEADS, **EXPERTS},
+    "minimax_m2": {**HEADS, **LOCAL},
+    "ministral3": HEADS,
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 5, "max_seq_len": 32},
+    "persimmon": MLP,
+    "phimoe": {**LLAMA, **LOCAL},
+    "solar_open": {**HEADS, **GROUPS},
+    "vaultgemma": {**HEADS, **WINDOWS},
+    "xglm": {"d_model": 32, "num_layers": 5, "attention_heads": 4, "ffn_dim": 44, "dropout": 0.0},
+}
+FAMILIES_CUT = {name: (name, sizes) for name, sizes in (FURTHER | AUTOMATIC).items()}
+
 
 def family_config(name: str):
     """Five layers of width 32 with 61 tokens, no dropout."""
-    model_type, changes = FAMILIES[name]
-    return CONFIG_MAPPING[model_type](vocab_size=61, **NO_TOKENS, **changes)
+    model_type, changes = (FAMILIES | FAMILIES_CUT)[name]
+    return CONFIG_MAPPING[model_type](vocab_size=61, **NO_TOKENS, **copy.deepcopy(changes))
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -41,9 +41,10 @@ def random_model(config, seed: int = 1) -> torch.nn.Module:
     """A model of `config` in evaluation mode whose every tensor differs from every fresh one (frozen biases
     stay zero)."""
     model = networks.build_model(config, "eager").eval()
-    for name, parameter in model.named_parameters():
-        values = torch.randn(parameter.shape, generator=initialization.make_generator(seed, name)) * 0.3
-        parameter.data.copy_(values if parameter.requires_grad else torch.zeros_like(values))
+    for name, tensor in networks.list_saved_tensors(model).items():
+        values = torch.randn(tensor.shape, generator=initialization.make_generator(seed, name)) * 0.3
+        is_frozen = isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad
+        tensor.data.copy_(torch.zeros_like(values) if is_frozen else values)
     return model
 
 

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from inheritune.config.sections import Model
 from inheritune.errors import UserError
-from inheritune.models.architectures import find_architecture
+from inheritune.models.architectures import find_architecture, find_depth_key
 from inheritune.models.initialization import make_fresh_tensor
 from inheritune.models.networks import (
     build_config,
@@ -169,17 +169,15 @@ def test_initialization_follows_the_paper():
     assert not torch.equal(embedding, make_fresh_tensor("lm_head.weight", (1024, 256), config, seed=0))
 
 
-def test_unknown_family_is_refused_with_the_list():
-    with pytest.raises(
-        UserError, match="family 'mamba' is not in the architecture table; known: bloom, .*, llama, "
-    ):
-        find_architecture("mamba")
+def test_family_without_a_causal_language_model_is_refused():
+    with pytest.raises(UserError, match="family 't5' has no causal language model in the installed"):
+        find_depth_key("t5")
 
 
 def test_every_tensor_of_both_families_has_a_part():
     for size in ("gpt2_tiny", "llama_tiny"):
         model = build_model(build_config(model_of(size, layers=2)))
-        table = find_architecture(model.config.model_type)
+        table = find_architecture(model.config)
         parts = {table.part_of(name) for name in model.state_dict()}
         blocks = {("blocks", m) for m in ("attn", "mlp", "attn_norm", "mlp_norm")}
         assert blocks | {("token_embedding", None), ("final_norm", None)} <= parts

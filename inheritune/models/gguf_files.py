@@ -1,0 +1,79 @@
+"""GGUF files (llama.cpp's format, mostly quantized) as sources, through transformers' own reader.
+
+Their tensors are no byte ranges of floats, so such a file is converted once: dequantized to fp32, with its
+tokenizer, into a folder under $INHERITUNE_ROOT/data/gguf, which is then the source.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inheritune.errors import UserError
+from inheritune.files.json_files import write_json
+from inheritune.files.markers import COMPLETE, hash_file, hash_folder
+from inheritune.files.storage import find_root
+from inheritune.files.writing import replace_atomically
+from inheritune.models.weight_files import WEIGHTS
+from inheritune.runtime.log import logger
+
+
+def find_gguf(path: Path) -> Path | None:
+    """Return the GGUF file that `path` is, or that the folder `path` holds for its only weights; else None.
+
+    Raises UserError if there are several, of which one is to be named."""
+    if path.is_file():
+        return path if path.suffix.lower() == ".gguf" else None
+    if not path.is_dir() or any(any(path.glob(f"{stem}*{suffix}")) for stem, suffix in WEIGHTS):
+        return None
+    found = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf" and file.is_file())
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found[:4])
+        raise UserError(f"{path} holds {len(found)} GGUF files ({names}); give one of them as the source")
+    return found[0] if found else None
+
+
+def convert_gguf(file: Path) -> Path:
+    """Return the folder of the weights in `file` as fp32 safetensors, with config and tokenizer.
+
+    It is made once for each content. Raises UserError without the package `gguf`, and if transformers cannot
+    read the file."""
+    folder = find_root() / "data" / "gguf" / f"{file.stem}-{hash_file(file)[:16]}"
+    if (folder / COMPLETE).is_file():
+        return folder
+    if find_spec("gguf") is None:
+        raise UserError(f"{file} is a GGUF file, which needs the package gguf: pip install gguf")
+    logger.info("%s: dequantizing to fp32, into %s", file, folder)
+    model, tokenizer = _read(file)
+    with replace_atomically(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        write_json(temporary / COMPLETE, {"files": hash_folder(temporary), "source": str(file.absolute())})
+    return folder
+
+
+def _read(file: Path) -> tuple[Any, Any]:
+    """Return (model, tokenizer) of a GGUF file. Raises UserError if transformers cannot read it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    try:
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except Exception as error:  # transformers and gguf raise many kinds: cut off, of another family
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{file} cannot be read as a GGUF model by transformers: {reason}") from None
+    model, report = found
+    if report["missing_keys"]:  # transformers would fill them with random numbers
+        raise UserError(
+            f"{file} lacks the tensors {', '.join(sorted(report['missing_keys'])[:3])}, as transformers "
+            f"reads it; use the safetensors of this model"
+        )
+    vars(model.config).pop("quantization_config", None)
+    return model, tokenizer

@@ -1,0 +1,85 @@
+"""GGUF files as sources: the tensors are those of the file, dequantized, and the tokenizer comes along."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import random_model
+from transformers import LlamaConfig
+
+from inheritune.errors import UserError
+from inheritune.models.gguf_files import find_gguf
+from inheritune.models.sources import open_source
+from inheritune.models.surgery import inherit
+
+LETTERS = [chr(97 + i) for i in range(26)]
+TOKENS = ["<|endoftext|>", *LETTERS, "ab", "cd"]
+
+
+def write_gguf(path) -> torch.nn.Module:
+    """Write a random model as GGUF, its matrices in the format Q8_0, and return it."""
+    gguf = pytest.importorskip("gguf")
+    config = LlamaConfig(
+        vocab_size=len(TOKENS),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=5,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+    )
+    model = random_model(config)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(32)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(1)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_dimension_count(32)
+    writer.add_vocab_size(len(TOKENS))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(TOKENS)
+    writer.add_token_merges(["a b", "c d"])
+    writer.add_eos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        values = tensor.numpy().astype(np.float32)
+        if name.endswith(("q_proj.weight", "k_proj.weight")):  # llama.cpp keeps the halves of a head together
+            values = values.reshape(1, 2, 16, 32).swapaxes(1, 2).reshape(32, 32)
+        kind = gguf.GGMLQuantizationType.Q8_0 if tensor.dim() == 2 else gguf.GGMLQuantizationType.F32
+        data = gguf.quants.quantize(values, kind) if tensor.dim() == 2 else values
+        writer.add_tensor(names.get_name(name, (".weight",)), data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+def test_a_gguf_file_is_cut_like_any_source(tmp_path, own_root):
+    model = write_gguf(tmp_path / "model.gguf")
+    inherit(tmp_path, "1:3", tmp_path / "out", dtype="bf16")
+    source, cut = open_source(tmp_path / "model.gguf"), open_source(tmp_path / "out")
+    assert source.origin == str(tmp_path / "model.gguf") and len(source.names()) == 48
+    for name, tensor in model.state_dict().items():
+        assert (source.tensor(name) - tensor).abs().max() <= tensor.abs().max() / 127, name
+    name = "model.layers.{}.self_attn.q_proj.weight"
+    assert torch.equal(cut.tensor(name.format(0)), source.tensor(name.format(1)).bfloat16())
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    with open(tmp_path / "model.gguf", "r+b") as file:
+        file.truncate(3000)
+    with pytest.raises(UserError, match=r"cannot be read as a GGUF model") as refusal:
+        open_source(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_of_several_gguf_files_one_is_to_be_named(tmp_path):
+    for name in ("a.gguf", "b.GGUF"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=r"holds 2 GGUF files \(a.gguf, b.GGUF\); give one of them"):
+        find_gguf(tmp_path)
+    assert find_gguf(tmp_path / "b.GGUF") == tmp_path / "b.GGUF"
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert find_gguf(tmp_path) is None
