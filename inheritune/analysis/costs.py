@@ -104,7 +104,8 @@ class CostMeter:
     def measure(self) -> Costs:
         """Return all that is measured block by block."""
         depth = len(self.runner.blocks)
-        losses, norms = defaultdict(list), defaultdict(list)
+        losses: dict[tuple, list[torch.Tensor]] = defaultdict(list)
+        norms: dict[int, list[torch.Tensor]] = defaultdict(list)
         influences, distances = [], []
         for ids_BT in self.windows_NT.split(self.batch):
             states, heads = self._run_whole(ids_BT, losses)

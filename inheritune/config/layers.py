@@ -1,7 +1,7 @@
 """Layer ranges: which blocks of a source are copied, and where they go."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from inheritune.errors import UserError, suggest_name
 
@@ -13,7 +13,8 @@ RULES = ("cost", "influence", "window")
 but the adjacent ones that move the residual stream least."""
 
 
-class AutoLayers(NamedTuple):
+@dataclass(frozen=True)
+class AutoLayers:
     """A choice of `count` blocks by one of RULES."""
 
     count: int
