@@ -36,7 +36,7 @@ inheritune train quickstart --run random --seed "$SEED" --procs "$PROCS"
 inheritune train quickstart --run random_longer --seed "$SEED" --procs "$PROCS"
 
 say "6/6 what came out"
-inheritune analyze --model "$runs/inheritune" --data quickstart --costs false
+inheritune analyze --model "$runs/inheritune" --data quickstart --ranks-only
 inheritune figure quickstart --seed "$SEED"
 inheritune table quickstart --seed "$SEED"
 echo "Done in $((SECONDS - started)) s. Everything lies under $runs"

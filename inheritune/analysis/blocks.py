@@ -22,6 +22,8 @@ from inheritune.training.validate import token_losses
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+WORST_LOSS = 1e4
+"""Nats per token that stand for a loss which is not finite: without a block, states can grow past fp32."""
 PARTS = ("attn", "mlp")
 """What a block adds to its input, by their names in the architecture table."""
 
@@ -51,7 +53,8 @@ class BlockRunner:
     def read_losses(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """Return each sequence's mean loss in nats per predicted token.  -> (B,) float64, on the CPU"""
         logits_BTV = self.model(input_ids=ids_BT, use_cache=False).logits
-        return token_losses(logits_BTV[:, :-1], ids_BT[:, 1:]).double().mean(dim=1).cpu()
+        losses_B = token_losses(logits_BTV[:, :-1], ids_BT[:, 1:]).double().mean(dim=1).cpu()
+        return losses_B.nan_to_num(nan=WORST_LOSS, posinf=WORST_LOSS).clamp(max=WORST_LOSS)
 
     @contextmanager
     def record_states(self) -> Iterator[list[torch.Tensor]]:
@@ -83,9 +86,9 @@ class BlockRunner:
         Call it after a forward in `record_states`, which shows what kind of output a block has."""
         with ExitStack() as changed:
             for i in indices:
-                block: Any = self.blocks[i]
-                block.forward = _make_hand_on(self._n_outputs[i], state if i == 0 else None)
-                changed.callback(vars(block).pop, "forward")
+                own = vars(self.blocks[i])
+                changed.callback(_restore_forward, own, own.get("forward"))
+                own["forward"] = _make_hand_on(self._n_outputs[i], state if i == 0 else None)
             yield
 
     @contextmanager
@@ -174,6 +177,13 @@ def _make_hand_on(n_outputs: int | None, state: torch.Tensor | None) -> Any:
         return states if n_outputs is None else (states, *[None] * (n_outputs - 1))
 
     return hand_on
+
+
+def _restore_forward(own: dict, before: Any) -> None:
+    """Give a block back its forward: that of its class, or the one that a library has put before it."""
+    del own["forward"]
+    if before is not None:
+        own["forward"] = before
 
 
 def _add_nothing(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:

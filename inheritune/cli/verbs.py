@@ -99,12 +99,12 @@ class Verbs:
         length: int = 100,
         seed: int = 0,
         maps: str | None = None,
-        costs: bool = True,
+        ranks_only: bool | None = None,
     ) -> None:
         """Measure and plot attention rank, column mass and cost per layer; suggest how many to inherit.
 
         The cost of a layer is how much the loss rises without it, without its attention, without its MLP;
-        that takes most of the time. --costs false leaves it out.
+        that takes most of the time. --ranks-only leaves it out.
         MODEL: an HF checkpoint or id, or the name of a run of DATA.
         DATA: an experiment (its prepared data) or a folder that prepare wrote.
         MAPS: attention maps to keep for plotting, as layer:head from 1, e.g. 4:2,7:3."""
@@ -119,7 +119,7 @@ class Verbs:
             raise UserError(
                 f"analyze: --maps takes pairs layer:head, counted from 1, such as 4:2,7:3 (got '{maps}')"
             ) from None
-        folder = run_analyze(model, data, out, sequences, length, seed, pairs or None, costs=costs)
+        folder = run_analyze(model, data, out, sequences, length, seed, pairs or None, costs=not ranks_only)
         print("plots:", *(path.relative_to(folder) for path in plot_attention(folder)), "in", folder)
 
     def grow(

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from inheritune.analysis import attention, costs
 from inheritune.analysis.attention import measure_model
+from inheritune.analysis.blocks import BlockRunner
 from inheritune.analysis.costs import CostMeter, find_windows
 from inheritune.analysis.layers import suggest_by_cost, summarize_model
 from inheritune.analysis.report import describe_rows
@@ -114,6 +115,30 @@ def test_every_forward_is_counted_and_few_are_needed():
     meter.measure()
     meter.measure_cut([0, 2])
     assert len(calls) == meter.count_forwards(1) == 3 * (1 + 4 * 4 + 1)
+
+
+def test_a_loss_that_is_not_finite_is_a_large_number():
+    """JSON has no inf."""
+    model = random_model(config_of("llama"))
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.inf
+        assert BlockRunner(model).read_losses(IDS).tolist() == [1e4] * 5
+
+
+def test_a_block_with_a_forward_of_its_own_keeps_it():
+    model = random_model(config_of("llama"))
+    block = list_blocks(model)[2]
+    block.forward = own = block.forward
+    CostMeter(model, IDS, batch=5).measure()
+    assert block.forward is own and "forward" not in vars(list_blocks(model)[1])
+
+
+def test_a_model_of_one_block():
+    model = random_model(config_of("llama", layers=1))
+    meter = CostMeter(model, IDS, batch=5)
+    assert meter.missing == ""
+    found = meter.measure()
+    assert torch.equal(found.without[0, "block"], found.first[0]) and find_windows(found.distance) == []
 
 
 @pytest.fixture(scope="module", params=["paper", "public", "llama"])
