@@ -17,7 +17,7 @@ from torch import nn
 
 from inheritune.errors import UserError
 from inheritune.models.architectures import Architecture, find_architecture
-from inheritune.training.validate import token_losses
+from inheritune.training.losses import token_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
