@@ -60,8 +60,8 @@ def list_steps(seed: int, procs: int) -> list[Step]:
     def train(run: str, processes: list[str]) -> list[str]:
         return ["train", EXPERIMENT, "--run", run, "--seed", str(seed), *processes]
 
-    def analyze(model: Path) -> list[str]:
-        return ["analyze", "--model", str(model), "--data", EXPERIMENT]
+    def analyze(model: Path, *more: str) -> list[str]:
+        return ["analyze", "--model", str(model), "--data", EXPERIMENT, *more]
 
     n_steps = experiment.train.steps
     grown = folder["inheritune"]
@@ -102,7 +102,7 @@ def list_steps(seed: int, procs: int) -> list[Step]:
             folder["random_longer"],
             2 * n_steps,
         ),
-        Step("what came out: attention, figures, table", [analyze(grown.path), *figures], 12),
+        Step("what came out: attention, figures, table", [analyze(grown.path, "--ranks-only"), *figures], 12),
     ]
 
 

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # Sets up the environment and runs the tests:
 #   bash tests/run.sh [pytest arguments]          all tests but those marked slow
-#   bash tests/run.sh --all [pytest arguments]    the slow ones too, as CI does; the drills only with -m drill
+#   bash tests/run.sh --all [pytest arguments]    the slow ones too, as CI does
+#   bash tests/run.sh -m drill                    the drills; -m real: the tests on a pretrained model
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=recipes/setup.sh
 source recipes/setup.sh
 setup_environment dev
-selection="not slow and not drill"
+selection="not slow and not drill and not real"
 if [ "${1:-}" = --all ]; then
   shift
-  selection="not drill"
+  selection="not drill and not real"
 fi
 bpe=${INHERITUNE_ROOT:-$PWD}/data/gpt2-bpe
 export INHERITUNE_GPT2_BPE="${INHERITUNE_GPT2_BPE:-$bpe}"

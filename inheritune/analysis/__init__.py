@@ -1,1 +1,1 @@
-"""Analysis: attention rank and column mass of a model's layers, lazy layers, how many layers to inherit."""
+"""Analysis: rank and column mass of attention, what a layer is worth, how many layers to inherit."""

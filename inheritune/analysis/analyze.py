@@ -6,7 +6,7 @@ python -m inheritune analyze --model runs/quickstart/seed0/reference/final --dat
 from pathlib import Path
 
 from inheritune.analysis.attention import measure_model
-from inheritune.analysis.layers import describe_rows
+from inheritune.analysis.report import describe_rows
 from inheritune.config import names
 from inheritune.config.experiment import Experiment, load_experiment
 from inheritune.config.paths import RECIPES
@@ -19,11 +19,12 @@ from inheritune.files.outputs import check_writable, resolve_output
 from inheritune.files.rundir import (
     RunDir,
     find_measured_run,
+    get_analysis_dir,
     get_results_dir,
     parse_weights_name,
     require_weights,
 )
-from inheritune.files.storage import find_root
+from inheritune.models.choice import is_same_model
 from inheritune.models.networks import build_config
 from inheritune.models.surgery import write_random
 
@@ -74,8 +75,7 @@ def check_replaced(folder: RunDir, model: str, revision: str | None) -> None:
         header, sealed = {}, False
     if not sealed or header.get("kind") != "header" or not isinstance(header.get("model"), str):
         raise UserError(f"{folder.attention} is not as analyze leaves it, {kept}")
-    same = header["model"] == str(model) or Path(header["model"]).resolve() == Path(model).resolve()
-    if not same or header.get("revision") != revision:
+    if not is_same_model(header["model"], model) or header.get("revision") != revision:
         both = ((header["model"], header.get("revision")), (model, revision))
         of, asked = (f"{name}@{at}" if at else name for name, at in both)
         raise UserError(f"{folder.attention} was measured on {of}, not on {asked}, {kept}")
@@ -90,13 +90,15 @@ def run_analyze(
     seed: int = 0,
     maps: list[tuple[int, int]] | None = None,
     revision: str | None = None,
+    costs: bool = True,
 ) -> Path:
     """Measure a model, write attention.jsonl and print the table. Returns the folder of attention.jsonl, for
     figures.plot_attention.
 
     `model` is an HF checkpoint, a Hub id, the folder of a finished run (of a grown one, its chosen stage), or
     the name of a run of that seed (`find_run`). `data` is an experiment or a folder of prepared data. `out`
-    is by default the run folder that holds the weights, else runs/analysis/<model>. In a rehearsal, whose
+    is by default the run folder that holds the weights, else runs/analysis/<model>. `costs`: measure
+    what each layer is worth too. In a rehearsal, whose
     models have few positions, `length` is cut to its sequences.
 
     A run's own analysis is renewed; that of a run on other data than its own is in a folder on_<data> of the
@@ -118,12 +120,14 @@ def run_analyze(
     if is_final and folder is None:
         folder = run.path if _has_data_of(run, tokens) else run.path / f"on_{_name_data(experiment, data)}"
     elif folder is None:
-        folder = _name_folder(model, bool(rehearsed_lengths))
+        folder = get_analysis_dir(model, bool(rehearsed_lengths)).path
     measured = find_measured_run(RunDir(folder))
     is_own = measured is not None and is_final and measured.path.resolve() == run.path
     if given or not is_own:  # a run's own analysis is renewed, where nothing else was asked for
         check_replaced(RunDir(folder), model, revision)
-    rows = measure_model(model, tokens, sequences, length, seed, maps, revision=revision, progress=True)
+    rows = measure_model(
+        model, tokens, sequences, length, seed, maps, revision=revision, progress=True, costs=costs
+    )
     rows[0]["rehearsal"] = bool(rehearsed_lengths)
     if is_own:
         rows[0]["weights"] = run.weights_hash()
@@ -156,12 +160,3 @@ def _find_rehearsed_lengths(experiment: Experiment | None, run: RunDir | None) -
     if run and run.experiment.is_file():
         described.append(read_yaml(run.experiment))
     return [one["data"]["sequence_length"] for one in described if one["rehearsal"]]
-
-
-def _name_folder(model: str, is_rehearsal: bool) -> Path:
-    """Return the folder for the rows of a model that is not the result of a run: runs/analysis/<name>."""
-    # a local folder is named by its last two parts, since at_00010000 alone would not say whose it is; a Hub
-    # id by both of its own
-    path = Path(model).resolve() if Path(model).exists() else Path(model)
-    name = "--".join(path.parts[-2:])
-    return find_root() / "runs" / (names.REHEARSAL if is_rehearsal else "") / names.ANALYSIS / name

@@ -2,8 +2,9 @@
 
 The model reads N seeded windows of T validation tokens (causal, no BOS added). Every layer's maps are
 measured as soon as they are computed and then dropped, so that one layer's attention is in memory at a time.
-`measure_model` returns the rows of attention.jsonl, of five kinds: `header`, `layer` (counted from 0),
-`group`, `map` and `summary`. figures.plot_attention draws them, counting from 1.
+`measure_model` returns the rows of attention.jsonl: `header`, `layer` (counted from 0), `group`, `map` and
+`summary`; where costs are measured (costs.py) also `first`, `window` and `cut`. paper/attention_plots.py
+draws them, counting from 1.
 
 Legend of suffixes: N = sequences, B = sequences of one batch, H = heads, T = tokens, F = fractions (tau or
 eta), M = matrices.
@@ -20,11 +21,13 @@ import torch
 from tqdm import tqdm
 
 from inheritune.analysis.layers import summarize_groups, summarize_layer, summarize_model
-from inheritune.analysis.measures import approximate_rank, column_mass
+from inheritune.analysis.measures import approximate_rank, column_mass, measure_uniform
 from inheritune.analysis.thresholds import ETAS, NEAR_ONE, TAUS
+from inheritune.analysis.worth import measure_worth
 from inheritune.data.batches import Tokens
 from inheritune.errors import UserError
 from inheritune.files.markers import check_marked_folder
+from inheritune.models.choice import stamp_weights
 from inheritune.runtime.dist import get_device
 from inheritune.runtime.limits import explain_limit
 
@@ -141,12 +144,13 @@ def measure_model(
     batch: int = 20,
     revision: str | None = None,
     progress: bool = False,
+    costs: bool = False,
 ) -> list[dict]:
     """Return all rows of attention.jsonl for `model` (folder or Hub id) on `tokens` (the validation split).
 
     `maps` lists (layer, head) pairs, from 0, whose mean map is kept for drawing; the default is head 0 at
-    four depths. Raises UserError if the text, the positions or the vocabulary do not fit, or if the model's
-    attention is not available."""
+    four depths. `costs`: measure what each layer is worth on the same windows. Raises UserError if the text,
+    the positions or the vocabulary do not fit, or if the model's attention is not available."""
     windows_NT = read_windows(tokens, n_sequences, length, seed)
     loaded = load_model(model, revision)
     config = loaded.config.get_text_config()
@@ -178,10 +182,17 @@ def measure_model(
         "taus": list(TAUS),
         "etas": list(ETAS),
         "near_one": NEAR_ONE,
+        "files": stamp_weights(model),
     }
-    layers = [measured.layer_row(layer) for layer in range(n_layers)]
+    uniform = measure_uniform(length)
+    layers = [measured.layer_row(layer, uniform) for layer in range(n_layers)]
+    more: list[dict] = []
+    if costs:
+        found, more = measure_worth(loaded, windows_NT, batch, layers, progress)
+        header |= found
     map_rows = measured.map_rows(min(MAP_SEQUENCES, n_sequences))
-    return [header, *layers, *summarize_groups(layers), *map_rows, summarize_model(layers)]
+    summary = summarize_model(layers, header.get("loss"))
+    return [header, *layers, *summarize_groups(layers), *more, *map_rows, summary]
 
 
 class _Measured:
@@ -201,9 +212,9 @@ class _Measured:
             shown = A_BHTT[: max(0, MAP_SEQUENCES - first), head, :MAP_TOKENS, :MAP_TOKENS]
             self.sums[layer, head] = self.sums[layer, head] + shown.double().sum(dim=0).cpu().numpy()
 
-    def layer_row(self, layer: int) -> dict:
+    def layer_row(self, layer: int, uniform: tuple[int, int]) -> dict:
         ranks_FNH, masses_FNH = (torch.cat(parts[layer], dim=1) for parts in (self.ranks, self.masses))
-        return summarize_layer(layer, ranks_FNH.numpy(), masses_FNH.numpy())
+        return summarize_layer(layer, ranks_FNH.numpy(), masses_FNH.numpy(), uniform)
 
     def map_rows(self, n_sequences: int) -> list[dict]:
         """Return the rows of the kept maps, each the mean of its first `n_sequences` sequences."""

@@ -1,24 +1,29 @@
-"""From maps to layers: a layer's row of attention.jsonl, groups of layers, how many layers to inherit, and
-the table that `analyze` prints.
+"""From maps to layers: a layer's row of attention.jsonl, groups of layers, how many layers to inherit.
 
 Legend of suffixes: N = sequences, H = heads, F = fractions (tau or eta).
 """
 
 import numpy as np
 
-from inheritune.analysis.thresholds import ETAS, MAIN_THRESHOLD, NEAR_ONE, TAUS
+from inheritune.analysis.thresholds import ETAS, LITTLE_USE, MAIN_THRESHOLD, NEAR_ONE, TAUS, UNIFORM_WITHIN
 
 
-def summarize_layer(layer: int, ranks_FNH: np.ndarray, masses_FNH: np.ndarray) -> dict:
+def summarize_layer(
+    layer: int, ranks_FNH: np.ndarray, masses_FNH: np.ndarray, uniform: tuple[int, int] = (1, 1)
+) -> dict:
     """Return one layer's row, its numbers keyed by tau or eta.
 
     Rank(h) and m(h) are means over the sequences. MaxRank is the largest Rank of a head, AvgMass the mean of
     m over heads. The deviations are those over the sequences: of k* in the head with the MaxRank, and of m*
-    averaged over heads. `lazy` is the paper's definition: MaxRank is exactly 1."""
+    averaged over heads. `lazy` is the paper's definition: MaxRank is exactly 1. `uniform`: most heads are
+    near the rank and the mass of causal uniform attention, which the argument `uniform` gives (a rank of 1
+    cannot be told from collapse)."""
     taus, etas = [f"{tau:g}" for tau in TAUS], [f"{eta:g}" for eta in ETAS]
     rank_FH, mass_FH = ranks_FNH.mean(axis=1), masses_FNH.mean(axis=1)
     top_F = rank_FH.argmax(axis=1)
-    main = rank_FH[taus.index(MAIN_THRESHOLD)]
+    main, mass_H = rank_FH[taus.index(MAIN_THRESHOLD)], mass_FH[etas.index(MAIN_THRESHOLD)]
+    near = [abs(each - k) <= UNIFORM_WITHIN * k for each, k in zip((main, mass_H), uniform, strict=True)]
+    n_uniform = int((near[0] & near[1]).sum()) if uniform[0] > 1 else 0
     return {
         "kind": "layer",
         "layer": layer,
@@ -26,6 +31,8 @@ def summarize_layer(layer: int, ranks_FNH: np.ndarray, masses_FNH: np.ndarray) -
         "near_lazy": bool(main.max() < NEAR_ONE),
         "heads_rank_1": int((main == 1).sum()),
         "heads_near_1": int((main < NEAR_ONE).sum()),
+        "heads_uniform": n_uniform,
+        "uniform": 2 * n_uniform > len(main),
         "max_rank": {tau: float(rank_FH[f].max()) for f, tau in enumerate(taus)},
         "max_rank_std": {tau: round(float(ranks_FNH[f, :, top_F[f]].std()), 6) for f, tau in enumerate(taus)},
         "avg_mass": {eta: round(float(mass_FH[f].mean()), 6) for f, eta in enumerate(etas)},
@@ -84,9 +91,32 @@ def suggest_layers(rows: list[dict]) -> tuple[int, str]:
     )
 
 
-def summarize_model(layers: list[dict]) -> dict:
-    """Return the row of counts over the whole model, with the suggested number of layers."""
+def is_of_little_use(row: dict, loss: float) -> bool:
+    """Return whether the loss without the block of a layer's row is higher by less than 1% of `loss`."""
+    return row["cost"]["block"] < LITTLE_USE * loss
+
+
+def suggest_by_cost(layers: list[dict], loss: float) -> int:
+    """Return n such that every layer after the first n is of little use, the smallest such n >= 1.
+
+    It is the number of layers itself if the last one is of use. `loss`: of the whole model."""
+    n = len(layers)
+    while n > 1 and is_of_little_use(layers[n - 1], loss):
+        n -= 1
+    return n
+
+
+def summarize_model(layers: list[dict], loss: float | None = None) -> dict:
+    """Return the row of counts over the whole model, with the suggested number of layers.
+
+    `loss`: of the whole model, where costs were measured."""
     suggested, reason = suggest_layers(layers)
+    by_cost = {}
+    if loss is not None:
+        by_cost = {
+            "little_use_layers": [row["layer"] for row in layers if is_of_little_use(row, loss)],
+            "suggested_by_cost": suggest_by_cost(layers, loss),
+        }
     return {
         "kind": "summary",
         "lazy_layers": [row["layer"] for row in layers if row["lazy"]],
@@ -94,35 +124,9 @@ def summarize_model(layers: list[dict]) -> dict:
         "heads": sum(len(row["rank"][MAIN_THRESHOLD]) for row in layers),
         "heads_rank_1": sum(row["heads_rank_1"] for row in layers),
         "heads_near_1": sum(row["heads_near_1"] for row in layers),
+        "heads_uniform": sum(row["heads_uniform"] for row in layers),
+        "uniform_layers": [row["layer"] for row in layers if row["uniform"]],
         "suggested_layers": suggested,
         "reason": reason,
+        **by_cost,
     }
-
-
-def describe_rows(rows: list[dict]) -> str:
-    """Return the rows as a plain-text table. Layers are counted from 1 here, as in the paper's figures."""
-    header, summary = rows[0], rows[-1]
-    lines = [
-        f"{header['model']}: {header['sequences']} sequences of {header['length']} tokens, tau = eta = "
-        f"{MAIN_THRESHOLD}; layers from 1",
-        f"{'layer':>5}  {'MaxRank':>15}  {'AvgMass':>15}  {'heads at rank 1':>15}",
-    ]
-    for row in (row for row in rows if row["kind"] == "layer"):
-        rank = f"{row['max_rank'][MAIN_THRESHOLD]:.2f} +- {row['max_rank_std'][MAIN_THRESHOLD]:.2f}"
-        mass = f"{row['avg_mass'][MAIN_THRESHOLD]:.2f} +- {row['avg_mass_std'][MAIN_THRESHOLD]:.2f}"
-        heads = f"{row['heads_rank_1']} of {len(row['rank'][MAIN_THRESHOLD])}"
-        mark = ""
-        if row["lazy"]:
-            mark = "lazy"
-        elif row["near_lazy"]:
-            mark = f"near 1 (< {NEAR_ONE})"
-        lines.append(f"{row['layer'] + 1:>5}  {rank:>15}  {mass:>15}  {heads:>15}  {mark}".rstrip())
-    for row in (row for row in rows if row["kind"] == "group"):
-        where = f"{row['name']} (layers {row['first'] + 1} to {row['end']})"
-        line = f"AvgRank of {where}: {row['avg_rank']:.2f}"
-        lines.append(f"{line}, a lazy group" if row["lazy"] else line)
-    lines.append(
-        f"heads at rank 1: {summary['heads_rank_1']} of {summary['heads']}; near 1 (< {NEAR_ONE}): "
-        f"{summary['heads_near_1']}"
-    )
-    return "\n".join([*lines, summary["reason"]])

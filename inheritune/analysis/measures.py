@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from inheritune.analysis.thresholds import ETAS, TAUS
+from inheritune.analysis.thresholds import ETAS, MAIN_THRESHOLD, TAUS
 
 
 def approximate_rank(A_NHTT: torch.Tensor, taus: Sequence[float] = TAUS) -> torch.Tensor:
@@ -57,3 +57,12 @@ def _count_to_reach(parts_NHT: torch.Tensor, fractions: Sequence[float]) -> torc
     sums_NHT = parts_NHT.cumsum(dim=-1)
     total_NH1 = sums_NHT[..., -1:]
     return torch.stack([(sums_NHT < (fraction - 1e-9) * total_NH1).sum(dim=-1) + 1 for fraction in fractions])
+
+
+def measure_uniform(length: int) -> tuple[int, int]:
+    """Return (k*, m*) of causal uniform attention over `length` tokens, at tau = eta = 0.90: 5 and 30 of
+    100."""
+    A_1TT = torch.ones(1, length, length).tril()
+    A_1TT = A_1TT / A_1TT.sum(dim=-1, keepdim=True)
+    main = (float(MAIN_THRESHOLD),)
+    return int(approximate_rank(A_1TT[None], main).item()), int(column_mass(A_1TT[None], main).item())

@@ -10,3 +10,8 @@ MAIN_THRESHOLD = "0.9"
 NEAR_ONE = 1.5
 """A mean rank below this is 'near 1': what looks like 1 in the paper's plots. Such heads and layers are only
 counted; nothing depends on them."""
+UNIFORM_WITHIN = 0.2
+"""A head attends uniformly if its rank and its mass are this close (relative) to those of causal uniform
+attention: 5 and 30 of 100 tokens. Uniform attention is not collapsed: rank 1 is one dominant column."""
+LITTLE_USE = 0.01
+"""A block is of little use if the loss without it is higher by less than this share of the loss."""

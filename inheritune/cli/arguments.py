@@ -9,7 +9,7 @@ from collections.abc import Callable
 from inheritune.config import environment, values
 from inheritune.errors import UserError, suggest_name
 
-SWITCHES = ("rehearse", "slot", "json", "missing", "allow_task_code", "watch")
+SWITCHES = ("rehearse", "slot", "json", "missing", "allow_task_code", "watch", "ranks_only")
 """Arguments that are True when given alone."""
 POSITIONAL = ("experiment", "item", "folder", "job", "target")
 """Arguments that a usage line shows without a flag."""

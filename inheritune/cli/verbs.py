@@ -57,8 +57,9 @@ class Verbs:
     def inherit(
         self,
         source: str,
-        layers: str,
         out: str,
+        layers: str | None = None,
+        drop: str | None = None,
         parts: str | None = None,
         modules: str | None = None,
         seed: int = 0,
@@ -70,25 +71,25 @@ class Verbs:
         """Write an HF checkpoint of chosen layers of SOURCE: --layers 0:16 for the first 16 (half-open).
 
         SOURCE: a folder with safetensors, .bin or DeepSpeed ZeRO shards, or a Hub id.
+        LAYERS: a range, a list (0,2,4), or auto:8, auto:8:influence, auto:8:window: the 8 that a stored
+        analysis of SOURCE names by cost, by influence, or around the best window to leave out.
+        DROP: instead, what is left out, counted from 0, both ends of a range: 3,7-9.
         PARTS: any of token_embedding, position_embedding, blocks, final_norm, head.
         MODULES: any of attn, mlp, norms, or one of the norms: attn_norm, mlp_norm.
         All other tensors are newly initialized. With --depth 24 --at 15 the layers become blocks 15 and
         following of 24. Tensors keep the source's dtype, or have DTYPE: fp32, bf16 or fp16."""
+        from inheritune.cli.chosen_layers import read_layers
         from inheritune.config.run import MODULES, PARTS
         from inheritune.models.surgery import inherit
 
-        chosen: str | list[int] = layers
-        try:
-            if "," in layers:
-                chosen = [int(number) for number in values.read_numbers(values.LAYER, layers)]
-        except ValueError as problem:
-            raise UserError(
-                f"inherit: --layers as a list {problem} for each layer, as in 0,2,4 (got '{layers}')"
-            ) from None
+        chosen = read_layers(source, layers, drop, revision)
         parts_list = parts.split(",") if parts else PARTS
         modules_list = modules.split(",") if modules else MODULES
         inherit(source, chosen, out, parts_list, modules_list, seed, revision, depth, at, dtype=dtype)
-        print(f"wrote {out}: layers {layers} of {source}")
+        what = layers or f"all but {drop}"
+        if isinstance(chosen, list) and layers and layers.startswith("auto:"):
+            what = f"{layers} ({','.join(map(str, chosen))})"
+        print(f"wrote {out}: layers {what} of {source}")
 
     def analyze(
         self,
@@ -99,9 +100,12 @@ class Verbs:
         length: int = 100,
         seed: int = 0,
         maps: str | None = None,
+        ranks_only: bool | None = None,
     ) -> None:
-        """Measure and plot attention rank and column mass per layer; suggest how many layers to inherit.
+        """Measure and plot attention rank, column mass and cost per layer; suggest how many to inherit.
 
+        The cost of a layer is how much the loss rises without it, without its attention, without its MLP;
+        that takes most of the time. --ranks-only leaves it out.
         MODEL: an HF checkpoint or id, or the name of a run of DATA.
         DATA: an experiment (its prepared data) or a folder that prepare wrote.
         MAPS: attention maps to keep for plotting, as layer:head from 1, e.g. 4:2,7:3."""
@@ -116,7 +120,7 @@ class Verbs:
             raise UserError(
                 f"analyze: --maps takes pairs layer:head, counted from 1, such as 4:2,7:3 (got '{maps}')"
             ) from None
-        folder = run_analyze(model, data, out, sequences, length, seed, pairs or None)
+        folder = run_analyze(model, data, out, sequences, length, seed, pairs or None, costs=not ranks_only)
         print("plots:", *(path.relative_to(folder) for path in plot_attention(folder)), "in", folder)
 
     def grow(

@@ -15,7 +15,7 @@ from pydantic import Field, PrivateAttr, ValidationError, field_validator, model
 
 from inheritune.config import environment, names
 from inheritune.config.fields import Strict, check_name
-from inheritune.config.layers import parse_range
+from inheritune.config.layers import check_layers_text
 from inheritune.config.paths import RECIPES
 from inheritune.config.problems import list_problems, parse_section
 from inheritune.config.reading import read_yaml
@@ -126,7 +126,7 @@ class Experiment(Strict):
         `is_ready`: no source is made from the run itself."""
         start = self.runs[name].init.copied
         if isinstance(start, Blocks) and isinstance(start.layers, str):
-            parse_range(start.layers)
+            check_layers_text(start.layers)
         if not is_ready:
             raise UserError("the chain of its sources and teachers contains a cycle")
         for source in sources:
@@ -149,7 +149,7 @@ class Experiment(Strict):
             depth = self.layers_of(source, known) if source else self.model.layers
         if run.grow and not isinstance(start, HalfWidth):
             return run.grow.depths(start.layers, depth)[-1]
-        return len(start.blocks(depth))
+        return start.count(depth)
 
     def train_of(self, run: Run) -> Train:
         """Return the experiment's `train` with the run's own keys merged in."""

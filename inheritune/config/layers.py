@@ -1,8 +1,79 @@
 """Layer ranges: which blocks of a source are copied, and where they go."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from inheritune.errors import UserError
+from inheritune.errors import UserError, suggest_name
+
+AUTO, DROP = "auto:", "drop:"
+"""What begins a choice by measurement, auto:8 or auto:8:influence, and a list of what is left out,
+drop:3,7-9."""
+RULES = ("cost", "influence", "window")
+"""How blocks are chosen: those without which the loss rises most; those that change their input most; all
+but the adjacent ones that move the residual stream least."""
+
+
+@dataclass(frozen=True)
+class AutoLayers:
+    """A choice of `count` blocks by one of RULES."""
+
+    count: int
+    rule: str
+
+
+def parse_auto(layers: str | Sequence[int]) -> AutoLayers | None:
+    """Return the choice of 'auto:N' (by cost) or 'auto:N:RULE'; None for other layers.
+
+    Raises UserError if it is malformed."""
+    if not isinstance(layers, str) or not layers.startswith(AUTO):
+        return None
+    number, _, rule = layers.removeprefix(AUTO).partition(":")
+    if not (number.isascii() and number.isdigit() and int(number)):
+        raise UserError(f"layers '{layers}': auto needs how many blocks to keep, as in auto:8")
+    if (rule or RULES[0]) not in RULES:
+        raise UserError(f"layers '{layers}': unknown rule '{rule}'; {suggest_name(rule, RULES)}")
+    return AutoLayers(int(number), rule or RULES[0])
+
+
+def count_layers(layers: str | list[int], n_source: int) -> int:
+    """Return how many blocks `layers` selects in a model of `n_source` blocks.
+
+    A choice by measurement is known to be so many before it is measured. Raises UserError as parse_layers
+    does."""
+    auto = parse_auto(layers)
+    if auto is None:
+        return len(parse_layers(layers, n_source))
+    if auto.count > n_source:
+        raise UserError(f"layers {layers} asks for {auto.count} blocks; the source has {n_source}")
+    return auto.count
+
+
+def parse_drop(layers: str) -> list[int]:
+    """Return the blocks that 'drop:3,7-9' leaves out: 3, 7, 8 and 9.
+
+    Both ends of 7-9 are meant. Raises UserError if it is malformed."""
+    dropped: list[int] = []
+    for word in layers.removeprefix(DROP).split(","):
+        ends = [end.strip() for end in word.split("-")]
+        if len(ends) > 2 or not all(end.isascii() and end.isdigit() and len(end) < 7 for end in ends):
+            raise UserError(
+                f"drop takes blocks, counted from 0, and ranges of them, as in 3,7-9 (got '{word}')"
+            )
+        low, high = int(ends[0]), int(ends[-1])
+        if high < low:
+            raise UserError(f"drop: {word} ends before it begins; write {high}-{low}")
+        if high - low > 100_000:
+            raise UserError(f"drop: no model has as many blocks as {word} names")
+        dropped += range(low, high + 1)
+    return dropped
+
+
+def check_layers_text(layers: str) -> None:
+    """Raise UserError unless `layers` is well formed: a range, auto:N or drop:LIST."""
+    if layers.startswith(DROP):
+        parse_drop(layers)
+    elif not parse_auto(layers):
+        parse_range(layers)
 
 
 def parse_range(layers: str) -> tuple[int | None, int | None]:
@@ -29,10 +100,22 @@ def parse_range(layers: str) -> tuple[int | None, int | None]:
 def parse_layers(layers: str | list[int], n_source: int) -> list[int]:
     """Return the block indices that `layers` selects in a model of `n_source` blocks.
 
-    `layers` is a half-open range 'a:b' (Python's rules for negative and missing ends) or a list. Raises
-    UserError if it is empty, out of range or malformed."""
+    `layers` is a half-open range 'a:b' (Python's rules for negative and missing ends), a list, or
+    'drop:3,7-9' for all others. Raises UserError if it is empty, out of range or malformed, and for 'auto:N',
+    whose blocks are measured (`count_layers` says how many they are)."""
     indices: Sequence[int]
-    if isinstance(layers, str):
+    if parse_auto(layers):
+        raise UserError(
+            f"layers '{layers}' are chosen by an analysis of the source; give them by number here"
+        )
+    if isinstance(layers, str) and layers.startswith(DROP):
+        dropped = parse_drop(layers)
+        indices = [index for index in range(n_source) if index not in dropped] + [
+            index
+            for index in dropped
+            if index >= n_source  # refused below
+        ]
+    elif isinstance(layers, str):
         indices = range(*_resolve_range(layers, n_source))
     else:
         indices = [int(index) for index in layers]

@@ -44,7 +44,14 @@ WITHIN_RUN = (
     "bad_batch.json",
 )
 """Names of a run's own files (rundir.RunDir). Paths to weights end in one of them."""
-PLOTS = ("max_rank.png", "max_rank_taus.png", "avg_mass.png", "rank_heat_map.png", "attention_maps.png")
+PLOTS = (
+    "max_rank.png",
+    "max_rank_taus.png",
+    "avg_mass.png",
+    "rank_heat_map.png",
+    "layer_worth.png",
+    "attention_maps.png",
+)
 """Plots that `analyze` writes alongside attention.jsonl."""
 BESIDE_RUNS = (".md", ".csv", ".tex", ".png")
 """Ends of the names of the tables and plots in a seed's folder."""

@@ -8,6 +8,7 @@ growth. The result is marked `rehearsal`, so that its numbers are not taken for 
 import math
 from typing import Any
 
+from inheritune.config.layers import AUTO, DROP, parse_auto, parse_drop
 from inheritune.config.paths import RECIPES
 
 REHEARSAL_STEPS = 24
@@ -152,6 +153,10 @@ def _shrink_start(start: Section) -> Section:
 def _shrink_range(layers: str | list[int]) -> str | list[int]:
     if isinstance(layers, list):
         return [index // 3 for index in layers[::3]]  # as many as shrink_layers gives, in their order
+    if auto := parse_auto(layers):
+        return f"{AUTO}{shrink_layers(auto.count)}:{auto.rule}"
+    if layers.startswith(DROP):
+        return DROP + ",".join(str(index // 3) for index in parse_drop(layers)[::3])
     ends = [end.strip() for end in layers.split(":")]
     return ":".join(_shrink_end(int(end)) if end else "" for end in ends)
 

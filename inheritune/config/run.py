@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from inheritune.config import values
 from inheritune.config.fields import AboveZero, BelowOne, Layer, Layers, Steps, Strict
-from inheritune.config.layers import parse_layers, place_layers
+from inheritune.config.layers import count_layers, parse_auto, parse_layers, place_layers
 from inheritune.errors import UserError
 
 Part = Literal["token_embedding", "position_embedding", "blocks", "final_norm", "head"]
@@ -36,12 +36,17 @@ class HalfWidth(Start):
     def blocks(self, n_source: int) -> list[int | None]:
         return [*range(n_source)]
 
+    def count(self, n_source: int) -> int:
+        return n_source
+
 
 class Blocks(Start):
     """Some of the blocks of `source`, and the other parts to copy."""
 
     layers: str | list[Layer]
-    """Half-open range 'a:b' (0:16 are the first 16; ':16', '-4:' work too), or a list of block indices."""
+    """Half-open range 'a:b' (0:16 are the first 16; ':16', '-4:' work too), a list of block indices,
+    'drop:3,7-9' (all others), or 'auto:8': the 8 that an analysis of the source names by cost
+    ('auto:8:influence', 'auto:8:window': by another measure)."""
     parts: list[Part] = list(PARTS)
 
 
@@ -50,6 +55,9 @@ class Stack(Blocks):
 
     def blocks(self, n_source: int) -> list[int | None]:
         return [*parse_layers(self.layers, n_source)] * 2
+
+    def count(self, n_source: int) -> int:
+        return 2 * count_layers(self.layers, n_source)
 
 
 class Inherit(Blocks):
@@ -63,6 +71,10 @@ class Inherit(Blocks):
 
     def blocks(self, n_source: int) -> list[int | None]:
         return place_layers(self.layers, n_source, self.depth, self.at or 0)
+
+    def count(self, n_source: int) -> int:
+        copied = list(range(count_layers(self.layers, n_source)))
+        return len(place_layers(copied, n_source, self.depth, self.at or 0))
 
 
 class Init(Strict):
@@ -91,7 +103,7 @@ class Init(Strict):
         """The start that copies another model's weights, or None.
 
         Its `blocks(n_source)` gives for each block of the model its block in the source, None for a random
-        one."""
+        one; `count(n_source)` gives how many they are, also where a measurement chooses them."""
         return self.inherit or self.stack or self.half_width
 
 
@@ -123,8 +135,8 @@ class Grow(Strict):
 
         Raises UserError if the inherited ones are not the first layers of the source (`n_source` blocks), or
         if max_layers is less than them or more than the source has."""
-        first = parse_layers(inherited, n_source)
-        if first != list(range(len(first))):
+        first = [] if parse_auto(inherited) else parse_layers(inherited, n_source)
+        if not first or first != list(range(len(first))):
             raise UserError(f"a run that grows must inherit the first layers, '0:n' (got {inherited})")
         if not len(first) <= self.max_layers <= n_source:
             raise UserError(

@@ -327,3 +327,13 @@ def format_seed_flag(seed: int) -> str:
 def get_results_dir(weights: Path) -> RunDir:
     """Return the folder that holds the results of final/ or of kept weights."""
     return RunDir(weights.parent if weights.name == "final" else weights)
+
+
+def get_analysis_dir(model: str, is_rehearsal: bool = False) -> RunDir:
+    """Return the folder for the attention of a model that is not the result of a run: runs/analysis/<name>.
+
+    A local folder is named by its last two parts, since at_00010000 alone would not say whose it is; a Hub id
+    by both of its own."""
+    path = Path(model).resolve() if Path(model).exists() else Path(model)
+    name = "--".join(path.parts[-2:])
+    return RunDir(find_root() / "runs" / (names.REHEARSAL if is_rehearsal else "") / names.ANALYSIS / name)

@@ -13,17 +13,11 @@ from inheritune.config import names
 from inheritune.errors import UserError
 from inheritune.files.escape import escape_plot_label
 from inheritune.files.rundir import RunDir
-from inheritune.paper.canvas import (
-    GRID_GREY,
-    POINT_MARKERS,
-    REFERENCE_GREY,
-    open_canvas,
-    place_legend,
-    style_lines,
-)
+from inheritune.paper.attention_lines import draw_lines, join_title, list_ticks, mark_rank_one, select_layers
+from inheritune.paper.canvas import open_canvas, place_legend
+from inheritune.paper.worth_plot import has_costs, plot_worth
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 RANK_COLORS = ("#67000D", "#CB181D", "#F16913", "#FDBE85", "#D9F0A3", "#ADE8B0")
@@ -31,70 +25,6 @@ RANK_TICKS = (1, 2, 3, 5, 10, 20, 30, 50, 100)
 
 Series = list[tuple[str, list[dict]]]
 """(label, rows) of each line."""
-
-
-def _select_layers(rows: list[dict]) -> list[dict]:
-    """Return the layer rows. Raises UserError if there are none."""
-    layers = [row for row in rows if row["kind"] == "layer"]
-    if not layers:
-        raise UserError("no layer rows to draw; run 'python -m inheritune analyze --model M --data D' first")
-    return layers
-
-
-def _list_ticks(last: int) -> list[int]:
-    """Return the ticks of an axis that counts from 1 to `last`: all of them, or 1 and, from 4 on, multiples
-    of 2 or 4."""
-    if last <= 12:
-        return list(range(1, last + 1))
-    return [1, *range(4, last + 1, 2 if last <= 24 else 4)]
-
-
-def _draw_lines(axes: "Axes", lines: list[tuple[str, list[dict], str, str]]) -> None:
-    """Draw one line with a band of one standard deviation per (label, layer rows, field, key).
-
-    A row without a deviation, such as one read off the paper's figures, has no band."""
-    styles = style_lines([line[0] for line in lines])
-    for index, (label, layers, field, key) in enumerate(lines):
-        x = [row["layer"] + 1 for row in layers]
-        y = [row[field][key] for row in layers]
-        std = [row.get(f"{field}_std", {}).get(key, 0.0) for row in layers]
-        axes.fill_between(
-            x,
-            [max(1.0, m - s) for m, s in zip(y, std, strict=True)],
-            [m + s for m, s in zip(y, std, strict=True)],
-            color=styles[index]["color"],
-            alpha=0.15,
-            linewidth=0,
-        )
-        axes.plot(
-            x, y, marker=POINT_MARKERS[index % len(POINT_MARKERS)], markersize=4, label=label, **styles[index]
-        )
-    last = max(row["layer"] + 1 for _, layers, _, _ in lines for row in layers)
-    axes.set_xticks(_list_ticks(last))
-    axes.set_xlim(0.5, last + 0.5)
-    axes.set_ylim(0, 1.05 * axes.dataLim.y1)  # a margin of the data's own range cuts flat lines off
-    axes.set_xlabel("layer")
-    axes.grid(axis="y", color=GRID_GREY, linewidth=0.6)
-    axes.set_axisbelow(True)
-
-
-def _mark_rank_one(axes: "Axes") -> None:
-    axes.axhline(1, color=REFERENCE_GREY, linewidth=1, linestyle=":")
-    axes.annotate(
-        "rank 1 = lazy",
-        (1, 1),
-        xycoords=("axes fraction", "data"),
-        xytext=(4, 0),
-        textcoords="offset points",
-        fontsize=8,
-        color=REFERENCE_GREY,
-        va="center",
-        annotation_clip=False,
-    )
-
-
-def _join_title(title: str, label: str) -> str:
-    return f"{title}: {label}" if label else title
 
 
 def plot_max_rank(
@@ -105,24 +35,24 @@ def plot_max_rank(
     These are the paper's Figures 1, 2a, 8, 13 and 15."""
     with open_canvas(path, 7, 4, rehearsal) as figure:
         axes = figure.add_subplot()
-        _draw_lines(axes, [(label, _select_layers(rows), "max_rank", tau) for label, rows in series])
-        _mark_rank_one(axes)
+        draw_lines(axes, [(label, select_layers(rows), "max_rank", tau) for label, rows in series])
+        mark_rank_one(axes)
         axes.set_ylabel(f"MaxRank (τ = {float(tau):.2f})")
         title = title or (series[0][0] if len(series) == 1 else "")
-        axes.set_title(_join_title("Approximate rank of attention per layer", title))
+        axes.set_title(join_title("Approximate rank of attention per layer", title))
         place_legend(axes, len(series))
 
 
 def plot_tau_ablation(rows: list[dict], path: Path, label: str = "", rehearsal: bool = False) -> None:
     """Plot MaxRank per layer of one model at every measured tau: the paper's Figure 10."""
-    layers = _select_layers(rows)
+    layers = select_layers(rows)
     with open_canvas(path, 7, 4, rehearsal) as figure:
         axes = figure.add_subplot()
         taus = list(layers[0]["max_rank"])
-        _draw_lines(axes, [(f"τ = {float(tau):.2f}", layers, "max_rank", tau) for tau in taus])
-        _mark_rank_one(axes)
+        draw_lines(axes, [(f"τ = {float(tau):.2f}", layers, "max_rank", tau) for tau in taus])
+        mark_rank_one(axes)
         axes.set_ylabel("MaxRank")
-        axes.set_title(_join_title("Approximate rank at different thresholds τ", label))
+        axes.set_title(join_title("Approximate rank at different thresholds τ", label))
         place_legend(axes, len(taus))
 
 
@@ -132,10 +62,10 @@ def plot_avg_mass(
     """Plot AvgMass per layer, one line per (label, rows): the paper's Figures 14 to 16."""
     with open_canvas(path, 7, 4, rehearsal) as figure:
         axes = figure.add_subplot()
-        _draw_lines(axes, [(label, _select_layers(rows), "avg_mass", eta) for label, rows in series])
+        draw_lines(axes, [(label, select_layers(rows), "avg_mass", eta) for label, rows in series])
         axes.set_ylabel(f"AvgMass (columns holding {float(eta):.0%} of the mass)")
         title = title or (series[0][0] if len(series) == 1 else "")
-        axes.set_title(_join_title("Columns that hold the attention, per layer", title))
+        axes.set_title(join_title("Columns that hold the attention, per layer", title))
         place_legend(axes, len(series))
 
 
@@ -146,7 +76,7 @@ def plot_heat_map(
 
     The scale is logarithmic, red near 1 and green above. The colours also grow lighter with the rank, for
     colour-blind readers and grey prints."""
-    layers = _select_layers(rows)
+    layers = select_layers(rows)
     n_heads, n_layers = max(len(row["rank"][tau]) for row in layers), len(layers)
     grid = [
         [row["rank"][tau][head] if head < len(row["rank"][tau]) else float("nan") for row in layers]
@@ -157,7 +87,7 @@ def plot_heat_map(
     size = max(4.0, cell * n_layers + 2), max(2.2, cell * n_heads + 1.2)
     with open_canvas(path, *size, rehearsal) as figure:
         _draw_heat_map(figure, grid, top, f"rank (τ = {float(tau):.2f})")
-        figure.axes[0].set_title(_join_title("Mean rank of each head", label))
+        figure.axes[0].set_title(join_title("Mean rank of each head", label))
 
 
 def _draw_heat_map(figure: "Figure", grid: list[list[float]], top: float, label: str) -> None:
@@ -177,8 +107,8 @@ def _draw_heat_map(figure: "Figure", grid: list[list[float]], top: float, label:
         linewidth=0.3,
     )
     axes.invert_yaxis()
-    axes.xaxis.set_major_locator(FixedLocator(_list_ticks(n_layers)))
-    axes.yaxis.set_major_locator(FixedLocator(_list_ticks(n_heads)))
+    axes.xaxis.set_major_locator(FixedLocator(list_ticks(n_layers)))
+    axes.yaxis.set_major_locator(FixedLocator(list_ticks(n_heads)))
     axes.set_xlabel("layer")
     axes.set_ylabel("head")
     bar = figure.colorbar(image, ax=axes, label=label)
@@ -194,7 +124,7 @@ def plot_attention_maps(rows: list[dict], path: Path, label: str = "", rehearsal
     maps = [row for row in rows if row["kind"] == "map"]
     if not maps:
         raise UserError("no attention maps to draw; give 'maps' to analyze")
-    rank = {row["layer"]: row["rank"][MAIN_THRESHOLD] for row in _select_layers(rows)}
+    rank = {row["layer"]: row["rank"][MAIN_THRESHOLD] for row in select_layers(rows)}
     n_columns = min(5, len(maps))
     n_lines = -(-len(maps) // n_columns)
     with open_canvas(path, 2.5 * n_columns + 0.9, 2.35 * n_lines + 0.85, rehearsal) as figure:
@@ -216,7 +146,7 @@ def plot_attention_maps(rows: list[dict], path: Path, label: str = "", rehearsal
         for axes in grid[:, 0]:
             axes.set_ylabel("query token", labelpad=-8)
         figure.colorbar(image, ax=grid.ravel().tolist(), label="attention", fraction=0.03)
-        figure.suptitle(_join_title("Attention maps", label))
+        figure.suptitle(join_title("Attention maps", label))
         figure.supxlabel(
             f"causal; mean of {maps[0]['sequences']} sequences, first {len(maps[0]['mean'])} tokens", size=8
         )
@@ -239,7 +169,11 @@ def plot_attention(folder: str | Path) -> list[Path]:
     plot_tau_ablation(rows, paths[1], label, rehearsal)
     plot_avg_mass([(label, rows)], paths[2], rehearsal=rehearsal)
     plot_heat_map(rows, paths[3], label, rehearsal=rehearsal)
-    if not any(row["kind"] == "map" for row in rows):
-        return paths[:-1]
-    plot_attention_maps(rows, paths[4], label, rehearsal)
-    return paths
+    drawn = paths[:4]
+    if has_costs(rows):
+        plot_worth(rows, paths[4], label, rehearsal)
+        drawn.append(paths[4])
+    if any(row["kind"] == "map" for row in rows):
+        plot_attention_maps(rows, paths[5], label, rehearsal)
+        drawn.append(paths[5])
+    return drawn

@@ -1,13 +1,16 @@
 """The first weights of a job: a random model of its size, or what `init` of its run names."""
 
+import shlex
 from pathlib import Path
 
+from inheritune.config.layers import parse_auto
 from inheritune.config.run import HalfWidth, Inherit, Stack
 from inheritune.errors import UserError
 from inheritune.files import writing
 from inheritune.files.lock import Lock
 from inheritune.files.markers import INHERITED
-from inheritune.files.rundir import require_weights
+from inheritune.files.rundir import format_seed_flag, require_weights
+from inheritune.models.choice import choose_layers
 from inheritune.models.networks import build_config
 from inheritune.models.surgery import extend_model, halve_width, inherit, write_random
 from inheritune.runs.job import Job
@@ -50,7 +53,11 @@ def _extend_previous(job: Job, stage: int, source: str, folder: Path) -> None:
 def _copy_blocks(job: Job, copied: Inherit | Stack, source: str, revision: str | None, folder: Path) -> None:
     """Write the blocks of `source` that `copied` names to `folder`; those of this stage's depth, in a grown
     run."""
-    layers = f"0:{job.depths()[job.stage - 1]}" if job.stage else copied.layers
+    layers: str | list[int] = f"0:{job.depths()[job.stage - 1]}" if job.stage else copied.layers
+    if choice := parse_auto(layers):
+        layers = choose_layers(
+            choice, source, revision, _name_analyze(job, copied, source), job.experiment.rehearsal
+        )
     if isinstance(copied, Inherit):
         inherit(
             source,
@@ -65,6 +72,15 @@ def _copy_blocks(job: Job, copied: Inherit | Stack, source: str, revision: str |
         )
     else:
         inherit(source, layers, folder, copied.parts, seed=job.seed, revision=revision, copies=2)
+
+
+def _name_analyze(job: Job, copied: Inherit | Stack, source: str) -> str:
+    """Return the command that analyzes the model that a run copies."""
+    model = copied.source if copied.source in job.experiment.runs else source
+    prefix = "REHEARSE=1 " if job.experiment.rehearsal else ""
+    data = job.experiment.given.removesuffix(" --rehearse")
+    seed = format_seed_flag(job.seed)
+    return f"{prefix}python -m inheritune analyze --model {shlex.quote(model)} --data {data}{seed}"
 
 
 def make_random_start(job: Job, layers: int) -> Path:

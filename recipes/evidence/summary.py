@@ -61,7 +61,7 @@ def list_missing(experiment: Experiment, path: str, arms: str, seeds: list[int])
                 continue
             for weights in list_measured(experiment, name):
                 if not get_results_dir(find_weights(experiment, weights, seed)).attention.is_file():
-                    found.append((0, f"{seed} analyze --model {weights} --data {path}"))
+                    found.append((0, f"{seed} analyze --model {weights} --data {path} --ranks-only"))
     return [line for _, line in sorted(found, key=lambda one: -one[0])]
 
 

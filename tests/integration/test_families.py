@@ -15,7 +15,7 @@ import cut_worker
 import pytest
 import torch
 from conftest import experiment_dict, run_verb, write_experiment, write_tokens
-from test_train import launch
+from launching import train_runs
 from tiny_families import AUTOMATIC, FAMILIES, FURTHER, family_config
 from tiny_models import random_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -140,7 +140,7 @@ def test_buffers_are_trained_around_and_saved(stage, tmp_path, own_root):
     path = write_experiment(tmp_path, raw)
     experiment = load_experiment(path)
     write_tokens(get_data_dir(experiment), vocab=61)
-    launch(["tests/support/train_many.py", f"{path}:cut"], 2, INHERITUNE_ROOT=own_root)
+    train_runs([f"{path}:cut"], 2, own_root)
     run = RunDir.of(experiment, "cut")
     start, final = open_source(run.init), open_source(run.final)
     last = open_source(run.checkpoint(2)) if run.checkpoint(2).is_dir() else final

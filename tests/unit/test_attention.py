@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from inheritune.analysis import analyze, attention, layers
 from inheritune.analysis.attention import measure_model, watch_attention
 from inheritune.analysis.layers import suggest_layers
-from inheritune.analysis.measures import approximate_rank, column_mass
+from inheritune.analysis.measures import approximate_rank, column_mass, measure_uniform
 from inheritune.analysis.thresholds import TAUS
 from inheritune.config.experiment import load_experiment
 from inheritune.data.batches import Tokens
@@ -324,6 +324,26 @@ def test_sinks_are_lazy_and_uniform_attention_is_not(data, tmp_path):
     assert rows[-1]["lazy_layers"] == [1] and layers[1]["heads_rank_1"] == HEADS
     assert layers[1]["avg_mass"]["0.9"] == 1 and layers[1]["max_rank_std"]["0.9"] == 0
     assert layers[2]["max_rank"]["0.9"] == numpy_rank(causal_uniform(LENGTH), 0.9) > 1
+    assert rows[-1]["uniform_layers"] == [0, 2], "layer 0 is as small random weights leave it"
+
+
+@pytest.mark.parametrize("length", [24, 100])
+def test_uniform_attention_has_the_rank_and_mass_of_its_map(length):
+    A = causal_uniform(length)
+    assert measure_uniform(length) == (numpy_rank(A, 0.9), numpy_mass(A, 0.9))
+    assert length != 100 or measure_uniform(length) == (5, 30)
+
+
+def test_a_layer_is_uniform_if_most_of_its_heads_are():
+    def mark(ranks_H, masses_H, uniform=(5, 30)):
+        ranks_FNH = np.broadcast_to(np.array(ranks_H), (len(TAUS), 9, len(ranks_H)))
+        masses_FNH = np.broadcast_to(np.array(masses_H), (1, 9, len(masses_H)))
+        row = layers.summarize_layer(0, ranks_FNH, masses_FNH, uniform)
+        return row["heads_uniform"], row["uniform"]
+
+    assert mark([5, 4, 6, 7], [30, 24, 36, 30]) == (3, True)  # each within a fifth
+    assert mark([5, 5, 5, 5], [30, 30, 1, 90]) == (2, False)  # the rank alone does not say so
+    assert mark([1, 1], [1, 1], uniform=(1, 1)) == (0, False)  # nor can so few tokens
 
 
 def test_lazy_is_exact():

