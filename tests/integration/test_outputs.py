@@ -13,8 +13,8 @@ from tiny_models import config_of, random_model
 
 from inheritune.analysis.analyze import check_replaced
 from inheritune.errors import UserError
-from inheritune.evaluation.evaluate import check_results
-from inheritune.files.json_files import read_json, write_jsonl
+from inheritune.evaluation.evaluate import check_results, merge_results
+from inheritune.files.json_files import read_json, write_json, write_jsonl
 from inheritune.files.outputs import check_new_file, check_new_folder, check_writable, resolve_output
 from inheritune.files.rundir import RunDir
 from inheritune.files.writing import replace_atomically
@@ -200,6 +200,35 @@ def test_evaluate_tells_weights_that_were_replaced(small, tmp_path, fitting):
         and "give another --out" in said
     )
     assert read_json(out)["validation"] == first["validation"]
+
+
+def test_evaluations_at_the_same_time_keep_each_others_scores(tmp_path):
+    """Each once wrote what it had read at its start, and the score of the other was gone."""
+    out = tmp_path / "results.json"
+    first, second = ({"model": "m", "experiment": "x", "checkpoint": "c", "tasks": {}} for _ in range(2))
+    merge_results(out, first, "c")
+    merge_results(out, second, "c")  # both have begun
+    first["tasks"]["a"] = {"checkpoint": "c", "acc": 1}
+    merge_results(out, first, "c", "a")
+    second["tasks"]["b"] = {"checkpoint": "c", "acc": 2}
+    merge_results(out, second, "c", "b")
+    assert {name: row["acc"] for name, row in read_json(out)["tasks"].items()} == {"a": 1, "b": 2}
+    merge_results(out, {"model": "m", "experiment": "x", "validation": {}}, None)  # --tasks none
+    assert list(read_json(out)["tasks"]) == ["a", "b"] and [p.name for p in tmp_path.iterdir()] == [out.name]
+
+
+def test_two_models_evaluated_to_one_file_at_the_same_time_do_not_overwrite_each_other(tmp_path):
+    out = tmp_path / "results.json"
+    merge_results(out, {"model": "m", "experiment": "x", "checkpoint": "c"}, "c")
+    before = out.read_bytes()
+    with pytest.raises(UserError, match="holds the results of m, not of n; give another --out"):
+        merge_results(out, {"model": "n", "experiment": "x", "checkpoint": "d"}, "d")
+    with pytest.raises(UserError, match="holds the results of the weights c of m, which now has d"):
+        merge_results(out, {"model": "m", "experiment": "x", "checkpoint": "d"}, "d")
+    assert out.read_bytes() == before
+    write_json(out, {"mine": 1})
+    with pytest.raises(UserError, match="holds no results of evaluate --model"):
+        merge_results(out, {"model": "m", "experiment": "x", "checkpoint": "c"}, "c")
 
 
 def test_evaluate_refuses_out_beside_a_run(small, tmp_path):
