@@ -18,6 +18,8 @@ from inheritune.files.json_files import read_json, write_json, write_jsonl
 from inheritune.files.outputs import check_new_file, check_new_folder, check_writable, resolve_output
 from inheritune.files.rundir import RunDir
 from inheritune.files.writing import replace_atomically
+from inheritune.models import targets
+from inheritune.models.surgery import inherit
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +119,37 @@ def test_a_file_never_takes_the_place_of_a_folder(tmp_path):
         UserError, match=r"is a folder; give the file to write, such as .*thesis/results.json"
     ):
         check_new_file(tmp_path / "thesis")
+
+
+def test_what_appears_in_a_new_folder_meanwhile_is_left_as_it_is(tmp_path):
+    """It was once deleted, because only the beginning looked whether the folder was free."""
+    out = tmp_path / "out"
+    with replace_atomically(out, new=True) as temporary:  # an empty folder is free
+        out.mkdir()
+        temporary.mkdir()
+        (temporary / "config.json").write_text("{}")
+    assert [p.name for p in out.iterdir()] == ["config.json"]
+    (tmp_path / "file").write_text("precious")
+    for taken in (out, tmp_path / "file"):
+        with pytest.raises(UserError, match=f"{taken} was made by another process meanwhile"):
+            with replace_atomically(taken, new=True) as temporary:
+                temporary.mkdir()
+    assert [p.name for p in out.iterdir()] == ["config.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "out"]
+
+
+def test_inherit_never_deletes_what_was_put_into_its_output_meanwhile(source, tmp_path, monkeypatch):
+    out, write = tmp_path / "out", targets.write_checkpoint
+
+    def put_beside(*arguments):
+        out.mkdir()
+        (out / "precious").write_text("precious")
+        return write(*arguments)
+
+    monkeypatch.setattr(targets, "write_checkpoint", put_beside)
+    with pytest.raises(UserError, match="was made by another process meanwhile"):
+        inherit(str(source), "0:2", out)
+    assert [p.name for p in out.iterdir()] == ["precious"] and [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_evaluate_writes_where_it_is_told_or_refuses_before_it_measures(small, tmp_path, source):
