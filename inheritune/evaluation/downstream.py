@@ -6,7 +6,9 @@ imported where it is used, because the import takes seconds.
 """
 
 import contextlib
+import inspect
 import io
+import json
 import logging
 import math
 import os
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from inheritune.config.paths import resolve_path
 from inheritune.config.sections import Evaluate, Task
@@ -120,6 +123,30 @@ def get_task_version(task: Task, found: dict) -> str:
     return str(found["tasks"][task.task].VERSION)
 
 
+def hash_content(found: dict) -> str:
+    """Return a hash of what the scores of lm-eval's task or group depend on beside the weights: the settings
+    and templates of its tasks, and the documents that they read."""
+    digest = xxhash.xxh3_128()
+    for name, leaf in sorted(found["tasks"].items()):
+        settings = leaf.dump_config()
+        digest.update(f"{name} {json.dumps(settings, sort_keys=True, default=_describe_value)}".encode())
+        splits = {settings.get("test_split") or settings.get("validation_split")}
+        splits |= {settings.get("fewshot_split")} if settings.get("num_fewshot") else set()
+        for split in sorted(filter(None, splits)):
+            for document in leaf.dataset[split]:
+                digest.update(repr(document).encode())
+    return digest.hexdigest()
+
+
+def _describe_value(value: Any) -> str:
+    """Return the source of a function, or the kind of another object: no address, which each process has
+    anew."""
+    try:
+        return inspect.getsource(value)
+    except (TypeError, OSError):
+        return type(value).__name__
+
+
 @contextlib.contextmanager
 def explain_template_errors(name: str, kind: type[UserError] = UserError) -> Iterator[None]:
     """Raise in one sentence what jinja, or its sandbox (taskcode.guard_templates), raises for a template of
@@ -219,8 +246,9 @@ def list_unscored(
 ) -> list[str]:
     """Return the names of the tasks that results["tasks"] lacks for these weights, task and shots.
 
-    Rows of other weights are dropped from `results`. Raises UserError for a row of another version of its
-    task."""
+    Rows of other weights are dropped from `results`. A row whose task has other templates or documents by now
+    counts as missing; rows of older versions do not say which they had. Raises UserError for a row of another
+    version of its task."""
     rows = {name: row for name, row in results.get("tasks", {}).items() if row["checkpoint"] == checkpoint}
     missing = []
     for name, task in chosen.items():
@@ -234,6 +262,9 @@ def list_unscored(
                 f"{row['lm_eval']}), lm-eval {version('lm-eval')} has {now}; delete that row, and 'seal', to "
                 f"score it anew, or install the other lm-eval"
             )
+        elif row.get("content", content := hash_content(loaded[name])) != content:
+            logger.info("the documents or templates of task %s have changed: it is scored anew", name)
+            missing.append(name)
     if chosen:
         results["tasks"] = rows
     return missing
@@ -261,6 +292,7 @@ def score_task(model: Any, task: Task, found: dict) -> dict | None:
         "version": get_task_version(task, found),
         "shots": task.shots,
         "lm_eval": version("lm-eval"),
+        "content": hash_content(found),
     }
     for metric in task.metrics:
         key = next(key for key in values if key.partition(",")[0] == metric)

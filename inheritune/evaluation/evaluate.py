@@ -169,6 +169,8 @@ def measure_checkpoint(
     results = _read_earlier_results(job, source, target)
     identity = _identify_weights(job, source, target, bool(chosen), results)
     missing = downstream.list_unscored(chosen, benchmarks, results, identity)
+    if scored := [name for name in chosen if name not in missing]:
+        logger.info("already scored, and kept: %s", ", ".join(scored))
     tokenizer = _open_tokenizer(loaded, source, tokens, foreign) if chosen or foreign else None
     if tokenizer is None and chosen:
         raise UserError(

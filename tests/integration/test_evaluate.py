@@ -29,7 +29,14 @@ from inheritune.config.sections import Evaluate, Model
 from inheritune.data.bpe_training import train_bpe
 from inheritune.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from inheritune.errors import UserError
-from inheritune.evaluation.downstream import TASK_FILES, load_tasks, open_tokenizer, wrap_model
+from inheritune.evaluation.downstream import (
+    TASK_FILES,
+    hash_content,
+    list_unscored,
+    load_tasks,
+    open_tokenizer,
+    wrap_model,
+)
 from inheritune.files.json_files import read_json, write_json
 from inheritune.files.rundir import RunDir, get_data_dir
 from inheritune.models import networks
@@ -294,6 +301,33 @@ def test_metrics_and_shots_that_a_task_has_not_are_refused(tmp_path):
         parse_section(Evaluate, {"tasks": {"mmlu": {"shots": 0}}}, "here").tasks["mmlu"].task
         == "mmlu_plain_mean"
     )
+
+
+def test_a_score_of_other_documents_or_templates_is_not_kept(tmp_path):
+    documents = tmp_path / "documents.jsonl"
+    shutil.copy(TASK_FILES / "rehearsal" / "test.jsonl", documents)
+    task = {"task": "mine", "dataset_path": "json", "output_type": "loglikelihood", "test_split": "test"}
+    task |= {"dataset_kwargs": {"data_files": {"test": str(documents)}}, "metric_list": [{"metric": "acc"}]}
+    task |= {"doc_to_text": "{{question}}", "doc_to_target": "{{answer}}", "metadata": {"version": 1}}
+    chosen = parse_section(Evaluate, {"tasks": {"x": {"task": "mine", "metrics": ["acc"]}}}, "here").tasks
+
+    def load() -> dict:
+        (tmp_path / "own").mkdir(exist_ok=True)
+        (tmp_path / "own" / "mine.yaml").write_text(yaml.safe_dump(task))
+        return load_tasks(chosen, str(tmp_path / "own"))
+
+    def is_kept() -> bool:
+        row = {"task": "mine", "shots": 0, "version": "1", "acc": {}, "checkpoint": "c", "content": content}
+        return list_unscored(chosen, load(), {"tasks": {"x": row}}, "c") == []
+
+    content = hash_content(load()["x"])
+    assert is_kept()
+    documents.write_text("".join(documents.read_text().splitlines(keepends=True)[:-1]))
+    assert not is_kept()
+    content = hash_content(load()["x"])
+    assert is_kept()
+    task["doc_to_text"] = "Q: {{question}}"
+    assert not is_kept()
 
 
 def test_a_tokenizer_that_differs_from_its_sentencepiece_model_is_refused(tmp_path):
