@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -24,7 +25,7 @@ import xxhash
 from inheritune.config.paths import resolve_path
 from inheritune.config.sections import Evaluate, Task
 from inheritune.data.tokenizer import PROBE
-from inheritune.errors import UserError, suggest_name
+from inheritune.errors import UserError, suggest_name, summarize_error
 from inheritune.evaluation.taskcode import TASK_FILES, guard_templates, refuse_task_code
 from inheritune.files.hub import translate_hub_errors
 from inheritune.runtime import dist
@@ -74,6 +75,7 @@ def load_tasks(chosen: dict[str, Task], task_files: str | None, allow_code: bool
             translate_hub_errors(f"the data of task {name} ({task.task} of lm-eval)", "datasets"),
             silence_libraries(),
             explain_template_errors(name),
+            explain_data_errors(name),
         ):
             found = manager.load(task.task)
         for leaf in found["tasks"].values():
@@ -162,6 +164,34 @@ def explain_template_errors(name: str, kind: type[UserError] = UserError) -> Ite
             f"a template of task {name} cannot be rendered ({error}); correct its file. A template cannot "
             f"use Python's own objects, by which it could run code, unless you trust it and give "
             f"--allow-task-code"
+        ) from None
+
+
+@contextlib.contextmanager
+def explain_data_errors(name: str) -> Iterator[None]:
+    """Raise in one sentence what the datasets library raises for files on this machine that are missing,
+    empty or damaged. `name` is the task's. What it raises for the Hub's is left to translate_hub_errors."""
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        yield
+    except StopIteration:
+        raise UserError(f"the data of task {name} holds no documents: a file of it is empty") from None
+    except DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError):
+            raise cause from None
+        raise UserError(
+            f"the data of task {name} cannot be read ({summarize_error(cause)}): a file of it is damaged or "
+            f"cut off; restore it"
+        ) from None
+    except FileNotFoundError as error:
+        missing = error.filename or (re.findall("Unable to find '(/[^']*)'", str(error)) or [None])[0]
+        if missing is None:
+            raise
+        raise UserError(
+            f"the data of task {name} is missing: there is no {missing}; restore it, or correct the path in "
+            f"the task's file"
         ) from None
 
 

@@ -303,16 +303,35 @@ def test_metrics_and_shots_that_a_task_has_not_are_refused(tmp_path):
     )
 
 
-def test_a_score_of_other_documents_or_templates_is_not_kept(tmp_path):
+@pytest.mark.parametrize("damage", ["empty", "cut", "missing"])
+def test_damaged_documents_of_ones_own_are_one_sentence(tmp_path, damage):
     documents = tmp_path / "documents.jsonl"
-    shutil.copy(TASK_FILES / "rehearsal" / "test.jsonl", documents)
+    text = (TASK_FILES / "rehearsal" / "test.jsonl").read_text()
+    if damage != "missing":
+        documents.write_text("" if damage == "empty" else text[:-20])
+    chosen, content = write_local_task(tmp_path, documents)
+    assert content["task"] == "mine"
+    with pytest.raises(UserError, match="^the data of task x (holds no|cannot be|is missing)") as told:
+        load_tasks(chosen, str(tmp_path / "own"))
+    assert "fetch" not in str(told.value) and (damage != "missing" or str(documents) in str(told.value))
+
+
+def write_local_task(tmp_path: Path, documents: Path) -> tuple[dict, dict]:
+    """(the tasks of an experiment, the content of the task file) of a task with documents of one's own."""
     task = {"task": "mine", "dataset_path": "json", "output_type": "loglikelihood", "test_split": "test"}
     task |= {"dataset_kwargs": {"data_files": {"test": str(documents)}}, "metric_list": [{"metric": "acc"}]}
     task |= {"doc_to_text": "{{question}}", "doc_to_target": "{{answer}}", "metadata": {"version": 1}}
-    chosen = parse_section(Evaluate, {"tasks": {"x": {"task": "mine", "metrics": ["acc"]}}}, "here").tasks
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "mine.yaml").write_text(yaml.safe_dump(task))
+    return parse_section(Evaluate, {"tasks": {"x": {"task": "mine", "metrics": ["acc"]}}}, "here").tasks, task
+
+
+def test_a_score_of_other_documents_or_templates_is_not_kept(tmp_path):
+    documents = tmp_path / "documents.jsonl"
+    shutil.copy(TASK_FILES / "rehearsal" / "test.jsonl", documents)
+    chosen, task = write_local_task(tmp_path, documents)
 
     def load() -> dict:
-        (tmp_path / "own").mkdir(exist_ok=True)
         (tmp_path / "own" / "mine.yaml").write_text(yaml.safe_dump(task))
         return load_tasks(chosen, str(tmp_path / "own"))
 
