@@ -108,7 +108,8 @@ class View:
         self.lost = list_lost_work(self.queue)
         self.curves = {} if experiment.rehearsal else load_curves(experiment.name)
         self.data_ready = is_prepared(get_data_dir(experiment))
-        self.slurm = shutil.which("sbatch") is not None
+        # its commands alone may be installed, without a Slurm that takes jobs
+        self.slurm = shutil.which("sbatch") is not None and self.queue is not None
         self._holders: dict[Path, dict[str, dict]] = {}
 
     def folder(self, run: str) -> RunDir:
