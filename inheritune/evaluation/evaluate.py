@@ -165,6 +165,8 @@ def measure_checkpoint(
             logger.info("%s: %s", run_dir.path, note)
     tokens, foreign = Tokens.of(loaded, "val"), job is None or job.run.init.external is not None
     # All that can be refused comes before the work.
+    if target:
+        check_new_file(target)
     benchmarks = downstream.load_tasks(chosen, loaded.evaluate.task_files, allow_code)
     results = _read_earlier_results(job, source, target)
     identity = _identify_weights(job, source, target, bool(chosen), results)

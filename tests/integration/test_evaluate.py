@@ -253,6 +253,12 @@ def test_what_cannot_be_scored_is_one_sentence(tmp_path, checkpoint):
     assert "score of choice in results.json is of version 0.9" in said and "has 1.0" in said
     assert results_of(path) == results
 
+    file = RunDir.of(load_experiment(path), "theirs").results
+    file.unlink()
+    file.mkdir()  # of a name that cannot be written, as in a folder that is read-only
+    assert "is a folder; give the file to write" in refused(*evaluate, "--tasks", "none")  # before the work
+    file.rmdir()
+
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (checkpoint / name).unlink()
     assert "holds no tokenizer, which the tasks need" in refused(*evaluate, "--tasks", "word", **ALONE)
