@@ -52,12 +52,10 @@ class QueuedJob:
 
 
 def read_queue() -> dict[str, QueuedJob] | None:
-    """Return {number or name: job} of the user's jobs in the queue; None where there is no Slurm, nothing
-    where it is slow to answer."""
+    """Return {number or name: job} of the user's jobs in the queue; None where there is no Slurm or it does
+    not answer."""
     try:
         done = subprocess.run(SQUEUE, capture_output=True, text=True, errors="replace", timeout=5, check=True)
-    except subprocess.TimeoutExpired:
-        return {}
     except (OSError, subprocess.SubprocessError):
         return None
     found = {}
