@@ -8,6 +8,13 @@ class UserError(Exception):
     """A user error: printed as one sentence without a traceback; exit code 2."""
 
 
+class NoAccess(UserError):
+    """A file that this user may not read. It says nothing about the content, which may be sound."""
+
+    def __init__(self, path: object, why: str | None):
+        super().__init__(f"{path} cannot be read ({why}): see its owner and mode")
+
+
 class Stopped(Exception):
     """A signal or a STOP file stopped the command early, with its work saved; exit code 0.
 

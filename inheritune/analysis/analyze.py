@@ -131,6 +131,8 @@ def run_analyze(
     rows[0]["rehearsal"] = bool(rehearsed_lengths)
     if is_own:
         rows[0]["weights"] = run.weights_hash()
+    if given or not is_own:  # another process may have written there meanwhile
+        check_replaced(RunDir(folder), model, revision)
     write_jsonl(RunDir(folder).attention, rows)
     print(describe_rows(rows))
     return folder

@@ -10,13 +10,15 @@ import signal
 import sys
 
 from inheritune.cluster import launch
-from inheritune.cluster.planner import Action, plan_next_action, read_stages
+from inheritune.cluster.planner import Action, plan_next_action, read_stages, read_verdict
 from inheritune.config.experiment import Experiment, load_experiment
 from inheritune.config.run import Grow
 from inheritune.errors import Stopped, UserError
-from inheritune.files.json_files import read_json, write_json
+from inheritune.files.json_files import write_json
 from inheritune.files.markers import is_prepared
 from inheritune.files.rundir import RunDir, get_data_dir
+from inheritune.runs.changes import FREE_BETWEEN_STAGES, UNRESOLVED, check_kind, find_changes_since
+from inheritune.runs.job import Job
 from inheritune.runtime import signals
 from inheritune.runtime.signals import get_stop_signal
 
@@ -39,7 +41,8 @@ def grow(
     loaded = load_experiment(experiment, rehearse)
     settings, depths, reference = _check_growth(loaded, run)
     folder = RunDir.of(loaded, run, seed)
-    _print_changes(folder, settings)
+    check_kind(folder, is_grown=True)
+    _report_changes(Job(loaded, run, seed, stage=1), settings, depths)
     os.environ["INHERITUNE_STOP"] = str(folder.stop)  # the training of the reference obeys it too
     done_before: Action | None = None
     while not folder.is_done():
@@ -54,7 +57,7 @@ def grow(
             is_prepared(get_data_dir(loaded)),
             reference,
             run,
-            read_stages(folder, len(depths)),
+            read_stages(folder, depths),
         )
         if action.verb == "finish":
             write_json(folder.done, action.verdict)
@@ -67,7 +70,7 @@ def grow(
             raise Stopped(f"{run}: {done_before.title()} is done; next comes {action.title()}")
         _run_action(action, experiment, seed, procs, ds, loaded.rehearsal)
         done_before = action
-    print(describe_verdict(read_json(folder.done), loaded, run, reference))
+    print(describe_verdict(read_verdict(folder, len(depths)), loaded, run, reference))
 
 
 def _check_growth(experiment: Experiment, run: str) -> tuple[Grow, list[int], str]:
@@ -110,16 +113,42 @@ def describe_verdict(verdict: dict, experiment: Experiment, run: str, reference:
     return f"{mark}{failed} ({numbers}; margin {verdict['margin']})."
 
 
-def _print_changes(folder: RunDir, settings: Grow) -> None:
-    """Print which settings of growth have changed since the run in `folder` finished, and how to continue."""
-    done = read_json(folder.done) if folder.is_done() else {}
+def _report_changes(job: Job, settings: Grow, depths: list[int]) -> None:
+    """Print which settings have changed since a grown run was finished. `job` is its first stage.
+
+    Raises UserError if it is not finished, and its first stage was trained under other settings."""
+    folder, free = job.root, (*UNRESOLVED, *FREE_BETWEEN_STAGES)
+    changes = find_changes_since(job.dir.experiment, job, job.settings, free)
+    if not folder.is_done():
+        if changes and job.dir.is_done():
+            key, old, new = changes[0]
+            raise UserError(
+                f"stage 1 of {folder.path} was trained with {key} = {old}, now it is {new}; go back to it, "
+                f"or grow a run of another name"
+            )
+        return
+    done = read_verdict(folder, len(depths))
+    for key, old, new in changes:
+        print(
+            f"note: this run was grown with {key} = {old}, the experiment now has {new}; to train that, grow "
+            f"a run of another name"
+        )
     for key in ("margin", "max_layers"):
         now = getattr(settings, key)
         if key in done and done[key] != now:
             print(
-                f"note: this run was grown with {key} {done[key]}, the experiment now has {now}; to continue "
-                f"with that, delete {folder.done} and give the same command"
+                f"note: this run was grown with {key} {done[key]}, the experiment now has {now}"
+                f"{'' if changes else _suggest_growing_on(folder, depths)}"
             )
+
+
+def _suggest_growing_on(folder: RunDir, depths: list[int]) -> str:
+    """Return how to continue with other settings of growth; "" if the stages are not those of `depths`."""
+    try:
+        read_stages(folder, depths)
+    except UserError:
+        return ""
+    return f"; to continue with that, delete {folder.done} and give the same command"
 
 
 def _run_action(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from inheritune.config.experiment import Experiment
 from inheritune.config.run import Grow, Run
 from inheritune.errors import UserError
+from inheritune.files.json_files import read_json
 from inheritune.files.rundir import RunDir
 
 
@@ -86,10 +87,13 @@ def _make_verdict(stages: list[StageResult], best: int, grow: Grow) -> dict:
     }
 
 
-def read_stages(folder: RunDir, n_stages: int) -> list[StageResult]:
-    """Return the results of the finished stages, in order, up to the first unfinished one."""
+def read_stages(folder: RunDir, depths: list[int]) -> list[StageResult]:
+    """Return the results of the finished stages, in order, up to the first unfinished one. `depths` are the
+    planned layers of each.
+
+    Raises UserError for a stage of another depth, or without a comparison."""
     found = []
-    for number in range(1, n_stages + 1):
+    for number, depth in enumerate(depths, start=1):
         stage = folder.stage(number)
         if not stage.is_done():
             break
@@ -98,6 +102,12 @@ def read_stages(folder: RunDir, n_stages: int) -> list[StageResult]:
             raise UserError(
                 f"{stage.results} holds no difference to the reference; run evaluate, or train the stage "
                 f"again"
+            )
+        if results["layers"] != depth:
+            raise UserError(
+                f"stage {number} of {folder.path} has {results['layers']} layers, the stages of the "
+                f"experiment now have {depths} (run.grow.by, run.grow.max_layers); go back to the values "
+                f"that it was grown with, or grow a run of another name"
             )
         found.append(
             StageResult(
@@ -109,6 +119,17 @@ def read_stages(folder: RunDir, n_stages: int) -> list[StageResult]:
             )
         )
     return found
+
+
+def read_verdict(folder: RunDir, n_stages: int) -> dict:
+    """Return the content of the DONE of a grown run. Raises UserError if it names none of the stages."""
+    done = read_json(folder.done)
+    stage = done.get("stage") if isinstance(done, dict) else None
+    if type(stage) is not int or not 1 <= stage <= max([n_stages, *folder.stages()]):
+        raise UserError(
+            f"{folder.done} names no stage of the run: it is damaged; restore it, or delete it and grow again"
+        )
+    return done
 
 
 def find_unfinished_source(experiment: Experiment, spec: Run, seed: int) -> str | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from inheritune.cluster.job_records import Key
+from inheritune.cluster.planner import read_verdict
 from inheritune.cluster.record_tail import find_number, read_last_rows
 from inheritune.cluster.slurm_queue import (
     QueuedJob,
@@ -17,12 +18,13 @@ from inheritune.cluster.slurm_queue import (
 )
 from inheritune.config.experiment import Experiment
 from inheritune.config.run import Run
-from inheritune.errors import UserError
+from inheritune.errors import NoAccess, UserError
 from inheritune.files.json_files import read_json
 from inheritune.files.lock import Lock, describe_holder, find_lock_holders
 from inheritune.files.markers import is_prepared
 from inheritune.files.rundir import RunDir, get_data_dir
 from inheritune.paper.published import interpolate_loss, load_curves, select_curve
+from inheritune.runs.changes import check_kind
 
 STATUS_COLUMNS = (
     "run",
@@ -107,8 +109,16 @@ class View:
         self.work = list_queued_work(self.queue)
         self.lost = list_lost_work(self.queue)
         self.curves = {} if experiment.rehearsal else load_curves(experiment.name)
-        self.data_ready = is_prepared(get_data_dir(experiment))
-        self.slurm = shutil.which("sbatch") is not None
+        self.errors: list[str] = []
+        """What is shared and may not be read."""
+        data = get_data_dir(experiment)
+        try:
+            self.data_ready = is_prepared(data)
+        except PermissionError as error:
+            self.data_ready = True  # as far as anybody knows: the next command says more
+            self.errors.append(str(NoAccess(data, error.strerror)))
+        # its commands alone may be installed, without a Slurm that takes jobs
+        self.slurm = shutil.which("sbatch") is not None and self.queue is not None
         self._holders: dict[Path, dict[str, dict]] = {}
 
     def folder(self, run: str) -> RunDir:
@@ -170,6 +180,11 @@ def _list_trained(view: View, name: str, run: Run) -> list[Standing]:
     if run.grow and run.init.inherit:
         depths = run.grow.depths(run.init.inherit.layers, experiment.model.layers)
         return _list_growth(view, name, depths, experiment.train_of(run).steps)
+    found = Standing(name, "unknown")
+    with found.collect_errors():
+        check_kind(folder, is_grown=False)
+    if found.errors:
+        return [found]
     # counting layers takes long, so it is done only where the paper has a curve
     curve = select_curve(view.curves, name, experiment.layers_of(run)) if name in view.curves else {}
     return [make_standing(view, name, folder, experiment.train_of(run).steps, curve)]
@@ -181,7 +196,9 @@ def _list_growth(view: View, name: str, depths: list[int], steps: int) -> list[S
     folder, whole = view.folder(name), Standing(name, "unknown")
     chosen = None
     with whole.collect_errors():
-        chosen = _read_chosen_stage(folder, len(depths))
+        check_kind(folder, is_grown=True)
+        if folder.is_done():
+            chosen = _read_chosen_stage(folder, depths)
         whole.state = "finished" if chosen else "not started"
     if whole.errors:
         return [whole]
@@ -203,17 +220,15 @@ def _list_growth(view: View, name: str, depths: list[int], steps: int) -> list[S
     return [whole, *stages]
 
 
-def _read_chosen_stage(folder: RunDir, n_stages: int) -> int | None:
-    """Return the stage that the DONE of a grown run names; None without a DONE.
-
-    Raises UserError if it names none of the stages."""
-    if not folder.is_done():
-        return None
-    done = read_json(folder.done)
-    stage = done.get("stage") if isinstance(done, dict) else None
-    if type(stage) is not int or not 1 <= stage <= n_stages:
+def _read_chosen_stage(folder: RunDir, depths: list[int]) -> int:
+    """Return the stage that the DONE of a grown run names. Raises UserError if it has another depth than in
+    `depths`, those of the experiment's stages."""
+    done = read_verdict(folder, len(depths))
+    stage, planned = done["stage"], dict(enumerate(depths, start=1))
+    if done.get("layers", planned.get(stage)) != planned.get(stage):
         raise UserError(
-            f"{folder.done} names no stage of the run: it is damaged; restore it, or delete it and grow again"
+            f"{folder.done} chose stage {stage} of {done['layers']} layers, the stages of the experiment now "
+            f"have {depths} (run.grow.by, run.grow.max_layers)"
         )
     return stage
 

@@ -26,7 +26,7 @@ def status(experiment: str, seed: int = 0, rehearse: bool | None = None) -> None
     A run whose files are damaged or cannot be read is a row with a remark."""
     loaded = load_experiment(experiment, rehearse)
     view = View(loaded, seed)
-    cells, remarks = [], []
+    cells, remarks = [], [*view.errors]
     for name, run in loaded.runs.items():
         standings = list_standings(view, name, run)
         cells += [standing.cells() for standing in standings]

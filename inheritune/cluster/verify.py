@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from inheritune.config.units import format_bytes
-from inheritune.errors import UserError
+from inheritune.errors import NoAccess, UserError
 from inheritune.files.markers import COMPLETE, MARKERS, find_damage, read_marked_files
 from inheritune.files.rundir import RunDir
 
@@ -16,32 +16,37 @@ def verify(path: str | Path, progress: Callable[[list[Path]], Iterable[Path]] = 
     Also prints which checkpoints have no marker yet, and which entries of checkpoints/ no run reads.
     `progress` wraps the list of markers.
 
-    Raises UserError at the end if anything is damaged or cannot be read, or if there is nothing to verify."""
+    Raises UserError at the end if anything is damaged or may not be read, or if nothing is to verify."""
     top = Path(path)
-    folders, markers, unreadable = _find_markers(top)
-    if not markers and not unreadable:
+    folders, markers, broken, hidden = _find_markers(top)
+    if not markers and not broken and not hidden:
         raise UserError(f"nothing to verify in {top}: no {', '.join(MARKERS)} at or below it")
-    n_damaged = len(unreadable)
+    n_damaged, n_hidden = len(broken), len(hidden)
     for marker in progress(markers):
-        n_damaged += _verify_marker(marker)
-    for sentence in unreadable:
-        print(f"DAMAGED: {sentence}")
+        damaged, unread = _verify_marker(marker)
+        n_damaged, n_hidden = n_damaged + damaged, n_hidden + unread
+    for word, sentences in (("DAMAGED", broken), ("NOT READ", hidden)):
+        print("".join(f"{word}: {sentence}\n" for sentence in sentences), end="")
     for folder in folders:
         if folder.name == "checkpoints":
             _print_unused(RunDir(folder.parent), set(folders))
+    unknown = f"{n_hidden} cannot be read (named above): see their owner and mode; they may be sound"
     if n_damaged:
         raise UserError(
             f"{n_damaged} files of {top} are damaged (named above): restore them, or delete the folders they "
-            f"are in"
+            f"are in{f'. {unknown}' if n_hidden else ''}"
         )
+    if n_hidden:
+        raise UserError(f"of the files and folders of {top}, {unknown}")
 
 
-def _find_markers(top: Path) -> tuple[list[Path], list[Path], list[str]]:
-    """Return (`top` and all folders below it, the markers in them, a sentence for each folder that cannot be
-    read). Links are followed, and each folder is listed once."""
+def _find_markers(top: Path) -> tuple[list[Path], list[Path], list[str], list[str]]:
+    """Return (`top` and all folders below it, the markers in them, a sentence for each folder that is broken,
+    and one for each that may not be read). Links are followed, and each folder is listed once."""
     folders: list[Path] = []
     markers: list[Path] = []
-    unreadable: list[str] = []
+    broken: list[str] = []
+    hidden: list[str] = []
     seen, waiting = set(), [top]
     while waiting:
         folder = waiting.pop()
@@ -51,8 +56,11 @@ def _find_markers(top: Path) -> tuple[list[Path], list[Path], list[str]]:
             found = [folder / entry.name for entry in entries if entry.name in MARKERS and entry.is_file()]
         except (FileNotFoundError, NotADirectoryError):  # a running job deletes its old checkpoints
             continue
+        except PermissionError as error:
+            hidden.append(str(NoAccess(folder, error.strerror)))
+            continue
         except OSError as error:
-            unreadable.append(f"{folder} cannot be read ({error.strerror})")
+            broken.append(f"{folder} cannot be read ({error.strerror})")
             continue
         if (facts.st_dev, facts.st_ino) not in seen:
             seen.add((facts.st_dev, facts.st_ino))
@@ -61,25 +69,37 @@ def _find_markers(top: Path) -> tuple[list[Path], list[Path], list[str]]:
             waiting += inner
     order = {name: place for place, name in enumerate(MARKERS)}
     markers.sort(key=lambda path: (path.parent, order[path.name]))
-    return sorted(folders), markers, sorted(unreadable)
+    return sorted(folders), markers, sorted(broken), sorted(hidden)
 
 
-def _verify_marker(marker: Path) -> int:
-    """Print whether the files of `marker` are whole. Returns how many are not."""
+def _verify_marker(marker: Path) -> tuple[int, int]:
+    """Print whether the files of `marker` are whole. Returns how many are not, and how many may not be
+    read."""
     files: dict[str, dict] = {}
+    problems: list[str] = []
+    hidden: list[str] = []
     try:
         files = read_marked_files(marker)
-        problems = list(find_damage(marker.parent, files))
+    except NoAccess as error:
+        hidden.append(str(error))
     except (UserError, OSError) as error:
-        files, problems = {}, [str(error)]
+        problems.append(str(error))
+    for name, facts in files.items():
+        try:
+            problems += find_damage(marker.parent, {name: facts})
+        except PermissionError as error:
+            hidden.append(str(NoAccess(marker.parent / name, error.strerror)))
+        except OSError as error:
+            problems.append(str(error))
     # a running job keeps only its last checkpoints, and deletes the marker of an old one first
     if problems and not marker.is_file():
         print(f"deleted meanwhile: {marker.parent}")
-        return 0
+        return 0, 0
     size = format_bytes(sum(facts["bytes"] for facts in files.values()), "MB", 1)
-    print(f"{'DAMAGED' if problems else 'whole'}: {marker} ({len(files)} files, {size})")
-    print("".join(f"  {problem}\n" for problem in problems), end="")
-    return len(problems)
+    state = "DAMAGED" if problems else "NOT READ" if hidden else "whole"
+    print(f"{state}: {marker} ({len(files)} files, {size})")
+    print("".join(f"  {problem}\n" for problem in problems + hidden), end="")
+    return len(problems), len(hidden)
 
 
 def _print_unused(run: RunDir, readable: set[Path]) -> None:

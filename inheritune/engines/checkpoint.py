@@ -20,7 +20,7 @@ from inheritune.engines.failures import explain_write_error, raise_on_all_ranks
 from inheritune.engines.generators import get_generator_file, read_generators, restore_generators
 from inheritune.engines.layout import describe_layout
 from inheritune.engines.sizes import count_checkpoint_bytes
-from inheritune.errors import UserError
+from inheritune.errors import NoAccess, UserError
 from inheritune.files.json_files import write_json
 from inheritune.files.markers import COMPLETE, hash_folder
 from inheritune.files.rundir import RunDir
@@ -167,7 +167,8 @@ def prepare_folders(temporary: Path, target: Path) -> None:
 def find_newest_checkpoint(run_dir: RunDir) -> int | None:
     """Return the step of the newest checkpoint whose files match its marker, or None; the same on every rank.
 
-    A damaged checkpoint is skipped with a warning. Raises UserError if all that have a marker are damaged."""
+    A damaged checkpoint is skipped with a warning. Raises UserError if all that have a marker are damaged,
+    and NoAccess for one that may not be read."""
     return run_on_rank0(_find_newest, run_dir)
 
 
@@ -178,6 +179,10 @@ def _find_newest(run_dir: RunDir) -> int | None:
         try:
             run_dir.check_checkpoint(step)
             return step
+        except NoAccess:
+            raise
+        except PermissionError as error:  # no damage: an older one is not to be taken in its place
+            raise NoAccess(error.filename, error.strerror) from None
         except (UserError, OSError) as error:
             damage = error
             logger.warning("checkpoint of step %d is skipped: %s", step, damage)

@@ -1,6 +1,7 @@
 """Failures on one rank that every rank must learn of."""
 
 import errno
+import resource
 from pathlib import Path
 
 from inheritune.errors import UserError
@@ -15,7 +16,8 @@ def explain_write_error(error: Exception, path: Path) -> Exception:
     """Return `error` as a UserError if the disk is full, which torch's zip writer reports as a RuntimeError
     of its own."""
     if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
-        return storage.explain_disk_error(OSError(errno.ENOSPC, "no space left"), path)
+        limited = resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
+        return storage.explain_disk_error(OSError(errno.EFBIG if limited else errno.ENOSPC, ""), path)
     return storage.explain_disk_error(error, path) if isinstance(error, OSError) else error
 
 

@@ -6,10 +6,13 @@ imported where it is used, because the import takes seconds.
 """
 
 import contextlib
+import inspect
 import io
+import json
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -17,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from inheritune.config.paths import resolve_path
 from inheritune.config.sections import Evaluate, Task
 from inheritune.data.tokenizer import PROBE
-from inheritune.errors import UserError, suggest_name
+from inheritune.errors import UserError, suggest_name, summarize_error
 from inheritune.evaluation.taskcode import TASK_FILES, guard_templates, refuse_task_code
 from inheritune.files.hub import translate_hub_errors
 from inheritune.runtime import dist
@@ -71,6 +75,7 @@ def load_tasks(chosen: dict[str, Task], task_files: str | None, allow_code: bool
             translate_hub_errors(f"the data of task {name} ({task.task} of lm-eval)", "datasets"),
             silence_libraries(),
             explain_template_errors(name),
+            explain_data_errors(name),
         ):
             found = manager.load(task.task)
         for leaf in found["tasks"].values():
@@ -120,6 +125,30 @@ def get_task_version(task: Task, found: dict) -> str:
     return str(found["tasks"][task.task].VERSION)
 
 
+def hash_content(found: dict) -> str:
+    """Return a hash of what the scores of lm-eval's task or group depend on beside the weights: the settings
+    and templates of its tasks, and the documents that they read."""
+    digest = xxhash.xxh3_128()
+    for name, leaf in sorted(found["tasks"].items()):
+        settings = leaf.dump_config()
+        digest.update(f"{name} {json.dumps(settings, sort_keys=True, default=_describe_value)}".encode())
+        splits = {settings.get("test_split") or settings.get("validation_split")}
+        splits |= {settings.get("fewshot_split")} if settings.get("num_fewshot") else set()
+        for split in sorted(filter(None, splits)):
+            for document in leaf.dataset[split]:
+                digest.update(repr(document).encode())
+    return digest.hexdigest()
+
+
+def _describe_value(value: Any) -> str:
+    """Return the source of a function, or the kind of another object: no address, which each process has
+    anew."""
+    try:
+        return inspect.getsource(value)
+    except (TypeError, OSError):
+        return type(value).__name__
+
+
 @contextlib.contextmanager
 def explain_template_errors(name: str, kind: type[UserError] = UserError) -> Iterator[None]:
     """Raise in one sentence what jinja, or its sandbox (taskcode.guard_templates), raises for a template of
@@ -135,6 +164,34 @@ def explain_template_errors(name: str, kind: type[UserError] = UserError) -> Ite
             f"a template of task {name} cannot be rendered ({error}); correct its file. A template cannot "
             f"use Python's own objects, by which it could run code, unless you trust it and give "
             f"--allow-task-code"
+        ) from None
+
+
+@contextlib.contextmanager
+def explain_data_errors(name: str) -> Iterator[None]:
+    """Raise in one sentence what the datasets library raises for files on this machine that are missing,
+    empty or damaged. `name` is the task's. What it raises for the Hub's is left to translate_hub_errors."""
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        yield
+    except StopIteration:
+        raise UserError(f"the data of task {name} holds no documents: a file of it is empty") from None
+    except DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError):
+            raise cause from None
+        raise UserError(
+            f"the data of task {name} cannot be read ({summarize_error(cause)}): a file of it is damaged or "
+            f"cut off; restore it"
+        ) from None
+    except FileNotFoundError as error:
+        missing = error.filename or (re.findall("Unable to find '(/[^']*)'", str(error)) or [None])[0]
+        if missing is None:
+            raise
+        raise UserError(
+            f"the data of task {name} is missing: there is no {missing}; restore it, or correct the path in "
+            f"the task's file"
         ) from None
 
 
@@ -219,8 +276,9 @@ def list_unscored(
 ) -> list[str]:
     """Return the names of the tasks that results["tasks"] lacks for these weights, task and shots.
 
-    Rows of other weights are dropped from `results`. Raises UserError for a row of another version of its
-    task."""
+    Rows of other weights are dropped from `results`. A row whose task has other templates or documents by now
+    counts as missing; rows of older versions do not say which they had. Raises UserError for a row of another
+    version of its task."""
     rows = {name: row for name, row in results.get("tasks", {}).items() if row["checkpoint"] == checkpoint}
     missing = []
     for name, task in chosen.items():
@@ -234,6 +292,9 @@ def list_unscored(
                 f"{row['lm_eval']}), lm-eval {version('lm-eval')} has {now}; delete that row, and 'seal', to "
                 f"score it anew, or install the other lm-eval"
             )
+        elif row.get("content", content := hash_content(loaded[name])) != content:
+            logger.info("the documents or templates of task %s have changed: it is scored anew", name)
+            missing.append(name)
     if chosen:
         results["tasks"] = rows
     return missing
@@ -261,6 +322,7 @@ def score_task(model: Any, task: Task, found: dict) -> dict | None:
         "version": get_task_version(task, found),
         "shots": task.shots,
         "lm_eval": version("lm-eval"),
+        "content": hash_content(found),
     }
     for metric in task.metrics:
         key = next(key for key in values if key.partition(",")[0] == metric)

@@ -23,6 +23,7 @@ from inheritune.errors import Stopped, UserError
 from inheritune.evaluation import downstream
 from inheritune.evaluation.taskcode import refuse_task_code
 from inheritune.files.json_files import read_json, write_json
+from inheritune.files.lock import Lock
 from inheritune.files.markers import hash_folder
 from inheritune.files.outputs import check_new_file, resolve_output
 from inheritune.files.rundir import RunDir, get_results_dir, parse_weights_name, require_weights
@@ -164,10 +165,14 @@ def measure_checkpoint(
             logger.info("%s: %s", run_dir.path, note)
     tokens, foreign = Tokens.of(loaded, "val"), job is None or job.run.init.external is not None
     # All that can be refused comes before the work.
+    if target:
+        check_new_file(target)
     benchmarks = downstream.load_tasks(chosen, loaded.evaluate.task_files, allow_code)
     results = _read_earlier_results(job, source, target)
     identity = _identify_weights(job, source, target, bool(chosen), results)
     missing = downstream.list_unscored(chosen, benchmarks, results, identity)
+    if scored := [name for name in chosen if name not in missing]:
+        logger.info("already scored, and kept: %s", ", ".join(scored))
     tokenizer = _open_tokenizer(loaded, source, tokens, foreign) if chosen or foreign else None
     if tokenizer is None and chosen:
         raise UserError(
@@ -185,7 +190,7 @@ def measure_checkpoint(
     else:
         _measure_losses(network, loaded, job, source, tokens, train, results)
     if target:
-        dist.run_on_rank0(write_json, target, results)
+        dist.run_on_rank0(merge_results, target, results, identity)
     if missing:
         model = downstream.wrap_model(network, tokenizer, loaded.evaluate.batch, train.precision)
         settings = {"precision": train.precision, "checkpoint": identity}
@@ -210,14 +215,40 @@ def _identify_weights(
     Raises UserError if `results` are those of other weights of `source`."""
     named = target is not None and job is None
     identity = dist.run_on_rank0(hash_checkpoint, source) if has_tasks or named else None
-    if named:
-        if results.get("checkpoint", identity) != identity:  # earlier results would be mixed with new ones
-            were = f"weights {results['checkpoint']} of {source.origin}, which now has {identity}"
-            raise UserError(f"{target} holds the results of the {were}; give another --out")
+    if target and named:
+        _check_same_weights(target, results, source.origin, identity)
         results["checkpoint"] = identity
     elif "model" in results:
         results["model"] = source.origin  # of a run whose public model was changed
     return identity
+
+
+def _check_same_weights(target: Path, held: dict[str, Any], model: str, identity: str | None) -> None:
+    """Raise UserError if `held`, the content of `target`, are results of other weights of `model`."""
+    if held.get("checkpoint", identity) != identity:  # earlier results would be mixed with new ones
+        were = f"weights {held['checkpoint']} of {model}, which now has {identity}"
+        raise UserError(f"{target} holds the results of the {were}; give another --out")
+
+
+def merge_results(target: Path, results: dict[str, Any], identity: str | None, scored: str = "") -> None:
+    """Write `results` of the weights `identity` to `target`, with the rows of tasks that it has by now.
+
+    Another process may have scored other tasks of these weights since `results` were read; of the rows in
+    memory, only that of the task `scored` is newer. Raises UserError, and leaves `target` as it is, if it has
+    results of another model or of other weights by now."""
+    with Lock(target):
+        held = read_json(target) if target.is_file() else {}
+        if held and "checkpoint" in results:  # of evaluate --model
+            check_results(target, results["model"])
+            _check_same_weights(target, held, results["model"], identity)
+        if "tasks" in results or "tasks" in held:
+            rows = {
+                name: row
+                for name, row in held.get("tasks", {}).items()
+                if identity in (None, row["checkpoint"]) and name != scored
+            }
+            results["tasks"] = rows | ({scored: results["tasks"][scored]} if scored else {})
+        write_json(target, results)
 
 
 def _open_tokenizer(loaded: Experiment, source: Source, tokens: Tokens, foreign: bool) -> Any:
@@ -272,8 +303,9 @@ def _score_tasks(
         dist.run_on_rank0(downstream.check_scores, name, row, task)
         if row:  # rank 0
             results["tasks"][name] = row | settings
-            if target:
-                write_json(target, results)
+        if target:
+            dist.run_on_rank0(merge_results, target, results, settings["checkpoint"], name)
+        if row:
             dt = time.monotonic() - start_time
             line = downstream.describe_scores(name, row, task)
             logger.info("%s (%d of %d, %.0f s)", line, number + 1, len(unscored), dt)

@@ -60,7 +60,7 @@ def export(folder: str, to: str, dtype: str | None = None) -> None:
     source = open_source(run.final)
     config = make_portable_config(source.config, tokenizer.vocab_size, tokenizer.end_of_text)
     specs = {name: (shape, DTYPES[dtype]) for name, shape in list_checkpoint_shapes(config).items()}
-    with replace_atomically(out) as temporary:
+    with replace_atomically(out, new=True) as temporary:
         temporary.mkdir()
         write_checkpoint(
             temporary,

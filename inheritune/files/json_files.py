@@ -9,7 +9,7 @@ from typing import Any
 import xxhash
 
 from inheritune.config.reading import refuse_duplicate_keys
-from inheritune.errors import UserError
+from inheritune.errors import NoAccess, UserError
 from inheritune.files.writing import write_text
 
 SEAL = "seal"
@@ -54,13 +54,16 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 def read_json(path: Path) -> Any:
     """Return the JSON value in `path`, without its seal.
 
-    Raises UserError if the file is missing or damaged, has a key twice, or does not match its seal."""
+    Raises UserError if the file is missing or damaged, has a key twice, or does not match its seal; NoAccess,
+    a kind of it, if the file may not be read."""
     try:
         text = _read_with_retries(path)
         value = json.loads(text, object_pairs_hook=partial(refuse_duplicate_keys, path))
         return remove_seal(value, str(path))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
+    except PermissionError as error:
+        raise NoAccess(path, error.strerror) from None
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(
             f"{path} cannot be read as JSON ({error}); restore it or delete what it belongs to"
@@ -75,6 +78,8 @@ def read_jsonl(path: Path) -> list[dict]:
     try:
         lines = _read_with_retries(path).splitlines(keepends=True) if path.exists() else []
         rows = [{**json.loads(line)} for line in lines if line.endswith("\n")]
+    except PermissionError as error:
+        raise NoAccess(path, error.strerror) from None
     except (ValueError, TypeError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as rows of JSON ({error}); restore it") from None
     if rows and SEAL in rows[0]:

@@ -23,19 +23,26 @@ def list_names(folder: Path) -> list[str]:
         return []
 
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of what cannot be written for want of room: on the disk, in a quota, or below `ulimit -f`."""
 
 
 def explain_disk_error(error: OSError, path: Path) -> Exception:
-    """Return `error` as a UserError if it is about a full or read-only disk or about $INHERITUNE_ROOT.
+    """Return `error` as a UserError if it is about a full or read-only disk, a limit of file sizes, or
+    $INHERITUNE_ROOT.
 
     Any other error is returned as it is."""
     if problem := explain_root_error(error):
         return problem
-    if error.errno in DISK_FULL:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
             f"no space left while writing {path} ({format_bytes(count_free_bytes(path), 'MB')} free); "
             f"{suggest_more_space(path)}"
+        )
+    if error.errno == errno.EFBIG:
+        return UserError(
+            f"{path} is larger than a file may be here ({os.strerror(errno.EFBIG)}); raise the limit of this "
+            f"shell or job (ulimit -f), or {_suggest_folder(path, 'on a disk that takes larger files')}"
         )
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return UserError(

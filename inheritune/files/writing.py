@@ -21,12 +21,15 @@ logger = logging.getLogger("inheritune")
 
 
 @contextmanager
-def replace_atomically(path: Path) -> Iterator[Path]:
+def replace_atomically(path: Path, new: bool = False) -> Iterator[Path]:
     """Yield a temporary path to write a file or fill a folder at; it replaces `path` when the block ends.
 
     The rename is atomic and comes after every byte is on disk, so a reader sees nothing or everything. The
     temporary path is removed if the block fails, and so are those of earlier processes that have died. Raises
-    UserError if the disk is full or the place cannot be written."""
+    UserError if the disk is full or the place cannot be written.
+
+    `new`, for a folder that the user named: whatever is at `path` by then is left as it is, unless it is an
+    empty folder. Raises UserError, and nothing is written."""
     temporary = get_temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,13 +37,7 @@ def replace_atomically(path: Path) -> Iterator[Path]:
         yield temporary
         for made in (*temporary.rglob("*"), temporary):
             sync_path(made)
-        if path.is_dir() and not path.is_symlink():
-            if not temporary.is_dir():
-                raise UserError(
-                    f"{path} is a folder, so no file of that name can be written; rename or remove it"
-                )
-            shutil.rmtree(path)  # a folder cannot be renamed over a non-empty one
-        os.replace(temporary, path)
+        (_rename_to_new if new else _replace)(temporary, path)
         sync_path(path.parent)
     except BaseException as error:
         with suppress(OSError):  # what stopped the writing may stop this too
@@ -48,6 +45,30 @@ def replace_atomically(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and _concerns(error, path, temporary):
             raise explain_disk_error(error, path) from error
         raise
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Rename `temporary` to `path`. Raises UserError if it is a file and `path` a folder."""
+    if path.is_dir() and not path.is_symlink():
+        if not temporary.is_dir():
+            raise UserError(
+                f"{path} is a folder, so no file of that name can be written; rename or remove it"
+            )
+        shutil.rmtree(path)  # a folder cannot be renamed over a non-empty one
+    os.replace(temporary, path)
+
+
+def _rename_to_new(folder: Path, path: Path) -> None:
+    """Rename `folder` to `path`, which the system refuses where anything but an empty folder is there."""
+    try:
+        os.rename(folder, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise UserError(
+            f"{path} was made by another process meanwhile, and is left as it is; nothing was written: give "
+            f"another folder, or remove that one and repeat the command"
+        ) from None
 
 
 def _concerns(error: OSError, path: Path, temporary: Path) -> bool:

@@ -93,7 +93,7 @@ def write_target(
             return origin.read_value(shapes[name])
         return make_fresh_tensor(name, shapes[name], config, seed).to(origin.dtype)
 
-    with writing.replace_atomically(out) as folder:
+    with writing.replace_atomically(out, new=True) as folder:
         folder.mkdir(parents=True)
         written = write_checkpoint(folder, config, specs, make_tensor)
         if beside:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from inheritune.errors import UserError
+from inheritune.errors import NoAccess, UserError
 from inheritune.models.extents import DTYPE_NAMES, Extent, Stored
 
 
@@ -67,6 +67,8 @@ def load_skeleton(path: Path, check: bool = False) -> Any:
         if check and zipfile.is_zipfile(path):
             _check_sums(path)
         return loaded
+    except PermissionError as error:  # the file may be sound
+        raise NoAccess(path, error.strerror) from None
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError ... for the same damage
         reason = " ".join(str(error).split())
         if unsafe := re.search(r"GLOBAL ([\w.]+)", reason):

@@ -25,6 +25,10 @@ SHAPING = ("model", "run.layers", "run.init", "run.distil")
 such as a learning rate, leaves it the run of that name."""
 
 
+FREE_BETWEEN_STAGES = ("stage", "run.grow.max_layers", "run.grow.margin")
+"""Keys that may change between two stages: how far growth may go, and when it ends. They change no stage."""
+
+
 def find_differences(before: Any, now: Any, path: str = "") -> list[tuple[str, object, object]]:
     """Return (key path, old, new) wherever two nested dicts differ."""
     if isinstance(before, dict) and isinstance(now, dict):
@@ -72,6 +76,21 @@ def find_job(experiment: Experiment, name: str, seed: int, run_dir: RunDir) -> J
     """Return the job of run `name` whose files are in `run_dir`, which may be the folder of a stage."""
     stage = re.fullmatch(r"stage(\d+)", run_dir.path.name) if experiment.run(name).grow else None
     return Job(experiment, name, seed, int(stage[1]) if stage else None)
+
+
+def check_kind(folder: RunDir, is_grown: bool) -> None:
+    """Raise UserError if `folder` holds a run without stages where the experiment describes a grown one
+    (`is_grown`), or a grown run where it describes one without stages."""
+    if is_grown and folder.experiment.is_file():
+        raise UserError(
+            f"{folder.path} holds a run that was trained without a 'grow' section: leave that out again, "
+            f"give the run another name, or move the folder away"
+        )
+    if not is_grown and folder.stages():
+        raise UserError(
+            f"{folder.path} holds a grown run, and the experiment has no 'grow' section for it: restore "
+            f"that, give the run another name, or move the folder away"
+        )
 
 
 def check_own_run(run_dir: RunDir, job: Job) -> str:

@@ -18,11 +18,13 @@ from inheritune.files.rundir import find_weights, get_results_dir
 from inheritune.models.architectures import find_architecture
 from inheritune.models.networks import build_config
 from inheritune.models.surgery import INCIDENTAL, halve_config
-from inheritune.runs.changes import find_changes_of_run, find_changes_since, find_differences
+from inheritune.runs.changes import (
+    FREE_BETWEEN_STAGES,
+    find_changes_of_run,
+    find_changes_since,
+    find_differences,
+)
 from inheritune.runs.job import Job
-
-FREE_BETWEEN_STAGES = ("run.grow.max_layers", "run.grow.margin")
-"""Keys that may change between two stages: how far growth may go, and when it ends. They change no stage."""
 
 
 def describe_run(job: Job, train: Train, data_fingerprint: str) -> dict:
@@ -72,7 +74,7 @@ def check_first_stage(job: Job, train: Train) -> None:
         return
     if job.root.stage(1).provenance.is_file():
         check_origin(job, job.root.stage(1).read_starts()[0].get("start_weights") or {})
-    changes = find_changes_since(first, job, train, ("stage", *FREE_BETWEEN_STAGES))
+    changes = find_changes_since(first, job, train, FREE_BETWEEN_STAGES)
     if changes:
         key, old, new = changes[0]
         raise UserError(

@@ -33,11 +33,9 @@ def explain_limit(error: Exception) -> NodeError | None:
     if "Too many open files" in words:
         return NodeError(f"{words}; allow more, as in: ulimit -n 4096")
     # the Rust code of tokenizers raises plain Exceptions with these words
-    if any(os.strerror(code) in words for code in DISK_FULL):
+    if full := [code for code in DISK_FULL if os.strerror(code) in words]:
         return NodeError(
-            str(
-                explain_disk_error(OSError(DISK_FULL[0], words), get_error_path(error, find_fullest_folder()))
-            )
+            str(explain_disk_error(OSError(full[0], words), get_error_path(error, find_fullest_folder())))
         )
     if isinstance(error, MemoryError) or any(sign in words for sign in OUT_OF_MEMORY):
         what = f"out of memory ({words or type(error).__name__})"

@@ -87,6 +87,7 @@ def _check_trainable(job: Job, experiment: str) -> None:
         )
     if job.stage:
         job.depths()
+    changes.check_kind(job.root, is_grown=job.run.grow is not None)
 
 
 def train_job(job: Job, ds: str | None = None) -> None:

@@ -29,7 +29,14 @@ from inheritune.config.sections import Evaluate, Model
 from inheritune.data.bpe_training import train_bpe
 from inheritune.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from inheritune.errors import UserError
-from inheritune.evaluation.downstream import TASK_FILES, load_tasks, open_tokenizer, wrap_model
+from inheritune.evaluation.downstream import (
+    TASK_FILES,
+    hash_content,
+    list_unscored,
+    load_tasks,
+    open_tokenizer,
+    wrap_model,
+)
 from inheritune.files.json_files import read_json, write_json
 from inheritune.files.rundir import RunDir, get_data_dir
 from inheritune.models import networks
@@ -246,6 +253,12 @@ def test_what_cannot_be_scored_is_one_sentence(tmp_path, checkpoint):
     assert "score of choice in results.json is of version 0.9" in said and "has 1.0" in said
     assert results_of(path) == results
 
+    file = RunDir.of(load_experiment(path), "theirs").results
+    file.unlink()
+    file.mkdir()  # of a name that cannot be written, as in a folder that is read-only
+    assert "is a folder; give the file to write" in refused(*evaluate, "--tasks", "none")  # before the work
+    file.rmdir()
+
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (checkpoint / name).unlink()
     assert "holds no tokenizer, which the tasks need" in refused(*evaluate, "--tasks", "word", **ALONE)
@@ -294,6 +307,52 @@ def test_metrics_and_shots_that_a_task_has_not_are_refused(tmp_path):
         parse_section(Evaluate, {"tasks": {"mmlu": {"shots": 0}}}, "here").tasks["mmlu"].task
         == "mmlu_plain_mean"
     )
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "missing"])
+def test_damaged_documents_of_ones_own_are_one_sentence(tmp_path, damage):
+    documents = tmp_path / "documents.jsonl"
+    text = (TASK_FILES / "rehearsal" / "test.jsonl").read_text()
+    if damage != "missing":
+        documents.write_text("" if damage == "empty" else text[:-20])
+    chosen, content = write_local_task(tmp_path, documents)
+    assert content["task"] == "mine"
+    with pytest.raises(UserError, match="^the data of task x (holds no|cannot be|is missing)") as told:
+        load_tasks(chosen, str(tmp_path / "own"))
+    assert "fetch" not in str(told.value) and (damage != "missing" or str(documents) in str(told.value))
+
+
+def write_local_task(tmp_path: Path, documents: Path) -> tuple[dict, dict]:
+    """(the tasks of an experiment, the content of the task file) of a task with documents of one's own."""
+    task = {"task": "mine", "dataset_path": "json", "output_type": "loglikelihood", "test_split": "test"}
+    task |= {"dataset_kwargs": {"data_files": {"test": str(documents)}}, "metric_list": [{"metric": "acc"}]}
+    task |= {"doc_to_text": "{{question}}", "doc_to_target": "{{answer}}", "metadata": {"version": 1}}
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "mine.yaml").write_text(yaml.safe_dump(task))
+    return parse_section(Evaluate, {"tasks": {"x": {"task": "mine", "metrics": ["acc"]}}}, "here").tasks, task
+
+
+def test_a_score_of_other_documents_or_templates_is_not_kept(tmp_path):
+    documents = tmp_path / "documents.jsonl"
+    shutil.copy(TASK_FILES / "rehearsal" / "test.jsonl", documents)
+    chosen, task = write_local_task(tmp_path, documents)
+
+    def load() -> dict:
+        (tmp_path / "own" / "mine.yaml").write_text(yaml.safe_dump(task))
+        return load_tasks(chosen, str(tmp_path / "own"))
+
+    def is_kept() -> bool:
+        row = {"task": "mine", "shots": 0, "version": "1", "acc": {}, "checkpoint": "c", "content": content}
+        return list_unscored(chosen, load(), {"tasks": {"x": row}}, "c") == []
+
+    content = hash_content(load()["x"])
+    assert is_kept()
+    documents.write_text("".join(documents.read_text().splitlines(keepends=True)[:-1]))
+    assert not is_kept()
+    content = hash_content(load()["x"])
+    assert is_kept()
+    task["doc_to_text"] = "Q: {{question}}"
+    assert not is_kept()
 
 
 def test_a_tokenizer_that_differs_from_its_sentencepiece_model_is_refused(tmp_path):

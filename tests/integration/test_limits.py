@@ -20,12 +20,13 @@ from test_stop import make
 
 from inheritune.config.experiment import load_experiment
 from inheritune.config.sections import Model
+from inheritune.engines.failures import explain_write_error
 from inheritune.errors import UserError
 from inheritune.files.json_files import read_jsonl
 from inheritune.files.lock import Lock
 from inheritune.files.markers import hash_folder
 from inheritune.files.rundir import RunDir, get_data_dir
-from inheritune.files.writing import remove_path
+from inheritune.files.writing import remove_path, write_text
 from inheritune.models.networks import build_config
 from inheritune.models.surgery import write_random
 from inheritune.runtime.limits import explain_limit
@@ -208,6 +209,26 @@ def test_no_lock_is_left_where_it_could_not_be_written(tmp_path, monkeypatch):
 )
 def test_a_full_disk_is_told_whoever_says_so(error):
     assert "no space left while writing" in str(explain_limit(error))
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EFBIG, "File too large"), Exception("File too large (os error 27)")]
+)
+def test_a_limit_of_file_sizes_is_told_whoever_says_so(error):
+    assert "is larger than a file may be here (File too large); raise the limit" in str(explain_limit(error))
+
+
+def test_what_is_written_below_a_limit_of_file_sizes_is_one_sentence(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    torchs = RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(UserError, match="out is larger than a file may be here"):
+            write_text(tmp_path / "out", "x" * 2000)
+        said = str(explain_write_error(torchs, tmp_path / "out"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "out is larger than a file may be here" in said and not list(tmp_path.iterdir())
 
 
 # --- W&B ----------------------------------------------------------------------------------------------------

@@ -13,11 +13,13 @@ from tiny_models import config_of, random_model
 
 from inheritune.analysis.analyze import check_replaced
 from inheritune.errors import UserError
-from inheritune.evaluation.evaluate import check_results
-from inheritune.files.json_files import read_json, write_jsonl
+from inheritune.evaluation.evaluate import check_results, merge_results
+from inheritune.files.json_files import read_json, write_json, write_jsonl
 from inheritune.files.outputs import check_new_file, check_new_folder, check_writable, resolve_output
 from inheritune.files.rundir import RunDir
 from inheritune.files.writing import replace_atomically
+from inheritune.models import targets
+from inheritune.models.surgery import inherit
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +121,37 @@ def test_a_file_never_takes_the_place_of_a_folder(tmp_path):
         check_new_file(tmp_path / "thesis")
 
 
+def test_what_appears_in_a_new_folder_meanwhile_is_left_as_it_is(tmp_path):
+    """It was once deleted, because only the beginning looked whether the folder was free."""
+    out = tmp_path / "out"
+    with replace_atomically(out, new=True) as temporary:  # an empty folder is free
+        out.mkdir()
+        temporary.mkdir()
+        (temporary / "config.json").write_text("{}")
+    assert [p.name for p in out.iterdir()] == ["config.json"]
+    (tmp_path / "file").write_text("precious")
+    for taken in (out, tmp_path / "file"):
+        with pytest.raises(UserError, match=f"{taken} was made by another process meanwhile"):
+            with replace_atomically(taken, new=True) as temporary:
+                temporary.mkdir()
+    assert [p.name for p in out.iterdir()] == ["config.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "out"]
+
+
+def test_inherit_never_deletes_what_was_put_into_its_output_meanwhile(source, tmp_path, monkeypatch):
+    out, write = tmp_path / "out", targets.write_checkpoint
+
+    def put_beside(*arguments):
+        out.mkdir()
+        (out / "precious").write_text("precious")
+        return write(*arguments)
+
+    monkeypatch.setattr(targets, "write_checkpoint", put_beside)
+    with pytest.raises(UserError, match="was made by another process meanwhile"):
+        inherit(str(source), "0:2", out)
+    assert [p.name for p in out.iterdir()] == ["precious"] and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_evaluate_writes_where_it_is_told_or_refuses_before_it_measures(small, tmp_path, source):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("precious")
@@ -200,6 +233,35 @@ def test_evaluate_tells_weights_that_were_replaced(small, tmp_path, fitting):
         and "give another --out" in said
     )
     assert read_json(out)["validation"] == first["validation"]
+
+
+def test_evaluations_at_the_same_time_keep_each_others_scores(tmp_path):
+    """Each once wrote what it had read at its start, and the score of the other was gone."""
+    out = tmp_path / "results.json"
+    first, second = ({"model": "m", "experiment": "x", "checkpoint": "c", "tasks": {}} for _ in range(2))
+    merge_results(out, first, "c")
+    merge_results(out, second, "c")  # both have begun
+    first["tasks"]["a"] = {"checkpoint": "c", "acc": 1}
+    merge_results(out, first, "c", "a")
+    second["tasks"]["b"] = {"checkpoint": "c", "acc": 2}
+    merge_results(out, second, "c", "b")
+    assert {name: row["acc"] for name, row in read_json(out)["tasks"].items()} == {"a": 1, "b": 2}
+    merge_results(out, {"model": "m", "experiment": "x", "validation": {}}, None)  # --tasks none
+    assert list(read_json(out)["tasks"]) == ["a", "b"] and [p.name for p in tmp_path.iterdir()] == [out.name]
+
+
+def test_two_models_evaluated_to_one_file_at_the_same_time_do_not_overwrite_each_other(tmp_path):
+    out = tmp_path / "results.json"
+    merge_results(out, {"model": "m", "experiment": "x", "checkpoint": "c"}, "c")
+    before = out.read_bytes()
+    with pytest.raises(UserError, match="holds the results of m, not of n; give another --out"):
+        merge_results(out, {"model": "n", "experiment": "x", "checkpoint": "d"}, "d")
+    with pytest.raises(UserError, match="holds the results of the weights c of m, which now has d"):
+        merge_results(out, {"model": "m", "experiment": "x", "checkpoint": "d"}, "d")
+    assert out.read_bytes() == before
+    write_json(out, {"mine": 1})
+    with pytest.raises(UserError, match="holds no results of evaluate --model"):
+        merge_results(out, {"model": "m", "experiment": "x", "checkpoint": "c"}, "c")
 
 
 def test_evaluate_refuses_out_beside_a_run(small, tmp_path):

@@ -112,6 +112,26 @@ def test_states_of_a_run(small, capsys, monkeypatch):
     assert "finished" in said["reference"] and "reference:" not in said
 
 
+@pytest.mark.parametrize("code", [0, 1])
+def test_the_next_command_is_one_of_slurm_only_where_slurm_answers(small, capsys, tmp_path, code):
+    """Its commands are often installed on a machine that belongs to no cluster."""
+    for name in ("sbatch", "squeue"):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\nexit {code}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    said = lines(capsys, small)["reference:"]
+    assert ("slurm/train.sh" in said, "python -m inheritune train" in said) == (not code, bool(code))
+
+
+def test_data_that_may_not_be_read_is_a_remark_and_the_runs_are_shown(small, capsys, own_root):
+    (own_root / "data").chmod(0)
+    with modes_count():
+        said = lines(capsys, small)
+    (own_root / "data").chmod(0o755)
+    data = str(get_data_dir(load_experiment(small)))
+    assert "cannot be read (Permission denied): see its owner and mode" in said[data]
+    assert "not started" in said["reference"] and "next: " in said["reference:"]
+
+
 def test_stages_stand_below_their_run(small, capsys):
     experiment = load_experiment(small)
     grown = RunDir.of(experiment, "grown")

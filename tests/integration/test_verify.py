@@ -14,7 +14,8 @@ from conftest import REPOSITORY, write_tokens
 from test_damage import modes_count
 
 from inheritune.cluster.verify import verify
-from inheritune.errors import UserError
+from inheritune.engines.checkpoint import _find_newest
+from inheritune.errors import NoAccess, UserError
 from inheritune.files import writing
 from inheritune.files.json_files import write_json
 from inheritune.files.markers import hash_folder
@@ -129,10 +130,35 @@ def test_linked_folders_are_verified_too_and_once(tree, capsys):
 def test_a_folder_that_cannot_be_read_is_not_passed_over(tree, capsys):
     folder = tree / "runs" / "small" / "seed0" / "reference" / "checkpoints" / "step_00000004"
     folder.chmod(0)
-    with modes_count(), pytest.raises(UserError, match="^1 files of"):
+    with modes_count(), pytest.raises(UserError, match="1 cannot be read .*they may be sound"):
         verify(tree)
     folder.chmod(0o755)
-    assert f"DAMAGED: {folder} cannot be read (Permission denied)" in capsys.readouterr().out
+    assert f"NOT READ: {folder} cannot be read (Permission denied)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", [*FILES, "marker"])
+def test_another_users_sound_files_are_not_called_damaged(tree, capsys, file):
+    """Its remedy for damage is to delete them."""
+    path = tree / FILES.get(file, "data/tiny/manifest.json")
+    path.chmod(0)
+    with modes_count(), pytest.raises(UserError, match="1 cannot be read .*they may be sound$") as told:
+        verify(tree)
+    out = capsys.readouterr().out
+    assert "DAMAGED" not in out and "delete" not in str(told.value) and out.count("NOT READ") == 1
+    assert f"{path} cannot be read (Permission denied): see its owner and mode" in out
+    with modes_count(), pytest.raises(UserError, match="restore them.* 1 cannot be read"):
+        flip(tree / FILES["init" if file != "init" else "final"])
+        verify(tree)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_passed_over_for_an_older_one(tree):
+    run = RunDir(tree / "runs" / "small" / "seed0" / "reference")
+    shutil.copytree(run.checkpoint(4), run.checkpoint(6))
+    for hidden in (run.checkpoint(6) / "COMPLETE", run.checkpoint(6) / "deepspeed" / "weights"):
+        hidden.chmod(0)
+        with modes_count(), pytest.raises(NoAccess, match=f"{hidden} cannot be read .Permission denied"):
+            _find_newest(run)
+        hidden.chmod(0o644)
 
 
 def test_a_checkpoint_that_the_run_deletes_meanwhile_is_not_damaged(tree, capsys):
