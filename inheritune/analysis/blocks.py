@@ -38,7 +38,7 @@ class BlockRunner:
     def __init__(self, model: "PreTrainedModel"):
         config = model.config.get_text_config()
         try:
-            table: Architecture | None = find_architecture(config.model_type)
+            table: Architecture | None = find_architecture(config)
         except UserError:  # ranks are measured without a table; so are whole blocks
             table = None
         self.model, self.n_heads = model, config.num_attention_heads
