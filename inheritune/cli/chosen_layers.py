@@ -5,7 +5,6 @@ import shlex
 from inheritune.config import values
 from inheritune.config.layers import DROP, parse_auto
 from inheritune.errors import UserError
-from inheritune.models.choice import choose_layers
 
 
 def read_layers(source: str, layers: str | None, drop: str | None, revision: str | None) -> str | list[int]:
@@ -20,6 +19,8 @@ def read_layers(source: str, layers: str | None, drop: str | None, revision: str
     if layers is None:
         return f"{DROP}{drop}"
     if choice := parse_auto(layers):
+        from inheritune.models.choice import choose_layers
+
         command = f"python -m inheritune analyze --model {shlex.quote(source)} --data EXPERIMENT"
         return choose_layers(choice, source, revision, command)
     if "," not in layers or layers.startswith(DROP):

@@ -40,7 +40,7 @@ def loss_of(model) -> torch.Tensor:
 
 
 def list_blocks(model):
-    return model.get_submodule(find_architecture(model.config.model_type).block.removesuffix(".{i}."))
+    return model.get_submodule(find_architecture(model.config).block.removesuffix(".{i}."))
 
 
 def without_block(model, layer: int):
@@ -56,7 +56,7 @@ def without_block(model, layer: int):
 def without_part(model, layer: int, part: str):
     """The model whose attention or MLP ends in a projection of zeros."""
     silent, found = copy.deepcopy(model), 0
-    prefixes = tuple(find_architecture(model.config.model_type).modules[part])
+    prefixes = tuple(find_architecture(model.config).modules[part])
     for name, parameter in list_blocks(silent)[layer].named_parameters():
         inside = name.replace("mlp.", prefixes[0]) if model.config.model_type == "mixtral" else name
         if inside.startswith(prefixes) and re.search(rf"\.?{LAST[part]}(\.|$)", inside):
