@@ -55,6 +55,8 @@ def plot_worth(rows: list[dict], path: Path, label: str = "", rehearsal: bool = 
 
 def _draw_costs(axes: "Axes", layers: list[dict], loss: float) -> None:
     """Draw how much the loss rises without each layer and its parts, with the line of little use."""
+    from matplotlib.ticker import FuncFormatter
+
     for index, (kind, name) in enumerate(KINDS.items()):
         known = [row for row in layers if row["cost"][kind] is not None]
         axes.plot(
@@ -67,6 +69,7 @@ def _draw_costs(axes: "Axes", layers: list[dict], loss: float) -> None:
             label=name,
         )
     axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:g}"))
     axes.axhline(LITTLE_USE * loss, color=REFERENCE_GREY, linewidth=1, linestyle=":")
     axes.annotate(
         "little use",
