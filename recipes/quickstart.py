@@ -26,13 +26,13 @@ from inheritune.files.rundir import RunDir
 
 EXPERIMENT = "quickstart"
 COLUMNS = {
-    "model": 26,
+    "model": 22,
     "layers": 6,
     "steps": 5,
     "validation loss (95% interval)": 25,
     "difference to the reference (95% interval)": 28,
 }
-"""The columns of the table that are printed, with their widths: 98 characters. The file has all."""
+"""The columns of the table that are printed, with their widths: 98 characters with the gaps. The file has all."""
 SHOWN_LINES = 15
 """Lines of the log that are printed when a step fails."""
 
