@@ -32,7 +32,7 @@ COLUMNS = {
     "validation loss (95% interval)": 25,
     "difference to the reference (95% interval)": 28,
 }
-"""The columns of the table that are printed, with their widths: 98 characters with the gaps. The file has all."""
+"""The columns of the table that are printed, with their widths, 98 characters in all. The file has more."""
 SHOWN_LINES = 15
 """Lines of the log that are printed when a step fails."""
 
