@@ -11,7 +11,7 @@ from inheritune.errors import UserError, suggest_name
 
 SWITCHES = ("rehearse", "slot", "json", "missing", "allow_task_code", "watch", "ranks_only")
 """Arguments that are True when given alone."""
-POSITIONAL = ("experiment", "item", "folder", "job", "target")
+POSITIONAL = ("experiment", "item", "folder", "job", "target", "path")
 """Arguments that a usage line shows without a flag."""
 OPEN_VERBS = ("submit",)
 """Verbs whose first argument decides which others there are; they check them themselves."""

@@ -4,7 +4,14 @@ import inspect
 from collections.abc import Callable
 from typing import get_args
 
-from inheritune.cli.arguments import POSITIONAL, SWITCHES, format_usage, list_arguments, list_required
+from inheritune.cli.arguments import (
+    OPEN_VERBS,
+    POSITIONAL,
+    SWITCHES,
+    format_usage,
+    list_arguments,
+    list_required,
+)
 from inheritune.cli.verbs import Verbs
 
 TYPE_NAMES = {int: "whole number", float: "number", str: "text"}
@@ -57,6 +64,8 @@ def _describe_argument(function: Callable, name: str) -> tuple[str, str]:
     kind = next(TYPE_NAMES[kind] for kind in types if kind in TYPE_NAMES)
     if name in required:
         place = f"positional {required.index(name) + 1}"
+        if function.__name__ in OPEN_VERBS:
+            return name.upper(), f"{kind}, {place}"
         if name in POSITIONAL:
             return name.upper(), f"{kind}, {place} (or {flag} {name.upper()})"
         return f"{flag} {name.upper()}", f"{kind}, required (or {place})"

@@ -78,7 +78,7 @@ def test_mistakes_are_one_sentence(words, says, own_root):
 def test_help_names_every_verb():
     text = run_verb("--help").stdout
     verbs = ["prepare", "fetch", "train", "inherit", "analyze", "grow", "evaluate", "table", "figure"]
-    verbs += ["status", "export", "plan", "verify", "sync"]
+    verbs += ["status", "export", "plan", "verify", "sync", "check", "submit", "queue", "cancel", "retry"]
     for verb in verbs:
         assert f"  {verb} " in text
         assert run_verb(verb, "--help").stdout.startswith(f"python -m inheritune {verb}")
@@ -90,6 +90,9 @@ def test_help_of_a_verb_shows_types_and_positions():
     assert ["EXPERIMENT", "text,", "positional 1 (or --experiment EXPERIMENT)"] in lines
     assert ["--run", "RUN", "text, required (or positional 2)"] in lines
     assert ["--seed", "SEED", "whole number, default 0"] in lines and ["--rehearse", "switch"] in lines
+    # what is typed without a flag is shown so
+    assert "JOB        text, positional 1\n" in run_verb("submit", "--help").stdout
+    assert run_verb("verify", "--help").stdout.startswith("python -m inheritune verify PATH\n")
 
 
 def test_version_is_that_of_the_package():
