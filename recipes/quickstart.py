@@ -129,11 +129,13 @@ class Verb:
     """A verb that runs, as a fork of this process on CPUs, else as a Python of its own."""
 
     def __init__(self, words: list[str], log: Path, fork: bool):
+        self._python: subprocess.Popen | None = None
         with open(log, "a") as out:
             print(f"\n== python -m inheritune {' '.join(words)}", file=out, flush=True)
             if not fork:
                 command = [sys.executable, "-m", "inheritune", *words]
-                self.pid = subprocess.Popen(command, stdout=out, stderr=out).pid
+                self._python = subprocess.Popen(command, stdout=out, stderr=out)
+                self.pid = self._python.pid
                 return
             self.pid = os.fork()
             if self.pid == 0:
@@ -141,6 +143,8 @@ class Verb:
 
     def poll(self) -> int | None:
         """Return the exit code, or None while it runs."""
+        if self._python is not None:
+            return self._python.poll()
         ended, status = os.waitpid(self.pid, os.WNOHANG)
         return os.waitstatus_to_exitcode(status) if ended else None
 

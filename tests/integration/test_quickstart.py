@@ -18,7 +18,7 @@ PROGRAM = """
 import sys; sys.path.insert(0, "recipes")
 import quickstart
 quickstart.list_steps = lambda *_: [quickstart.Step("the only step", [{words}], 1)]
-quickstart.is_on_cpu, quickstart.import_once = lambda: True, lambda: None
+quickstart.is_on_cpu, quickstart.import_once = lambda: {fork}, lambda: None
 sys.exit(quickstart.main(0, 1))
 """
 
@@ -32,9 +32,9 @@ def quickstart():
     return module
 
 
-def start(words: list[str]) -> subprocess.Popen:
-    """The script with a verb in place of its steps."""
-    command = [sys.executable, "-c", PROGRAM.format(words=words)]
+def start(words: list[str], fork: bool = True) -> subprocess.Popen:
+    """The script with a verb in place of its steps; `fork` as on CPUs."""
+    command = [sys.executable, "-c", PROGRAM.format(words=words, fork=fork)]
     return subprocess.Popen(command, cwd=REPOSITORY, text=True, stdout=-1, stderr=-1)
 
 
@@ -68,8 +68,9 @@ def test_the_table_on_the_screen_fits_100_columns(quickstart, tmp_path, capsys):
     assert sum("-0.3864 (-0.3985 to -0.3743)" in line for line in printed) == 2
 
 
-def test_a_step_that_fails_shows_its_sentence_and_has_its_code(own_root):
-    program = start(["train", "quickstart", "--run", "nosuch"])
+@pytest.mark.parametrize("fork", [True, False])
+def test_a_step_that_fails_shows_its_sentence_and_has_its_code(own_root, fork):
+    program = start(["train", "quickstart", "--run", "nosuch"], fork)
     out, err = program.communicate(timeout=100)
     assert program.returncode == 2 and "1/1" not in out, out + err
     assert "inheritune: " in err and "nosuch" in err and "step 1 has not finished" in err
