@@ -20,6 +20,8 @@ from random_shards import write_shards
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # these tests are about the code, not about a GPU that may be there
+# tests share the cores: the threads of one wait for each other while another computes
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 PLACES = [REPOSITORY, REPOSITORY / "tests", REPOSITORY / "tests" / "support"]
 # for the programs that the tests start, wherever pytest itself is started from
 os.environ["PYTHONPATH"] = os.pathsep.join(map(str, PLACES))

@@ -30,7 +30,9 @@ OF_RANKS = (
     "OMP_NUM_THREADS",
 )
 """What a launch sets for its ranks. The fork sets the number of threads itself."""
-UNIMPORTANT = ("PYTHONPATH", "_", "SHLVL", "PWD", "OLDPWD")
+UNIMPORTANT = ("PYTHONPATH", "_", "SHLVL", "PWD", "OLDPWD", "LINES", "PS1")
+# set in this process by libraries, once a test has called them, and read again at each call
+UNIMPORTANT += ("PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_CACHE_DIR")
 PATIENCE_S = 300
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGABRT)
 
