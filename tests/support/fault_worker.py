@@ -22,7 +22,8 @@ from inheritune.training import loop as train
 from inheritune.training import losses, start
 
 HANGS = ("sleep", "stopped", "held")
-START_S, HANG_S, LOOKS = 1500.0, 10.0, 500  # the watch is strict only from that step on
+# The watch is strict only from that step on. Ranks look 1 s apart at most, and wait 2 s for each other.
+START_S, HANG_S, LOOKS = 500.0, 10.0, 500
 
 experiment, run, when = sys.argv[1:]
 kind, _, place = when.partition("@")
