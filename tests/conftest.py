@@ -46,6 +46,7 @@ LONGEST += [
     "faults",
     "paper_scripts",
     "architectures",
+    "families",
     "status",
     "evaluate",
     "limits",
