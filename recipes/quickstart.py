@@ -78,7 +78,7 @@ def list_steps(seed: int, procs: int) -> list[Step]:
         ),
         Step(
             "analyze the reference's attention: which layers are lazy?",
-            [analyze(folder["reference"].final)],
+            [analyze(folder["reference"].final, "--ranks-only")],
             8,
         ),
         Step(
