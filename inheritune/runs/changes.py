@@ -86,7 +86,7 @@ def check_kind(folder: RunDir, is_grown: bool) -> None:
             f"{folder.path} holds a run that was trained without a 'grow' section: leave that out again, "
             f"give the run another name, or move the folder away"
         )
-    if not is_grown and folder.stages():
+    if not is_grown and folder.stage(1).path.is_dir():
         raise UserError(
             f"{folder.path} holds a grown run, and the experiment has no 'grow' section for it: restore "
             f"that, give the run another name, or move the folder away"

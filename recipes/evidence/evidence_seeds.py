@@ -16,6 +16,7 @@ from inheritune.files.storage import find_root
 from inheritune.paper.items import Row
 from inheritune.paper.measured import find_folder
 from inheritune.paper.training_costs import read_validation_curve, sum_flops
+from inheritune.runs.job import Job
 
 CORE = ("reference", "random", "random_longer", "inheritune", "last_half")
 """Runs that every reported seed has."""
@@ -105,7 +106,8 @@ def collect_seed(experiment: Experiment, seed: int) -> dict:
         stages: list[int | None] = [None]
         if spec.grow:
             growth[row.run] = read_json(folder.done)
-            stages = [*range(1, len(read_stages(folder, experiment.layers_of(spec))) + 1)]
+            depths = Job(experiment, row.run, seed, stage=1).depths()
+            stages = [*range(1, len(read_stages(folder, depths)) + 1)]
         for stage in stages:
             label = f"{row.label}, stage {stage}" if stage else row.label
             where = Row(label=label, run=f"{experiment.name}/{row.run}", stage=stage)
