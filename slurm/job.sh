@@ -115,7 +115,9 @@ run_job() {
   step="the start of the program"
   lines=$("$host_python" -m inheritune.submit.job begin "$script" "$@")
   local command=()
-  eval "$lines"
+  # assignments, quoted by Python
+  # shellcheck disable=SC1091
+  source /dev/stdin <<< "$lines"
   work "${command[@]}"
 }
 
