@@ -51,8 +51,8 @@ class Step:
 
 
 def list_steps(seed: int, procs: int) -> list[Step]:
-    """Return the steps of the method. On CPUs a small model trains faster in one process than in two, so only
-    the reference shows ZeRO 3 on `procs` ranks."""
+    """Return the steps of the method. On CPUs only the reference shows ZeRO 3 on `procs` ranks: one process,
+    which is forked, starts many seconds sooner than two new ones."""
     experiment = load_experiment(EXPERIMENT)
     folder = {name: RunDir.of(experiment, name, seed) for name in ("", *experiment.runs)}
     ranks, alone = ["--procs", str(procs)], ["--procs", str(1 if is_on_cpu() else procs)]

@@ -44,7 +44,7 @@ def test_every_step_is_a_command(quickstart, own_root):
         for verb, *words in step.verbs:
             used.append((verb, bind_arguments(verb, verbs[verb], words)))
     trained = [(its["run"], its["procs"], its["seed"]) for verb, its in used if verb == "train"]
-    # two ranks for the reference; what has a half of its layers is faster in one process
+    # two ranks for the reference; the others are one forked process each
     assert trained == [("reference", 2, 3), ("random", 1, 3), ("random_longer", 1, 3)]
     assert [verb for verb, _ in used if verb != "train"] == [
         "prepare",
