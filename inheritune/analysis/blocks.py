@@ -146,8 +146,7 @@ class BlockRunner:
 def _find_blocks(model: "PreTrainedModel", table: Architecture | None, depth: int) -> list[nn.Module]:
     """Return the model's blocks: those that the table names, else the first list of `depth` modules."""
     if table:
-        found: Any = model.get_submodule(table.block.partition(".{i}.")[0])
-        return list(found)
+        return list(table.get_blocks(model))
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     return list(lists[0]) if lists else []
 

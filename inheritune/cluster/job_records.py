@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from inheritune.config import names
-from inheritune.config.jobs import load_jobs
+from inheritune.config.jobs import TRAINING, load_jobs
 from inheritune.errors import UserError
 from inheritune.files.json_files import read_json, write_json
 from inheritune.files.storage import find_root
 
 RECORD = "submission.json"
-TRAINING = ("train", "grow", "baselines")
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def read_keys(job: str, command: str) -> tuple[Key, ...]:
     A script of the paper that plain sbatch queued has no record before it starts."""
     if record := read_record(job):
         return record.keys
-    script, *words = command.split()[:1] + command.split()[1:] or [""]
+    script, *words = command.split() or [""]
     spec = load_jobs().get(Path(script).stem)
     if (
         not spec

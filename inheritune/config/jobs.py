@@ -1,6 +1,5 @@
 """The jobs that a cluster's user submits (slurm/jobs.yaml): what each does, and on how many GPUs."""
 
-import shlex
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,6 +9,8 @@ import yaml
 from inheritune.config.paths import REPOSITORY
 
 JOBS_FILE = REPOSITORY / "slurm" / "jobs.yaml"
+TRAINING = ("train", "grow", "baselines")
+"""Verbs of jobs that train."""
 HEADER = "--nodes=1 --gpus-per-node=4 --cpus-per-gpu=8 --mem-per-gpu=60G --time=24:00:00"
 """Options of plain sbatch, where the job states none."""
 
@@ -52,7 +53,7 @@ def count_gpus(verb: str, experiment: str) -> int:
 
     `verb` is train, grow or baselines; the others take one GPU or none."""
     jobs = load_jobs()
-    if verb not in ("train", "grow", "baselines"):
+    if verb not in TRAINING:
         return jobs[verb].gpus
     asked = [job.gpus for job in jobs.values() if job.experiment == Path(experiment).stem]
     return asked[0] if asked else jobs[verb].gpus
@@ -62,8 +63,3 @@ def format_shape(verb: str, experiment: str) -> str:
     """Return "GPUS=16 " where the script of `verb` alone would ask for fewer or more GPUs; else nothing."""
     wanted = count_gpus(verb, experiment)
     return "" if wanted == load_jobs()[verb].gpus else f"GPUS={wanted} "
-
-
-def quote_words(words: list[str]) -> str:
-    """Return a command as one line for any POSIX shell: names are data, whatever they hold."""
-    return " ".join(shlex.quote(word) for word in words)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -115,8 +115,7 @@ def share_attention_scale(model: PreTrainedModel) -> None:
 
 def get_blocks(model: PreTrainedModel) -> torch.nn.ModuleList:
     """Return the model's list of transformer blocks."""
-    path = find_architecture(model.config).block.removesuffix(".{i}.")
-    return cast(torch.nn.ModuleList, model.get_submodule(path))
+    return find_architecture(model.config).get_blocks(model)
 
 
 def fill_parameters(model: torch.nn.Module, weights: Source, stage: int) -> None:

@@ -292,7 +292,7 @@ def list_unscored(
                 f"{row['lm_eval']}), lm-eval {version('lm-eval')} has {now}; delete that row, and 'seal', to "
                 f"score it anew, or install the other lm-eval"
             )
-        elif row.get("content", content := hash_content(loaded[name])) != content:
+        elif "content" in row and row["content"] != hash_content(loaded[name]):
             logger.info("the documents or templates of task %s have changed: it is scored anew", name)
             missing.append(name)
     if chosen:

@@ -29,9 +29,10 @@ from inheritune.models.config_files import SPECIAL_IDS
 from inheritune.models.initialization import make_generator
 from inheritune.models.networks import list_checkpoint_shapes
 from inheritune.models.sources import Source, open_source
+from inheritune.models.surgery import STORED_AS
 from inheritune.models.writer import write_checkpoint
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {name: STORED_AS[name] for name in ("fp32", "bf16")}
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.05}
 """Largest difference of a logit, as a share of the largest logit where that is above 1. bf16 has 8 bits of
 precision: its bound finds only a broken export, and the card states the difference."""

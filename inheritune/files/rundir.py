@@ -38,6 +38,16 @@ def get_data_dir(experiment: Experiment) -> Path:
     return find_root() / "data" / f"{experiment.data.name}-{xxhash.xxh3_128_hexdigest(key.encode())[:12]}"
 
 
+def get_runs_dir(is_rehearsal: bool, root: Path | None = None) -> Path:
+    """Return the folder of all runs, or of all rehearsals, under `root` (by default $INHERITUNE_ROOT)."""
+    return (root or find_root()) / "runs" / (names.REHEARSAL if is_rehearsal else "")
+
+
+def get_seed_dir(experiment: str, seed: int, is_rehearsal: bool, root: Path | None = None) -> Path:
+    """Return the folder of the runs of the experiment of that name with that seed, as `get_runs_dir` does."""
+    return get_runs_dir(is_rehearsal, root) / experiment / f"seed{seed}"
+
+
 class RunDir:
     """The paths of one run's files. Creates no file."""
 
@@ -47,9 +57,7 @@ class RunDir:
     @classmethod
     def of(cls, experiment: Experiment, run: str, seed: int = 0) -> "RunDir":
         """Return the folder of `run`; that of a rehearsal is under runs/rehearsal/."""
-        root = find_root()
-        base = root / "runs" / names.REHEARSAL if experiment.rehearsal else root / "runs"
-        return cls(base / experiment.name / f"seed{seed}" / run)
+        return cls(get_seed_dir(experiment.name, seed, experiment.rehearsal) / run)
 
     def stage(self, number: int) -> "RunDir":
         """Return the folder of stage `number` (from 1) of a grown run."""
@@ -336,4 +344,4 @@ def get_analysis_dir(model: str, is_rehearsal: bool = False) -> RunDir:
     by both of its own."""
     path = Path(model).resolve() if Path(model).exists() else Path(model)
     name = "--".join(path.parts[-2:])
-    return RunDir(find_root() / "runs" / (names.REHEARSAL if is_rehearsal else "") / names.ANALYSIS / name)
+    return RunDir(get_runs_dir(is_rehearsal) / names.ANALYSIS / name)

@@ -7,14 +7,15 @@ have a row that a model on device meta gives (automatic.py, which needs torch), 
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import yaml
 
 from inheritune.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 Shape = tuple[int, ...]
 
@@ -48,6 +49,10 @@ class Architecture:
     def head(self) -> str:
         """Name of the head's matrix. A tied head shares the token embedding's matrix."""
         return self.parts["head"][0]
+
+    def get_blocks(self, model: "PreTrainedModel") -> "torch.nn.ModuleList":
+        """Return the list of blocks of a model of this family."""
+        return cast("torch.nn.ModuleList", model.get_submodule(self.block.removesuffix(".{i}.")))
 
     def split_name(self, name: str) -> tuple[int, str] | None:
         """Return (block index, name inside the block) of a tensor, or None for one outside the blocks."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from inheritune.errors import UserError
+from inheritune.models.networks import build_meta_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -39,14 +40,12 @@ def _describe(key: str) -> dict[str, Any]:
     """Return `detect_row` of the config with the JSON `key`: a model is built once for each."""
     import json
 
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
+    from transformers import CONFIG_MAPPING
 
     raw = json.loads(key)
     config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     try:
-        with torch.device("meta"), no_init_weights():
-            model: Any = AutoModelForCausalLM.from_config(config)
+        model = build_meta_model(config)
     except Exception as error:  # transformers and torch raise many kinds for numbers that make no model
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"the config describes no possible model: {reason}") from None

@@ -75,13 +75,11 @@ def take_text_tensors(stored: dict[str, Stored], table: Architecture) -> dict[st
     sound, under the names that they have without the wrapper."""
     outside = tuple(name for names in table.parts.values() for name in names)
     blocks = table.block.partition("{i}")[0]
-    plain = {name.replace("language_model.", "", 1): place for name, place in stored.items()}
-    wrapped = any("language_model." in name for name in stored)
-    kept = {name for name in plain if name in outside or name.startswith(blocks)}
-    if wrapped:  # an encoder can have blocks of the same name
-        own = {name.replace("language_model.", "", 1) for name in stored if "language_model." in name}
-        kept &= own | set(outside)
-    return {name: place for name, place in plain.items() if name in kept}
+    plain = {name: name.replace("language_model.", "", 1) for name in stored}
+    kept = {name for name in plain.values() if name in outside or name.startswith(blocks)}
+    if own := {short for name, short in plain.items() if short != name}:
+        kept &= own | set(outside)  # an encoder can have blocks of the same name
+    return {plain[name]: place for name, place in stored.items() if plain[name] in kept}
 
 
 def split_model_tensors(stored: dict[str, Stored], pieces: Pieces) -> None:

@@ -133,8 +133,7 @@ def _describe_blocks(config: "PreTrainedConfig", table: Architecture) -> list[di
             f"{config.model_type} has no model of these {getattr(config, table.layers)} layers: "
             f"{' '.join(str(error).split())[:300]}"
         ) from None
-    blocks: Any = model.get_submodule(table.block.removesuffix(".{i}."))
-    return [_describe_block(block) for block in blocks]
+    return [_describe_block(block) for block in table.get_blocks(model)]
 
 
 def check_blocks(source: "PreTrainedConfig", cut: "PreTrainedConfig", layers: Layers) -> None:

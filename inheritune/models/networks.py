@@ -176,10 +176,8 @@ def list_saved_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
     Only persistent buffers are meant, such as the correction of DeepSeek's router, which no gradient reaches
     (`e_score_correction_bias`). Under ZeRO 3 they are whole on every rank."""
-    parameters = dict(model.named_parameters())
-    stored = model.state_dict(keep_vars=True)
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
-    return {name: (parameters | buffers)[name] for name in stored if name in parameters or name in buffers}
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: own[name] for name in model.state_dict() if name in own}
 
 
 def list_model_shapes(config: "PreTrainedConfig", where: str | Path = "the config") -> dict[str, Shape]:

@@ -56,10 +56,15 @@ def draw_lines(axes: "Axes", lines: list[tuple[str, list[dict], str, str]]) -> N
 
 def mark_rank_one(axes: "Axes") -> None:
     """Draw the line of rank 1, with its name at the right."""
-    axes.axhline(1, color=REFERENCE_GREY, linewidth=1, linestyle=":")
+    mark_level(axes, 1, "rank 1 = lazy")
+
+
+def mark_level(axes: "Axes", level: float, name: str) -> None:
+    """Draw a dotted line at `level`, with its name at the right."""
+    axes.axhline(level, color=REFERENCE_GREY, linewidth=1, linestyle=":")
     axes.annotate(
-        "rank 1 = lazy",
-        (1, 1),
+        name,
+        (1, level),
         xycoords=("axes fraction", "data"),
         xytext=(4, 0),
         textcoords="offset points",

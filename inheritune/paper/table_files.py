@@ -8,13 +8,13 @@ from tabulate import tabulate
 
 from inheritune.config import names
 from inheritune.files.escape import escape_csv, escape_latex, escape_markdown
-from inheritune.files.storage import find_root
+from inheritune.files.rundir import get_runs_dir
 from inheritune.files.writing import write_text
 
 
 def locate_results(rehearsal: bool, seed: int) -> Path:
     """Return the folder for the paper's tables and figures."""
-    return find_root() / "runs" / (names.REHEARSAL if rehearsal else "") / names.PAPER / f"seed{seed}"
+    return get_runs_dir(rehearsal) / names.PAPER / f"seed{seed}"
 
 
 def write_table(

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inheritune.analysis.thresholds import LITTLE_USE, MAIN_THRESHOLD
-from inheritune.paper.attention_lines import draw_lines, join_title, mark_rank_one, select_layers
+from inheritune.paper.attention_lines import draw_lines, join_title, mark_level, mark_rank_one, select_layers
 from inheritune.paper.canvas import (
     COLORS,
     GRID_GREY,
     POINT_MARKERS,
-    REFERENCE_GREY,
     open_canvas,
     place_legend,
 )
@@ -70,18 +69,7 @@ def _draw_costs(axes: "Axes", layers: list[dict], loss: float) -> None:
         )
     axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:g}"))
-    axes.axhline(LITTLE_USE * loss, color=REFERENCE_GREY, linewidth=1, linestyle=":")
-    axes.annotate(
-        "little use",
-        (1, LITTLE_USE * loss),
-        xycoords=("axes fraction", "data"),
-        xytext=(4, 0),
-        textcoords="offset points",
-        fontsize=8,
-        color=REFERENCE_GREY,
-        va="center",
-        annotation_clip=False,
-    )
+    mark_level(axes, LITTLE_USE * loss, "little use")
     axes.grid(axis="y", color=GRID_GREY, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.set_xlabel("layer")

@@ -9,7 +9,7 @@ from inheritune.cluster.slurm_queue import QueuedJob, read_queue
 from inheritune.errors import UserError
 from inheritune.submit.request import read_request
 from inheritune.submit.site import read_site
-from inheritune.submit.slurm_commands import ask_slurm, find_dependents
+from inheritune.submit.slurm_commands import ask_slurm, find_dependents, list_pending
 from inheritune.submit.submission import submit_request
 
 HEADS = ("job", "state", "where or why", "waits for", "does", "submitted")
@@ -66,7 +66,7 @@ def cancel(target: str, run: str | None = None, seed: int = 0) -> None:
     if not jobs:
         what = f"run '{run}' with seed {seed} of {target}" if run else f"'{target}'"
         raise UserError(f"no queued job is or works on {what}; python -m inheritune queue lists all")
-    queued = ask_slurm("squeue", "--me", "-h", "-r", "-t", "PENDING", "-o", "%i|%E", tries=1) or ""
+    queued = list_pending(tries=1) or ""
     for job, keys in jobs:
         whole = job.name.partition("_")[0] if job.state == "PENDING" and target != job.name else job.name
         if ask_slurm("scancel", whole, tries=1) is None:

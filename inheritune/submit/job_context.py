@@ -16,6 +16,7 @@ from inheritune.cluster.record_tail import read_last_rows
 from inheritune.cluster.slurm_queue import STATE
 from inheritune.config import names
 from inheritune.files.processes import get_node_name
+from inheritune.files.rundir import get_seed_dir
 from inheritune.files.storage import find_root
 from inheritune.submit.slurm_commands import ask_slurm, get_this_job
 
@@ -88,19 +89,23 @@ class JobContext:
     def list_run_folders(self) -> list[Path]:
         """Return the folders of the runs that the job trains; none where it trains nothing."""
         found = []
-        for key in self.keys:
-            if key.verb == "train" and key.run:
-                base = find_root() / "runs" / names.REHEARSAL if key.rehearsal else find_root() / "runs"
-                stage = f"stage{key.stage}" if key.stage else ""
-                seed = base / key.experiment / f"seed{key.seed}"
-                found += [seed / run / stage for run in key.run.split(",")]
+        for seed, key in self._list_seed_folders():
+            stage = f"stage{key.stage}" if key.stage else ""
+            found += [seed / run / stage for run in key.run.split(",")]
         return found
+
+    def _list_seed_folders(self) -> list[tuple[Path, Key]]:
+        """Return (folder of all runs of the seed, key) for each run that the job trains."""
+        return [
+            (get_seed_dir(key.experiment, key.seed, key.rehearsal), key)
+            for key in self.keys
+            if key.verb == "train" and key.run
+        ]
 
     def measure_progress(self) -> str:
         """Return a text that changes with every step, checkpoint and run that the job's experiment has
         finished; empty for a job that trains nothing."""
-        found: set[Path] = {folder.parent.parent if folder.name.startswith("stage") else folder.parent
-                            for folder in self.list_run_folders()}  # fmt: skip
+        found = {seed for seed, _ in self._list_seed_folders()}
         parts = []
         for seed in sorted(found):
             for name in ("COMPLETE", "DONE"):

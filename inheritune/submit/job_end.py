@@ -19,6 +19,7 @@ from inheritune.submit.sbatch import replay_options
 from inheritune.submit.slurm_commands import (
     ask_slurm,
     find_dependents,
+    list_pending,
     read_fields,
     rewrite_dependency,
     strip_options,
@@ -180,7 +181,7 @@ def cancel_slots(context: JobContext, why: str, succeeded: bool = False) -> None
 def move_dependents(context: JobContext, new: str) -> None:
     """Let the jobs that wait for this one, or for its array of slots, wait for `new`, which has its work."""
     own, task = context.job.partition("_")[::2]
-    queued = ask_slurm("squeue", "--me", "-h", "-r", "-t", "PENDING", "-o", "%i|%E")
+    queued = list_pending()
     if queued is None:
         context.say(f"what waits for this job must wait for {new} instead")
     task = "" if context.slots else task
@@ -306,14 +307,14 @@ def _stops_array(context: JobContext, code: int, cause: str) -> bool:
 
 
 def _identify(context: JobContext, cause: str) -> str:
-    """Return what two failures have in common that struck at the same place for the same cause, on any "
-    "rank."""
+    """Return what two failures have in common that struck at the same place for the same cause, on any
+    rank."""
     return f"{re.sub('.* rank [^ ]*: ', '', cause)} | {context.measure_progress()}\n"
 
 
 def _describe_dependents(context: JobContext) -> str:
     """Return which queued jobs will not start because this one did not succeed; empty if none."""
-    queued = ask_slurm("squeue", "--me", "-h", "-r", "-t", "PENDING", "-o", "%i|%E", tries=1) or ""
+    queued = list_pending(tries=1) or ""
     own, task = context.job.partition("_")[::2]
     waiting = find_dependents(queued, own, "" if context.slots else task)
     found = sorted({job for job, dependency in waiting if "afterok" in dependency})

@@ -25,11 +25,13 @@ from inheritune.submit.request import (
     KINDS,
     Request,
     find_spec,
+    is_set,
     make_again,
     make_command,
     read_request,
 )
 from inheritune.submit.runs import is_finished, list_runs
+from inheritune.submit.site import DEFAULT_LEAD_S
 from inheritune.submit.slurm_commands import ask_slurm, get_this_job, list_node_gpus, read_fields
 from inheritune.training.provenance import git_commit
 
@@ -96,7 +98,7 @@ def make_context(request: Request) -> JobContext:
         [single_run],
         stage=request.stage,
         seed=request.seed,
-        rehearsal=environment.get("REHEARSE", "0") not in ("", "0"),
+        rehearsal=is_set(environment, "REHEARSE"),
     )
     again = record.again if record else make_again(request, environment)
     if record is None and "SLURM_JOB_ID" in environment:
@@ -145,7 +147,7 @@ def _begin(request: Request, context: JobContext) -> list[str]:
     request = chosen
     exports = _list_exports(request, context, given, image, launch)
     if request.job.verb in ("train", "baselines"):
-        _check(request, exports)
+        _check(request, context, exports)
     host = "python3" if image else "python"
     starter = [host] if request.job.verb == "grow" else [*shlex.split(launch), "python"]
     command = [*starter, "-m", "inheritune", *make_command(request)]
@@ -166,7 +168,7 @@ def read_allocation(shown: str, environment: Mapping[str, str], request: Request
         )
     gpus = groups[0][1] if groups else int(environment.get("SLURM_GPUS_ON_NODE") or 0)
     nodes = int(environment.get("SLURM_NNODES") or environment.get("SLURM_JOB_NUM_NODES") or 1)
-    rehearsal = environment.get("REHEARSE", "0") not in ("", "0")
+    rehearsal = is_set(environment, "REHEARSE")
     if not gpus and request.job.gpus and not rehearsal:
         raise UserError(
             f"job {get_this_job(environment)} has no GPU; submit it with 'bash slurm/X.sh', which asks "
@@ -242,7 +244,7 @@ def _choose_run(request: Request, context: JobContext) -> tuple[Request | None, 
     return request, context
 
 
-def _check(request: Request, exports: dict[str, str]) -> None:
+def _check(request: Request, context: JobContext, exports: dict[str, str]) -> None:
     """Run `check` of the run, which says what is missing. Raises UserError with its sentence."""
     host = "python3" if exports["INHERITUNE_PYTHON"] else "python"
     words = [host, "-m", "inheritune", "check", request.values["experiment"], "--run", request.values["run"]]
@@ -250,11 +252,7 @@ def _check(request: Request, exports: dict[str, str]) -> None:
         [*words, *request.flags("run")], stdout=sys.stderr, check=False, env={**os.environ, **exports}
     )
     if done.returncode:
-        said = ""
-        with suppress(OSError):
-            said = (
-                (Path(exports["INHERITUNE_JOB"]) / "failure").read_text(encoding="utf-8").partition("\n")[0]
-            )
+        said = (context.read_message("failure") or "").partition("\n")[0]
         raise UserError(said or f"the sentence above tells what is missing (node {get_node_name()})")
 
 
@@ -272,7 +270,7 @@ def _list_exports(
         "INHERITUNE_HOSTS": " ".join(hosts.split()),  # an image has no scontrol
         "INHERITUNE_PYTHON": f"{image} python" if image else "",
         "INHERITUNE_JOB": str(context.folder),
-        "INHERITUNE_LEAD": os.environ.get("SITE_LEAD") or "300",
+        "INHERITUNE_LEAD": os.environ.get("SITE_LEAD") or str(DEFAULT_LEAD_S),
         "OMP_NUM_THREADS": str(given.cpus),
         "TRITON_CACHE_DIR": f"{cache}/triton",
         "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",

@@ -12,7 +12,7 @@ from inheritune.config.paths import RECIPES, REPOSITORY
 from inheritune.errors import UserError
 from inheritune.paper.items import load_experiments, load_item
 from inheritune.paper.prerequisites import Step, list_missing, make_disk_check
-from inheritune.submit.request import Request, read_request
+from inheritune.submit.request import Request, is_set, read_request
 from inheritune.submit.site import read_site
 from inheritune.submit.submission import submit_request
 
@@ -66,7 +66,7 @@ def submit_item(item: str, seed: int = 0) -> bool:
     environment = dict(os.environ)
     if not steps:
         return False
-    if environment.get("REHEARSE", "0") in ("", "0"):
+    if not is_set(environment, "REHEARSE"):
         _fetch(steps)
     site = read_site(environment)
     jobs: dict[int, str] = {}

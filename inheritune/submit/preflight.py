@@ -12,6 +12,7 @@ from typing import Any
 from inheritune.cluster.check import check
 from inheritune.config import names
 from inheritune.config.experiment import Experiment, load_experiment
+from inheritune.config.jobs import TRAINING
 from inheritune.config.units import format_memory
 from inheritune.errors import UserError
 from inheritune.files.markers import is_prepared
@@ -117,7 +118,7 @@ def check_folders(submission: Submission) -> None:
 
 def describe_cost(request: Request, loaded: Experiment | None, shape: Shape, site: Site) -> str:
     """Return one line: what the job takes, and what it leaves."""
-    time = next((f"at most {site.get('TIME')} each time" for _ in range(bool(site.get("TIME")))), "")
+    time = f"at most {site.get('TIME')} each time" if site.get("TIME") else ""
     if not shape.gpus:
         return (
             f"cost: {shape.tasks} task(s) of {shape.cpus} CPU(s); leaves {_describe_result(request, loaded)}"
@@ -137,7 +138,7 @@ def describe_cost(request: Request, loaded: Experiment | None, shape: Shape, sit
 
 def _plan(request: Request, loaded: Experiment, gpus: int) -> list[dict]:
     """Return the plans of the models that the job trains; none where there is nothing to train."""
-    if request.job.verb not in ("train", "grow", "baselines"):
+    if request.job.verb not in TRAINING:
         return []
     runs = [request.values["run"]] if "run" in request.values else list_baselines(loaded)
     try:

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Mapping
 
+from inheritune.submit.site import DEFAULT_LEAD_S
+
 UNSET = ("", "(null)", "None", "N/A", "0", "*")
 
 
@@ -36,7 +38,7 @@ def describe_options(fields: Mapping[str, str], environment: Mapping[str, str]) 
     named |= _describe_size(fields, environment)
     options = [f"--{name}={value}" for name, value in named.items() if value]
     options += ["--exclusive"] if fields.get("OverSubscribe") == "NO" else []
-    lead = environment.get("SITE_LEAD") or "300"
+    lead = environment.get("SITE_LEAD") or DEFAULT_LEAD_S
     requeue = "--requeue" if fields.get("Requeue") == "1" else "--no-requeue"
     return (*options, f"--signal=B:USR1@{lead}", requeue, "--open-mode=append", "--export=ALL")
 

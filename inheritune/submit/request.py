@@ -223,6 +223,11 @@ def make_again(request: Request, environment: Mapping[str, str]) -> str:
     return " ".join([*shape, shlex.join(line)])
 
 
+def is_set(environment: Mapping[str, str], name: str) -> bool:
+    """Return whether a variable that switches something on is set."""
+    return environment.get(name, "0") not in ("", "0")
+
+
 def drop_option(options: tuple[str, ...], *names: str) -> list[str]:
     """Return sbatch's `options` without those called `names`, each as --name=value or as two words."""
     found, skip = [], False

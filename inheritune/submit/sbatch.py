@@ -8,7 +8,7 @@ from pathlib import Path
 
 from inheritune.config import names
 from inheritune.errors import UserError
-from inheritune.submit.request import Request, drop_option, name_job
+from inheritune.submit.request import Request, drop_option, is_set, name_job
 from inheritune.submit.site import Site, read_minutes
 
 REHEARSAL_TIME = "01:00:00"
@@ -57,7 +57,7 @@ class Submission:
 
 def is_rehearsal(request: Request, environment: Mapping[str, str]) -> bool:
     """Return whether the job runs at small scale, on CPUs."""
-    return "rehearse" in request.switches or environment.get("REHEARSE", "0") not in ("0", "")
+    return "rehearse" in request.switches or is_set(environment, "REHEARSE")
 
 
 def make_submission(
@@ -72,7 +72,7 @@ def make_submission(
     if array is not None:
         shape = replace(shape, array=array)
     check_array(shape.array, request, site)
-    words = request.words + tuple("--rehearse" for _ in range("rehearse" in request.switches))
+    words = (*request.words, *(["--rehearse"] if "rehearse" in request.switches else []))
     name = name_job(Path(request.script), request.words, rehearsal)
     pattern = "%x-%A_%a.out" if shape.array else "%x-%j.out"
     log = f"{site.root}/runs/{names.LOGS}/{pattern}"

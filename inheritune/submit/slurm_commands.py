@@ -72,10 +72,15 @@ def list_node_gpus(text: str) -> list[tuple[str, int]]:
     ]
 
 
+def list_pending(tries: int = TRIES) -> str | None:
+    """Return the user's queued jobs as `find_dependents` reads them; None where Slurm does not answer."""
+    return ask_slurm("squeue", "--me", "-h", "-r", "-t", "PENDING", "-o", "%i|%E", tries=tries)
+
+
 def find_dependents(text: str, job: str, task: str = "") -> list[tuple[str, str]]:
     """Return (job, its dependency) of the queued jobs that wait for `job`, or for its task `task`.
 
-    `text` has lines "ID|DEPENDENCY" as squeue -o '%i|%E' prints them."""
+    `text` has lines "ID|DEPENDENCY", as `list_pending` returns them."""
     found = []
     for line in text.splitlines():
         name, _, dependency = line.partition("|")

@@ -12,6 +12,7 @@ from inheritune.cluster.slurm_queue import QueuedJob, read_queue
 from inheritune.config.experiment import Experiment
 from inheritune.config.paths import REPOSITORY, find_checkout
 from inheritune.errors import UserError
+from inheritune.files.rundir import get_seed_dir
 from inheritune.submit.preflight import check_folders, check_request, describe_cost
 from inheritune.submit.request import Request, describe_job, make_again, read_request
 from inheritune.submit.runs import list_runs, list_waiting
@@ -110,12 +111,8 @@ def _submit_in_order(
 def list_keys(request: Request, rehearsal: bool, runs: list[str], submission: Submission) -> tuple[Key, ...]:
     """Return what the job works on; of an array over `runs`, the work of its tasks."""
     values, verb = request.values, request.job.verb
-    if verb == "analyze":
-        chosen, detail = [values["model"]], " ".join(request.flags("seed"))
-    elif verb == "evaluate":
-        chosen, detail = values.get("run", "").split(","), " ".join(request.flags("run", "seed"))
-    else:
-        chosen, detail = values.get("run", "").split(","), ""
+    chosen = [values["model"]] if verb == "analyze" else values.get("run", "").split(",")
+    detail = " ".join(request.flags("run", "seed")) if verb in ("analyze", "evaluate") else ""
     if runs and submission.shape.array:
         indices = list_indices(submission.shape.array)
         chosen = [runs[index - 1] for index in indices if 0 < index <= len(runs)]
@@ -177,8 +174,8 @@ def queue_job(
 
 
 def _use_snapshot(submission: Submission, record: Record) -> tuple[Submission, Record]:
-    """Return both with the command that runs a snapshot of the checkout, where its script is in the "
-    "snapshot."""
+    """Return both with the command that runs a snapshot of the checkout, where its script is in the
+    snapshot."""
     code = make_snapshot()
     script = Path(submission.command[1])
     if not script.is_relative_to(REPOSITORY) or not (code / script.relative_to(REPOSITORY)).is_file():
@@ -216,7 +213,6 @@ def _print_queued(job: str, submission: Submission, keys: tuple[Key, ...], site:
     stop = ""
     if keys and keys[0].verb == "train" and len(keys) == 1:
         key = keys[0]
-        base = f"{site.root}/runs{'/rehearsal' if key.rehearsal else ''}"
-        file = f"{base}/{key.experiment}/seed{key.seed}/{key.run}/STOP"
-        stop = f"      (or, with a checkpoint first: touch {shlex.quote(file)})"
+        file = get_seed_dir(key.experiment, key.seed, key.rehearsal, Path(site.root)) / key.run / "STOP"
+        stop = f"      (or, with a checkpoint first: touch {shlex.quote(str(file))})"
     print(f"stop:   scancel {job}{stop}")

@@ -80,15 +80,6 @@ FORMS = {
 """Families whose blocks differ in what matters here."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models of this size are slower on several threads, and much slower on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("family", FORMS)
 def test_costs_are_those_of_deleting_by_hand(family):
     model = random_model(family_config(family))
