@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -421,6 +422,14 @@ def test_make_runs_its_recipes_in_the_active_environment():
         ["make", "setup"], cwd=REPOSITORY, env=variables, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_the_tests_need_is_installed_with_them():
+    """A pin is a constraint only; an extra of the package installs."""
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    lines = (REPOSITORY / "tests" / "requirements.txt").read_text().splitlines()
+    pinned = {line.partition("==")[0] for line in lines if "==" in line}
+    assert len(pinned) > 5 and pinned <= {*extras["dev"], *extras["docs"]}
 
 
 def test_every_way_to_check_a_commit_checks_the_same():
