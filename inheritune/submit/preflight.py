@@ -118,7 +118,7 @@ def check_folders(submission: Submission) -> None:
 
 def describe_cost(request: Request, loaded: Experiment | None, shape: Shape, site: Site) -> str:
     """Return one line: what the job takes, and what it leaves."""
-    time = f"at most {site.get('TIME')} each time" if site.get("TIME") else ""
+    time = f", at most {site.get('TIME')} each time" if site.get("TIME") else ""
     if not shape.gpus:
         return (
             f"cost: {shape.tasks} task(s) of {shape.cpus} CPU(s); leaves {_describe_result(request, loaded)}"
@@ -126,7 +126,7 @@ def describe_cost(request: Request, loaded: Experiment | None, shape: Shape, sit
     gpus = f"{shape.gpus} GPU(s)"
     plans = _plan(request, loaded, shape.gpus) if loaded else []
     if not plans:
-        return f"cost: {gpus}, {time}; leaves {_describe_result(request, loaded)}"
+        return f"cost: {gpus}{time}; leaves {_describe_result(request, loaded)}"
     hours = [facts["gpu_hours"] for facts in plans]
     disk = format_memory(sum(facts["disk"] for facts in plans))
     most = "at most " if request.job.verb == "grow" and len(plans) > 1 else ""

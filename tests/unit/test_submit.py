@@ -224,6 +224,13 @@ def test_the_cost_is_one_line():
     shape = make_submission(prepare, SITE, {}).shape
     said = describe_cost(prepare, load_experiment("quickstart"), shape, SITE)
     assert said.startswith("cost: 1 task(s) of 16 CPU(s); leaves ") and "/data/" in said
+    # without a plan, and without a time limit
+    analyze, shape = read_request("analyze", ["gpt2", "quickstart"]), replace(shape, gpus=1)
+    said = [describe_cost(analyze, None, shape, Site({"SITE_TIME": time})) for time in ("04:00:00", "")]
+    assert said == [
+        "cost: 1 GPU(s), at most 04:00:00 each time; leaves attention.jsonl and its plots",
+        "cost: 1 GPU(s); leaves attention.jsonl and its plots",
+    ]
 
 
 # --- lines to paste and resubmission ------------------------------------------------------------------------
