@@ -1,8 +1,9 @@
-"""The steps of recipes/quickstart.sh: python recipes/quickstart.py SEED PROCS.
+"""The steps of recipes/quickstart.sh: python recipes/quickstart.py SEED [PROCS].
 
 Each step is a verb of `python -m inheritune`. What the verbs print goes to quickstart.log beside the runs.
 The screen has a line for each step and, on a terminal, the remaining time of the whole. On CPUs the verbs are
-forks of this process, which imports once what each of them would import for 8 to 12 seconds.
+forks of this process, which imports once what each of them would import for 8 to 12 seconds. There the random
+starts train beside the reference and the grown run: a model this small trains faster on a core of its own.
 """
 
 import csv
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,9 +52,12 @@ class Step:
     steps: int = 1
 
 
-def list_steps(seed: int, procs: int) -> list[Step]:
-    """Return the steps of the method. On CPUs only the reference shows ZeRO 3 on `procs` ranks: one process,
-    which is forked, starts many seconds sooner than two new ones."""
+def list_phases(seed: int, procs: int, parallel: bool) -> list[list[list[Step]]]:
+    """Return the phases of the method: in a phase lanes run at the same time, in a lane the steps follow one
+    another. If not `parallel`, each phase has one lane.
+
+    Only the reference has `procs` ranks; on CPUs the others are one process, which is forked, and so starts
+    many seconds sooner than two new ones."""
     experiment = load_experiment(EXPERIMENT)
     folder = {name: RunDir.of(experiment, name, seed) for name in ("", *experiment.runs)}
     ranks, alone = ["--procs", str(procs)], ["--procs", str(1 if is_on_cpu() else procs)]
@@ -67,15 +72,18 @@ def list_steps(seed: int, procs: int) -> list[Step]:
     grown = folder["inheritune"]
     grow = ["grow", EXPERIMENT, "--run", "inheritune", "--seed", str(seed), *alone]
     figures = [[verb, EXPERIMENT, "--seed", str(seed)] for verb in ("figure", "table")]
-    return [
-        Step("prepare: the Python standard library's text becomes tokens", [["prepare", EXPERIMENT]], 15),
-        Step(
-            f"train the reference: an 8-layer GPT-2 from random, ZeRO 3 on {procs} rank(s)",
-            [train("reference", ranks)],
-            90,
-            folder["reference"],
-            n_steps,
-        ),
+    prepare = Step(
+        "prepare: the Python standard library's text becomes tokens", [["prepare", EXPERIMENT]], 15
+    )
+    shown = f"ZeRO 3 on {procs} rank(s)"
+    reference = Step(
+        f"train the reference: an 8-layer GPT-2 from random, {shown}",
+        [train("reference", ranks)],
+        90,
+        folder["reference"],
+        n_steps,
+    )
+    inherited = [
         Step(
             "analyze the reference's attention: which layers are lazy?",
             [analyze(folder["reference"].final, "--ranks-only")],
@@ -88,22 +96,30 @@ def list_steps(seed: int, procs: int) -> list[Step]:
             grown.stage(1),
             n_steps,
         ),
-        Step(
-            "the same size from random, for as many steps",
-            [train("random", alone)],
-            30,
-            folder["random"],
-            n_steps,
-        ),
-        Step(
-            "the same, with the reference's steps added",
-            [train("random_longer", alone)],
-            55,
-            folder["random_longer"],
-            2 * n_steps,
-        ),
-        Step("what came out: attention, figures, table", [analyze(grown.path, "--ranks-only"), *figures], 12),
     ]
+    random = Step(
+        "half the layers from random, for as many steps",
+        [train("random", alone)],
+        30,
+        folder["random"],
+        n_steps,
+    )
+    random_longer = Step(
+        "half the layers from random, with the reference's steps added",
+        [train("random_longer", alone)],
+        55,
+        folder["random_longer"],
+        2 * n_steps,
+    )
+    end = Step(
+        "what came out: attention, figures, table", [analyze(grown.path, "--ranks-only"), *figures], 12
+    )
+    if not parallel:
+        steps = [prepare, reference, *inherited, random, random_longer, end]
+        return [[[step]] for step in steps]
+    if procs == 1:
+        return [[[prepare]], [[reference, *inherited], [random_longer, random]], [[end]]]
+    return [[[prepare]], [[reference]], [[*inherited, random], [random_longer]], [[end]]]
 
 
 def is_on_cpu() -> bool:
@@ -111,6 +127,18 @@ def is_on_cpu() -> bool:
     from inheritune.runtime.dist import get_device
 
     return get_device().type == "cpu"
+
+
+def choose_procs() -> int:
+    """Return the ranks of the reference where none are asked for: one on CPUs, two on two GPUs or more."""
+    import torch
+
+    return 1 if is_on_cpu() or torch.cuda.device_count() == 1 else 2
+
+
+def count_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def import_once() -> None:
@@ -128,7 +156,7 @@ def import_once() -> None:
 class Verb:
     """A verb that runs, as a fork of this process on CPUs, else as a Python of its own."""
 
-    def __init__(self, words: list[str], log: Path, fork: bool):
+    def __init__(self, words: list[str], log: Path, fork: bool, threads: int | None = None):
         self._python: subprocess.Popen | None = None
         with open(log, "a") as out:
             print(f"\n== python -m inheritune {' '.join(words)}", file=out, flush=True)
@@ -139,7 +167,7 @@ class Verb:
                 return
             self.pid = os.fork()
             if self.pid == 0:
-                be_verb(words, out.fileno())
+                be_verb(words, out.fileno(), threads)
 
     def poll(self) -> int | None:
         """Return the exit code, or None while it runs."""
@@ -149,10 +177,16 @@ class Verb:
         return os.waitstatus_to_exitcode(status) if ended else None
 
 
-def be_verb(words: list[str], out: int) -> None:
-    """Be `python -m inheritune WORDS` that prints to the file `out`. Never returns."""
+def be_verb(words: list[str], out: int, threads: int | None) -> None:
+    """Be `python -m inheritune WORDS` that prints to the file `out` and computes on so many threads, unless
+    the environment names another number. Never returns."""
     code = 1
     try:
+        if threads and "OMP_NUM_THREADS" not in os.environ:
+            import torch
+
+            torch.set_num_threads(threads)
+            os.environ["OMP_NUM_THREADS"] = str(threads)  # for the ranks that the verb starts
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         os.dup2(out, 1)
@@ -168,23 +202,80 @@ def be_verb(words: list[str], out: int) -> None:
         os._exit(code)
 
 
-def run_step(step: Step, log: Path, fork: bool, bar: tqdm) -> int:
-    """Run the verbs of a step one after another, and move the bar. Returns the first exit code that is not
-    0."""
-    begun = bar.n
-    for words in step.verbs:
-        verb = Verb(words, log, fork)
-        running.append(verb)
-        while (code := verb.poll()) is None:
-            time.sleep(0.2)
-            bar.update(begun + step.share_s * measure_progress(step) - bar.n)
-        running.remove(verb)
-        if received:
-            return 128 + received[0]
-        if code:
-            return code if code > 0 else 128 - code
-    bar.update(begun + step.share_s - bar.n)
-    return 0
+class StepStopped(Exception):
+    """A step has failed, or has been asked to stop."""
+
+
+def run_lane(lane: list[Step], log: Path, fork: bool, threads: int | None) -> Iterator[tuple[float, str]]:
+    """Run the steps of a lane one after another. Yields, again and again, the share that is done and the line
+    of a step that has just ended, else an empty one.
+
+    Raises:
+        StepStopped: a verb has another exit code than 0, or a signal came.
+    """
+    before = 0
+    for step in lane:
+        begun = time.monotonic()
+        for words in step.verbs:
+            verb = Verb(words, log, fork, threads)
+            running.append(verb)
+            while (code := verb.poll()) is None:
+                yield before + step.share_s * measure_progress(step), ""
+            running.remove(verb)
+            if code or exit_codes:
+                end_step(step, code, log)
+                raise StepStopped
+        before += step.share_s
+        yield before, f"{step.title} ({time.monotonic() - begun:.0f} s)"
+
+
+def end_step(step: Step, code: int, log: Path) -> None:
+    """Say how a step ended that did not finish, and after the first failure ask the other lanes' verbs to
+    save and stop; these say nothing."""
+    if failed:
+        return
+    tqdm.write("\n".join(log.read_text().splitlines()[-SHOWN_LINES:]), file=sys.stderr)
+    tqdm.write(f"'{step.title}' has not finished; the same command continues", file=sys.stderr)
+    if not exit_codes:
+        failed.append(step)
+        exit_codes.append(code if code > 0 else 128 - code)
+        for verb in running:
+            os.kill(verb.pid, signal.SIGTERM)
+
+
+def run_phase(phase: list[list[Step]], log: Path, fork: bool, bar: tqdm) -> Iterator[str]:
+    """Run the lanes of a phase at the same time, and move the bar. Yields the lines of the steps that end.
+
+    Raises:
+        StepStopped: as a lane does, once no verb runs.
+    """
+    begun, whole = bar.n, measure_phase(phase)
+    threads = max(1, count_cores() // len(phase)) if len(phase) > 1 else None
+    logs = [log, *(log.with_stem(f"{log.stem}_{number}") for number in range(2, len(phase) + 1))]
+    working = {number: run_lane(lane, logs[number], fork, threads) for number, lane in enumerate(phase)}
+    done, shares = [0.0] * len(phase), sum(step.share_s for lane in phase for step in lane)
+    stopped: StepStopped | None = None
+    while working:
+        for number, lane in list(working.items()):
+            try:
+                done[number], line = next(lane)
+            except StopIteration:
+                del working[number]
+            except StepStopped as error:
+                stopped = error
+                del working[number]
+            else:
+                if line:
+                    yield line
+        bar.update(begun + whole * sum(done) / shares - bar.n)
+        time.sleep(0.2)
+    if stopped:
+        raise stopped
+
+
+def measure_phase(phase: list[list[Step]]) -> int:
+    """Return the seconds that a phase takes: those of its longest lane."""
+    return max(sum(step.share_s for step in lane) for lane in phase)
 
 
 def measure_progress(step: Step) -> float:
@@ -196,13 +287,14 @@ def measure_progress(step: Step) -> float:
 
 
 running: list[Verb] = []
-received: list[int] = []
-"""Numbers of the signals that ask to stop."""
+failed: list[Step] = []
+exit_codes: list[int] = []
+"""What the script shall return: of the first step that failed, or of the signals that asked to stop."""
 
 
 def pass_on(number: int, _) -> None:
     """Pass a signal on to the verb, which saves. A terminal's Ctrl-C has reached it already."""
-    received.append(number)
+    exit_codes.append(128 + number)
     for verb in running:
         if number != signal.SIGINT:
             os.kill(verb.pid, number)
@@ -229,27 +321,25 @@ def main(seed: int, procs: int) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, pass_on)
-    steps = list_steps(seed, procs)
+    fork = is_on_cpu()
+    phases = list_phases(seed, procs, parallel=fork and count_cores() > 1)
     folder = RunDir.of(load_experiment(EXPERIMENT), "", seed).path
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "quickstart.log"
     print(f"What the steps print is in {show_path(log)}", flush=True)
-    fork = is_on_cpu()
     if fork:
         import_once()
     tqdm.monitor_interval = 0  # no thread may run while the verbs are forked
     form = "{percentage:3.0f}% |{bar:40}| {elapsed}, {remaining} left"
-    with tqdm(total=sum(step.share_s for step in steps), bar_format=form, disable=None, leave=False) as bar:
-        for number, step in enumerate(steps, 1):
-            begun = time.monotonic()
-            code = run_step(step, log, fork, bar)
-            if code:
-                bar.close()
-                print("\n".join(log.read_text().splitlines()[-SHOWN_LINES:]), file=sys.stderr)
-                print(f"step {number} has not finished; the same command continues", file=sys.stderr)
-                return code
-            tqdm.write(f"{number}/{len(steps)} {step.title} ({time.monotonic() - begun:.0f} s)")
-            sys.stdout.flush()
+    total, n_steps = sum(map(measure_phase, phases)), sum(len(lane) for phase in phases for lane in phase)
+    with tqdm(total=total, bar_format=form, disable=None, leave=False) as bar:
+        lines = (line for phase in phases for line in run_phase(phase, log, fork, bar))
+        try:
+            for number, line in enumerate(lines, 1):
+                tqdm.write(f"{number}/{n_steps} {line}")
+                sys.stdout.flush()
+        except StepStopped:
+            return exit_codes[0]
     print()
     print_result(folder)
     print(f"\nDone in {time.monotonic() - started:.0f} s. Everything is in {show_path(folder)}")
@@ -257,4 +347,4 @@ def main(seed: int, procs: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else choose_procs()))

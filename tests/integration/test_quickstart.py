@@ -17,7 +17,8 @@ from inheritune.cli.help import list_verbs
 PROGRAM = """
 import sys; sys.path.insert(0, "recipes")
 import quickstart
-quickstart.list_steps = lambda *_: [quickstart.Step("the only step", [{words}], 1)]
+lanes = [[quickstart.Step(title, [words], 1)] for title, words in {lanes}]
+quickstart.list_phases = lambda *_, parallel: [lanes]
 quickstart.is_on_cpu, quickstart.import_once = lambda: {fork}, lambda: None
 sys.exit(quickstart.main(0, 1))
 """
@@ -32,28 +33,46 @@ def quickstart():
     return module
 
 
-def start(words: list[str], fork: bool = True) -> subprocess.Popen:
-    """The script with a verb in place of its steps; `fork` as on CPUs."""
-    command = [sys.executable, "-c", PROGRAM.format(words=words, fork=fork)]
+def start(words: list[str], fork: bool = True, beside: list[str] | None = None) -> subprocess.Popen:
+    """The script with a verb in place of its steps, and another one beside it; `fork` as on CPUs."""
+    lanes = [("the only step", words), *([("another step", beside)] if beside else [])]
+    command = [sys.executable, "-c", PROGRAM.format(lanes=lanes, fork=fork)]
     return subprocess.Popen(command, cwd=REPOSITORY, text=True, stdout=-1, stderr=-1)
 
 
-def test_every_step_is_a_command(quickstart, own_root):
-    verbs, used = list_verbs(), []
-    for step in quickstart.list_steps(3, 2):
-        for verb, *words in step.verbs:
-            used.append((verb, bind_arguments(verb, verbs[verb], words)))
-    trained = [(its["run"], its["procs"], its["seed"]) for verb, its in used if verb == "train"]
-    # two ranks for the reference; the others are one forked process each
-    assert trained == [("reference", 2, 3), ("random", 1, 3), ("random_longer", 1, 3)]
-    assert [verb for verb, _ in used if verb != "train"] == [
-        "prepare",
-        "analyze",
-        "grow",
-        "analyze",
-        "figure",
-        "table",
-    ]
+@pytest.mark.parametrize("procs", [1, 2])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_every_step_is_a_command(quickstart, own_root, procs, parallel):
+    verbs, used, lanes = list_verbs(), [], []
+    for phase in quickstart.list_phases(3, procs, parallel):
+        lanes.append(len(phase))
+        for lane in phase:
+            for verb, *words in (words for step in lane for words in step.verbs):
+                used.append((verb, bind_arguments(verb, verbs[verb], words)))
+    trained = {its["run"]: (its["procs"], its["seed"]) for verb, its in used if verb == "train"}
+    # several ranks for the reference alone; the others are one forked process each
+    assert trained == {"reference": (procs, 3), "random": (1, 3), "random_longer": (1, 3)}
+    others = [verb for verb, _ in used if verb != "train"]
+    assert others == ["prepare", "analyze", "grow", "analyze", "figure", "table"]
+    # ranks of the reference have the machine to themselves
+    assert lanes == ([1] * 7 if not parallel else [1, 2, 1] if procs == 1 else [1, 1, 2, 1])
+
+
+@pytest.mark.parametrize("procs", [1, 2])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_step_comes_after_what_it_needs(quickstart, own_root, procs, parallel):
+    ended: set[str] = set()
+    for phase in quickstart.list_phases(0, procs, parallel):
+        lanes = [[words for step in lane for words in step.verbs] for lane in phase]
+        for lane in lanes:
+            before = set(ended)
+            for verb, *words in lane:
+                if verb in ("analyze", "grow"):
+                    assert "reference" in before
+                if verb in ("figure", "table"):
+                    assert before >= {"reference", "inheritune", "random", "random_longer"}
+                before.add(words[words.index("--run") + 1] if "--run" in words else verb)
+            ended |= before
 
 
 def test_the_table_on_the_screen_fits_100_columns(quickstart, tmp_path, capsys):
@@ -73,9 +92,20 @@ def test_a_step_that_fails_shows_its_sentence_and_has_its_code(own_root, fork):
     program = start(["train", "quickstart", "--run", "nosuch"], fork)
     out, err = program.communicate(timeout=100)
     assert program.returncode == 2 and "1/1" not in out, out + err
-    assert "inheritune: " in err and "nosuch" in err and "step 1 has not finished" in err
+    assert "inheritune: " in err and "nosuch" in err and "'the only step' has not finished" in err
     log = own_root / "runs/quickstart/seed0/quickstart.log"
     assert "== python -m inheritune train quickstart --run nosuch" in log.read_text()
+
+
+def test_a_step_that_fails_stops_the_one_beside_it(own_root):
+    program = start(["train", "quickstart", "--run", "nosuch"], beside=["prepare", "quickstart"])
+    out, err = program.communicate(timeout=100)
+    assert program.returncode == 2 and "1/2" not in out, out + err
+    assert "nosuch" in err and "another step" not in err
+    assert not list((own_root / "data").glob("stdlib-*/manifest.json"))
+    assert (
+        "== python -m inheritune prepare" in (own_root / "runs/quickstart/seed0/quickstart_2.log").read_text()
+    )
 
 
 @pytest.mark.slow
