@@ -24,6 +24,10 @@ class StageResult:
     """Hash that identifies its weights."""
 
 
+VERDICT_PARTS = ("layers", "parity", "margin", "difference")
+"""What of a verdict is shown; see `_make_verdict` for all of it."""
+
+
 @dataclass(frozen=True)
 class Action:
     """What comes next: `prepare`, `train` (a run, or a stage of the grown run) or `finish`."""
@@ -122,14 +126,24 @@ def read_stages(folder: RunDir, depths: list[int]) -> list[StageResult]:
 
 
 def read_verdict(folder: RunDir, n_stages: int) -> dict:
-    """Return the content of the DONE of a grown run. Raises UserError if it names none of the stages."""
+    """Return the content of the DONE of a grown run. Raises UserError if it names none of the stages or lacks
+    a part of the verdict."""
     done = read_json(folder.done)
     stage = done.get("stage") if isinstance(done, dict) else None
     if type(stage) is not int or not 1 <= stage <= max([n_stages, *folder.stages()]):
-        raise UserError(
-            f"{folder.done} names no stage of the run: it is damaged; restore it, or delete it and grow again"
-        )
-    return done
+        lack = "names no stage of the run"
+    elif missing := [part for part in VERDICT_PARTS if part not in done] or _list_missing_numbers(done):
+        lack = f"lacks '{missing[0]}'"
+    else:
+        return done
+    raise UserError(f"{folder.done} {lack}: it is damaged; restore it, or delete it and grow again")
+
+
+def _list_missing_numbers(done: dict) -> list[str]:
+    """Return the parts of the difference to the reference that are no numbers."""
+    gap = done["difference"] if isinstance(done["difference"], dict) else {}
+    parts = ("mean", "low", "high", "n")
+    return [f"difference.{part}" for part in parts if not isinstance(gap.get(part), int | float)]
 
 
 def find_unfinished_source(experiment: Experiment, spec: Run, seed: int) -> str | None:

@@ -300,11 +300,11 @@ class Trainer:
             weight_export.export_weights(self.engine, folder, self.inputs.tokens.folder / "tokenizer", run)
 
     def _save(self, state: TrainState) -> None:
-        """Write a checkpoint. Raises RuntimeError if another job has taken over the run."""
+        """Write a checkpoint. Raises UserError if another job has taken over the run."""
         job, train = self.job, self.train
         if dist.run_on_rank0(self.lock.lost):
-            raise RuntimeError(
-                f"{job.dir.path} was taken over by another job, which took this one for dead: not saving"
+            raise UserError(
+                f"another job took this one for dead and took over {job.dir.path}: not saving; let it work"
             )
         self._check_weights(state.step)
         if self.metrics:

@@ -112,6 +112,13 @@ def test_stopped_at_every_kind_of_moment_equals_unbroken_bit_for_bit(tmp_path):
     assert not list(run.path.parent.rglob(".*"))  # no lock, no temporary file is left
 
 
+def test_a_run_that_another_job_took_over_is_left_to_it(tmp_path):
+    path, root, run = make(tmp_path)
+    codes, said = start(path, root, "TAKEN@step=3:0", ranks=1)
+    assert codes == [2] and "another job took this one for dead" in said and "Traceback" not in said, said
+    assert run.complete_checkpoints() == [] and not run.is_done()
+
+
 def test_stop_file_keeps_a_run_from_starting_and_asks_for_no_requeue(tmp_path):
     path, root, run = make(tmp_path)
     run.path.mkdir(parents=True)

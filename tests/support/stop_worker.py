@@ -2,7 +2,7 @@
 by test_stop.py.
 
 python tests/support/stop_worker.py EXPERIMENT RUN SIGNAL@MOMENT:RANK      MOMENT: step=K, saving=0,
-validation=N (N-th forward)
+validation=N (N-th forward); TAKEN in place of a signal: another job takes the run over
 """
 
 import os
@@ -10,7 +10,9 @@ import signal
 import sys
 
 from inheritune import cli as program
+from inheritune.config.experiment import load_experiment
 from inheritune.engines import checkpoint
+from inheritune.files.rundir import RunDir
 from inheritune.runtime import dist
 from inheritune.training import loop as train
 from inheritune.training import losses
@@ -25,7 +27,11 @@ seen = 0
 def strike() -> None:
     if dist.get_rank() == int(who):
         print(f"struck: {when}", flush=True)
-        os.kill(os.getpid(), getattr(signal, name))
+        if name == "TAKEN":
+            for file in RunDir.of(load_experiment(experiment), run).path.parent.glob(".*.lock.*"):
+                file.unlink()
+        else:
+            os.kill(os.getpid(), getattr(signal, name))
 
 
 def before(module, function: str, is_it) -> None:

@@ -108,17 +108,30 @@ def test_a_stage_of_another_depth_is_not_taken_for_a_planned_one(grown, capsys):
     """The verdict once said 'max_layers: 4, layers: 3', and status showed 4 layers."""
     path, folder = grown
     change(path, "grown", grow={"by": 2, "max_layers": 4})
+    verdict = read_json(folder.done)
     folder.done.unlink()
     with pytest.raises(UserError, match="was trained with run.grow.by = 1, now it is 2; go back to it"):
         grow(path, "grown")
     with pytest.raises(UserError, match=r"stage 2 of .* has 3 layers, .* have \[2, 4\] \(run.grow.by, run"):
         read_stages(folder, [2, 4])
     assert not folder.is_done()
-    write_json(folder.done, {"stage": 2, "layers": 3})
+    write_json(folder.done, {**verdict, "stage": 2, "layers": 3})
     status(path)
     assert (
         "chose stage 2 of 3 layers, the stages of the experiment now have [2, 4]" in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize("part", ["layers", "parity", "margin", "difference", "difference.high"])
+def test_a_verdict_without_a_part_of_it_is_damaged(grown, part):
+    """It once ended in a KeyError."""
+    path, folder = grown
+    verdict = read_json(folder.done)
+    outer, _, inner = part.partition(".")
+    del (verdict[outer] if inner else verdict)[inner or outer]
+    write_json(folder.done, verdict)
+    with pytest.raises(UserError, match=rf"DONE lacks '{part}': it is damaged; restore it"):
+        grow(path, "grown")
 
 
 def test_a_finished_growth_names_each_changed_setting(grown, capsys):
