@@ -75,5 +75,67 @@ def _read(file: Path) -> tuple[Any, Any]:
             f"{file} lacks the tensors {', '.join(sorted(report['missing_keys'])[:3])}, as transformers "
             f"reads it; use the safetensors of this model"
         )
+    _check_all_is_read(file, model)
     vars(model.config).pop("quantization_config", None)
     return model, tokenizer
+
+
+HARMLESS = {
+    "vocab_size",
+    "rope.dimension_count",
+    "attention.causal",
+    "attention.key_length",
+    "attention.value_length",
+}
+"""Settings of a GGUF model that follow from its tensors' shapes, or that every decoder has."""
+
+
+def _check_all_is_read(file: Path, model: Any) -> None:
+    """Raise UserError if the file holds tensors or settings of the model that transformers passed over, such
+    as the frequencies of Llama 3.1's rotary embedding: the model would be another one."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    if unread := _find_unread_setting(reader, model.config) or _find_unread_tensor(reader, model):
+        raise UserError(
+            f"{file} holds {unread}, which transformers does not read: the model would be another one; use "
+            f"the safetensors of this model"
+        )
+
+
+def _find_unread_setting(reader: Any, config: Any) -> str | None:
+    """Return the name of a setting of the model that transformers does not read, or None."""
+    from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
+
+    family = reader.fields["general.architecture"].contents()
+    renamed = {
+        "gpt-oss": "gpt_oss",
+        "qwen2moe": "qwen2_moe",
+        "qwen3moe": "qwen3_moe",
+        "minimax-m2": "minimax_m2",
+    }
+    known = GGUF_TO_TRANSFORMERS_MAPPING["config"]
+    read = {*known.get(family, {}), *known.get(renamed.get(family, family), {}), *HARMLESS}
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    scaled = rope.get("rope_type", "default") != "default"
+    no_scaling = reader.fields.get(f"{family}.rope.scaling.type")
+    scales = not (scaled or no_scaling is not None and no_scaling.contents() == "none")
+    for name in reader.fields:
+        prefix, _, key = name.partition(".")
+        if prefix == family and key not in read and (scales or not key.startswith("rope.scaling.")):
+            return f"the setting {name}"
+    return None
+
+
+def _find_unread_tensor(reader: Any, model: Any) -> str | None:
+    """Return the name of a tensor that transformers does not read, or how many elements it passed over, or
+    None."""
+    from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
+
+    taken = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}
+    unread = sum(int(tensor.n_elements) for tensor in reader.tensors) - sum(taken.values())
+    if not unread:
+        return None
+    known = get_gguf_hf_weights_map(model, TensorProcessor(config=model.config.to_dict()))
+    names = [tensor.name for tensor in reader.tensors if tensor.name not in known]
+    return f"the tensor {names[0]}" if names else f"{unread} elements"

@@ -15,8 +15,8 @@ LETTERS = [chr(97 + i) for i in range(26)]
 TOKENS = ["<|endoftext|>", *LETTERS, "ab", "cd"]
 
 
-def write_gguf(path) -> torch.nn.Module:
-    """Write a random model as GGUF, its matrices in the format Q8_0, and return it."""
+def write_gguf(path, more=lambda writer: None) -> torch.nn.Module:
+    """Write a random model as GGUF, its matrices in the format Q8_0, and what `more` adds; return it."""
     gguf = pytest.importorskip("gguf")
     config = LlamaConfig(
         vocab_size=len(TOKENS),
@@ -51,6 +51,7 @@ def write_gguf(path) -> torch.nn.Module:
         kind = gguf.GGMLQuantizationType.Q8_0 if tensor.dim() == 2 else gguf.GGMLQuantizationType.F32
         data = gguf.quants.quantize(values, kind) if tensor.dim() == 2 else values
         writer.add_tensor(names.get_name(name, (".weight",)), data, raw_dtype=kind)
+    more(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -83,3 +84,30 @@ def test_of_several_gguf_files_one_is_to_be_named(tmp_path):
     assert find_gguf(tmp_path / "b.GGUF") == tmp_path / "b.GGUF"
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert find_gguf(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (lambda w: w.add_tensor("rope_freqs.weight", np.ones(16, np.float32)), "tensor rope_freqs.weight"),
+        (lambda w: w.add_tensor("blk.0.attn_q.bias", np.ones(32, np.float32)), "tensor blk.0.attn_q.bias"),
+        (lambda w: w.add_string("llama.rope.scaling.type", "linear"), "setting llama.rope.scaling.type"),
+        (lambda w: w.add_float32("llama.logit_scale", 0.5), "setting llama.logit_scale"),
+    ],
+    ids=["rope_freqs", "bias", "rope scaling", "logit scale"],
+)
+def test_what_would_be_passed_over_is_refused(tmp_path, own_root, more, named):
+    """The cut was once another model than the file, without a word."""
+    write_gguf(tmp_path / "m.gguf", more)
+    with pytest.raises(UserError, match=f"holds the {named}, which transformers does not read"):
+        inherit(str(tmp_path / "m.gguf"), "0:2", str(tmp_path / "cut"))
+    assert not (tmp_path / "cut").exists()
+
+
+def test_what_changes_nothing_is_no_reason_to_refuse(tmp_path, own_root):
+    def add(writer):
+        writer.add_string("llama.rope.scaling.type", "none")
+        writer.add_key_length(32)
+
+    write_gguf(tmp_path / "m.gguf", add)
+    inherit(str(tmp_path / "m.gguf"), "0:2", str(tmp_path / "cut"))
