@@ -259,7 +259,7 @@ def write_tokens(
         "fingerprint": fingerprint,
         "dtype": "<u2",
         "splits": splits,
-        "tokenizer": {"vocab_size": vocab},
+        "tokenizer": {"name": "bpe:300", "vocab_size": vocab, "end_of_text": 299},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder

@@ -125,10 +125,20 @@ def run_analyze(
     is_own = measured is not None and is_final and measured.path.resolve() == run.path
     if given or not is_own:  # a run's own analysis is renewed, where nothing else was asked for
         check_replaced(RunDir(folder), model, revision)
+    is_rehearsal = bool(rehearsed_lengths)
     rows = measure_model(
-        model, tokens, sequences, length, seed, maps, revision=revision, progress=True, costs=costs
+        model,
+        tokens,
+        sequences,
+        length,
+        seed,
+        maps,
+        revision=revision,
+        progress=True,
+        costs=costs,
+        is_rehearsal=is_rehearsal,
     )
-    rows[0]["rehearsal"] = bool(rehearsed_lengths)
+    rows[0]["rehearsal"] = is_rehearsal
     if is_own:
         rows[0]["weights"] = run.weights_hash()
     if given or not is_own:  # another process may have written there meanwhile

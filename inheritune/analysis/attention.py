@@ -25,9 +25,12 @@ from inheritune.analysis.measures import approximate_rank, column_mass, measure_
 from inheritune.analysis.thresholds import ETAS, NEAR_ONE, TAUS
 from inheritune.analysis.worth import measure_worth
 from inheritune.data.batches import Tokens
+from inheritune.data.tokenizer_comparison import has_same_ids, open_encoder
 from inheritune.errors import UserError
 from inheritune.files.markers import check_marked_folder
 from inheritune.models.choice import stamp_weights
+from inheritune.models.downloads import download_model
+from inheritune.models.gguf_files import convert_gguf, find_gguf
 from inheritune.runtime.dist import get_device
 from inheritune.runtime.limits import explain_limit
 
@@ -38,7 +41,7 @@ MAP_TOKENS, MAP_SEQUENCES = 40, 3  # the paper's Figures 9 and 12 show 40 tokens
 
 
 def load_model(model: str, revision: str | None = None, attention: str = "eager") -> "PreTrainedModel":
-    """Load a Hugging Face causal LM (folder or Hub id) in fp32, on the GPU if there is one. `attention` is
+    """Load a causal LM (folder, GGUF file or Hub id) in fp32, on the GPU if there is one. `attention` is
     the implementation's name in transformers.
 
     Raises UserError if it cannot be loaded. Code that comes with a model is never run."""
@@ -46,6 +49,8 @@ def load_model(model: str, revision: str | None = None, attention: str = "eager"
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    if gguf := find_gguf(Path(model)):
+        model = str(convert_gguf(gguf))
     if not Path(model).is_dir() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
         raise UserError(
             f"there is no model folder {model}; give a folder with config.json, or a Hub id such as "
@@ -145,12 +150,13 @@ def measure_model(
     revision: str | None = None,
     progress: bool = False,
     costs: bool = False,
+    is_rehearsal: bool = False,
 ) -> list[dict]:
     """Return all rows of attention.jsonl for `model` (folder or Hub id) on `tokens` (the validation split).
 
     `maps` lists (layer, head) pairs, from 0, whose mean map is kept for drawing; the default is head 0 at
-    four depths. `costs`: measure what each layer is worth on the same windows. Raises UserError if the text,
-    the positions or the vocabulary do not fit, or if the model's attention is not available."""
+    four depths. `costs`: measure what each layer is worth on the same windows. Raises UserError if text,
+    positions, vocabulary or tokenizer do not fit, or if the model's attention is not available."""
     windows_NT = read_windows(tokens, n_sequences, length, seed)
     loaded = load_model(model, revision)
     config = loaded.config.get_text_config()
@@ -161,6 +167,8 @@ def measure_model(
         maps = [(layer, 0) for layer in sorted({n_layers * twelfth // 12 for twelfth in (2, 4, 9, 11)})]
     kept_maps = [tuple(pair) for pair in maps]
     _check_fit(model, config, tokens, length, kept_maps)
+    if not is_rehearsal:  # where a random model stands for a public one
+        _check_tokenizer(model, revision, tokens)
     measured = _measure_windows(loaded, windows_NT, batch, n_layers, kept_maps, progress)
     if len(measured.ranks) != n_layers:
         raise UserError(
@@ -254,6 +262,20 @@ def _measure_windows(
             ids_BT = windows_NT[first : first + batch].to(model.device)
             model.base_model(input_ids=ids_BT, use_cache=False)  # without the head: logits are not needed
     return measured
+
+
+def _check_tokenizer(model: str, revision: str | None, tokens: Tokens) -> None:
+    """Raise UserError if the data's ids mean other text to the model: what it does with them is noise."""
+    path = Path(model)
+    gguf = find_gguf(path)
+    folder = convert_gguf(gguf) if gguf else path if path.is_dir() else download_model(model, revision)
+    encode = open_encoder(folder)
+    if encode and not has_same_ids(encode, tokens):
+        raise UserError(
+            f"the tokenizer of {model} gives other ids than that of the data in {tokens.folder} "
+            f"({tokens.manifest['tokenizer']['name']}); prepare an experiment with "
+            f"'tokenizer: {model}' under data, and give that"
+        )
 
 
 def _check_fit(model: str, config: Any, tokens: Tokens, length: int, maps: list[tuple[int, ...]]) -> None:

@@ -13,11 +13,11 @@ import torch
 import xxhash
 
 from inheritune.config.experiment import Experiment, load_experiment
-from inheritune.config.sections import Data, Task, Train
+from inheritune.config.sections import Task, Train
 from inheritune.data.batches import Tokens
-from inheritune.data.tokenizer import PROBE, check_vocabulary
+from inheritune.data.tokenizer import check_vocabulary
+from inheritune.data.tokenizer_comparison import encode_with, has_same_ids
 from inheritune.data.tokenizer_files import TOKENIZER_FILES
-from inheritune.data.tokenizer_loading import load_tokenizer
 from inheritune.engines.deepspeed_json import resolve_precision
 from inheritune.errors import Stopped, UserError
 from inheritune.evaluation import downstream
@@ -183,7 +183,7 @@ def measure_checkpoint(
     results.update(experiment=loaded.name, rehearsal=loaded.rehearsal, precision=train.precision)
     results.update(layers=source.config.num_hidden_layers, parameters=count_parameters(source.config))
     network = load_weights(source)
-    if foreign and tokenizer and not has_same_ids(tokenizer, loaded.data, tokens.folder):
+    if foreign and tokenizer and not has_same_ids(encode_with(tokenizer), tokens, loaded.data):
         logger.info(
             "no validation loss: the tokenizer of %s is not that of the experiment's data", source.origin
         )
@@ -344,12 +344,6 @@ def compute_losses(
             f"the validation loss of {source.folder} is not finite: its weights are damaged; restore them"
         )
     return losses
-
-
-def has_same_ids(tokenizer: Any, data: Data, folder: Path) -> bool:
-    """Return whether a checkpoint's tokenizer gives the ids of the prepared data's on a probe text."""
-    (ids,) = load_tokenizer(data, folder / "tokenizer").encode_batch([PROBE])
-    return tokenizer.encode(PROBE, add_special_tokens=False) == ids.tolist()
 
 
 def hash_checkpoint(source: Source) -> str:

@@ -79,8 +79,9 @@ def choose_layers(
 
 
 def stamp_weights(model: str | Path) -> dict[str, list[int]]:
-    """Return {name: [bytes, time of the last change in ns]} of the weight files in a folder; empty for a Hub
-    id. Weights that are written anew have another stamp."""
+    """Return {name: [bytes, time of the last change in ns]} of a GGUF file, or of the weight files in a
+    folder; empty for a Hub id. Weights that are written anew have another stamp."""
     folder = Path(model)
-    paths = [p for pattern in ("*.safetensors", "*.bin") for p in sorted(folder.glob(pattern))]
+    paths = [p for pattern in ("*.safetensors", "*.bin", "*.gguf") for p in sorted(folder.glob(pattern))]
+    paths = [folder] if folder.is_file() else paths
     return {path.name: [(stat := path.stat()).st_size, stat.st_mtime_ns] for path in paths}

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from inheritune.config.layers import parse_auto
 from inheritune.config.run import HalfWidth, Inherit, Stack
+from inheritune.data.batches import Tokens
+from inheritune.data.tokenizer_comparison import has_same_ids, open_encoder
 from inheritune.errors import UserError
 from inheritune.files import writing
 from inheritune.files.lock import Lock
@@ -12,6 +14,7 @@ from inheritune.files.markers import INHERITED
 from inheritune.files.rundir import format_seed_flag, require_weights
 from inheritune.models.choice import choose_layers
 from inheritune.models.networks import build_config
+from inheritune.models.sources import open_source
 from inheritune.models.surgery import extend_model, halve_width, inherit, write_random
 from inheritune.runs.job import Job
 from inheritune.runtime import signals
@@ -101,3 +104,17 @@ def find_source(job: Job, source: str, revision: str | None) -> tuple[str, str |
     if job.experiment.rehearsal:  # a random model of the rehearsal's size replaces the public model
         return str(make_random_start(job, job.experiment.model.layers)), None
     return source, revision
+
+
+def find_foreign_tokenizer(job: Job, tokens: Tokens) -> str | None:
+    """Return a sentence on a model from elsewhere, which the job copies or learns from, whose tokenizer gives
+    other ids than that of the data; None where there is none, and in a rehearsal, whose models are random."""
+    outside = [pair for pair in job.run.sources() if pair[0] not in job.experiment.runs]
+    for source, revision in [] if job.experiment.rehearsal else outside:
+        encode = open_encoder(open_source(source, revision, check=False).folder)
+        if encode and not has_same_ids(encode, tokens, job.experiment.data):
+            return (
+                f"the tokenizer of {source} gives other ids than {job.experiment.data.tokenizer}, the one of "
+                f"the data: its embedding knows other tokens; to keep its own, set data.tokenizer to it"
+            )
+    return None

@@ -22,7 +22,7 @@ from inheritune.models.targets import check_start
 from inheritune.runs import identity
 from inheritune.runs.comparison import compare_with_reference
 from inheritune.runs.job import Job
-from inheritune.runs.starts import find_source, prepare_start
+from inheritune.runs.starts import find_foreign_tokenizer, find_source, prepare_start
 from inheritune.runtime import dist, watchdog
 from inheritune.runtime.log import logger, set_up_logging
 from inheritune.training import validate
@@ -70,6 +70,9 @@ def start_run(
 
     watch.at("loading the start or a checkpoint")
     folder, source = _open_start(job)
+    foreign = (
+        dist.run_on_rank0(find_foreign_tokenizer, job, inputs.val_tokens) if resumed_at is None else None
+    )
     clock.end("making the start")
     if teacher:
         teacher.load(source.config, inputs.length, inputs.train.precision, inputs.device)
@@ -82,6 +85,8 @@ def start_run(
     where = (job.title(), dist.get_world_size(), inputs.device, get_zero_stage(inputs.deepspeed))
     logger.info("%s on %d rank(s), %s, ZeRO %s", *where)
     logger.info("%s", inputs.batch_arithmetic)
+    if foreign:
+        logger.warning("%s", foreign)
 
     engine = _build_engine(inputs, source, resumed_at, is_resized)
     clock.end("engine")

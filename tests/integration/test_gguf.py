@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from conftest import write_tokens
 from tiny_models import random_model
 from transformers import LlamaConfig
 
+from inheritune.analysis.attention import measure_model
+from inheritune.data.batches import Tokens
 from inheritune.errors import UserError
 from inheritune.models.gguf_files import find_gguf
 from inheritune.models.sources import open_source
@@ -111,3 +114,13 @@ def test_what_changes_nothing_is_no_reason_to_refuse(tmp_path, own_root):
 
     write_gguf(tmp_path / "m.gguf", add)
     inherit(str(tmp_path / "m.gguf"), "0:2", str(tmp_path / "cut"))
+
+
+def test_a_gguf_file_is_analyzed(tmp_path, own_root):
+    """`--layers auto:N` names this command, which could once not open the file."""
+    write_gguf(tmp_path / "m.gguf")
+    tokens = Tokens(write_tokens(tmp_path / "data", vocab=len(TOKENS)), "val")
+    with pytest.raises(UserError, match=r"the tokenizer of \S+m.gguf gives other ids than that of the data"):
+        measure_model(str(tmp_path / "m.gguf"), tokens, 2, 8)
+    rows = measure_model(str(tmp_path / "m.gguf"), tokens, 2, 8, is_rehearsal=True)
+    assert rows[0]["layers"] == 5 and list(rows[0]["files"]) == ["m.gguf"]

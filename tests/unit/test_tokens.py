@@ -3,21 +3,32 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import experiment_dict, write_experiment, write_tokens
+from tiny_models import random_model
 from tiny_tokenizers import TEMPLATE, save_by_newest, write_chat_tokenizer
+from transformers import GPT2Config
 
+from inheritune.config.experiment import load_experiment
 from inheritune.config.paths import REPOSITORY
 from inheritune.config.sections import Data
+from inheritune.data.batches import Tokens
 from inheritune.data.bpe_training import parse_bpe_size, train_bpe
 from inheritune.data.gpt2_tokenizer import LETTERS
 from inheritune.data.tokenizer import PROBE, check_vocabulary
+from inheritune.data.tokenizer_comparison import has_same_ids, open_encoder
 from inheritune.data.tokenizer_loading import load_tokenizer
 from inheritune.errors import UserError
 from inheritune.files.json_files import read_json, write_json
+from inheritune.files.rundir import get_data_dir
+from inheritune.runs.job import Job
+from inheritune.runs.starts import find_foreign_tokenizer
 
 TEXTS = [PROBE, "", " ", "hello  world", "<|endoftext|> in a text </s><s>", "x" * 3000 + "\n" * 50]
 TEXTS.append((REPOSITORY / "inheritune" / "config" / "experiment.py").read_text())
@@ -300,3 +311,38 @@ def test_refusals(tmp_path):
 
 def test_what_workers_are_given_can_be_pickled():
     assert pickle.loads(pickle.dumps(data("gpt2"))) == data("gpt2")
+
+
+def test_tokenizers_that_differ_on_the_data_alone_are_told_apart(tmp_path):
+    """A loss was once measured on ids of another tokenizer, since both gave a fixed text the same ids."""
+    rng, folders = (
+        np.random.default_rng(0),
+        [write_tokens(tmp_path / "data") / "tokenizer", tmp_path / "other"],
+    )
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+        train_bpe("bpe:300", ["".join(rng.choice(list("ACGT"), 20_000))], folder)
+    tokens = Tokens(tmp_path / "data", "val")
+    own, other = (open_encoder(folder) for folder in folders)
+    assert own(PROBE) == other(PROBE)
+    assert has_same_ids(own, tokens) and not has_same_ids(other, tokens)
+    assert open_encoder(tmp_path) is None
+
+
+def test_a_start_whose_tokenizer_is_not_that_of_the_data_is_named(tmp_path, own_root):
+    """Such a run was once trained without a word."""
+    source = tmp_path / "source"
+    config = GPT2Config(n_layer=2, n_embd=8, n_head=2, n_positions=32, vocab_size=300)
+    random_model(config).save_pretrained(source)
+    inherited = {"init": {"inherit": {"source": str(source), "layers": "0:1"}}}
+    runs = {"cut": inherited, "taught": {"init": "random", "distil": {"teacher": str(source)}}}
+    experiment = load_experiment(write_experiment(tmp_path / "e", experiment_dict(runs=runs, paper=[])))
+    tokens = Tokens(write_tokens(get_data_dir(experiment)), "val")
+    jobs = [Job(experiment, run) for run in experiment.runs]
+    assert [find_foreign_tokenizer(job, tokens) for job in jobs] == [None, None]  # it has no tokenizer
+    train_bpe("bpe:300", [Path(np.__file__).read_text()], source)
+    for job in jobs:
+        said = find_foreign_tokenizer(job, tokens)
+        assert f"the tokenizer of {source} gives other ids than bpe:300" in said
+    shutil.copytree(tokens.folder / "tokenizer", source, dirs_exist_ok=True)
+    assert [find_foreign_tokenizer(job, tokens) for job in jobs] == [None, None]
