@@ -116,7 +116,7 @@ def _find_unread_setting(reader: Any, config: Any) -> str | None:
     }
     known = GGUF_TO_TRANSFORMERS_MAPPING["config"]
     read = {*known.get(family, {}), *known.get(renamed.get(family, family), {}), *HARMLESS}
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    rope: dict = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     scaled = rope.get("rope_type", "default") != "default"
     no_scaling = reader.fields.get(f"{family}.rope.scaling.type")
     scales = not (scaled or no_scaling is not None and no_scaling.contents() == "none")
