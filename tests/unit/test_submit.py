@@ -22,6 +22,7 @@ from inheritune.errors import UserError
 from inheritune.paper.prerequisites import Step
 from inheritune.submit.interfaces import choose_interface
 from inheritune.submit.job_end import Facts, decide_ending
+from inheritune.submit.job_start import check_tasks
 from inheritune.submit.paper_jobs import format_dependency, plan_jobs
 from inheritune.submit.preflight import check_request, describe_cost
 from inheritune.submit.recovery import describe_options
@@ -36,7 +37,6 @@ from inheritune.submit.slurm_commands import (
     rewrite_dependency,
     strip_options,
 )
-from inheritune.submit.snapshot import list_code, make_snapshot
 
 SITE = Site(
     {"SITE_GPUS_PER_NODE": "8", "SITE_TIME": "1440", "INHERITUNE_ROOT": "/scratch"},
@@ -444,17 +444,21 @@ def test_the_interface_is_chosen():
     assert choose_interface(both, "10.0.0.5") == "eth0" and choose_interface(both, "127.0.0.1") == ""
 
 
-def test_a_snapshot_is_the_code_as_it_was(own_root):
-    names = {str(path) for path in list_code()}
-    assert {
-        "slurm/job.sh",
-        "slurm/jobs.yaml",
-        "inheritune/cli/program.py",
-        "recipes/quickstart.yaml",
-    } <= names
-    code = make_snapshot()
-    assert code == make_snapshot() and code.is_relative_to(Path(own_root))  # equal code, one copy
-    job = Path("slurm/job.sh")
-    assert (code / job).read_bytes() == (REPOSITORY / job).read_bytes() and (
-        code / "COMMIT"
-    ).read_text().strip()
+ALONE = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_COUNT": "1"}
+FIRST = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "4"}
+
+
+def test_a_job_refuses_arrays_that_plain_sbatch_took():
+    """Each task does, the first one too: nothing is worked on."""
+    for tasks in (ALONE, FIRST, {**FIRST, "SLURM_ARRAY_TASK_ID": "4"}):
+        check_tasks(tasks, SHOWN, True)  # with ArrayTaskThrottle=1
+    parallel = SHOWN.replace("ArrayTaskThrottle=1 ", "")
+    check_tasks(FIRST, parallel, False)  # a run each
+    check_tasks(ALONE, parallel, True)
+    for tasks in (FIRST, {**FIRST, "SLURM_ARRAY_TASK_ID": "4"}):
+        for shown in (parallel, SHOWN.replace("Throttle=1", "Throttle=12")):
+            with pytest.raises(UserError, match="on one run at the same time; submit it with --array=1-N%1"):
+                check_tasks(tasks, shown, True)
+    for task in "03":
+        with pytest.raises(UserError, match="has index 0"):
+            check_tasks({**FIRST, "SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_MIN": "0"}, SHOWN, False)
