@@ -187,7 +187,10 @@ def _describe_start(request: Request, context: JobContext, given: Allocation, sh
     words = " ".join(make_command(request))
     memory = re.search(r"TRES=\S*mem=([^,\s]*)", shown)
     rehearsal = ", REHEARSAL" if context.keys and context.keys[0].rehearsal else ""
-    snapshot = f" (snapshot {REPOSITORY})" if find_checkout() != REPOSITORY else ""
+    if find_checkout() != REPOSITORY:
+        code = f"snapshot {REPOSITORY}"
+    else:
+        code = f"live checkout {REPOSITORY}: what is edited there reaches this job"
     context.say(words)
     context.say(
         f"restart {context.restarts} on {given.nodes} node(s) {given.node_list}, each {given.gpus} GPU(s); "
@@ -195,7 +198,7 @@ def _describe_start(request: Request, context: JobContext, given: Allocation, sh
     )
     commit = (git_commit() or "unknown").replace("+changes", " with changes")
     commit = re.sub(r"^([0-9a-f]{9})[0-9a-f]*", r"\1", commit)
-    context.say(f"commit {commit}{snapshot}, INHERITUNE_ROOT={find_root()}{rehearsal}")
+    context.say(f"commit {commit} ({code}), INHERITUNE_ROOT={find_root()}{rehearsal}")
     total = given.gpus * given.nodes
     if total and (given.tasks < total or not request.job.gpus):
         context.say(

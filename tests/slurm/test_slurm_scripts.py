@@ -11,13 +11,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import write_tokens
 from slurm_cluster import COUNTING, REPOSITORY, cluster, session_cluster, slurm  # noqa: F401
 
 from inheritune.cli.verbs import Verbs
 from inheritune.cluster.status import status
 from inheritune.config.experiment import load_experiment
 from inheritune.errors import UserError
-from inheritune.files.rundir import RunDir
+from inheritune.files.rundir import RunDir, get_data_dir
 from inheritune.submit.control import cancel, print_queue, retry
 from inheritune.submit.request import KINDS
 from inheritune.submit.runs import list_baselines
@@ -330,6 +331,7 @@ def test_in_an_allocation_a_dry_run_is_dry_and_index_0_is_refused(slurm, small, 
         "sbatch", "--parsable", "--array=0", "-o", log, REPOSITORY / "slurm" / "evaluate.sh", small
     )
     assert slurm.wait(job)[0]["ExitCode"] == "2:0" and "the array has index 0" in log.read_text()
+    assert f" (live checkout {REPOSITORY}: what is edited there reaches this job), " in log.read_text()
     # a mistake of plain sbatch costs one slot
     words = [REPOSITORY / "slurm" / "grow.sh", small, "grown", "--sead", "1"]
     job = slurm.run("sbatch", "--parsable", "--array=1-3%1", "-o", own_root.parent / "mistake", *words)
@@ -352,8 +354,12 @@ def test_rehearsal_asks_for_no_gpu(gpus, tmp_path):
 
 
 def test_prepare_rehearses_for_real(slurm, small, own_root):  # noqa: F811
-    job = slurm.submit(REPOSITORY / "slurm" / "prepare.sh", small, REHEARSE=1)
+    """From the experiment as it was when it was submitted."""
+    job = slurm.submit(REPOSITORY / "slurm" / "prepare.sh", small, "--", "--hold", REHEARSE=1)
+    Path(small).write_text("data: edited while the job waits")
+    slurm.run("scontrol", "release", job)
     (record,) = slurm.wait(job, timeout=120)
+    assert f" (snapshot {own_root}/runs/code/" in slurm.log(job)
     assert record["JobState"] == "COMPLETED", slurm.logs()
     assert "'bash" not in slurm.log(job) and slurm.log(job).splitlines()[-1].endswith("finished")
 
@@ -591,6 +597,31 @@ def test_a_failure_before_python_names_node_and_cause(slurm, own_root, tmp_path)
     assert "FAILED (code 2): the Python environment failed on node 127.0.0." in last
     assert last.endswith(f"submit again: bash {script} ")
     assert not (own_root / ".venv").exists()
+
+
+def test_on_a_full_disk_nothing_is_queued_and_a_job_leaves_its_cause_with_slurm(
+    slurm,  # noqa: F811
+    small,
+    tmp_path,
+    disk,
+    monkeypatch,
+):
+    monkeypatch.setenv("INHERITUNE_ROOT", str(disk.path))
+    write_tokens(get_data_dir(load_experiment(small)))
+    array = slurm.submit(COUNTING, tmp_path / "a", 5, "--", "--hold", COUNTING_SLOTS=1)
+    behind = slurm.submit(COUNTING, tmp_path / "b", 5, "--", f"--dependency=afterok:{array}")
+    for free, says in ((0, "cannot be written .No space left on device."), (99_000, "no space left while")):
+        disk.resize(disk.used() + free)
+        with slurm.login(), pytest.raises(UserError, match=says):
+            submit("train", [small, "reference"])
+    assert {name.partition("_")[0] for name in slurm.run("squeue", "-hr", "-o%i").split()} == {array, behind}
+    disk.resize(disk.used())
+    slurm.run("scontrol", "release", array)
+    slurm.wait(array, behind)
+    assert set(states(slurm, array).values()) == {"FAILED", "CANCELLED"}
+    assert slurm.records(behind)[0]["JobState"] == "CANCELLED" and not (tmp_path / "a").exists()
+    shown = slurm.run("scontrol", "show", "job", f"{array}_1")
+    assert re.search(r"Comment=127\.0\.0\.\d: .*No space left on device", shown), shown
 
 
 # --- arrays of slots ----------------------------------------------------------------------------------------
