@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from inheritune.files.rundir import RunDir, get_data_dir
 from inheritune.submit.control import cancel, print_queue, retry
 from inheritune.submit.request import KINDS
 from inheritune.submit.runs import list_baselines
+from inheritune.submit.snapshot import list_code
 from inheritune.submit.submission import submit
 
 SCRIPTS = sorted(
@@ -211,6 +213,25 @@ def test_baselines_of_baselines_wait(slurm, own_root):  # noqa: F811
     assert f"not submitted: job {first}" in slurm.run("bash", script)
     assert len(slurm.run("squeue", "-h", "-r").splitlines()) == len(names)
     assert f"--dependency=afterok:JOB_{number['stacking_half']} " in slurm.run("bash", script, "--dry-run")
+
+
+def test_a_paper_script_submits_where_no_folder_is_set(tmp_path, monkeypatch):
+    """By default runs and data belong to the checkout: here a copy of it."""
+    for path in list_code():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / path, tmp_path / path)
+    for name in ("INHERITUNE_ROOT", "HF_HOME", "SCRATCH"):
+        monkeypatch.delenv(name, raising=False)
+    ask = {"PYTHONPATH": tmp_path, "REHEARSE": 1, "SUBMIT": 1, "VIRTUAL_ENV": sys.prefix}
+    with cluster() as here:
+        here.run("scontrol", "update", "nodename=ALL", "state=drain", "reason=test")  # nothing starts
+        said = here.run("bash", tmp_path / "recipes" / "table5_val_loss.sh", **ask)
+        jobs = re.findall(r"^submitted job (\d+)$", said, re.MULTILINE)
+        queued = dict(line.split() for line in here.run("squeue", "-h", "-o", "%A %E").splitlines())
+        (record,) = here.records(jobs[1])
+    assert said.endswith("When these jobs are done, run this again: it then only draws.")
+    assert queued.keys() == set(jobs) and record["StdOut"].startswith(f"{tmp_path}/runs/logs/")
+    assert [queued[job] for job in jobs[:2]] == ["(null)", f"afterok:{jobs[0]}(unfulfilled)"]
 
 
 def test_a_module_that_is_loaded_again_does_not_hide_the_environment(slurm, tmp_path):  # noqa: F811
