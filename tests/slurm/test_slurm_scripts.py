@@ -305,8 +305,13 @@ def test_jobs_are_known_by_what_they_do(slurm, small, own_root, capsys):  # noqa
     ]
     with slurm.login():
         submit("train", [small, "reference", *asked])
+        status(small)  # a growth would train the reference too
+        assert "next" not in capsys.readouterr().out
         submit("train", [small, "grown", "--stage", "1", "--", "--hold", "--dependency=afterok:1"])
-        job, behind = re.findall(r"^submitted job (\d+)$", capsys.readouterr().out, re.MULTILINE)
+        said = capsys.readouterr().out
+        assert re.search(r"^log: .* \(once the job has started\)$", said, re.MULTILINE)
+        behind = re.search(r"^submitted job (\d+)$", said, re.MULTILINE)[1]
+        job = str(int(behind) - 1)
         slurm.run("scontrol", "update", f"jobid={behind}", f"dependency=afterok:{job}")
         print_queue()
         rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
@@ -391,7 +396,8 @@ def test_a_job_whose_run_has_a_stop_file_says_so_last(slurm, small, own_root):  
     run.path.mkdir(parents=True)
     run.stop.touch()
     job = slurm.submit(REPOSITORY / "slurm" / "grow.sh", small, "grown", GPUS=1, ARRAY="1-3%1")
-    slurm.wait(job, timeout=120)
+    behind = slurm.submit(COUNTING, own_root / "b", 2, "--", f"--dependency=afterok:{job}")
+    assert slurm.wait(job, behind, timeout=120)[-1]["JobState"] == "CANCELLED"
     ended = {(record["JobState"], record["ExitCode"]) for record in slurm.records(job)}
     assert ended == {("FAILED", "3:0"), ("CANCELLED", "0:0")} and not run.is_done(), slurm.logs()
     first, last = slurm.log(f"{job}_1").splitlines()[-2:]
@@ -431,9 +437,9 @@ def test_usr1_saves_and_the_job_requeues_itself(slurm, tmp_path):  # noqa: F811
 
 
 def test_a_site_without_requeue_gets_a_new_job_of_the_same_shape(slurm, tmp_path):  # noqa: F811
-    job = slurm.submit(
-        COUNTING, tmp_path / "a b", 30, "--", "--time=7", "--comment=x", SITE_REQUEUE="no", GPUS=8
-    )
+    asked = "--time=7 --comment=x --nice=7 --mail-user=me@here --mail-type=END --exclusive"
+    asked += " --nodelist=127.0.0.[2-3]"
+    job = slurm.submit(COUNTING, tmp_path / "a b", 30, "--", *asked.split(), SITE_REQUEUE="no", GPUS=8)
     slurm.wait_for_log(job, "rank 7 counts from 0")
     behind = slurm.submit(COUNTING, tmp_path / "behind", 2, "--", f"--dependency=afterok:{job}")
     slurm.ask_to_stop(job)
@@ -443,7 +449,9 @@ def test_a_site_without_requeue_gets_a_new_job_of_the_same_shape(slurm, tmp_path
     (last,) = slurm.wait(behind)  # of the work's end, not of its first job's
     assert last["JobState"] == "COMPLETED" and last["StartTime"] >= second["EndTime"], slurm.logs()
     assert first["Restarts"] == "0" and second["JobState"] == "COMPLETED", slurm.logs()
-    same = ("JobName", "NumNodes", "NumCPUs", "TRES", "TimeLimit", "Partition", "TresPerNode", "StdOut")
+    same = ["JobName", "NumNodes", "NumCPUs", "TRES", "TimeLimit", "Partition", "TresPerNode", "StdOut"]
+    same += ["Comment", "Nice", "MailUser", "MailType", "OverSubscribe", "ReqNodeList"]
+    assert (first["Nice"], first["OverSubscribe"], first["MailType"]) == ("7", "NO", "END")
     assert {key: first[key] for key in same} == {key: second[key] for key in same}
     assert "restart 1 on" in slurm.log(then) and counted(tmp_path / "a b") == {30}
     assert "should wait for" not in slurm.log(job)
