@@ -14,7 +14,7 @@ from inheritune.config.paths import REPOSITORY, find_checkout
 from inheritune.errors import UserError
 from inheritune.files.rundir import get_seed_dir
 from inheritune.submit.preflight import check_folders, check_request, describe_cost
-from inheritune.submit.request import Request, describe_job, make_again, read_request
+from inheritune.submit.request import Request, describe_job, format_local, make_again, read_request
 from inheritune.submit.runs import list_runs, list_waiting
 from inheritune.submit.sbatch import Submission, is_rehearsal, list_indices, make_submission
 from inheritune.submit.site import Site, read_site
@@ -55,7 +55,7 @@ def submit(job: str, argv: list[str], script: str | None = None) -> None:
     if not is_alive():
         raise UserError(
             "this is no login node of a Slurm cluster (sinfo does not answer); without Slurm: python -m "
-            f"inheritune {request.kind.local}"
+            f"inheritune {format_local(request.job)}"
         )
     submit_request(request, read_site(environment), environment)
 

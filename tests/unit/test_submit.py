@@ -26,7 +26,7 @@ from inheritune.submit.job_start import check_tasks
 from inheritune.submit.paper_jobs import format_dependency, plan_jobs
 from inheritune.submit.preflight import check_request, describe_cost
 from inheritune.submit.recovery import describe_options
-from inheritune.submit.request import make_again, make_command, read_request
+from inheritune.submit.request import describe_job, make_again, make_command, read_request
 from inheritune.submit.runs import list_baselines, list_waiting
 from inheritune.submit.sbatch import list_indices, make_submission, replay_options
 from inheritune.submit.site import Site, read_minutes
@@ -193,7 +193,9 @@ def test_a_job_is_checked_before_it_queues(small, own_root):
     assert "did you mean 'reference'?" in refused("train", small, "refrence")
     assert "no experiment 'nosuch'" in refused("prepare", "nosuch")
     assert "no stage 9" in refused("train", small, "grown", "--stage", "9")
-    assert "nosuch.json" in refused("train", small, "reference", "--ds", "nosuch.json")
+    assert "did you mean 'ds_configs/zero3.json'?" in refused(
+        "train", small, "reference", "--ds", "zero3.json"
+    )
     assert "has no 'grow' section" in refused("grow", small, "reference")
     assert "use grow.sh, or --stage N" in refused("train", small, "grown")
     assert "has no run 'nosuch'" in refused("evaluate", small, "--run", "nosuch")
@@ -237,6 +239,8 @@ def test_the_cost_is_one_line():
 
 
 def test_a_line_to_paste_keeps_the_shape():
+    assert describe_job("gpt2_xl_stage1").endswith("train gpt2_xl_owt --run inheritune [--procs N] --stage 1")
+    assert describe_job("grow").endswith("python -m inheritune grow EXPERIMENT --run RUN [--procs N]")
     assert format_shape("train", "gpt2_xl_owt") == "GPUS=16 " and format_shape("train", "small") == ""
     assert find_job("train", "gpt2_xl_owt", "inheritune", 1) is load_jobs()["gpt2_xl_stage1"]
     rehearsal = make_again(read_request("train", ["a", "b", "--rehearse"]), {})
