@@ -151,7 +151,7 @@ def test_a_mistake_in_the_words_is_one_sentence(job, words, says):
         ([], {"ARRAY": "0-3%1"}, {}, "the array 0-3%1 has index 0"),
         ([], {"ARRAY": "1-4"}, {}, "on one run at the same time; let one run after the other, with ARRAY=1"),
         ([], {"ARRAY": "1-4%2"}, {}, "with ARRAY=1-4%1"),
-        ([], {"ARRAY": "1-1001%1"}, {}, "longer than this cluster allows (MaxArraySize=1001)"),
+        ([], {"ARRAY": "1-1001%1"}, {}, "(MaxArraySize=1001); use ARRAY=1-1000%1"),
         ([], {"ARRAY": "four"}, {}, "ARRAY takes tasks such as 1-12%1"),
     ],
 )
