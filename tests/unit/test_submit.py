@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -29,7 +30,7 @@ from inheritune.submit.recovery import describe_options
 from inheritune.submit.request import describe_job, make_again, make_command, read_request
 from inheritune.submit.runs import list_baselines, list_waiting
 from inheritune.submit.sbatch import list_indices, make_submission, replay_options
-from inheritune.submit.site import Site, read_minutes
+from inheritune.submit.site import Site, adopt_folders, read_minutes
 from inheritune.submit.slurm_commands import (
     find_dependents,
     list_node_gpus,
@@ -113,6 +114,23 @@ def test_the_site_decides():
     assert "--partition=cpu" in cpus and "--constraint" not in cpus
     assert "--nodes=4 --gpus-per-node=4 " in line("gpt2_xl_growth", site=replace(
         site_with(GPUS_PER_NODE=4), nodes="gpu*|9|64|5|1|gpu:4"))  # fmt: skip
+
+
+def test_on_a_cluster_a_verb_uses_the_folders_of_the_site(tmp_path, monkeypatch):
+    """Else `inheritune status` in a login shell would say of what the jobs make that it is not started."""
+    for name in ("INHERITUNE_ROOT", "HF_HOME"):  # which monkeypatch restores
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    adopt_folders()
+    assert not os.environ["INHERITUNE_ROOT"]
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    adopt_folders()
+    assert os.environ["INHERITUNE_ROOT"] == f"{tmp_path}/inheritune"
+    assert os.environ["HF_HOME"] == f"{tmp_path}/inheritune/huggingface"
+    monkeypatch.setenv("INHERITUNE_ROOT", "/mine")
+    adopt_folders()
+    assert os.environ["INHERITUNE_ROOT"] == "/mine"
 
 
 # --- what is refused before it queues -----------------------------------------------------------------------
