@@ -58,6 +58,7 @@ PY
     [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${pins[@]/#/--constraint=}" --editable "$repository${extra:+[$extra]}"
     touch "$ready"
+    echo "to use it in a shell: source $(printf %q "$venv")/bin/activate"
   fi
   # shellcheck disable=SC1091
   source "$venv/bin/activate"

@@ -73,20 +73,27 @@ def find_next_command(view: View, experiment: str, name: str, run: Run, state: s
         return f"scancel {queued.name}" if queued.is_lost else ""
     stop, verb = view.folder(name).stop, "grow" if run.grow else "train"
     remove = f"rm {stop} && " if stop.is_file() else ""
-    if verb == "train":  # grow itself does what its run needs
-        try:
-            needed = find_unfinished_source(loaded, run, seed)
-        except OSError:  # that run has a row of its own, which says what cannot be read
-            return ""
-        if needed:
-            name, verb = needed, "grow" if loaded.run(needed).grow else "train"
-        if not view.data_ready:
-            name, verb = "", "prepare"
-    if view.find_queued("prepare" if verb == "prepare" else "train", name):
+    try:
+        first = _list_first(view, run)
+    except OSError:  # a run that it starts from has a row of its own, which says what cannot be read
         return ""
-    if verb == "prepare":
-        remove, seed = "", 0
+    # a growth does itself what comes first
+    if any(view.find_queued(*work) for work in (first if verb == "grow" else first[:1])):
+        return ""
+    if verb == "train" and first:
+        purpose, name = first[0]
+        if purpose == "prepare":
+            return _format_verb(view, "prepare", experiment, "", 0)
+        verb = "grow" if loaded.run(name).grow else "train"
     return remove + _format_verb(view, verb, experiment, name, seed)
+
+
+def _list_first(view: View, run: Run) -> list[tuple[str, str]]:
+    """Return what must be done before `run` as (purpose of a key, run): its data, then what it starts from.
+
+    Raises OSError if that cannot be read."""
+    needed = find_unfinished_source(view.experiment, run, view.seed)
+    return ([] if view.data_ready else [("prepare", "")]) + ([("train", needed)] if needed else [])
 
 
 def _format_verb(view: View, verb: str, experiment: str, name: str, seed: int) -> str:

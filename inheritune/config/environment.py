@@ -66,6 +66,7 @@ VARIABLES: dict[str, Variable] = {
     "SLURM_ARRAY_JOB_ID": Variable("the number of the job's array"),
     "SLURM_ARRAY_TASK_ID": Variable("the task's number in its array"),
     "SLURM_ARRAY_TASK_COUNT": Variable("the number of tasks of the array"),
+    "SLURM_ARRAY_TASK_MIN": Variable("the smallest number of a task of the array"),
     "SLURM_NNODES": Variable("the number of the job's nodes"),
     "SLURM_JOB_NUM_NODES": Variable("the same, in older versions"),
     "SLURM_JOB_NODELIST": Variable("the job's nodes"),

@@ -16,7 +16,7 @@ from pydantic import Field, PrivateAttr, ValidationError, field_validator, model
 from inheritune.config import environment, names
 from inheritune.config.fields import Strict, check_name
 from inheritune.config.layers import check_layers_text
-from inheritune.config.paths import RECIPES
+from inheritune.config.paths import RECIPES, find_copy
 from inheritune.config.problems import list_problems, parse_section
 from inheritune.config.reading import read_yaml
 from inheritune.config.rehearsal import shrink_experiment
@@ -177,12 +177,18 @@ def _find_keep_problems(run: Run, train: Train) -> list[str]:
     return [f"keep_at: step {late[0]} is never reached, the run has {train.steps} steps; keep an earlier one"]
 
 
+def is_path(name: str) -> bool:
+    """Return whether an experiment is given by the path of its file, not by its name."""
+    return str(name).endswith((".yaml", ".yml"))
+
+
 def load_experiment(name: str, rehearse: bool | None = None) -> Experiment:
     """Return the experiment in recipes/<name>.yaml, or in the YAML file at path `name`.
 
-    `rehearse`: shrink it to a rehearsal (None: if REHEARSE=1). Raises UserError with every problem of the
-    file in one message."""
-    path = Path(name) if str(name).endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    A job reads the copy that was made when it was submitted. `rehearse`: shrink it to a rehearsal (None: if
+    REHEARSE=1). Raises UserError with every problem of the file in one message."""
+    path = Path(name) if is_path(name) else RECIPES / f"{name}.yaml"
+    path = find_copy(path) or path
     if not path.is_file():
         known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
         raise UserError(f"no experiment '{name}' ({path} is missing); {suggest_name(name, known)}")

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from inheritune.config.paths import resolve_path
+from inheritune.config.paths import REPOSITORY, resolve_path
 from inheritune.config.reading import read_text, refuse_duplicate_keys
 from inheritune.config.sections import Train
 from inheritune.engines import dslint
@@ -29,6 +29,7 @@ def load_deepspeed_json(path: str | Path) -> dict:
     file = resolve_path(str(path))
     if not file.is_file():
         known = sorted(p.name for p in file.parent.glob("*.json")) if file.parent.is_dir() else []
+        known = known or sorted(f"ds_configs/{p.name}" for p in (REPOSITORY / "ds_configs").glob("*.json"))
         raise UserError(f"DeepSpeed JSON {path} does not exist; {suggest_name(file.name, known)}")
 
     text = read_text(file)

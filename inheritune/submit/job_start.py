@@ -187,7 +187,10 @@ def _describe_start(request: Request, context: JobContext, given: Allocation, sh
     words = " ".join(make_command(request))
     memory = re.search(r"TRES=\S*mem=([^,\s]*)", shown)
     rehearsal = ", REHEARSAL" if context.keys and context.keys[0].rehearsal else ""
-    snapshot = f" (snapshot {REPOSITORY})" if find_checkout() != REPOSITORY else ""
+    if find_checkout() != REPOSITORY:
+        code = f"snapshot {REPOSITORY}"
+    else:
+        code = f"live checkout {REPOSITORY}: what is edited there reaches this job"
     context.say(words)
     context.say(
         f"restart {context.restarts} on {given.nodes} node(s) {given.node_list}, each {given.gpus} GPU(s); "
@@ -195,7 +198,7 @@ def _describe_start(request: Request, context: JobContext, given: Allocation, sh
     )
     commit = (git_commit() or "unknown").replace("+changes", " with changes")
     commit = re.sub(r"^([0-9a-f]{9})[0-9a-f]*", r"\1", commit)
-    context.say(f"commit {commit}{snapshot}, INHERITUNE_ROOT={find_root()}{rehearsal}")
+    context.say(f"commit {commit} ({code}), INHERITUNE_ROOT={find_root()}{rehearsal}")
     total = given.gpus * given.nodes
     if total and (given.tasks < total or not request.job.gpus):
         context.say(
@@ -205,22 +208,30 @@ def _describe_start(request: Request, context: JobContext, given: Allocation, sh
 
 
 def _check_array(context: JobContext, shown: str) -> None:
-    """Raise UserError for a task that must not run: of index 0, alongside others on one run, or of an array
-    that was stopped."""
+    """Raise UserError for a task that must not run: of an array that `check_tasks` refuses, or that was
+    stopped."""
     if not context.array:
         return
-    if context.task == "0":
-        raise UserError("the array has index 0, and its tasks count from 1 here; submit it with --array=1-N")
+    check_tasks(os.environ, shown, context.slots)
     if not context.slots:
         return
-    waiting = os.environ.get("SLURM_ARRAY_TASK_COUNT", "1") != "1"
-    if waiting and not re.search(r"\bArrayTaskThrottle=1\b", shown) and context.task != "1":
-        raise UserError(
-            "the tasks of this array would work on one run at the same time; submit it with --array=1-N%1"
-        )
     with suppress(OSError):
         why = context.array_stopped.read_text(encoding="utf-8").strip()
         raise UserError(f"this array was stopped: {why}")
+
+
+def check_tasks(environment: Mapping[str, str], shown: str, slots: bool) -> None:
+    """Raise UserError in each task of an array that has index 0, or, with `slots`, whose tasks would work on
+    one run at the same time.
+
+    Plain sbatch queues such arrays. `shown` is the task in `scontrol show job`."""
+    if "0" in (environment.get("SLURM_ARRAY_TASK_MIN"), environment.get("SLURM_ARRAY_TASK_ID")):
+        raise UserError("the array has index 0, and its tasks count from 1 here; submit it with --array=1-N")
+    is_alone = environment.get("SLURM_ARRAY_TASK_COUNT", "1") == "1"
+    if slots and not is_alone and not re.search(r"\bArrayTaskThrottle=1\b", shown):
+        raise UserError(
+            "the tasks of this array would work on one run at the same time; submit it with --array=1-N%1"
+        )
 
 
 def _choose_run(request: Request, context: JobContext) -> tuple[Request | None, JobContext]:

@@ -104,11 +104,13 @@ def check_folders(submission: Submission) -> None:
     """Make the folder of the logs. Raises UserError if a job could not write its log or its record."""
     root = Path(os.path.dirname(os.path.dirname(os.path.dirname(submission.log))))
     for folder in (root / "runs" / names.LOGS, root / "runs" / names.JOBS):
+        probe = folder / f".probe-{os.getpid()}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".probe-{os.getpid()}"
-            probe.write_bytes(b"?")
-            probe.unlink()
+            try:
+                probe.write_bytes(b"?")
+            finally:
+                probe.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
                 f"{folder} cannot be written ({error.strerror}), so a job would leave neither a log nor a "

@@ -204,9 +204,17 @@ def describe_job(job: str) -> str:
         spec.about,
         f"{gpus}; GPUS=N, NODES=N, TASKS=N, ARRAY=1-12%1 or no, REHEARSE=1 and the SITE_ variables of "
         "slurm/site.sh change the shape; FORCE=1 submits though the same is queued.",
-        f"Without Slurm: python -m inheritune {KINDS[spec.verb].local}",
+        f"Without Slurm: python -m inheritune {format_local(spec)}",
     ]
     return "\n".join(lines)
+
+
+def format_local(spec: JobSpec) -> str:
+    """Return what does the same without Slurm, as the words after `python -m inheritune`."""
+    line = KINDS[spec.verb].local
+    for name in ("experiment", "run"):
+        line = line.replace(name.upper(), getattr(spec, name) or name.upper())
+    return line + (f" --stage {spec.stage}" if spec.stage else "")
 
 
 def make_again(request: Request, environment: Mapping[str, str]) -> str:

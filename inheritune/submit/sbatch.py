@@ -162,9 +162,11 @@ def check_array(array: str | None, request: Request, site: Site) -> None:
                 f"with ARRAY={tasks.partition('%')[0]}%1"
             )
         if site.max_array_size and indices[-1] >= site.max_array_size:
+            longest = f"ARRAY=1-{site.max_array_size - 1}"
+            advice = f"use {longest}%1" if request.kind.slots else f"submit {longest}, then the others"
             raise UserError(
                 f"the array {tasks} is longer than this cluster allows (MaxArraySize={site.max_array_size}); "
-                f"submit it in parts: ARRAY=1-{site.max_array_size - 1}, then the others"
+                f"{advice}"
             )
 
 

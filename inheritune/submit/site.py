@@ -1,6 +1,8 @@
 """What the cluster is like: the values of slurm/site.sh, and what its partitions and controller report."""
 
+import os
 import re
+import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,6 +67,16 @@ def read_site(environment: Mapping[str, str]) -> Site:
     """Return the site of slurm/site.sh, with the values of `environment` before its own.
 
     Raises UserError if the file has a mistake."""
+    values = _source_file(environment)
+    config = ask_slurm("scontrol", "show", "config", tries=1) or ""
+    size = re.search(r"MaxArraySize\s*=\s*([0-9]+)", config)
+    exported = tuple(sorted(name for name in environment if name.startswith("SBATCH_")))
+    nodes = ask_slurm("sinfo", "-h", "-e", "-o", "%P|%D|%c|%m|%l|%G", tries=1) or ""
+    return Site(values, nodes, int(size[1]) if size else None, exported)
+
+
+def _source_file(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what slurm/site.sh sets, without what is empty. Raises UserError if it has a mistake."""
     command = ["bash", "-c", 'set -a; . "$1" && env -0', "_", str(SITE_FILE)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(environment))
     if done.returncode:
@@ -73,12 +85,20 @@ def read_site(environment: Mapping[str, str]) -> Site:
             last.removeprefix("inheritune: ") if "inheritune: " in last else f"{SITE_FILE}: {last}"
         )
     pairs = (entry.partition("=") for entry in done.stdout.split("\0"))
-    values = {n: v for n, _, v in pairs if v and (n.startswith("SITE_") or n == "SITE" or n in NAMES)}
-    config = ask_slurm("scontrol", "show", "config", tries=1) or ""
-    size = re.search(r"MaxArraySize\s*=\s*([0-9]+)", config)
-    exported = tuple(sorted(name for name in environment if name.startswith("SBATCH_")))
-    nodes = ask_slurm("sinfo", "-h", "-e", "-o", "%P|%D|%c|%m|%l|%G", tries=1) or ""
-    return Site(values, nodes, int(size[1]) if size else None, exported)
+    return {n: v for n, _, v in pairs if v and (n.startswith("SITE_") or n == "SITE" or n in NAMES)}
+
+
+def adopt_folders() -> None:
+    """Let this process keep runs and data where the jobs do: on a cluster, INHERITUNE_ROOT and HF_HOME of
+    slurm/site.sh, unless INHERITUNE_ROOT is set.
+
+    Raises UserError if the file has a mistake."""
+    if os.environ.get("INHERITUNE_ROOT") or not shutil.which("sbatch"):
+        return
+    found = _source_file({**os.environ, "SLURM_JOB_ID": "0"})  # as in a job, it does not ask sinfo
+    for name in NAMES:
+        if name in found:
+            os.environ[name] = found[name]
 
 
 def read_minutes(text: str) -> float | None:

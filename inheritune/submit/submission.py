@@ -3,7 +3,7 @@
 import os
 import shlex
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,12 +14,12 @@ from inheritune.config.paths import REPOSITORY, find_checkout
 from inheritune.errors import UserError
 from inheritune.files.rundir import get_seed_dir
 from inheritune.submit.preflight import check_folders, check_request, describe_cost
-from inheritune.submit.request import Request, describe_job, make_again, read_request
+from inheritune.submit.request import Request, describe_job, format_local, make_again, read_request
 from inheritune.submit.runs import list_runs, list_waiting
 from inheritune.submit.sbatch import Submission, is_rehearsal, list_indices, make_submission
 from inheritune.submit.site import Site, read_site
-from inheritune.submit.slurm_commands import is_alive, strip_options
-from inheritune.submit.snapshot import make_snapshot
+from inheritune.submit.slurm_commands import ask_slurm, is_alive, strip_options
+from inheritune.submit.snapshot import list_own_files, make_snapshot
 
 REPLAYED = (
     "REHEARSE",
@@ -55,7 +55,7 @@ def submit(job: str, argv: list[str], script: str | None = None) -> None:
     if not is_alive():
         raise UserError(
             "this is no login node of a Slurm cluster (sinfo does not answer); without Slurm: python -m "
-            f"inheritune {request.kind.local}"
+            f"inheritune {format_local(request.job)}"
         )
     submit_request(request, read_site(environment), environment)
 
@@ -73,9 +73,8 @@ def submit_request(request: Request, site: Site, environment: Mapping[str, str])
         return _submit_in_order(request, loaded, site, environment, waiting)
     submission = make_submission(request, site, environment, len(runs) or 1)
     print(describe_cost(request, loaded, submission.shape, site))
-    return [
-        queue_job(request, submission, site, environment, list_keys(request, rehearsal, runs, submission))
-    ]
+    keys, own = list_keys(request, rehearsal, runs, submission), list_own_files(request, loaded)
+    return [queue_job(request, submission, site, environment, keys, own)]
 
 
 def _submit_in_order(
@@ -91,8 +90,8 @@ def _submit_in_order(
     alone = ",".join(str(n) for n in range(1, len(runs) + 1) if n not in waiting)
     submission = make_submission(request, site, environment, len(runs), alone)
     print(describe_cost(request, loaded, submission.shape, site))
-    keys = list_keys(request, rehearsal, runs, submission)
-    first = queue_job(request, submission, site, environment, keys)
+    keys, own = list_keys(request, rehearsal, runs, submission), list_own_files(request, loaded)
+    first = queue_job(request, submission, site, environment, keys, own)
     if not first.is_new and first.job:  # they are queued already
         return [first]
     queued = [first]
@@ -102,7 +101,7 @@ def _submit_in_order(
         behind = replace(request, options=(*request.options, f"--dependency={waits}"))
         submission = make_submission(behind, site, environment, len(runs), str(number))
         keys = list_keys(request, rehearsal, runs, submission)
-        queued.append(queue_job(behind, submission, site, environment, keys))
+        queued.append(queue_job(behind, submission, site, environment, keys, own))
         if queued[-1].job:
             ids[number] = queued[-1].job
     return queued
@@ -135,11 +134,13 @@ def queue_job(
     site: Site,
     environment: Mapping[str, str],
     keys: tuple[Key, ...],
+    own: Iterable[Path] = (),
 ) -> Queued:
     """Give a submission to sbatch and keep its record, unless a queued job does the same or this is a dry
     run.
 
-    Prints the command, then the job, its log, how to watch it and how to stop it."""
+    `own` are the user's files that belong to its snapshot. Prints the command, then the job, its log, how
+    to watch it and how to stop it."""
     log = submission.log.replace("%x", submission.name)
     if "dry_run" in request.switches:
         print(submission.line(site))
@@ -166,17 +167,17 @@ def queue_job(
         {n: v for n, v in environment.items() if n in REPLAYED or n.startswith("SITE_")},
     )
     if "no_snapshot" not in request.switches:
-        submission, record = _use_snapshot(submission, record)
+        submission, record = _use_snapshot(submission, record, own)
     print(submission.line(site))
     job = send(submission.words(), record, site, environment)
     _print_queued(job, submission, keys, site)
     return Queued(job)
 
 
-def _use_snapshot(submission: Submission, record: Record) -> tuple[Submission, Record]:
-    """Return both with the command that runs a snapshot of the checkout, where its script is in the
-    snapshot."""
-    code = make_snapshot()
+def _use_snapshot(submission: Submission, record: Record, own: Iterable[Path]) -> tuple[Submission, Record]:
+    """Return both with the command that runs a snapshot of the checkout and of the files `own`, where its
+    script is in the snapshot."""
+    code = make_snapshot(own)
     script = Path(submission.command[1])
     if not script.is_relative_to(REPOSITORY) or not (code / script.relative_to(REPOSITORY)).is_file():
         return submission, record
@@ -187,7 +188,8 @@ def _use_snapshot(submission: Submission, record: Record) -> tuple[Submission, R
 def send(words: list[str], record: Record, site: Site, environment: Mapping[str, str]) -> str:
     """Give a command to sbatch, and write the job's record. Returns the job's id.
 
-    Raises UserError with the answer of sbatch if it refuses."""
+    Raises UserError with the answer of sbatch if it refuses, and where the record cannot be written: then the
+    job is cancelled."""
     shown = strip_options(environment) | dict(site.values)
     shown |= {"INHERITUNE_ROOT": site.root, "INHERITUNE_SUBMITTED": "1"}
     if record.code:
@@ -198,7 +200,11 @@ def send(words: list[str], record: Record, site: Site, environment: Mapping[str,
         said = " ".join(done.stderr.split()) or f"it ended with code {done.returncode}"
         raise UserError(f"sbatch refused the job: {said.removeprefix('sbatch: error: ')}")
     job = done.stdout.strip().splitlines()[-1].partition(";")[0]
-    write_record(job, record)
+    try:
+        write_record(job, record)
+    except (OSError, UserError) as error:
+        ask_slurm("scancel", job, tries=1)
+        raise UserError(f"job {job} was cancelled, since its record cannot be written: {error}") from None
     return job
 
 

@@ -8,19 +8,22 @@ import os
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import write_tokens
 from slurm_cluster import COUNTING, REPOSITORY, cluster, session_cluster, slurm  # noqa: F401
 
 from inheritune.cli.verbs import Verbs
 from inheritune.cluster.status import status
 from inheritune.config.experiment import load_experiment
 from inheritune.errors import UserError
-from inheritune.files.rundir import RunDir
+from inheritune.files.rundir import RunDir, get_data_dir
 from inheritune.submit.control import cancel, print_queue, retry
 from inheritune.submit.request import KINDS
 from inheritune.submit.runs import list_baselines
+from inheritune.submit.snapshot import list_code
 from inheritune.submit.submission import submit
 
 SCRIPTS = sorted(
@@ -212,6 +215,25 @@ def test_baselines_of_baselines_wait(slurm, own_root):  # noqa: F811
     assert f"--dependency=afterok:JOB_{number['stacking_half']} " in slurm.run("bash", script, "--dry-run")
 
 
+def test_a_paper_script_submits_where_no_folder_is_set(tmp_path, monkeypatch):
+    """By default runs and data belong to the checkout: here a copy of it."""
+    for path in list_code():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / path, tmp_path / path)
+    for name in ("INHERITUNE_ROOT", "HF_HOME", "SCRATCH"):
+        monkeypatch.delenv(name, raising=False)
+    ask = {"PYTHONPATH": tmp_path, "REHEARSE": 1, "SUBMIT": 1, "VIRTUAL_ENV": sys.prefix}
+    with cluster() as here:
+        here.run("scontrol", "update", "nodename=ALL", "state=drain", "reason=test")  # nothing starts
+        said = here.run("bash", tmp_path / "recipes" / "table5_val_loss.sh", **ask)
+        jobs = re.findall(r"^submitted job (\d+)$", said, re.MULTILINE)
+        queued = dict(line.split() for line in here.run("squeue", "-h", "-o", "%A %E").splitlines())
+        (record,) = here.records(jobs[1])
+    assert said.endswith("When these jobs are done, run this again: it then only draws.")
+    assert queued.keys() == set(jobs) and record["StdOut"].startswith(f"{tmp_path}/runs/logs/")
+    assert [queued[job] for job in jobs[:2]] == ["(null)", f"afterok:{jobs[0]}(unfulfilled)"]
+
+
 def test_a_module_that_is_loaded_again_does_not_hide_the_environment(slurm, tmp_path):  # noqa: F811
     """Lmod reloads a module that the submitting shell had loaded, whose Python then goes before the active
     environment's; and the shell that sbatch wraps a command in may drop the function `module`."""
@@ -283,8 +305,13 @@ def test_jobs_are_known_by_what_they_do(slurm, small, own_root, capsys):  # noqa
     ]
     with slurm.login():
         submit("train", [small, "reference", *asked])
+        status(small)  # a growth would train the reference too
+        assert "next" not in capsys.readouterr().out
         submit("train", [small, "grown", "--stage", "1", "--", "--hold", "--dependency=afterok:1"])
-        job, behind = re.findall(r"^submitted job (\d+)$", capsys.readouterr().out, re.MULTILINE)
+        said = capsys.readouterr().out
+        assert re.search(r"^log: .* \(once the job has started\)$", said, re.MULTILINE)
+        behind = re.search(r"^submitted job (\d+)$", said, re.MULTILINE)[1]
+        job = str(int(behind) - 1)
         slurm.run("scontrol", "update", f"jobid={behind}", f"dependency=afterok:{job}")
         print_queue()
         rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
@@ -330,6 +357,7 @@ def test_in_an_allocation_a_dry_run_is_dry_and_index_0_is_refused(slurm, small, 
         "sbatch", "--parsable", "--array=0", "-o", log, REPOSITORY / "slurm" / "evaluate.sh", small
     )
     assert slurm.wait(job)[0]["ExitCode"] == "2:0" and "the array has index 0" in log.read_text()
+    assert f" (live checkout {REPOSITORY}: what is edited there reaches this job), " in log.read_text()
     # a mistake of plain sbatch costs one slot
     words = [REPOSITORY / "slurm" / "grow.sh", small, "grown", "--sead", "1"]
     job = slurm.run("sbatch", "--parsable", "--array=1-3%1", "-o", own_root.parent / "mistake", *words)
@@ -352,8 +380,12 @@ def test_rehearsal_asks_for_no_gpu(gpus, tmp_path):
 
 
 def test_prepare_rehearses_for_real(slurm, small, own_root):  # noqa: F811
-    job = slurm.submit(REPOSITORY / "slurm" / "prepare.sh", small, REHEARSE=1)
+    """From the experiment as it was when it was submitted."""
+    job = slurm.submit(REPOSITORY / "slurm" / "prepare.sh", small, "--", "--hold", REHEARSE=1)
+    Path(small).write_text("data: edited while the job waits")
+    slurm.run("scontrol", "release", job)
     (record,) = slurm.wait(job, timeout=120)
+    assert f" (snapshot {own_root}/runs/code/" in slurm.log(job)
     assert record["JobState"] == "COMPLETED", slurm.logs()
     assert "'bash" not in slurm.log(job) and slurm.log(job).splitlines()[-1].endswith("finished")
 
@@ -364,7 +396,8 @@ def test_a_job_whose_run_has_a_stop_file_says_so_last(slurm, small, own_root):  
     run.path.mkdir(parents=True)
     run.stop.touch()
     job = slurm.submit(REPOSITORY / "slurm" / "grow.sh", small, "grown", GPUS=1, ARRAY="1-3%1")
-    slurm.wait(job, timeout=120)
+    behind = slurm.submit(COUNTING, own_root / "b", 2, "--", f"--dependency=afterok:{job}")
+    assert slurm.wait(job, behind, timeout=120)[-1]["JobState"] == "CANCELLED"
     ended = {(record["JobState"], record["ExitCode"]) for record in slurm.records(job)}
     assert ended == {("FAILED", "3:0"), ("CANCELLED", "0:0")} and not run.is_done(), slurm.logs()
     first, last = slurm.log(f"{job}_1").splitlines()[-2:]
@@ -404,9 +437,9 @@ def test_usr1_saves_and_the_job_requeues_itself(slurm, tmp_path):  # noqa: F811
 
 
 def test_a_site_without_requeue_gets_a_new_job_of_the_same_shape(slurm, tmp_path):  # noqa: F811
-    job = slurm.submit(
-        COUNTING, tmp_path / "a b", 30, "--", "--time=7", "--comment=x", SITE_REQUEUE="no", GPUS=8
-    )
+    asked = "--time=7 --comment=x --nice=7 --mail-user=me@here --mail-type=END --exclusive"
+    asked += " --nodelist=127.0.0.[2-3]"
+    job = slurm.submit(COUNTING, tmp_path / "a b", 30, "--", *asked.split(), SITE_REQUEUE="no", GPUS=8)
     slurm.wait_for_log(job, "rank 7 counts from 0")
     behind = slurm.submit(COUNTING, tmp_path / "behind", 2, "--", f"--dependency=afterok:{job}")
     slurm.ask_to_stop(job)
@@ -416,7 +449,9 @@ def test_a_site_without_requeue_gets_a_new_job_of_the_same_shape(slurm, tmp_path
     (last,) = slurm.wait(behind)  # of the work's end, not of its first job's
     assert last["JobState"] == "COMPLETED" and last["StartTime"] >= second["EndTime"], slurm.logs()
     assert first["Restarts"] == "0" and second["JobState"] == "COMPLETED", slurm.logs()
-    same = ("JobName", "NumNodes", "NumCPUs", "TRES", "TimeLimit", "Partition", "TresPerNode", "StdOut")
+    same = ["JobName", "NumNodes", "NumCPUs", "TRES", "TimeLimit", "Partition", "TresPerNode", "StdOut"]
+    same += ["Comment", "Nice", "MailUser", "MailType", "OverSubscribe", "ReqNodeList"]
+    assert (first["Nice"], first["OverSubscribe"], first["MailType"]) == ("7", "NO", "END")
     assert {key: first[key] for key in same} == {key: second[key] for key in same}
     assert "restart 1 on" in slurm.log(then) and counted(tmp_path / "a b") == {30}
     assert "should wait for" not in slurm.log(job)
@@ -591,6 +626,31 @@ def test_a_failure_before_python_names_node_and_cause(slurm, own_root, tmp_path)
     assert "FAILED (code 2): the Python environment failed on node 127.0.0." in last
     assert last.endswith(f"submit again: bash {script} ")
     assert not (own_root / ".venv").exists()
+
+
+def test_on_a_full_disk_nothing_is_queued_and_a_job_leaves_its_cause_with_slurm(
+    slurm,  # noqa: F811
+    small,
+    tmp_path,
+    disk,
+    monkeypatch,
+):
+    monkeypatch.setenv("INHERITUNE_ROOT", str(disk.path))
+    write_tokens(get_data_dir(load_experiment(small)))
+    array = slurm.submit(COUNTING, tmp_path / "a", 5, "--", "--hold", COUNTING_SLOTS=1)
+    behind = slurm.submit(COUNTING, tmp_path / "b", 5, "--", f"--dependency=afterok:{array}")
+    for free, says in ((0, "cannot be written .No space left on device."), (99_000, "no space left while")):
+        disk.resize(disk.used() + free)
+        with slurm.login(), pytest.raises(UserError, match=says):
+            submit("train", [small, "reference"])
+    assert {name.partition("_")[0] for name in slurm.run("squeue", "-hr", "-o%i").split()} == {array, behind}
+    disk.resize(disk.used())
+    slurm.run("scontrol", "release", array)
+    slurm.wait(array, behind)
+    assert set(states(slurm, array).values()) == {"FAILED", "CANCELLED"}
+    assert slurm.records(behind)[0]["JobState"] == "CANCELLED" and not (tmp_path / "a").exists()
+    shown = slurm.run("scontrol", "show", "job", f"{array}_1")
+    assert re.search(r"Comment=127\.0\.0\.\d: .*No space left on device", shown), shown
 
 
 # --- arrays of slots ----------------------------------------------------------------------------------------

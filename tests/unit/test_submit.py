@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -22,13 +23,14 @@ from inheritune.errors import UserError
 from inheritune.paper.prerequisites import Step
 from inheritune.submit.interfaces import choose_interface
 from inheritune.submit.job_end import Facts, decide_ending
+from inheritune.submit.job_start import check_tasks
 from inheritune.submit.paper_jobs import format_dependency, plan_jobs
 from inheritune.submit.preflight import check_request, describe_cost
 from inheritune.submit.recovery import describe_options
-from inheritune.submit.request import make_again, make_command, read_request
+from inheritune.submit.request import describe_job, make_again, make_command, read_request
 from inheritune.submit.runs import list_baselines, list_waiting
 from inheritune.submit.sbatch import list_indices, make_submission, replay_options
-from inheritune.submit.site import Site, read_minutes
+from inheritune.submit.site import Site, adopt_folders, read_minutes
 from inheritune.submit.slurm_commands import (
     find_dependents,
     list_node_gpus,
@@ -36,7 +38,6 @@ from inheritune.submit.slurm_commands import (
     rewrite_dependency,
     strip_options,
 )
-from inheritune.submit.snapshot import list_code, make_snapshot
 
 SITE = Site(
     {"SITE_GPUS_PER_NODE": "8", "SITE_TIME": "1440", "INHERITUNE_ROOT": "/scratch"},
@@ -115,6 +116,23 @@ def test_the_site_decides():
         site_with(GPUS_PER_NODE=4), nodes="gpu*|9|64|5|1|gpu:4"))  # fmt: skip
 
 
+def test_on_a_cluster_a_verb_uses_the_folders_of_the_site(tmp_path, monkeypatch):
+    """Else `inheritune status` in a login shell would say of what the jobs make that it is not started."""
+    for name in ("INHERITUNE_ROOT", "HF_HOME"):  # which monkeypatch restores
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    adopt_folders()
+    assert not os.environ["INHERITUNE_ROOT"]
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    adopt_folders()
+    assert os.environ["INHERITUNE_ROOT"] == f"{tmp_path}/inheritune"
+    assert os.environ["HF_HOME"] == f"{tmp_path}/inheritune/huggingface"
+    monkeypatch.setenv("INHERITUNE_ROOT", "/mine")
+    adopt_folders()
+    assert os.environ["INHERITUNE_ROOT"] == "/mine"
+
+
 # --- what is refused before it queues -----------------------------------------------------------------------
 
 
@@ -151,7 +169,7 @@ def test_a_mistake_in_the_words_is_one_sentence(job, words, says):
         ([], {"ARRAY": "0-3%1"}, {}, "the array 0-3%1 has index 0"),
         ([], {"ARRAY": "1-4"}, {}, "on one run at the same time; let one run after the other, with ARRAY=1"),
         ([], {"ARRAY": "1-4%2"}, {}, "with ARRAY=1-4%1"),
-        ([], {"ARRAY": "1-1001%1"}, {}, "longer than this cluster allows (MaxArraySize=1001)"),
+        ([], {"ARRAY": "1-1001%1"}, {}, "(MaxArraySize=1001); use ARRAY=1-1000%1"),
         ([], {"ARRAY": "four"}, {}, "ARRAY takes tasks such as 1-12%1"),
     ],
 )
@@ -193,7 +211,9 @@ def test_a_job_is_checked_before_it_queues(small, own_root):
     assert "did you mean 'reference'?" in refused("train", small, "refrence")
     assert "no experiment 'nosuch'" in refused("prepare", "nosuch")
     assert "no stage 9" in refused("train", small, "grown", "--stage", "9")
-    assert "nosuch.json" in refused("train", small, "reference", "--ds", "nosuch.json")
+    assert "did you mean 'ds_configs/zero3.json'?" in refused(
+        "train", small, "reference", "--ds", "zero3.json"
+    )
     assert "has no 'grow' section" in refused("grow", small, "reference")
     assert "use grow.sh, or --stage N" in refused("train", small, "grown")
     assert "has no run 'nosuch'" in refused("evaluate", small, "--run", "nosuch")
@@ -237,6 +257,8 @@ def test_the_cost_is_one_line():
 
 
 def test_a_line_to_paste_keeps_the_shape():
+    assert describe_job("gpt2_xl_stage1").endswith("train gpt2_xl_owt --run inheritune [--procs N] --stage 1")
+    assert describe_job("grow").endswith("python -m inheritune grow EXPERIMENT --run RUN [--procs N]")
     assert format_shape("train", "gpt2_xl_owt") == "GPUS=16 " and format_shape("train", "small") == ""
     assert find_job("train", "gpt2_xl_owt", "inheritune", 1) is load_jobs()["gpt2_xl_stage1"]
     rehearsal = make_again(read_request("train", ["a", "b", "--rehearse"]), {})
@@ -444,17 +466,21 @@ def test_the_interface_is_chosen():
     assert choose_interface(both, "10.0.0.5") == "eth0" and choose_interface(both, "127.0.0.1") == ""
 
 
-def test_a_snapshot_is_the_code_as_it_was(own_root):
-    names = {str(path) for path in list_code()}
-    assert {
-        "slurm/job.sh",
-        "slurm/jobs.yaml",
-        "inheritune/cli/program.py",
-        "recipes/quickstart.yaml",
-    } <= names
-    code = make_snapshot()
-    assert code == make_snapshot() and code.is_relative_to(Path(own_root))  # equal code, one copy
-    job = Path("slurm/job.sh")
-    assert (code / job).read_bytes() == (REPOSITORY / job).read_bytes() and (
-        code / "COMMIT"
-    ).read_text().strip()
+ALONE = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_COUNT": "1"}
+FIRST = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "4"}
+
+
+def test_a_job_refuses_arrays_that_plain_sbatch_took():
+    """Each task does, the first one too: nothing is worked on."""
+    for tasks in (ALONE, FIRST, {**FIRST, "SLURM_ARRAY_TASK_ID": "4"}):
+        check_tasks(tasks, SHOWN, True)  # with ArrayTaskThrottle=1
+    parallel = SHOWN.replace("ArrayTaskThrottle=1 ", "")
+    check_tasks(FIRST, parallel, False)  # a run each
+    check_tasks(ALONE, parallel, True)
+    for tasks in (FIRST, {**FIRST, "SLURM_ARRAY_TASK_ID": "4"}):
+        for shown in (parallel, SHOWN.replace("Throttle=1", "Throttle=12")):
+            with pytest.raises(UserError, match="on one run at the same time; submit it with --array=1-N%1"):
+                check_tasks(tasks, shown, True)
+    for task in "03":
+        with pytest.raises(UserError, match="has index 0"):
+            check_tasks({**FIRST, "SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_MIN": "0"}, SHOWN, False)
