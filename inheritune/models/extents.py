@@ -123,8 +123,8 @@ def is_same_tensor(one: Stored, other: Stored) -> bool:
         return False
     if all([extent.dtype for extent in stored.extents] == [stored.dtype] for stored in (one, other)):
         pairs = zip(read_blocks(one), read_blocks(other), strict=True)
-        return all(np.array_equal(*(np.frombuffer(block, "u1") for block in pair)) for pair in pairs)
-    return bool(np.array_equal(*(view_bytes(read_tensor(stored)) for stored in (one, other))))
+        return all(np.array_equal(np.frombuffer(a, "u1"), np.frombuffer(b, "u1")) for a, b in pairs)
+    return bool(np.array_equal(view_bytes(read_tensor(one)), view_bytes(read_tensor(other))))
 
 
 # --- values that are no numbers -----------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import xxhash
 
@@ -100,7 +100,9 @@ class CheckpointWriter:
         if self.folder is None:
             return
         shape, dtype = self.specs[name]
-        blocks = _cut_blocks(name, tensor, shape, dtype) if hasattr(tensor, "untyped_storage") else tensor
+        blocks = cast("Iterable[memoryview]", tensor)
+        if hasattr(tensor, "untyped_storage"):  # a tensor of torch, which need not be imported
+            blocks = _cut_blocks(name, cast("torch.Tensor", tensor), shape, dtype)
         if file not in self._open:
             self._begin(self.folder, file)
         digest, written, bad = xxhash.xxh3_128(), 0, 0
