@@ -21,6 +21,7 @@ def setup(work: dict, folder: Path) -> None:
     import torch
 
     from inheritune.config.sections import Model
+    from inheritune.models.dtypes import BF16
     from inheritune.models.networks import build_config, list_checkpoint_shapes
     from inheritune.models.writer import write_checkpoint
 
@@ -28,7 +29,7 @@ def setup(work: dict, folder: Path) -> None:
     if source.is_dir():
         return
     config, made = build_config(Model(**work["model"])), {}
-    specs = {name: (shape, torch.bfloat16) for name, shape in list_checkpoint_shapes(config).items()}
+    specs = {name: (shape, BF16) for name, shape in list_checkpoint_shapes(config).items()}
 
     def tensor_of(name: str):
         shape = specs[name][0]

@@ -26,6 +26,11 @@ from inheritune.engines.deepspeed_keys import MICRO, find_refusals, valid_keys
 from inheritune.errors import UserError, suggest_name
 
 OWN_KEYS = ("activation_checkpointing", "compile")
+COMPILED_AT_3 = (
+    "'inheritune.compile' compiles little at ZeRO 3: DeepSpeed's hooks, which gather the weights of each "
+    "module, break the graph, and past torch's limit of compilations blocks run uncompiled; use ZeRO 0 to 2, "
+    "or set it to false"
+)
 SIZE, SIZE_OR_NONE = Kind("elements", gt=0, le=10**12), Kind("elements", ge=0, le=2**63)
 NUMBERS = {
     f"zero_optimization.{key}": SIZE
@@ -113,7 +118,14 @@ def check_form(settings: dict) -> list[Problem]:
     micro = settings.get(MICRO)
     if isinstance(micro, bool) or not isinstance(micro, int) or micro < 1:
         found.append(refuse(MICRO, f"{MICRO} must be a positive number of sequences (got {micro!r})"))
-    found += _check_stage(settings.get("zero_optimization", {}))
+    zero = settings.get("zero_optimization", {})
+    found += _check_stage(zero)
+    if (
+        isinstance(zero, dict)
+        and zero.get("stage") == 3
+        and flatten(settings).get("inheritune.compile") is True
+    ):
+        found.append(Problem("inheritune.compile", "warn", COMPILED_AT_3))
     return found + _check_auto(settings, {problem.key for problem in found})
 
 

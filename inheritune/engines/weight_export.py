@@ -16,6 +16,7 @@ from inheritune.files.rundir import RunDir
 from inheritune.files.writing import replace_atomically
 from inheritune.models.architectures import find_architecture
 from inheritune.models.config_files import copy_settings
+from inheritune.models.dtypes import FP32
 from inheritune.models.networks import list_saved_tensors
 from inheritune.models.writer import CheckpointWriter
 from inheritune.runtime.ranks import get_rank
@@ -58,7 +59,7 @@ def _write_parameters(
         name: table.in_checkpoint(name, tuple(get_shape(tensor)))
         for name, tensor in list_saved_tensors(engine.module).items()
     }
-    specs = {piece: (shape, torch.float32) for shapes in pieces.values() for piece, shape in shapes.items()}
+    specs = {piece: (shape, FP32) for shapes in pieces.values() for piece, shape in shapes.items()}
     writer = CheckpointWriter(folder, config, specs)
     for name, value in parameters:
         if value is None:

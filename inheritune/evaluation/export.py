@@ -26,10 +26,10 @@ from inheritune.files.outputs import check_new_folder, resolve_output
 from inheritune.files.rundir import RunDir
 from inheritune.files.writing import replace_atomically, write_text
 from inheritune.models.config_files import SPECIAL_IDS
+from inheritune.models.dtypes import STORED_AS
 from inheritune.models.initialization import make_generator
 from inheritune.models.networks import list_checkpoint_shapes
 from inheritune.models.sources import Source, open_source
-from inheritune.models.surgery import STORED_AS
 from inheritune.models.writer import write_checkpoint
 
 DTYPES = {name: STORED_AS[name] for name in ("fp32", "bf16")}
@@ -67,7 +67,7 @@ def export(folder: str, to: str, dtype: str | None = None) -> None:
             temporary,
             config,
             specs,
-            lambda name: make_portable_tensor(source, config, name).to(DTYPES[dtype]),
+            lambda name: make_portable_tensor(source, config, name).to(DTYPES[dtype].torch),
         )
         copy_tokenizer(run.final, temporary, trained=True)
         opener, pad_token_id = find_opener(temporary, tokenizer)

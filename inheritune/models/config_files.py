@@ -10,14 +10,14 @@ import copy
 import json
 from codecs import BOM_UTF8
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import torch
+from typing import TYPE_CHECKING, cast
 
 from inheritune.errors import UserError
 from inheritune.files.json_files import read_json, write_json
 from inheritune.files.writing import write_text
 from inheritune.models.architectures import find_depth_key
+from inheritune.models.dtypes import Dtype
+from inheritune.models.plain_configs import PlainConfig, describe_plain, list_setting_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -27,14 +27,17 @@ if TYPE_CHECKING:
 MAX_LAYERS = 10_000  # of a config that is read; far above any model
 
 
-def load_config(path: Path) -> "PreTrainedConfig":
+def load_config(path: Path, plain: bool = False) -> "PreTrainedConfig":
     """Load the transformers configuration in `path`, by the classes of transformers alone.
 
-    Code stored alongside is never run. Raises UserError for a family outside the architecture table and for a
+    With `plain` it is a PlainConfig where that is enough, which needs neither transformers nor torch. Code
+    stored alongside is never run. Raises UserError for a family outside the architecture table and for a
     model that is quantized, an encoder-decoder, or of a class that transformers does not have."""
+    raw = read_json(path)
+    if plain and (found := describe_plain(raw)):
+        return cast("PreTrainedConfig", found)
     from transformers import CONFIG_MAPPING
 
-    raw = read_json(path)
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise UserError(f"{path} names no 'model_type'; it is not a Hugging Face model config")
     if raw.get("quantization_config") is not None:
@@ -89,15 +92,23 @@ def _check_classes(raw: dict, path: Path) -> None:
         )
 
 
-def write_config(path: Path, config: "PreTrainedConfig", dtype: torch.dtype) -> None:
+def write_config(path: Path, config: "PreTrainedConfig", dtype: Dtype) -> None:
     """Write config.json of a causal language model stored in `dtype`, for transformers 4 and 5."""
+    described = add_older_keys(_describe_config(config, dtype))
+    write_text(path, json.dumps(described, indent=2, sort_keys=True) + "\n")
+
+
+def _describe_config(config: "PreTrainedConfig", dtype: Dtype) -> dict:
+    """Return config.json as transformers 5 writes it."""
+    if isinstance(config, PlainConfig):
+        return config.describe(dtype.name)
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = copy.deepcopy(config)
-    config.dtype = dtype
+    config.dtype = dtype.torch
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
-    described = add_older_keys(json.loads(config.to_json_string()))
-    write_text(path, json.dumps(described, indent=2, sort_keys=True) + "\n")
+    described: dict = json.loads(config.to_json_string())
+    return described
 
 
 # --- keys of transformers 4 ---------------------------------------------------------------------------------
@@ -194,8 +205,6 @@ def extract_settings(raw: dict) -> dict:
 
     These are temperature, top_p or the like; the result is {} if it has none. transformers 5 ignores them
     there, and both versions read generation_config.json before the config."""
-    from transformers import GenerationConfig
-
     kept_in_both = {
         *SPECIAL_IDS,
         "use_cache",
@@ -203,7 +212,7 @@ def extract_settings(raw: dict) -> dict:
         "output_hidden_states",
         "transformers_version",
     }
-    names = [key for key in GenerationConfig().to_dict() if key not in kept_in_both]
+    names = [key for key in list_setting_names() if key not in kept_in_both]
     settings = {key: raw[key] for key in names if raw.get(key) is not None}
     if not settings:
         return {}

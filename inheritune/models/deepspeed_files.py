@@ -16,7 +16,8 @@ from inheritune.errors import UserError
 from inheritune.files import markers
 from inheritune.files.markers import COMPLETE
 from inheritune.models.architectures import Shape
-from inheritune.models.extents import DTYPE_NAMES, Extent, Stored, cut_extents
+from inheritune.models.dtypes import FP32, find_dtype
+from inheritune.models.extents import Extent, Stored, cut_extents
 from inheritune.models.torch_files import load_skeleton, locate_tensor
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -96,10 +97,9 @@ def read_deepspeed(folder: Path, what: str = "master", check: bool = False) -> d
     parallelism and lost masters."""
     model_files, models = _load_models(folder, check)
     groups = models[0].get("param_shapes")
-    whole = {n: t for n, t in models[0]["module"].items() if t.dtype in DTYPE_NAMES and t.numel()}
+    whole = {n: t for n, t in models[0]["module"].items() if find_dtype(t.dtype) and t.numel()}
     in_module = {
-        n: Stored(tuple(t.shape), torch.float32, (locate_tensor(model_files[0], t),))
-        for n, t in whole.items()
+        n: Stored(tuple(t.shape), FP32, (locate_tensor(model_files[0], t),)) for n, t in whole.items()
     }
     if groups is None:  # ZeRO 0: the module itself is the master
         rounded = [name for name, tensor in whole.items() if tensor.element_size() < 4]
@@ -118,7 +118,7 @@ def read_deepspeed(folder: Path, what: str = "master", check: bool = False) -> d
         moments = _list_moments(states, stage, what, folder)
         if what == "step":  # one number per flat group, the same in all
             step = locate_tensor(optim_files[0], moments[0][0]["step"])
-            return {"step": Stored((), torch.float32, (step,))}
+            return {"step": Stored((), FP32, (step,))}
         vectors = [[group[what] for group in rank] for rank in moments]
     parts = [
         [locate_tensor(path, t) for t in vector] for path, vector in zip(optim_files, vectors, strict=True)
@@ -188,7 +188,7 @@ def _join_stage_3(
     for name, shape in shapes.items():
         part = math.ceil(math.prod(shape) / len(parts))
         extents = [extent for rank in parts for extent in cut_extents(rank, position, part)]
-        stored[name] = Stored(tuple(shape), torch.float32, cut_extents(extents, 0, math.prod(shape)))
+        stored[name] = Stored(tuple(shape), FP32, cut_extents(extents, 0, math.prod(shape)))
         position += part
     if any(sum(extent.count for extent in rank) != position for rank in parts):
         raise UserError(
@@ -210,8 +210,6 @@ def _join_stages_1_and_2(
     for g, group in enumerate(groups):
         vector, position = [rank[g] for rank in parts], 0
         for i, (name, shape) in enumerate(group.items()):
-            stored[name] = Stored(
-                tuple(shape), torch.float32, cut_extents(vector, position, math.prod(shape))
-            )
+            stored[name] = Stored(tuple(shape), FP32, cut_extents(vector, position, math.prod(shape)))
             position += math.prod(shape) + (paddings[g][i] if paddings else 0)
     return stored

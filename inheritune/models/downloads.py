@@ -3,9 +3,6 @@
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
 from inheritune.data.tokenizer_files import TOKENIZER_PATTERNS
 from inheritune.errors import UserError
 from inheritune.files.hub import explain_gated
@@ -20,6 +17,9 @@ def download_model(repo: str, revision: str | None) -> Path:
 
     The weights are safetensors, or .bin where there are none. With HF_HUB_OFFLINE=1 only the cache is used.
     Raises UserError if the model is in neither."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo) or repo.startswith("."):
         raise UserError(f"source '{repo}' is neither a folder nor a Hub id (owner/name)")
     try:

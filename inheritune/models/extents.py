@@ -8,16 +8,17 @@ ZeRO checkpoint. Nothing is mapped into memory.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from inheritune.errors import UserError
 from inheritune.models.architectures import Shape
+from inheritune.models.dtypes import Dtype
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""The float dtypes, by their names in safetensors headers."""
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+if TYPE_CHECKING:
+    import torch
+
 BLOCK_BYTES = 1 << 21
 """Bytes of a tensor that are copied at a time; half a megabyte to a few, a processor's cache, did equally
 well."""
@@ -30,7 +31,7 @@ class Extent:
     file: Path
     offset: int
     count: int
-    dtype: torch.dtype
+    dtype: Dtype
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Stored:
     """Where a tensor is stored: its extents, concatenated, are its elements in row-major order."""
 
     shape: Shape
-    dtype: torch.dtype | None
+    dtype: Dtype | None
     """None for a tensor that is not of floats. It is either a buffer, which nothing reads, or refused."""
     extents: tuple[Extent, ...]
 
@@ -63,13 +64,18 @@ def cut_extents(extents: Sequence[Extent], start: int, count: int) -> tuple[Exte
     return tuple(pieces)
 
 
-def read_tensor(stored: Stored) -> torch.Tensor:
+def read_tensor(stored: Stored) -> "torch.Tensor":
     """Read a tensor's elements into one buffer of its size. Raises UserError if a file is too short."""
-    result = torch.empty(stored.shape, dtype=stored.dtype)
+    import torch
+
+    assert stored.dtype is not None, "a tensor that is not of floats is never read"
+    result = torch.empty(stored.shape, dtype=stored.dtype.torch)
     flat, position = result.view(-1), 0
     for extent in stored.extents:
         target = flat[position : position + extent.count]
-        piece = target if extent.dtype == stored.dtype else torch.empty(extent.count, dtype=extent.dtype)
+        piece = (
+            target if extent.dtype == stored.dtype else torch.empty(extent.count, dtype=extent.dtype.torch)
+        )
         with open(extent.file, "rb") as file:
             file.seek(extent.offset)
             if file.readinto(view_bytes(piece).data) != extent.count * extent.dtype.itemsize:
@@ -101,9 +107,12 @@ def read_blocks(stored: Stored) -> Iterator[memoryview]:
                 left -= size
 
 
-def view_bytes(tensor: torch.Tensor) -> np.ndarray:
+def view_bytes(tensor: "torch.Tensor") -> np.ndarray:
     """Return the bytes of a contiguous CPU tensor as a numpy array that shares its memory."""
-    return tensor.view(-1).view(torch.uint8).numpy()
+    import torch
+
+    data: np.ndarray = tensor.view(-1).view(torch.uint8).numpy()
+    return data
 
 
 def is_same_tensor(one: Stored, other: Stored) -> bool:
@@ -112,26 +121,21 @@ def is_same_tensor(one: Stored, other: Stored) -> bool:
         return True
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
-    return torch.equal(*(torch.from_numpy(view_bytes(read_tensor(stored))) for stored in (one, other)))
+    if all([extent.dtype for extent in stored.extents] == [stored.dtype] for stored in (one, other)):
+        pairs = zip(read_blocks(one), read_blocks(other), strict=True)
+        return all(np.array_equal(np.frombuffer(a, "u1"), np.frombuffer(b, "u1")) for a, b in pairs)
+    return bool(np.array_equal(view_bytes(read_tensor(one)), view_bytes(read_tensor(other))))
 
 
 # --- values that are no numbers -----------------------------------------------------------------------------
 
-INFINITY_BITS = {
-    torch.float64: 0x7FF0 << 48,
-    torch.float32: 0x7F80 << 16,
-    torch.bfloat16: 0x7F80,
-    torch.float16: 0x7C00,
-}
-"""The bits of inf in each dtype."""
 
-
-def count_not_finite(data: memoryview | bytes | np.ndarray, dtype: torch.dtype) -> int:
+def count_not_finite(data: memoryview | bytes | np.ndarray, dtype: Dtype) -> int:
     """Return how many of the floats of `dtype` in the buffer `data` are nan or inf.
 
     Their bits are at or above those of inf, of either sign: two maxima of integers find none at the speed of
     reading."""
-    size, infinity = dtype.itemsize, INFINITY_BITS[dtype]
+    size, infinity = dtype.itemsize, dtype.infinity
     bits, sign = np.frombuffer(data, f"u{size}"), 1 << (8 * size - 1)
     if not bits.size or (bits.view(f"i{size}").max() < infinity and bits.max() < sign + infinity):
         return 0

@@ -8,8 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from inheritune.errors import UserError
 from inheritune.files.json_files import write_json
 from inheritune.files.markers import COMPLETE, hash_file, hash_folder
@@ -55,6 +53,7 @@ def convert_gguf(file: Path) -> Path:
 
 def _read(file: Path) -> tuple[Any, Any]:
     """Return (model, tokenizer) of a GGUF file. Raises UserError if transformers cannot read it."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     try:

@@ -5,26 +5,29 @@ with biases held at zero. Its config carries `frozen_zero_biases`, which every s
 GPT-2 lacks this key and keeps its trainable biases and standard scaling.
 """
 
+from __future__ import annotations
+
 import copy
 import inspect
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from inheritune.config.sections import Model
 from inheritune.errors import UserError
 from inheritune.models.architectures import Shape, find_architecture, find_depth_key
+from inheritune.models.plain_configs import PlainConfig
 from inheritune.models.sizes import compute_flops_per_token
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from inheritune.config.sections import Model
 
 # --- configurations -----------------------------------------------------------------------------------------
 
 
-def build_config(model: Model, layers: int | None = None) -> "PreTrainedConfig":
+def build_config(model: Model, layers: int | None = None) -> PreTrainedConfig:
     """Return the transformers configuration of `model`, `layers` blocks deep (default: the reference's)."""
     from transformers import GPT2Config, LlamaConfig
 
@@ -74,7 +77,7 @@ DROPOUT_RATES = re.compile(r"^(?!summary_|classifier_|seq_|qa_).*(drop|jitter)")
 uses them."""
 
 
-def clear_dropout(config: "PreTrainedConfig") -> dict[str, float]:
+def clear_dropout(config: PreTrainedConfig) -> dict[str, float]:
     """Set the dropout rates of `config`, and of the configs nested in it, to 0; return those that were not.
 
     The paper trains without dropout, and so does every run: a loss must not depend on how ranks draw random
@@ -92,12 +95,13 @@ def clear_dropout(config: "PreTrainedConfig") -> dict[str, float]:
 # --- models -------------------------------------------------------------------------------------------------
 
 
-def build_model(config: "PreTrainedConfig", attention: str | None = None) -> "PreTrainedModel":
+def build_model(config: PreTrainedConfig, attention: str | None = None) -> PreTrainedModel:
     """Build a model of `config` in fp32 with uninitialized weights, biases frozen where the config says so.
 
     It is built on the current default device; inside `deepspeed.zero.Init` its parameters are partitioned as
     they are made. `attention` is transformers' name of an implementation; None is SDPA, where the family has
     it (Gemma 2 and Bloom do not)."""
+    import torch
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -117,7 +121,7 @@ CAUSAL_ATTENTION = "inheritune_causal"
 """Name under which `find_training_attention` makes its implementation known to transformers."""
 
 
-def find_training_attention(config: "PreTrainedConfig") -> str | None:
+def find_training_attention(config: PreTrainedConfig) -> str | None:
     """Return the attention for batches without padding: SDPA that is only told `is_causal`; None where the
     family has no SDPA, or layers that see a window of the past only.
 
@@ -141,8 +145,10 @@ def find_training_attention(config: "PreTrainedConfig") -> str | None:
     return CAUSAL_ATTENTION
 
 
-def build_meta_model(config: "PreTrainedConfig") -> "PreTrainedModel":
+def build_meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Build a model of `config` on device meta: shapes without data."""
+    import torch
+
     with torch.device("meta"):
         return build_model(config)
 
@@ -160,8 +166,10 @@ def fuse_gelu(model: torch.nn.Module) -> None:
                 setattr(parent, name, GELUTanh())
 
 
-def takes_token_types(config: "PreTrainedConfig") -> bool:
+def takes_token_types(config: PreTrainedConfig) -> bool:
     """Return whether the family's model takes token_type_ids, as GPT-2 does to add an embedding for each."""
+    if isinstance(config, PlainConfig):
+        return config.takes_token_types
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -180,10 +188,12 @@ def list_saved_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: own[name] for name in model.state_dict() if name in own}
 
 
-def list_model_shapes(config: "PreTrainedConfig", where: str | Path = "the config") -> dict[str, Shape]:
+def list_model_shapes(config: PreTrainedConfig, where: str | Path = "the config") -> dict[str, Shape]:
     """Return {name: shape} of every tensor of a model of `config`, in the model's order and by its names.
 
     A tied head is left out. Raises UserError (naming `where`) if no model can be built from the config."""
+    if isinstance(config, PlainConfig):
+        return config.list_shapes()
     try:
         state = build_meta_model(config).state_dict()
     except Exception as error:  # transformers and torch raise many kinds for numbers that make no model
@@ -199,7 +209,7 @@ def list_model_shapes(config: "PreTrainedConfig", where: str | Path = "the confi
     }
 
 
-def list_checkpoint_shapes(config: "PreTrainedConfig", where: str | Path = "the config") -> dict[str, Shape]:
+def list_checkpoint_shapes(config: PreTrainedConfig, where: str | Path = "the config") -> dict[str, Shape]:
     """Return {name: shape} of every tensor of a checkpoint of `config`, in the model's order.
 
     A tied head is left out. Raises UserError as `list_model_shapes` does."""
@@ -211,11 +221,13 @@ def list_checkpoint_shapes(config: "PreTrainedConfig", where: str | Path = "the 
     }
 
 
-def find_linear_weights(model: "PreTrainedModel") -> dict[str, torch.nn.Parameter]:
+def find_linear_weights(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
     """Return {name: parameter} of the weights that are decayed: the matrices that multiply activations.
 
     A head tied to the embedding is left out (as in nanoGPT, embeddings, the tied head and norms are not
     decayed)."""
+    import torch
+
     embedding = model.get_input_embeddings().weight
     return {
         f"{name}.{key}": weight
@@ -228,14 +240,14 @@ def find_linear_weights(model: "PreTrainedModel") -> dict[str, torch.nn.Paramete
     }
 
 
-def count_parameters(config: "PreTrainedConfig") -> int:
+def count_parameters(config: PreTrainedConfig) -> int:
     """Return the number of trainable parameters: a tied head counted once, biases held at zero not counted.
 
     This is the count of the paper's Table 6."""
     return sum(p.numel() for p in build_meta_model(config).parameters() if p.requires_grad)
 
 
-def count_flops_per_token(config: "PreTrainedConfig", sequence_length: int) -> float:
+def count_flops_per_token(config: PreTrainedConfig, sequence_length: int) -> float:
     """Return the training FLOPs per token of a model of `config`, by sizes.compute_flops_per_token."""
     model = build_meta_model(config)
     # A token passes through some of the experts only, the first dimension of their weights.

@@ -14,6 +14,9 @@ FORWARD_SHARE = 1 / 3
 LOSS_CHUNK = 1 << 26
 """Elements of the logits that the loss converts to fp32 at once on a GPU where torch.compile does not work:
 268 MB, so that starting kernels costs nothing."""
+EVAL_BATCH = 8
+"""Windows per forward of a validation. It is fixed so that a window's loss does not depend on the number of
+ranks or the micro batch."""
 
 
 @dataclass(frozen=True)

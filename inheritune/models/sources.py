@@ -6,10 +6,9 @@ deepspeed_files.py (ZeRO). writer.py writes checkpoints.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from inheritune.errors import UserError
 from inheritune.files import markers
@@ -23,10 +22,9 @@ from inheritune.models.checkpoint_names import (
     take_text_tensors,
 )
 from inheritune.models.config_files import load_config
-from inheritune.models.deepspeed_files import find_tag_folder, read_deepspeed
 from inheritune.models.downloads import download_model
+from inheritune.models.dtypes import DTYPES, Dtype
 from inheritune.models.extents import (
-    DTYPES,
     Stored,
     count_not_finite,
     describe_not_finite,
@@ -36,8 +34,10 @@ from inheritune.models.extents import (
 )
 from inheritune.models.gguf_files import convert_gguf, find_gguf
 from inheritune.models.networks import list_model_shapes
-from inheritune.models.torch_files import read_bin
 from inheritune.models.weight_files import WEIGHTS, read_safetensors, read_weight_files
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Source:
@@ -57,10 +57,11 @@ class Source:
         config_path: Path,
         kind: str,
         stored: dict[str, Stored],
+        plain: bool = False,
     ):
         self.origin, self.revision, self.kind = origin, revision, kind
         self.folder, self.config_path = folder, config_path
-        self.config = load_config(config_path)
+        self.config = load_config(config_path, plain)
         self.config_hash = markers.hash_file(config_path)
         self.table = find_architecture(self.config)
         pieces = {
@@ -120,7 +121,7 @@ class Source:
         """Return the shape of `tensor(name)`."""
         return self._at(name).shape
 
-    def dtype(self, name: str) -> torch.dtype:
+    def dtype(self, name: str) -> Dtype:
         """Return the dtype of `tensor(name)`: as stored, fp32 for a DeepSpeed checkpoint."""
         dtype = self._at(name).dtype
         assert dtype is not None, f"{name} was not checked on opening"
@@ -139,14 +140,14 @@ class Source:
             path.name: {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns} for path, stat in stats.items()
         }
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str) -> "torch.Tensor":
         """Read the tensor from its own bytes only. Raises UserError if the file has shrunk meanwhile."""
         return read_tensor(self._at(name))
 
-    def finite_tensor(self, name: str) -> torch.Tensor:
+    def finite_tensor(self, name: str) -> "torch.Tensor":
         """Read `tensor(name)`. Raises UserError if it holds nan or inf: nothing can be computed with it."""
-        tensor = self.tensor(name)
-        if bad := count_not_finite(view_bytes(tensor), tensor.dtype):
+        tensor, dtype = self.tensor(name), self.dtype(name)
+        if bad := count_not_finite(view_bytes(tensor), dtype):
             raise UserError(
                 f"{self.folder}: {describe_not_finite({name: bad})}; restore the checkpoint or use another "
                 f"one"
@@ -166,16 +167,17 @@ class Source:
 
 # --- opening ------------------------------------------------------------------------------------------------
 
-READERS = {".safetensors": read_safetensors, ".bin": read_bin}
 
-
-def open_source(path_or_id: str | Path, revision: str | None = None, check: bool = True) -> Source:
+def open_source(
+    path_or_id: str | Path, revision: str | None = None, check: bool = True, plain: bool = False
+) -> Source:
     """Open a folder of Hugging Face or DeepSpeed weights, a GGUF file, or a Hub id (downloaded or cached).
 
     Only headers are read. A folder that this program wrote is compared with its hashes, unless `check` is
-    False because one rank did so for all; torch files are compared with their checksums. Raises UserError if
-    there is no such folder or model, if files are missing, cut off, damaged, left over or unsafe, or if the
-    tensors are not those that the config describes."""
+    False because one rank did so for all; torch files are compared with their checksums. `plain` says that
+    whole tensors will be copied, for which the table can stand in for transformers (`load_config`). Raises
+    UserError if there is no such folder or model, if files are missing, cut off, damaged, left over or
+    unsafe, or if the tensors are not those that the config describes."""
     folder = Path(path_or_id).expanduser()
     origin, commit = str(folder.absolute()), None
     if gguf := find_gguf(folder):
@@ -194,7 +196,20 @@ def open_source(path_or_id: str | Path, revision: str | None = None, check: bool
         markers.check_marked_folder(folder)
     kind, weights, config_path, stored = _read_any_kind(folder)
     _check_links(weights, stored)
-    return Source(origin, commit, weights, config_path, kind, stored)
+    return Source(origin, commit, weights, config_path, kind, stored, plain)
+
+
+def _find_reader(suffix: str) -> Callable[[Path], dict[str, Stored]]:
+    """Return what reads where the tensors of a file of weights are."""
+    if suffix == ".safetensors":
+        return read_safetensors
+
+    def read(path: Path) -> dict[str, Stored]:
+        from inheritune.models.torch_files import read_bin
+
+        return read_bin(path)
+
+    return read
 
 
 def _read_any_kind(folder: Path) -> tuple[str, Path, Path, dict[str, Stored]]:
@@ -202,9 +217,11 @@ def _read_any_kind(folder: Path) -> tuple[str, Path, Path, dict[str, Stored]]:
 
     Raises UserError if it holds no weights."""
     for stem, suffix in WEIGHTS:
-        stored = read_weight_files(folder, stem, suffix, READERS[suffix])
+        stored = read_weight_files(folder, stem, suffix, _find_reader(suffix))
         if stored is not None:
             return suffix.removeprefix("."), folder, folder / "config.json", stored
+    from inheritune.models.deepspeed_files import find_tag_folder
+
     if tag := find_tag_folder(folder):
         config_folder = tag if (tag / "config.json").is_file() else folder
         return "deepspeed", tag, config_folder / "config.json", _read_tag(folder, tag)
@@ -225,6 +242,8 @@ def _read_tag(folder: Path, tag: Path) -> dict[str, Stored]:
         raise UserError(
             f"{folder} has no COMPLETE marker: its saving was interrupted; use an earlier checkpoint"
         )
+    from inheritune.models.deepspeed_files import read_deepspeed
+
     try:
         return read_deepspeed(tag, check=not is_marked)  # the hashes of a marked folder have been checked
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 import xxhash
 
 from inheritune.config.layers import parse_layers, place_layers
@@ -25,6 +24,7 @@ from inheritune.data.tokenizer_files import count_ids
 from inheritune.errors import UserError, suggest_name
 from inheritune.models.architectures import find_architecture
 from inheritune.models.config_files import drop_older_keys
+from inheritune.models.dtypes import FP32, STORED_AS, Dtype
 from inheritune.models.layer_facts import INDEXES, LEADING, PER_LAYER, check_blocks, cut_config
 from inheritune.models.networks import list_checkpoint_shapes
 from inheritune.models.sizes import halve_heads, scale_width
@@ -33,9 +33,6 @@ from inheritune.models.targets import Origin, write_target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-STORED_AS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Dtypes that a target can be stored in, by their names on the command line."""
 
 
 def inherit(
@@ -64,7 +61,9 @@ def inherit(
     parts, modules = _order_names(parts, PARTS, "parts"), _order_names(modules, MODULES + NORMS, "modules")
     if dtype is not None and dtype not in STORED_AS:
         raise UserError(f"inherit: unknown dtype '{dtype}'; {suggest_name(dtype, STORED_AS)}")
-    opened = open_source(source, revision)
+    is_whole = set(parts) == set(PARTS) and set(modules) >= set(MODULES)
+    plain = is_whole and dtype is None and depth is None and at == 0
+    opened = open_source(source, revision, plain=plain)
     table, n_source = opened.table, getattr(opened.config, opened.table.layers)
     for name in modules:
         if name in NORMS and name not in table.modules:
@@ -105,7 +104,7 @@ def _inherit_origins(
     template: int,
     parts: Sequence[str],
     modules: Sequence[str],
-    dtype: torch.dtype | None,
+    dtype: Dtype | None,
 ) -> dict[str, Origin]:
     """Return the origin of every tensor of `config`, whose blocks are `layers` of the source (None: random).
 
@@ -200,7 +199,7 @@ def write_random(config: "PreTrainedConfig", out: str | Path, seed: int = 0) -> 
     """Write the random start of `config` to `out`: every tensor fresh, fp32; returns the manifest.
 
     Raises UserError as `inherit` does."""
-    origins = {name: Origin(torch.float32) for name in list_checkpoint_shapes(config)}
+    origins = {name: Origin(FP32) for name in list_checkpoint_shapes(config)}
     described = {key: value for key, value in config.to_dict().items() if key not in INCIDENTAL}
     digest = xxhash.xxh3_128_hexdigest(json.dumps(described, sort_keys=True, default=str).encode())
     about = {

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from inheritune.data.tokenizer_files import copy_tokenizer
 from inheritune.errors import UserError
 from inheritune.files import json_files, markers, storage, writing
@@ -20,14 +18,15 @@ from inheritune.files.markers import INHERITED
 from inheritune.files.outputs import check_new_folder, resolve_output
 from inheritune.models.architectures import Shape
 from inheritune.models.config_files import copy_settings
+from inheritune.models.dtypes import Dtype
 from inheritune.models.extents import describe_not_finite
-from inheritune.models.initialization import make_fresh_tensor
 from inheritune.models.networks import list_checkpoint_shapes, takes_token_types
 from inheritune.models.sources import Source, open_source
 from inheritune.models.writer import write_checkpoint
 from inheritune.runtime.log import logger
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig
 
 SPARE_BYTES = 16 << 20  # for headers, configs and tokenizer files
@@ -37,7 +36,7 @@ SPARE_BYTES = 16 << 20  # for headers, configs and tokenizer files
 class Origin:
     """Where one tensor of a target comes from: `name` in `source`, or a fresh value (source None)."""
 
-    dtype: torch.dtype
+    dtype: Dtype
     """How the target stores it."""
     source: Source | None = None
     name: str = ""
@@ -45,7 +44,7 @@ class Origin:
     """0: the whole tensor. Else its first entries in every dimension, as many as the target has, where the
     last dimension is `fused` matrices side by side (queries, keys, values), each cut alike."""
 
-    def read_value(self, shape: Shape) -> torch.Tensor | Iterator[memoryview]:
+    def read_value(self, shape: Shape) -> "torch.Tensor | Iterator[memoryview]":
         """Read the value from the source, cut to `shape` if it is to be cut.
 
         The value is blocks of bytes where these are only copied."""
@@ -59,7 +58,7 @@ class Origin:
         if self.fused:
             corner = (*shape[:-1], self.fused, shape[-1] // self.fused)
             tensor = tensor.unflatten(-1, (self.fused, -1))[tuple(map(slice, corner))].flatten(-2)
-        return tensor.to(self.dtype)
+        return tensor.to(self.dtype.torch)
 
 
 def write_target(
@@ -87,11 +86,13 @@ def write_target(
     need = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
     storage.check_free_space(out, need + SPARE_BYTES, str(out))
 
-    def make_tensor(name: str) -> torch.Tensor | Iterator[memoryview]:
+    def make_tensor(name: str) -> "torch.Tensor | Iterator[memoryview]":
         origin = origins[name]
         if origin.source:
             return origin.read_value(shapes[name])
-        return make_fresh_tensor(name, shapes[name], config, seed).to(origin.dtype)
+        from inheritune.models.initialization import make_fresh_tensor
+
+        return make_fresh_tensor(name, shapes[name], config, seed).to(origin.dtype.torch)
 
     with writing.replace_atomically(out, new=True) as folder:
         folder.mkdir(parents=True)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from inheritune.errors import NoAccess, UserError
-from inheritune.models.extents import DTYPE_NAMES, Extent, Stored
+from inheritune.models.dtypes import find_dtype
+from inheritune.models.extents import Extent, Stored
 
 
 class _Plain:
@@ -97,9 +98,10 @@ def locate_tensor(path: Path, tensor: torch.Tensor) -> Extent:
         raise UserError(
             f"{path} holds {what}; open it with transformers and save it again with save_pretrained"
         )
-    if tensor.dtype not in DTYPE_NAMES:
+    dtype = find_dtype(tensor.dtype)
+    if dtype is None:
         raise UserError(f"{path} holds a tensor of {tensor.dtype}; only float weights can be sliced")
-    return Extent(path, place + tensor.storage_offset() * tensor.element_size(), tensor.numel(), tensor.dtype)
+    return Extent(path, place + tensor.storage_offset() * tensor.element_size(), tensor.numel(), dtype)
 
 
 def read_bin(path: Path) -> dict[str, Stored]:
@@ -109,5 +111,8 @@ def read_bin(path: Path) -> dict[str, Stored]:
     loaded = load_skeleton(path, check=True)
     if not isinstance(loaded, dict):
         raise UserError(f"{path} holds a {type(loaded).__name__}, not a mapping of names to tensors")
-    floats = {n: t for n, t in loaded.items() if isinstance(t, torch.Tensor) and t.dtype in DTYPE_NAMES}
-    return {name: Stored(tuple(t.shape), t.dtype, (locate_tensor(path, t),)) for name, t in floats.items()}
+    floats = {n: t for n, t in loaded.items() if isinstance(t, torch.Tensor) and find_dtype(t.dtype)}
+    return {
+        name: Stored(tuple(t.shape), find_dtype(t.dtype), (locate_tensor(path, t),))
+        for name, t in floats.items()
+    }

@@ -13,7 +13,8 @@ from pathlib import Path
 from inheritune.errors import UserError
 from inheritune.files import json_files
 from inheritune.models.architectures import Shape
-from inheritune.models.extents import DTYPES, Extent, Stored
+from inheritune.models.dtypes import DTYPES
+from inheritune.models.extents import Extent, Stored
 
 WEIGHTS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 """(stem, suffix) of the names of weight files, in order of preference."""

@@ -11,20 +11,23 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-import torch
 import xxhash
 
 from inheritune.files import json_files, markers, writing
 from inheritune.models.architectures import Shape
 from inheritune.models.config_files import write_config
-from inheritune.models.extents import BLOCK_BYTES, DTYPE_NAMES, count_not_finite, view_bytes
+from inheritune.models.dtypes import Dtype
+from inheritune.models.extents import BLOCK_BYTES, count_not_finite, view_bytes
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig
 
-Specs = dict[str, tuple[Shape, torch.dtype]]
+    Value = torch.Tensor | Iterable[memoryview]
+
+Specs = dict[str, tuple[Shape, Dtype]]
 """{name: (shape, dtype)} of the tensors of a checkpoint, in their order."""
 SHARD_BYTES = 2 << 30
 WRITING_THREADS = 4
@@ -62,7 +65,7 @@ class CheckpointWriter:
             shape, dtype = self.specs[name]
             end = position + math.prod(shape) * dtype.itemsize
             header[name] = {
-                "dtype": DTYPE_NAMES[dtype],
+                "dtype": dtype.code,
                 "shape": list(shape),
                 "data_offsets": [position, end],
             }
@@ -86,7 +89,7 @@ class CheckpointWriter:
         writing.sync_path(folder / file)  # here, while other threads write, not all at the end
         self.files[file] = {"bytes": size, "xxh3": digest.hexdigest()}
 
-    def add(self, name: str, tensor: torch.Tensor | Iterable[memoryview]) -> None:
+    def add(self, name: str, tensor: "Value") -> None:
         """Append the next tensor of its shard (on CPU or GPU, of the announced dtype and shape).
 
         Instead of a tensor, blocks of its bytes may be given."""
@@ -97,13 +100,9 @@ class CheckpointWriter:
         if self.folder is None:
             return
         shape, dtype = self.specs[name]
-        if isinstance(tensor, torch.Tensor):
-            assert (tuple(tensor.shape), tensor.dtype) == (shape, dtype), (
-                f"{name}: {tensor.shape} {tensor.dtype}, not {shape} {dtype}"
-            )
-            blocks: Iterable[memoryview] = _cut_blocks(tensor)
-        else:
-            blocks = tensor
+        blocks = cast("Iterable[memoryview]", tensor)
+        if hasattr(tensor, "untyped_storage"):  # a tensor of torch, which need not be imported
+            blocks = _cut_blocks(name, cast("torch.Tensor", tensor), shape, dtype)
         if file not in self._open:
             self._begin(self.folder, file)
         digest, written, bad = xxhash.xxh3_128(), 0, 0
@@ -151,8 +150,11 @@ def _fill_shards(specs: Specs, max_shard_bytes: int) -> list[list[str]]:
     return shards
 
 
-def _cut_blocks(tensor: torch.Tensor) -> Iterable[memoryview]:
-    """Return the bytes of a tensor in blocks of BLOCK_BYTES."""
+def _cut_blocks(name: str, tensor: "torch.Tensor", shape: Shape, dtype: Dtype) -> Iterable[memoryview]:
+    """Return the bytes of a tensor of `shape` and `dtype` in blocks of BLOCK_BYTES."""
+    assert (tuple(tensor.shape), str(tensor.dtype)) == (shape, str(dtype)), (
+        f"{name}: {tensor.shape} {tensor.dtype}, not {shape} {dtype}"
+    )
     data = view_bytes(tensor.detach().cpu().contiguous()).data
     return (data[first : first + BLOCK_BYTES] for first in range(0, len(data), BLOCK_BYTES))
 
@@ -161,7 +163,7 @@ def write_checkpoint(
     folder: Path,
     config: "PreTrainedConfig",
     specs: Specs,
-    make_tensor: Callable[[str], torch.Tensor | Iterable[memoryview]],
+    make_tensor: Callable[[str], "Value"],
     max_shard_bytes: int = SHARD_BYTES,
 ) -> dict:
     """Write the tensors of `specs`, each requested from `make_tensor` when its turn comes.

@@ -7,7 +7,7 @@ otherwise.
 
 from inheritune.config.sections import Model, Train
 from inheritune.engines.sizes import count_checkpoint_bytes
-from inheritune.models.sizes import LOSS_CHUNK, list_parameters
+from inheritune.models.sizes import EVAL_BATCH, LOSS_CHUNK, list_parameters
 from inheritune.planning.activations import count_activations, get_element_sizes
 from inheritune.planning.states import (
     ZERO_DEFAULTS,
@@ -74,8 +74,6 @@ def estimate_memory(
 
 def _count_validation_logits(model: Model, length: int, product_element: int) -> float:
     """Return the bytes of a validation batch's logits and of the chunk that the loss converts to fp32."""
-    from inheritune.training.validate import EVAL_BATCH
-
     logits = EVAL_BATCH * length * model.vocab_size
     return logits * product_element + 8 * min(logits, LOSS_CHUNK)
 

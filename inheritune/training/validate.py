@@ -13,13 +13,10 @@ import xxhash
 
 from inheritune.data.batches import Tokens
 from inheritune.errors import UserError
+from inheritune.models.sizes import EVAL_BATCH
 from inheritune.runtime.dist import get_rank, get_world_size, sum_over_ranks
 from inheritune.runtime.log import make_progress_bar
 from inheritune.training import losses
-
-EVAL_BATCH = 8
-"""Windows per forward. It is fixed so that a window's loss does not depend on the number of ranks or the
-micro batch."""
 
 
 def final_windows(tokens: Tokens, length: int, count: int) -> np.ndarray:

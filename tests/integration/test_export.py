@@ -31,6 +31,7 @@ from inheritune.evaluation import export as module
 from inheritune.files.json_files import read_json, write_json
 from inheritune.files.markers import hash_folder
 from inheritune.files.rundir import RunDir, get_data_dir
+from inheritune.models.dtypes import BF16, FP32, find_dtype
 from inheritune.models.initialization import make_generator
 from inheritune.models.networks import list_checkpoint_shapes
 from inheritune.models.sources import open_source
@@ -43,7 +44,10 @@ def store(folder: Path, model: torch.nn.Module) -> None:
     """Write a model's weights and config into `folder`, beside the tokenizer that is there."""
     weights = weights_of(model)
     write_checkpoint(
-        folder, model.config, {n: (tuple(t.shape), t.dtype) for n, t in weights.items()}, weights.get
+        folder,
+        model.config,
+        {n: (tuple(t.shape), find_dtype(t.dtype)) for n, t in weights.items()},
+        weights.get,
     )
 
 
@@ -113,7 +117,7 @@ def test_export_is_a_plain_gpt2_with_the_same_logits(trained, tmp_path):
 def test_bf16_states_its_difference(trained, tmp_path):
     module.export(str(trained / "half"), str(tmp_path / "out"), "bf16")
     source = open_source(tmp_path / "out")
-    assert {source.dtype(name) for name in source.names()} == {torch.bfloat16}
+    assert {source.dtype(name) for name in source.names()} == {BF16}
     stated = float(
         re.search(r"by at most (\S+) \(the largest", (tmp_path / "out" / "README.md").read_text())[1]
     )
@@ -175,7 +179,7 @@ def test_other_families_lose_their_padding_only(kind, tmp_path):
     store(tmp_path / "ours", random_model(config_of(kind)))
     source = open_source(tmp_path / "ours")
     config = module.make_portable_config(source.config, 57, 56)
-    specs = {name: (shape, torch.float32) for name, shape in list_checkpoint_shapes(config).items()}
+    specs = {name: (shape, FP32) for name, shape in list_checkpoint_shapes(config).items()}
     write_checkpoint(
         tmp_path / "out", config, specs, lambda name: module.make_portable_tensor(source, config, name)
     )
@@ -323,10 +327,10 @@ def test_dtype_is_that_of_the_start_unless_another_is_asked_for(trained, tmp_pat
     write_json(run.init / "config.json", described | {"dtype": "bfloat16"}, seal=False)
     assert "in bf16" in run_verb("export", run.path, "--to", tmp_path / "out").stdout
     run_verb("export", run.path, "--to", tmp_path / "asked", "--dtype", "fp32")
-    for name, dtype in (("out", torch.bfloat16), ("asked", torch.float32)):
+    for name, dtype in (("out", BF16), ("asked", FP32)):
         source, config = open_source(tmp_path / name), read_json(tmp_path / name / "config.json")
         assert {source.dtype(tensor) for tensor in source.names()} == {dtype}
-        assert config["dtype"] == config["torch_dtype"] == str(dtype).removeprefix("torch.")
+        assert config["dtype"] == config["torch_dtype"] == dtype.name
 
 
 # --- tokenizers ---------------------------------------------------------------------------------------------

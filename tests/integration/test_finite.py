@@ -14,6 +14,7 @@ from inheritune.files.json_files import read_json, write_json
 from inheritune.files.markers import INHERITED
 from inheritune.files.rundir import RunDir, get_data_dir
 from inheritune.models import extents
+from inheritune.models.dtypes import FP32, find_dtype
 from inheritune.models.extents import count_not_finite
 from inheritune.models.sources import open_source
 from inheritune.models.surgery import extend_model, halve_width, inherit, write_random
@@ -43,9 +44,9 @@ def test_what_is_counted_is_what_is_not_finite(dtype):
     bad = torch.tensor([float("nan"), -float("nan"), float("inf"), -float("inf")], dtype=dtype)
 
     def count(tensor: torch.Tensor) -> int:
-        return count_not_finite(tensor.view(torch.uint8).numpy(), dtype)
+        return count_not_finite(tensor.view(torch.uint8).numpy(), find_dtype(dtype))
 
-    assert count(finite) == 0 and count_not_finite(b"", dtype) == 0
+    assert count(finite) == 0 and count_not_finite(b"", find_dtype(dtype)) == 0
     for one in bad:
         assert count(torch.cat([finite, one[None]])) == 1
     mixed = torch.cat([bad, finite, bad, bad])
@@ -120,7 +121,7 @@ def test_blocks_of_a_disk_that_gives_a_few_bytes_at_a_time_are_whole_elements(tm
     for name in opened.names():
         blocks = [bytes(block) for block in opened.blocks(name)]
         assert b"".join(blocks) == expected[name] and all(len(block) % 4 == 0 for block in blocks)
-    assert sum(count_not_finite(block, torch.float32) for block in opened.blocks(BAD)) == 2
+    assert sum(count_not_finite(block, FP32) for block in opened.blocks(BAD)) == 2
 
 
 def test_start_of_an_older_version_is_looked_through(tmp_path):

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_families import FAMILIES, POSITIONS, family_config, positions_config
 from tiny_tokenizers import write_chat_tokenizer
 
@@ -25,6 +24,7 @@ from inheritune.models.config_files import (
     load_config,
     write_config,
 )
+from inheritune.models.dtypes import BF16, FP32
 
 BOTH = ["input_ids", "attention_mask"]
 BPE = {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}
@@ -33,11 +33,11 @@ BPE = {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "ByteLevel", "add_pre
 @pytest.mark.parametrize("name", [*FAMILIES, *POSITIONS])
 def test_config_that_is_read_and_written_again_is_the_same(tmp_path, name):
     config = positions_config(name) if name in POSITIONS else family_config(name)
-    write_config(tmp_path / "once.json", config, torch.bfloat16)
+    write_config(tmp_path / "once.json", config, BF16)
     read = load_config(tmp_path / "once.json")
     incidental = {"dtype": None, "architectures": None}
     assert drop_older_keys(read.to_dict() | incidental) == drop_older_keys(config.to_dict() | incidental)
-    write_config(tmp_path / "twice.json", read, torch.bfloat16)
+    write_config(tmp_path / "twice.json", read, BF16)
     once, twice = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("once", "twice"))
     assert once == twice and once["torch_dtype"] == once["dtype"] == "bfloat16"
 
@@ -69,7 +69,7 @@ def test_config_with_positions_of_both_kinds_is_written_as_it_is_computed(tmp_pa
         "rope_parameters": {"rope_type": "default", "rope_theta": 99.0},
     }
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    write_config(tmp_path / "written.json", load_config(tmp_path / "config.json"), torch.float32)
+    write_config(tmp_path / "written.json", load_config(tmp_path / "config.json"), FP32)
     written = json.loads((tmp_path / "written.json").read_text())
     assert (
         written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 99.0

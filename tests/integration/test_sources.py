@@ -22,6 +22,7 @@ from inheritune.errors import UserError
 from inheritune.files.json_files import write_json
 from inheritune.files.markers import hash_folder
 from inheritune.models import deepspeed_files, extents
+from inheritune.models.dtypes import FP32
 from inheritune.models.networks import list_checkpoint_shapes
 from inheritune.models.sources import open_source
 from inheritune.models.writer import CheckpointWriter, write_checkpoint
@@ -61,7 +62,7 @@ def test_every_layout_gives_the_saved_tensors(tmp_path, kind, layout):
     assert source.names() == list(expected)
     for name, tensor in expected.items():
         assert torch.equal(source.tensor(name), tensor)
-        assert source.shape(name) == tuple(tensor.shape) and source.dtype(name) == torch.float32
+        assert source.shape(name) == tuple(tensor.shape) and source.dtype(name) == FP32
         assert (tmp_path / source.file_of(name)).is_file()
     assert torch.equal(source.tensor("lm_head.weight"), model.lm_head.weight)
 
@@ -213,7 +214,7 @@ def test_zero_checkpoints_give_the_engines_weights(zero_checkpoints, ranks, stag
     source = open_source(folder)
     assert source.kind == "deepspeed" and source.names() == list(truth)
     for name, tensor in truth.items():
-        assert source.dtype(name) == torch.float32 and torch.equal(source.tensor(name), tensor), name
+        assert source.dtype(name) == FP32 and torch.equal(source.tensor(name), tensor), name
     if kind == "paper":
         assert torch.equal(source.tensor("lm_head.weight"), truth["transformer.wte.weight"])
 
@@ -530,7 +531,7 @@ def test_hub_id_from_the_cache_without_network(tmp_path, monkeypatch):
 # --- the writer ---------------------------------------------------------------------------------------------
 
 
-def specs_of(config, dtype=torch.float32):
+def specs_of(config, dtype=FP32):
     return {name: (shape, dtype) for name, shape in list_checkpoint_shapes(config).items()}
 
 

@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from inheritune.models import config_files, initialization, networks
+from inheritune.models import config_files, dtypes, initialization, networks
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
@@ -82,7 +82,7 @@ def save(out: Path, kind: str, config, stage: int) -> None:
     weights = true_weights(engine, stage)
     moments = true_moments(engine) if stage else {}
     if rank == 0:
-        config_files.write_config(folder / "config.json", config, torch.float32)
+        config_files.write_config(folder / "config.json", config, dtypes.FP32)
         torch.save(weights, out / f"{folder.name}.truth")
         torch.save(moments, out / f"{folder.name}.moments")
     engine.destroy()
