@@ -191,7 +191,7 @@ class Preparation:
 
         With `first_shard` they include the validation text: which tokens that is, is known only once there
         are tokens."""
-        weights, left, n_texts = self.data.weights, float(BPE_SAMPLE_BYTES), 0
+        weights, left, n_texts = self.data.shares, float(BPE_SAMPLE_BYTES), 0
         defects: Counter[str] = Counter()
         for group in self.corpus.groups:
             if weights:
@@ -203,7 +203,7 @@ class Preparation:
                     if left <= 0:
                         break
                     try:
-                        text = extract_text(batch.kind, raw, self.data.text_key)
+                        text = extract_text(batch.kind, raw, batch.key)
                     except UnusableDocument as defect:
                         defects[str(defect)] += 1
                         continue
@@ -255,7 +255,7 @@ class Preparation:
 
         With weights, reading ends with the first group that has no more documents: the shares would not
         hold."""
-        weights = self.data.weights
+        weights = self.data.shares
         size = MIXED_BATCH_BYTES if weights else BATCH_BYTES
         streams = {
             group: encode_batches(
@@ -376,7 +376,7 @@ class Preparation:
             "bad_documents": self.bad,
             "fingerprint": xxhash.xxh3_128_hexdigest(key.encode()),
         }
-        if data.source == "embedded":
+        if data.takes_from("embedded"):
             manifest |= {"python": platform.python_version(), "licence": LICENCES["embedded"]}
         files = hash_folder(self.tokenizer_dir)
         manifest["tokenizer_files"] = {f"tokenizer/{name}": facts for name, facts in files.items()}

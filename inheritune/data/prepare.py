@@ -21,6 +21,7 @@ from pathlib import Path
 from inheritune.config.experiment import Experiment
 from inheritune.data.corpus_changes import report_changes
 from inheritune.data.documents import Corpus
+from inheritune.data.first_documents import check_first_documents
 from inheritune.data.preparation import Preparation
 from inheritune.data.worker_pool import kill_workers, open_pool
 from inheritune.errors import UserError
@@ -50,10 +51,13 @@ def prepare(experiment: Experiment, workers: int | None = None) -> Path:
         if _is_prepared(folder):
             report_changes(experiment, folder)
             return folder
+        corpus = Corpus(data, folder)
+        if not folder.is_dir():
+            check_first_documents(corpus)
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
         remove_path(folder / MANIFEST)
-        preparation = Preparation(data, folder, Corpus(data, folder))
+        preparation = Preparation(data, folder, corpus)
         with open_pool(workers, data, preparation.tokenizer_dir) as pool:
             try:
                 preparation.run(pool, window=2 * workers + 2)

@@ -111,15 +111,15 @@ def kill_workers() -> None:
 # --- encoding -----------------------------------------------------------------------------------------------
 
 
-def encode_documents(kind: str, raws: list[bytes | None]) -> Encoded:
-    """Encode a batch of documents with this worker's tokenizer."""
+def encode_documents(kind: str, key: str, raws: list[bytes | None]) -> Encoded:
+    """Encode a batch of documents, as `extract_text` takes them, with this worker's tokenizer."""
     if _worker is None:
         raise RuntimeError("_start_worker has not run in this process")
     tokenizer, data = _worker
     texts, used, bad = [], [], []
     for index, raw in enumerate(raws):
         try:
-            texts.append(extract_text(kind, raw, data.text_key))
+            texts.append(extract_text(kind, raw, key))
             used.append(index)
         except UnusableDocument as defect:
             bad.append((index, str(defect)))
@@ -140,7 +140,7 @@ def _submit(pool: Executor, batch: DocumentBatch) -> "Future[Encoded]":
     """Hand a batch to a worker. The pool starts its workers here. One that is killed while it starts closes
     the pipe through which it is told what to do: that too is a broken pool."""
     try:
-        return pool.submit(encode_documents, batch.kind, batch.raws)
+        return pool.submit(encode_documents, batch.kind, batch.key, batch.raws)
     except BrokenPipeError as error:
         raise BrokenProcessPool("a worker process ended while it started") from error
 

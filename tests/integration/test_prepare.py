@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import sentencepiece
@@ -191,9 +192,14 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path, monkeypatch):
     assert results[0] == results[1] and len(results[0]) > 10
 
 
-def test_a_killed_prepare_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch):
-    write_jsonl(tmp_path / "a.jsonl", some_texts(6000) * 3)
-    chosen = experiment(files=[str(tmp_path / "a.jsonl")], shard_tokens=150_000)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])  # our reader, and one of the datasets library
+def test_a_killed_prepare_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch, name):
+    texts = some_texts(6000) * 3
+    if name == "a.csv":
+        pa.csv.write_csv(pa.table({"text": texts}), tmp_path / name)
+    else:
+        write_jsonl(tmp_path / name, texts)
+    chosen = experiment(files=[str(tmp_path / name)], shard_tokens=150_000)
     unbroken = contents(prepare(chosen, 2))
     monkeypatch.setenv("INHERITUNE_ROOT", str(tmp_path / "killed"))
     folder = get_data_dir(chosen)
@@ -398,15 +404,15 @@ def test_refusals(tmp_path):
             prepare(experiment(**data), 1)
 
     write_jsonl(tmp_path / "good.jsonl", some_texts(20))
-    (tmp_path / "data.csv").write_text("text\nhello\n")
+    (tmp_path / "data.pdf").write_text("text\nhello\n")
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n\n{}\n')
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(os.urandom(5000) + b"\n")[:3000])
     (tmp_path / "cut.jsonl.zst").write_bytes(b"no zstandard")
     pq.write_table(pa.table({"txt": ["a"], "number": [1]}), tmp_path / "good.parquet")
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "good.parquet").read_bytes()[:50])
     refused(
-        r"data.csv: documents are read from \.txt, .*\.jsonl\.zst.* files only",
-        files=[str(tmp_path / "*.csv")],
+        r"data.pdf: documents are read from \.txt, .*\.jsonl\.zst.* files only",
+        files=[str(tmp_path / "*.pdf")],
     )
     refused("matches no file", files=[str(tmp_path / "nothing*.txt")])
     train_bpe("bpe:300", some_texts(20), tmp_path / "hf")
@@ -420,7 +426,9 @@ def test_refusals(tmp_path):
     refused("cut.jsonl.gz is cut off or damaged", files=[str(tmp_path / "cut.jsonl.gz")])
     refused("cut.jsonl.zst is cut off or damaged", files=[str(tmp_path / "cut.jsonl.zst")])
     refused("cut.parquet is not a complete parquet file", files=[str(tmp_path / "cut.parquet")])
-    refused("no column 'text' .* did you mean 'txt'", files=[str(tmp_path / "good.parquet")])
+    refused(
+        "no column 'text' .* did you mean 'txt'. It has: txt, number", files=[str(tmp_path / "good.parquet")]
+    )
     refused("column 'number' .* holds int64", files=[str(tmp_path / "good.parquet")], text_key="number")
     refused(
         "none into 'train'",
