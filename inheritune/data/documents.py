@@ -21,6 +21,7 @@ from pathlib import Path
 import xxhash
 
 from inheritune.config.sections import Data, Source
+from inheritune.data.chat_template import ChatTemplate
 from inheritune.data.decoders import (
     BYTE_ORDER_MARK,
     count_parquet,
@@ -243,13 +244,15 @@ class UnusableDocument(Exception):
     """A document that is left out. The message is the kind of defect that the manifest counts."""
 
 
-def extract_text(kind: str, raw: bytes | None, key: str) -> str:
-    """Return the document's text. Raises UnusableDocument."""
+def extract_text(kind: str, raw: bytes | None, key: str, template: ChatTemplate | None = None) -> str:
+    """Return the document's text: a ChatText if it is a chat, which needs a `template`.
+
+    Raises UnusableDocument."""
     if not raw:
         raise UnusableDocument("empty text")
     text = _decode(kind, raw)
     if kind == "json":
-        text = _get_row_text(text, key)
+        text = _get_row_text(text, key, template)
     if not text:
         raise UnusableDocument("empty text")
     if text.count("\0") > MOST_NULS * len(text):
@@ -280,8 +283,8 @@ def _decode(kind: str, raw: bytes) -> str:
         raise UnusableDocument("not UTF-8") from None
 
 
-def _get_row_text(line: str, key: str) -> str:
-    """Return the text that a line of JSON holds under `key`. Raises UnusableDocument."""
+def _get_row_text(line: str, key: str, template: ChatTemplate | None) -> str:
+    """Return the text or the rendered chat that a line of JSON holds under `key`. Raises UnusableDocument."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -290,6 +293,11 @@ def _get_row_text(line: str, key: str) -> str:
         raise UnusableDocument("not a JSON object")
     if key not in row:
         raise UnusableDocument(f"no key '{key}'")
+    if isinstance(row[key], list) and template is not None:
+        try:
+            return template.render(row[key])
+        except ValueError as defect:
+            raise UnusableDocument(str(defect)) from None
     if not isinstance(row[key], str):
         raise UnusableDocument(f"'{key}' is not text")
     return row[key]

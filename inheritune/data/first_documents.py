@@ -4,8 +4,11 @@ import itertools
 import json
 from collections.abc import Iterator
 
+from inheritune.config.sections import Data
+from inheritune.data.bpe_training import parse_bpe_size
 from inheritune.data.decoders import make_column_error
 from inheritune.data.documents import Corpus, DocumentBatch, batch_documents
+from inheritune.data.tokenizer_loading import load_tokenizer
 from inheritune.errors import UserError
 
 ROWS = 20
@@ -13,8 +16,8 @@ ROWS = 20
 
 
 def check_first_documents(corpus: Corpus) -> None:
-    """Raise UserError if there is no document at all, none in a group that has a weight, or if none of a
-    group's first rows has the key of the text."""
+    """Raise UserError if there is no document at all, none in a group that has a weight, if none of a group's
+    first rows has the key of the text, or if they are chats and the tokenizer has no chat template."""
     empty = [group for group in corpus.groups if not _check_group(corpus, group)]
     name, shares = corpus.data.name, corpus.data.shares
     if len(empty) == len(corpus.groups):
@@ -34,10 +37,22 @@ def _check_group(corpus: Corpus, group: str) -> bool:
         same = itertools.takewhile(lambda batch: batch.places[0][0] == file, batches)
         rows = [_parse_row(raw) for raw in _list_raws(itertools.islice(same, ROWS), first.raws)]
         objects = [row for row in rows if isinstance(row, dict) and row]
+        if any(isinstance(row.get(key), list) for row in objects):
+            _check_template(corpus.data, key)
         if len(objects) == len(rows) and not any(key in row for row in objects):
             names = dict.fromkeys(name for row in objects for name in row)
             raise make_column_error(corpus.groups[group][file], key, names)
     return True
+
+
+def _check_template(data: Data, key: str) -> None:
+    """Raise UserError if the tokenizer cannot turn chats into text."""
+    if parse_bpe_size(data.tokenizer) is None and load_tokenizer(data).chat_template is not None:
+        return
+    raise UserError(
+        f"data.tokenizer: '{key}' holds chats (lists of messages), and tokenizer '{data.tokenizer}' has no "
+        f"chat template; name the tokenizer of a chat model, or a text_key that holds text"
+    )
 
 
 def _list_raws(batches: Iterator[DocumentBatch], first: list[bytes | None]) -> list[bytes | None]:

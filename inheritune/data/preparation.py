@@ -4,7 +4,6 @@ documents, and the state from which a later process resumes."""
 import itertools
 import json
 import logging
-import math
 import platform
 import sys
 import time
@@ -12,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -25,6 +25,8 @@ from inheritune.data.documents import (
     batch_documents,
     extract_text,
 )
+from inheritune.data.duplicates import HASH_BYTES, SEEN, SeenTexts
+from inheritune.data.held_out import hold_out
 from inheritune.data.progress_meter import ProgressMeter
 from inheritune.data.token_shards import Shards
 from inheritune.data.tokenizer import Tokenizer
@@ -59,7 +61,7 @@ class Preparation:
         self.inputs = corpus.state()
         state = self._load_progress()
         self.counts: dict[str, int] | None = state.get("counts") or self._count_documents()
-        self.heldout, self.first = self._split()
+        self.heldout = hold_out(data, self.counts)
         self.tokenizer = self._open_tokenizer()
         self.position: dict[str, tuple[int, int]] = {}
         """Where reading of each group continues: (index of the file, number of its documents read)."""
@@ -73,6 +75,8 @@ class Preparation:
             self.read[group] = state.get("read", {}).get(group, 0)
             self.taken[group] = state.get("taken", {}).get(group, 0)
         self.bad: dict[str, dict] = state.get("bad", {})
+        self.duplicates: int = state.get("duplicates", 0)
+        self.seen = SeenTexts(folder, state.get("seen", 0)) if data.deduplicate else None
         splits = state.get("splits", {})
         self.splits = {
             name: Shards(folder, name, self.tokenizer.dtype, data.shard_tokens, splits.get(name))
@@ -95,6 +99,7 @@ class Preparation:
             splits = state["splits"].values()
             files = [(shard["file"], shard["bytes"]) for split in splits for shard in split["shards"]]
             files += [(split["open"], split["open_bytes"]) for split in splits]
+            files += [(SEEN, state.get("seen", 0) * HASH_BYTES)]
             if state["inputs"] == self.inputs and all(itertools.starmap(self._has_bytes, files)):
                 done = sum(split["tokens"] for split in splits)
                 log.info("resuming after %d tokens in %s", done, self.folder)
@@ -112,8 +117,11 @@ class Preparation:
     def save(self) -> None:
         """Record how far the files are good. Called between batches only."""
         splits = {name: split.save() for name, split in self.splits.items()}
-        state = {"inputs": self.inputs, "counts": self.counts, "position": self.position, "read": self.read}
-        write_json(self.progress_file, state | {"taken": self.taken, "bad": self.bad, "splits": splits})
+        state: dict[str, Any] = {"inputs": self.inputs, "counts": self.counts, "position": self.position}
+        state |= {"read": self.read, "taken": self.taken, "bad": self.bad, "splits": splits}
+        if self.seen:
+            state |= {"seen": self.seen.save(), "duplicates": self.duplicates}
+        write_json(self.progress_file, state)
 
     def _check_stop(self, during: str) -> None:
         """Raise Stopped when asked to stop where nothing has been written yet."""
@@ -148,30 +156,6 @@ class Preparation:
         self._check_stop("counting documents")
         return self.corpus.count(name)
 
-    def _split(self) -> tuple[np.ndarray | None, dict[str, int]]:
-        """Return which documents are held out for validation, (documents,) bool, and the index of each
-        group's first document.
-
-        They are those that datasets' train_test_split(fraction, seed) puts into its test part, as in nanoGPT.
-        All documents count, in the order of the source, unusable ones too."""
-        fraction = self.data.validation.fraction
-        if self.counts is None or fraction is None:
-            return None, {}
-        ends = list(itertools.accumulate(self.counts.values()))
-        count = ends[-1]
-        n_heldout = math.ceil(fraction * count)
-        if count and n_heldout == count:
-            raise UserError(
-                f"{self.data.name}: of {count} document(s), validation.fraction {fraction} holds out "
-                f"{n_heldout}, so none is left to train on; give more files, write one document per line "
-                f"(.jsonl), or hold out the first N tokens: 'validation: {{first_shard: true}}' with "
-                f"'shard_tokens: N'"
-            )
-        heldout = np.zeros(count, bool)
-        order = np.random.default_rng(self.data.validation.seed).permutation(count)
-        heldout[order[:n_heldout]] = True
-        return heldout, dict(zip(self.counts, [0, *ends], strict=False))
-
     def _open_tokenizer(self) -> Tokenizer:
         """Return the tokenizer, opened from the data folder, so that the workers and later users open the
         same. It is trained or saved there first if it is missing."""
@@ -196,10 +180,10 @@ class Preparation:
         for group in self.corpus.groups:
             if weights:
                 left = BPE_SAMPLE_BYTES * weights[group] / sum(weights.values())
-            number = self.first.get(group, 0)
+            number = 0
             for batch in batch_documents(self.corpus, group, (0, 0), BATCH_BYTES):
                 self._check_stop("training the tokenizer")
-                for raw in self._select_training(batch.raws, number):
+                for raw in self._select_training(group, batch.raws, number):
                     if left <= 0:
                         break
                     try:
@@ -215,13 +199,12 @@ class Preparation:
         if not n_texts:
             raise self._make_empty_error(defects)
 
-    def _select_training(self, raws: list[bytes | None], first: int) -> list[bytes | None]:
-        """Return those of consecutive documents, from the index `first`, that are not held out."""
+    def _select_training(self, group: str, raws: list[bytes | None], start: int) -> list[bytes | None]:
+        """Return those of consecutive documents of a group, from its index `start`, that are not held out."""
         if self.heldout is None:
             return raws
-        if first + len(raws) > len(self.heldout):
-            raise self._make_changed_error()
-        return [raw for number, raw in enumerate(raws, first) if not self.heldout[number]]
+        held = self._find_heldout(group, start, len(raws))
+        return [raw for raw, is_held in zip(raws, held, strict=True) if not is_held]
 
     # --- encoding and writing -------------------------------------------------------------------------------
 
@@ -279,15 +262,16 @@ class Preparation:
         """Write one encoded batch into the two parts of the split, up to `limit` tokens in all, and return
         whether a shard was filled."""
         self._record_defects(batch, encoded.defects)
+        encoded = self._drop_repeats(encoded)
         ends = np.minimum(encoded.lengths.cumsum(), limit - self.tokens)  # max_tokens may cut a document
         lengths = np.diff(ends, prepend=0)
         ids = encoded.ids[: ends[-1]]
-        held = self._find_heldout(batch.group, len(lengths))
-        if held is None:
+        if self.heldout is None:
             into_val = np.zeros(len(ids), bool)
             into_val[: max(0, self.data.shard_tokens - self.splits["val"].tokens)] = True
             val_documents = int((lengths > 0)[ends <= into_val.sum()].sum())
         else:
+            held = self._find_heldout(batch.group, self.read[batch.group], len(lengths))
             into_val, val_documents = np.repeat(held, lengths), int((held & (lengths > 0)).sum())
         filled = self.splits["val"].write(ids[into_val], val_documents)
         filled |= self.splits["train"].write(ids[~into_val], int((lengths > 0).sum()) - val_documents)
@@ -295,6 +279,15 @@ class Preparation:
         self.read[batch.group] += len(lengths)
         self.position[batch.group] = batch.end
         return filled
+
+    def _drop_repeats(self, encoded: Encoded) -> Encoded:
+        """Return the batch without the tokens of documents whose text an earlier one had, if asked for."""
+        if self.seen is None:
+            return encoded
+        repeats = self.seen.find_repeats(encoded.digests)
+        self.duplicates += int(repeats.sum())
+        ids = encoded.ids[np.repeat(~repeats, encoded.lengths)]
+        return encoded._replace(ids=ids, lengths=np.where(repeats, 0, encoded.lengths))
 
     def _record_defects(self, batch: DocumentBatch, defects: list[tuple[int, str]]) -> None:
         """Count the unusable documents of a batch, and name the first ones of each kind."""
@@ -306,15 +299,14 @@ class Preparation:
                 file, line = batch.places[index]
                 entry["examples"].append(f"{names[file]}:{line}")
 
-    def _find_heldout(self, group: str, count: int) -> np.ndarray | None:
-        """Return which of the next `count` documents of a group are held out, (count,) bool; None if the
-        first shard is held out instead."""
-        if self.heldout is None or self.counts is None:
-            return None
-        first = self.read[group]
-        if first + count > self.counts[group]:
+    def _find_heldout(self, group: str, start: int, count: int) -> np.ndarray:
+        """Return which of the `count` documents of a group from its index `start` are held out, (count,)
+        bool. Raises UserError if it has fewer by now."""
+        assert self.heldout is not None, "the first shard is held out"
+        held = self.heldout.find(group, start, count)
+        if held is None:
             raise self._make_changed_error()
-        return self.heldout[self.first[group] + first :][:count]
+        return held
 
     def _expect_tokens(self) -> int | None:
         """Return how many tokens there will be: max_tokens, or as many per document as so far. None if
@@ -343,6 +335,9 @@ class Preparation:
             split.finish()
         write_json(self.folder / MANIFEST, self._make_manifest())
         remove_path(self.progress_file)
+        if self.seen:
+            self.seen.remove()
+            log.info("%s: %d documents repeat an earlier one and are left out", self.folder, self.duplicates)
         if self.bad:
             log.warning(
                 "%s: documents left out: %s; examples are in manifest.json",
@@ -378,6 +373,8 @@ class Preparation:
         }
         if data.takes_from("embedded"):
             manifest |= {"python": platform.python_version(), "licence": LICENCES["embedded"]}
+        if self.seen:
+            manifest["duplicates"] = self.duplicates
         files = hash_folder(self.tokenizer_dir)
         manifest["tokenizer_files"] = {f"tokenizer/{name}": facts for name, facts in files.items()}
         return manifest

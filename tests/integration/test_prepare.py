@@ -9,7 +9,6 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +25,7 @@ from inheritune.config.paths import REPOSITORY
 from inheritune.data import worker_pool
 from inheritune.data.batches import Tokens
 from inheritune.data.bpe_training import train_bpe
+from inheritune.data.held_out import hold_out
 from inheritune.data.prepare import prepare
 from inheritune.data.tokenizer_loading import load_tokenizer
 from inheritune.errors import UserError
@@ -175,10 +175,8 @@ def test_validation_documents_are_those_of_the_datasets_library(tmp_path):
     in_order = {text: number for number, text in enumerate(texts)}
     assert val == sorted(val, key=in_order.get) and train == sorted(train, key=in_order.get)
     # OpenWebText as nanoGPT splits it: 4,007 of 8,013,769 documents
-    job = SimpleNamespace(
-        counts={"": 8_013_769}, data=experiment(files=["-"], validation={"fraction": 0.0005}).data
-    )
-    assert inheritune.data.preparation.Preparation._split(job)[0].sum() == 4_007
+    data = experiment(files=["-"], validation={"fraction": 0.0005}).data
+    assert hold_out(data, {"": 8_013_769}).mask.sum() == 4_007
 
 
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path, monkeypatch):
