@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 import xxhash
 
@@ -196,6 +197,18 @@ def _find_suffix(name: str) -> str:
 # --- batches and texts --------------------------------------------------------------------------------------
 
 
+class DocumentFiles(Protocol):
+    """What `batch_documents` needs of a corpus."""
+
+    groups: dict[str, list[str]]
+
+    def get_text_key(self, group: str) -> str: ...
+
+    def kind(self, name: str) -> str: ...
+
+    def documents(self, name: str) -> Iterator[tuple[int, Any]]: ...
+
+
 @dataclass
 class DocumentBatch:
     """Consecutive documents of one group and kind."""
@@ -207,20 +220,27 @@ class DocumentBatch:
     raws: list[bytes | None] = field(default_factory=list)
     places: list[tuple[int, int]] = field(default_factory=list)
     """(index of the file in its group, line) of each document."""
+    sizes: list[int] = field(default_factory=list)
+    """Bytes of each raw document."""
     size: int = 0
     end: tuple[int, int] = (0, 0)
     """Where the next batch starts: (index of the file, number of its documents that are read)."""
 
 
 def batch_documents(
-    corpus: Corpus, group: str, start: tuple[int, int], batch_bytes: int
+    corpus: DocumentFiles,
+    group: str,
+    start: tuple[int, int],
+    batch_bytes: int,
+    stop: int | None = None,
 ) -> Iterator[DocumentBatch]:
-    """Yield the group's documents from `start` on, in batches of about `batch_bytes`.
+    """Yield the group's documents from `start` on, in batches of about `batch_bytes`; with `stop`, only those
+    before the file of that index.
 
     They are cut by size alone, so a start at an earlier batch's end gives the same remaining batches."""
     names = corpus.groups[group]
     batch: DocumentBatch | None = None
-    for index in range(start[0], len(names)):
+    for index in range(start[0], len(names) if stop is None else stop):
         suffix = _find_suffix(names[index])
         kind, done = corpus.kind(names[index]), start[1] if index == start[0] else 0
         for line, raw in itertools.islice(corpus.documents(names[index]), done, None):
@@ -231,7 +251,8 @@ def batch_documents(
             done += 1
             batch.raws.append(raw)
             batch.places.append((index, line))
-            batch.size += len(raw or b"") + 64  # so that empty documents fill a batch too
+            batch.sizes.append(0 if raw is None else len(raw))
+            batch.size += batch.sizes[-1] + 64  # so that empty documents fill a batch too
             batch.end = (index, done)
         if batch is not None and suffix not in ONE_DOCUMENT:  # the next file may need a download first
             yield batch

@@ -26,7 +26,8 @@ from inheritune.data.documents import (
     extract_text,
 )
 from inheritune.data.duplicates import HASH_BYTES, SEEN, SeenTexts
-from inheritune.data.held_out import hold_out
+from inheritune.data.encoded_units import EncodedUnits, collect_batch
+from inheritune.data.held_out import HeldOut, hold_out
 from inheritune.data.progress_meter import ProgressMeter
 from inheritune.data.token_shards import Shards
 from inheritune.data.tokenizer import Tokenizer
@@ -55,13 +56,19 @@ LICENCES = {"embedded": "Python Software Foundation License Version 2 (PSF-2.0)"
 class Preparation:
     """One preparation of a data folder: the tokenizer, the split, and the state that makes it resumable."""
 
-    def __init__(self, data: Data, folder: Path, corpus: Corpus):
+    def __init__(self, data: Data, folder: Path, corpus: Corpus, only_tokenizer: bool = False):
+        """`only_tokenizer`: the caller needs no more, so documents are counted only if it is trained on those
+        that are not held out."""
         self.data, self.folder, self.corpus = data, folder, corpus
+        self.encoded: EncodedUnits | None = None
+        """The documents, if parts have encoded them already."""
         self.tokenizer_dir, self.progress_file = folder / "tokenizer", folder / "progress.json"
         self.inputs = corpus.state()
         state = self._load_progress()
-        self.counts: dict[str, int] | None = state.get("counts") or self._count_documents()
-        self.heldout = hold_out(data, self.counts)
+        self.counts: dict[str, int] | None = state.get("counts")
+        self.heldout: HeldOut | None = None
+        if not only_tokenizer or parse_bpe_size(data.tokenizer) is not None:
+            self.split_documents()
         self.tokenizer = self._open_tokenizer()
         self.position: dict[str, tuple[int, int]] = {}
         """Where reading of each group continues: (index of the file, number of its documents read)."""
@@ -101,8 +108,8 @@ class Preparation:
             files += [(split["open"], split["open_bytes"]) for split in splits]
             files += [(SEEN, state.get("seen", 0) * HASH_BYTES)]
             if state["inputs"] == self.inputs and all(itertools.starmap(self._has_bytes, files)):
-                done = sum(split["tokens"] for split in splits)
-                log.info("resuming after %d tokens in %s", done, self.folder)
+                if done := sum(split["tokens"] for split in splits):
+                    log.info("resuming after %d tokens in %s", done, self.folder)
                 return state
             log.warning("%s was started with other documents, or has lost files: starting anew", self.folder)
         remove_path(self.progress_file)
@@ -144,6 +151,11 @@ class Preparation:
 
     # --- the split and the tokenizer ------------------------------------------------------------------------
 
+    def split_documents(self) -> None:
+        """Decide which documents are held out, if a random fraction is. Raises UserError if all are."""
+        self.counts = self.counts or self._count_documents()
+        self.heldout = hold_out(self.data, self.counts)
+
     def _count_documents(self) -> dict[str, int] | None:
         """Return the number of documents of each group, None unless the split needs it: this reads or
         downloads every file."""
@@ -154,7 +166,7 @@ class Preparation:
 
     def _count_file(self, name: str) -> int:
         self._check_stop("counting documents")
-        return self.corpus.count(name)
+        return (self.encoded or self.corpus).count(name)
 
     def _open_tokenizer(self) -> Tokenizer:
         """Return the tokenizer, opened from the data folder, so that the workers and later users open the
@@ -208,8 +220,14 @@ class Preparation:
 
     # --- encoding and writing -------------------------------------------------------------------------------
 
-    def run(self, pool: Executor, window: int) -> None:
-        """Encode and write all that is left, then the manifest."""
+    def join(self, encoded: EncodedUnits) -> None:
+        """Write all that is left of what parts have encoded, then the manifest."""
+        self.encoded = encoded
+        self.split_documents()
+        self.run(None, 0)
+
+    def run(self, pool: Executor | None, window: int) -> None:
+        """Encode and write all that is left, then the manifest. A join needs no `pool`."""
         meter, start_time, start_tokens = ProgressMeter(self.tokens), time.monotonic(), self.tokens
         saved, limit = time.monotonic(), self.data.max_tokens or sys.maxsize
         stream = self._mix_groups(pool, window) if self.tokens < limit else iter(())
@@ -232,7 +250,18 @@ class Preparation:
         spent, tokens = time.monotonic() - start_time, self.tokens - start_tokens
         log.info("prepared %s: %d tokens, %.0f tokens/s", self.folder, self.tokens, tokens / spent)
 
-    def _mix_groups(self, pool: Executor, window: int) -> Iterator[tuple[DocumentBatch, Encoded]]:
+    def _encode_group(
+        self, group: str, size: int, pool: Executor | None, window: int
+    ) -> Iterator[tuple[DocumentBatch, Encoded]]:
+        """Return the encoded batches of a group, from where reading continues."""
+        if pool is not None:
+            batches = batch_documents(self.corpus, group, self.position[group], size)
+            return encode_batches(batches, pool, window)
+        assert self.encoded is not None, "a preparation without workers joins parts"
+        units = batch_documents(self.encoded, group, self.position[group], size)
+        return ((b, collect_batch(b, self.tokenizer.dtype, self.data.deduplicate)) for b in units)
+
+    def _mix_groups(self, pool: Executor | None, window: int) -> Iterator[tuple[DocumentBatch, Encoded]]:
         """Yield encoded batches of all groups: one group after another, or, with weights, each from the group
         that is furthest behind its share of the tokens.
 
@@ -240,12 +269,7 @@ class Preparation:
         hold."""
         weights = self.data.shares
         size = MIXED_BATCH_BYTES if weights else BATCH_BYTES
-        streams = {
-            group: encode_batches(
-                batch_documents(self.corpus, group, self.position[group], size), pool, window
-            )
-            for group in self.corpus.groups
-        }
+        streams = {group: self._encode_group(group, size, pool, window) for group in self.corpus.groups}
         if not weights:
             for stream in streams.values():
                 yield from stream
@@ -349,23 +373,14 @@ class Preparation:
         """Return the manifest of the finished shards."""
         tokenizer, data, groups = self.tokenizer, self.data, self.corpus.groups
         used = {g: names[: self.position[g][0] + 1] for g, names in groups.items() if self.read[g]}
-        splits = {
-            n: {"tokens": s.tokens, "documents": s.documents, "shards": s.shards}
-            for n, s in self.splits.items()
-        }
+        splits = {name: split.describe() for name, split in self.splits.items()}
         key = json.dumps([tokenizer.fingerprint, tokenizer.dtype, splits])
         manifest = {
             "name": data.name,
             "preparation": data.preparation(),
             "source_files": [self.corpus.describe(name) for names in used.values() for name in names],
             "all_files": sum(map(len, used.values())) == sum(map(len, groups.values())),
-            "tokenizer": {
-                "name": tokenizer.name,
-                "class": tokenizer.kind,
-                "vocab_size": tokenizer.vocab_size,
-                "end_of_text": tokenizer.end_of_text,
-                "fingerprint": tokenizer.fingerprint,
-            },
+            "tokenizer": tokenizer.describe(),
             "dtype": tokenizer.dtype,
             "splits": splits,
             "bad_documents": self.bad,

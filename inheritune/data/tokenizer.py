@@ -50,6 +50,11 @@ class Tokenizer:
         """xxh3-128 of the kind and of all that decides ids. Two different tokenizers never share one."""
         return xxhash.xxh3_128_hexdigest(f"{self.kind}:{self.end_of_text}:".encode() + self._content())
 
+    def describe(self) -> dict:
+        """Return the tokenizer's entry in the manifest."""
+        facts = {"name": self.name, "class": self.kind, "vocab_size": self.vocab_size}
+        return {**facts, "end_of_text": self.end_of_text, "fingerprint": self.fingerprint}
+
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Return the ids of each text as a 1-D integer array, with nothing added.
 
