@@ -21,6 +21,8 @@ from inheritune.errors import UserError, summarize_error
 
 BUILDERS = {".csv": "csv", ".csv.gz": "csv", ".tsv": "csv", ".arrow": "arrow", ".tar": "webdataset"}
 """The library's builder for each kind of file."""
+ARCHIVE_END = bytes(1024)
+"""Two empty blocks at the end of a tar file."""
 ROWS = 256
 """Rows of a table that is in memory at a time."""
 
@@ -31,6 +33,8 @@ def stream_documents(path: Path, suffix: str, key: str) -> Iterator[tuple[int, b
     In an archive `key` names the file of each sample, such as `txt`, or a key in it, such as `json.text`.
     Raises UserError if there is no such column, or if the file is damaged. CSV has no end of its own: a file
     that was cut off is noticed only within quotes."""
+    if BUILDERS[suffix] == "webdataset":
+        _check_archive_end(path)
     # the library makes a lock in its cache
     with _report_damage(path, suffix), tempfile.TemporaryDirectory() as cache:
         stream = _open_stream(path, suffix, key, cache)
@@ -54,6 +58,14 @@ def find_streamed_kind(path: Path, suffix: str, key: str) -> str:
             file.seek(0)
             schema = pa.ipc.open_file(file).schema
     return find_column_kind(path, schema, key)
+
+
+def _check_archive_end(path: Path) -> None:
+    """Raise EOFError if a tar file lacks its end. Its readers take one that was cut off after a member."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - len(ARCHIVE_END)))
+        if file.read() != ARCHIVE_END:
+            raise EOFError("it has no end of an archive")
 
 
 @contextmanager
