@@ -124,7 +124,7 @@ def test_streamed_formats_give_the_bytes_of_jsonl(tmp_path):
         ({"files": ["none.csv"]}, "empty corpus, no usable document .no document at all"),
         ({"files": ["damaged.csv"]}, r"damaged\.csv is cut off, damaged or no csv file"),
         ({"files": ["damaged.arrow"]}, r"damaged\.arrow is cut off, damaged or no arrow file"),
-        ({"files": ["damaged.tar"], "text_key": "txt"}, r"damaged\.tar is cut off or damaged .it has no end of an archive"),
+        ({"files": ["damaged.tar"], "text_key": "txt"}, r"damaged\.tar is cut off or damaged .it has no end"),
         ({"files": ["nothing"]}, r"nothing is a folder without Arrow files; name the files in it"),
         ({"files": ["saved"], "split": "train"}, "data.split: .*saved has no splits"),
         ({"files": ["splits"], "split": "tset"}, r"has no split 'tset' .did you mean 'test'.*: train, test"),
