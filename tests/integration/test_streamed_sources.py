@@ -155,18 +155,23 @@ def test_what_is_refused_leaves_nothing(tmp_path, data, said):
 
 PREPARE_EACH = """
 import sys
+from inheritune.cluster.fetch import list_repositories
 from inheritune.config.experiment import Experiment
 from inheritune.data.prepare import prepare
 from inheritune.errors import UserError
 for words in sys.stdin:
-    try: print(prepare(Experiment.model_validate_json(words), 1))
+    fetches, chosen = words.startswith("FETCH "), Experiment.model_validate_json(words.removeprefix("FETCH "))
+    try: print([sorted(one.files) for one in list_repositories(chosen)] if fetches else prepare(chosen, 1))
     except UserError as error: print("REFUSED", error)
 """
 
 
-def prepare_each(chosen: list[Experiment], **environment) -> list[str]:
-    """What `prepare` says to each experiment, in a process with this environment."""
+def prepare_each(chosen: list[Experiment], fetched: Experiment | None = None, **environment) -> list[str]:
+    """What `prepare` says to each experiment, in a process with this environment; then the files that `fetch`
+    would take for `fetched`."""
     lines = "\n".join(one.model_dump_json(by_alias=True) for one in chosen)
+    if fetched:
+        lines += f"\nFETCH {fetched.model_dump_json(by_alias=True)}"
     done = subprocess.run(
         [sys.executable, "-c", PREPARE_EACH],
         input=lines,
@@ -214,7 +219,22 @@ def test_a_configuration_and_split_of_the_hub(tmp_path, hub):
         experiment(**HUB | {"repo": "someone/none"}),
         experiment(**HUB | {"repo": "someone/pictures"}),
     ]
-    said = prepare_each([named, default, held, code, *wrong], **online)
+    parts = {
+        "web": {**HUB, "config": "sample-10BT", "weight": 0.5},
+        "code": {**HUB, "config": "code", "weight": 0.3},
+        "own": {"source": "files", "files": [str(tmp_path / "a.jsonl")], "weight": 0.2},
+    }
+    mixed = experiment(source="interleave", interleave=parts)
+    said = prepare_each([named, default, held, code, *wrong, mixed], mixed, **online)
+    assert said[10:] == [
+        str(get_data_dir(mixed)),
+        "[['code/a.csv', 'sample/000.parquet', 'sample/001.parquet']]",
+    ]
+    assert [file["name"] for file in read_json(get_data_dir(mixed) / "manifest.json")["source_files"]] == [
+        "someone/texts/code/a.csv",
+        str(tmp_path / "a.jsonl"),
+        "someone/texts/sample/000.parquet",  # the code ends before the second
+    ]
     assert said[:4] == [str(get_data_dir(chosen)) for chosen in (named, default, held, code)]
     expected = splits_of(experiment(files=["a.jsonl"]))
     for chosen in (named, default):
@@ -225,7 +245,7 @@ def test_a_configuration_and_split_of_the_hub(tmp_path, hub):
             "sample/001.parquet",
         ]
     assert [hub.taken.count(f"sample/00{n}.parquet") for n in range(2)] == [1, 1]
-    assert all(line.startswith("REFUSED ") for line in said[4:])
+    assert all(line.startswith("REFUSED ") for line in said[4:10])
     assert (
         "has no configuration 'sample-10bt' (did you mean 'sample-10BT'?); it has: sample-10BT, code"
         in said[4]
