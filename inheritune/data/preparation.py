@@ -48,6 +48,7 @@ MIXED_BATCH_BYTES = 1 << 16
 BPE_SAMPLE_BYTES = 50_000_000
 """Of documents, from which a bpe:N is trained."""
 SAVE_EVERY_S = 60.0
+PROGRESS = "progress.json"
 EXAMPLES = 5
 """Named documents per kind of defect."""
 LICENCES = {"embedded": "Python Software Foundation License Version 2 (PSF-2.0)"}
@@ -62,7 +63,7 @@ class Preparation:
         self.data, self.folder, self.corpus = data, folder, corpus
         self.encoded: EncodedUnits | None = None
         """The documents, if parts have encoded them already."""
-        self.tokenizer_dir, self.progress_file = folder / "tokenizer", folder / "progress.json"
+        self.tokenizer_dir, self.progress_file = folder / "tokenizer", folder / PROGRESS
         self.inputs = corpus.state()
         state = self._load_progress()
         self.counts: dict[str, int] | None = state.get("counts")

@@ -25,7 +25,7 @@ from inheritune.data.corpus_changes import report_changes
 from inheritune.data.documents import Corpus
 from inheritune.data.encoded_units import PARTS
 from inheritune.data.first_documents import check_first_documents
-from inheritune.data.preparation import Preparation
+from inheritune.data.preparation import PROGRESS, Preparation
 from inheritune.data.prepare_parts import parse_part, run_part
 from inheritune.data.worker_pool import kill_workers, open_pool
 from inheritune.errors import UserError
@@ -58,7 +58,7 @@ def prepare(experiment: Experiment, workers: int | None = None, part: str | None
             report_changes(experiment, folder)
             return folder
         corpus = Corpus(data, folder)
-        if not folder.is_dir():
+        if not (folder / PROGRESS).is_file():
             check_first_documents(corpus)
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)

@@ -57,6 +57,8 @@ class PartPreparation:
             # the same part may run twice
             with Lock(self.encoded.path(unit), signals.get_stop_signal, wait=math.inf):
                 if self.encoded.read_facts(unit) is None:
+                    if is_prepared(self.folder):  # the units were joined and removed meanwhile
+                        break
                     self.encoded.write(unit, self._stream(unit, pool, window), self.dtype)
         self.meter.close()
 
@@ -93,10 +95,10 @@ def run_part(
         with open_pool(workers, experiment.data, preparation.tokenizer_dir) as pool:
             preparation.encode(pool, 2 * workers + 2)
     except (OSError, UserError):
-        if is_prepared(folder):  # the others had enough tokens, and the join removed what this one wrote
-            return
-        raise
-    if missing := preparation.list_missing_parts():
+        if not is_prepared(folder):  # else the others had enough tokens, and the join removed the units
+            raise
+    missing = preparation.list_missing_parts()
+    if missing and not is_prepared(folder):  # in this order: the join removes the units after the manifest
         log.info(
             "part %d of %d of %s is encoded; not complete yet: part %s; the part that ends last joins all",
             *part,
