@@ -10,6 +10,7 @@ ORDER = (
     "train_step",
     "pieces",
     "prepare",
+    "readers",
     "inherit",
     "analyze",
     "batches",

@@ -10,7 +10,7 @@ source recipes/setup.sh
 setup_environment dev
 export INHERITUNE_GPT2_BPE="${INHERITUNE_GPT2_BPE:-${INHERITUNE_ROOT:-$PWD}/data/gpt2-bpe}"
 bash tests/fetch_gpt2_bpe.sh "$INHERITUNE_GPT2_BPE"
-parts=${PARTS:-batches startup downstream checkpoint analyze inherit prepare train_step pieces growth}
+parts=${PARTS:-batches startup downstream checkpoint analyze inherit prepare readers train_step pieces growth}
 work=$(mktemp -d "${BENCH_FOLDER:-${TMPDIR:-/tmp}}/inheritune_bench.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 

@@ -2,7 +2,7 @@
 #SBATCH --job-name=prepare --nodes=1 --ntasks=1 --cpus-per-task=16 --mem=64G --time=24:00:00
 #SBATCH --signal=B:USR1@300 --requeue --open-mode=append --kill-on-invalid-dep=yes
 # Turn an experiment's documents into token shards, on CPUs. On CPUs.
-#   bash slurm/prepare.sh EXPERIMENT [--workers WORKERS] [--rehearse] [--dry-run] [--no-snapshot] [-- SBATCH OPTIONS]
+#   bash slurm/prepare.sh EXPERIMENT [--workers WORKERS] [--parts PARTS] [--rehearse] [--dry-run] [--no-snapshot] [-- SBATCH OPTIONS]
 # Made from jobs.yaml by tools/job_stubs.py.
 set -euo pipefail
 here=$(dirname "$(readlink -f "$0")") # in a job of plain sbatch this is Slurm's spool folder

@@ -10,14 +10,23 @@ class Verbs:
     EXPERIMENT is the name of a file in recipes/ (quickstart) or the path of a YAML file. Runs and data are
     stored under $INHERITUNE_ROOT. REHEARSE=1, or --rehearse, runs any experiment at small scale."""
 
-    def prepare(self, experiment: str, workers: int | None = None, rehearse: bool | None = None) -> None:
-        """Turn the experiment's documents into token shards under data/. A killed prepare resumes."""
+    def prepare(
+        self,
+        experiment: str,
+        workers: int | None = None,
+        part: str | None = None,
+        rehearse: bool | None = None,
+    ) -> None:
+        """Turn the experiment's documents into token shards under data/. A killed prepare resumes.
+
+        --part K/N encodes part K of N of the files, on any machine that sees the data folder; the part that
+        ends last joins all into the same shards."""
         from inheritune.config.experiment import load_experiment
         from inheritune.data.prepare import prepare
         from inheritune.runtime.log import set_up_logging
 
         set_up_logging()
-        prepare(load_experiment(experiment, rehearse), workers)
+        prepare(load_experiment(experiment, rehearse), workers, part)
 
     def fetch(
         self, experiment: str, rehearse: bool | None = None, allow_task_code: bool | None = None

@@ -118,7 +118,7 @@ def _describe_missing(
     lacks += [f"run '{needed}', which it needs, is not trained"] if needed else []
     text = f"{experiment.name}/{run} cannot start yet: {' and '.join(lacks)}.\n"
     if not data_ready:
-        fetch = f"{launcher.format_script('fetch')} {name} && " if experiment.data.source == "hub" else ""
+        fetch = f"{launcher.format_script('fetch')} {name} && " if experiment.data.takes_from("hub") else ""
         text += f"First, on the login node, the data ({get_data_dir(experiment)}):\n"
         text += f"    {fetch}{_rehearse_prefix(experiment)}{launcher.format_script('prepare')} {name}\n"
     if needed:

@@ -108,7 +108,7 @@ def list_repositories(experiment: Experiment) -> list[Repository]:
 
     Raises UserError if the Hub cannot be reached, or lacks what the experiment names."""
     data = experiment.data
-    found = [_list_documents(experiment)] if data.source == "hub" else []
+    found = _list_documents(experiment) if data.takes_from("hub") else []
     models: dict[tuple[str, str | None], Repository] = {}
     for run in experiment.runs.values():
         for source, revision in run.sources():
@@ -124,19 +124,27 @@ def list_repositories(experiment: Experiment) -> list[Repository]:
     return found + list(models.values())
 
 
-def _list_documents(experiment: Experiment) -> Repository:
-    """Return the data set's files that hold the experiment's tokens, by the estimate."""
-    data = experiment.data
-    documents = Repository("documents", "dataset", data.repo or "", data.revision)
-    for group, names in Corpus(data, get_data_dir(experiment)).groups.items():
+def _list_documents(experiment: Experiment) -> list[Repository]:
+    """Return the data sets with those of their files that hold the experiment's tokens, by the estimate."""
+    data, corpus = experiment.data, Corpus(experiment.data, get_data_dir(experiment))
+    found: dict[tuple[str | None, str | None], Repository] = {}
+    for group, given in corpus.groups.items():
+        source = data.sources.get(group, data)
+        if source.source != "hub":
+            continue
+        key, names = (source.repo, source.revision), [corpus.get_own_name(name) for name in given]
+        documents = found.setdefault(
+            key, Repository("documents", "dataset", source.repo or "", source.revision)
+        )
         documents.add(names)
-        share = data.weights[group] / sum(data.weights.values()) if data.weights else 1.0
+        share = data.shares[group] / sum(data.shares.values()) if data.shares else 1.0
         # a random split counts the documents of all files first
         tokens = data.max_tokens * share if data.max_tokens and not data.validation.fraction else math.inf
         for name in names[count_files(documents.files, names, tokens) :]:
             del documents.files[name]
-    documents.cached &= documents.files.keys()
-    return documents
+    for documents in found.values():
+        documents.cached &= documents.files.keys()
+    return list(found.values())
 
 
 def count_files(sizes: dict[str, int], names: list[str], tokens: float) -> int:

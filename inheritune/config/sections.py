@@ -21,6 +21,11 @@ from inheritune.config.fields import (
 )
 from inheritune.errors import suggest_name
 
+LATER_KEYS = ("config", "split", "interleave", "deduplicate")
+"""Keys of `data` that count only where they are set."""
+WEIGHTS_TOLERANCE = 1e-6
+"""Of the sum of a mixture's weights, for thirds."""
+
 
 class ValidationSplit(Strict):
     """The held-out documents: a random `fraction`, or the whole first shard (`first_shard: true`)."""
@@ -37,22 +42,63 @@ class ValidationSplit(Strict):
         return self
 
 
-class Data(Strict):
-    """The documents, their tokenizer, and the order in which tokens are read."""
+class Source(Strict):
+    """Where documents come from."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")]
-    source: Literal["embedded", "files", "hub"]
-    """embedded: the Python standard library's text; files: local globs; hub: a pinned data set on the Hub."""
+    source: Literal["embedded", "files", "hub", "interleave"]
+    """embedded: the Python standard library's text; files: local globs; hub: a pinned data set on the Hub;
+    interleave: a mixture of several of these."""
     files: list[str] | dict[str, list[str]] = []
-    """Globs (source: files) or file names inside the data set (source: hub). A mapping names groups for
-    `weights`."""
-    weights: dict[str, Annotated[float, values.WEIGHT]] = {}
-    """Share of each group of `files` in the tokens read; the shares need not add up to one."""
+    """Globs and folders of `save_to_disk` (source: files), or file names inside the data set (source: hub). A
+    mapping names groups for `weights`."""
     repo: str | None = None
     revision: str | None = None
     """Commit of the Hub data set. A branch name would let the data change under an experiment."""
+    config: str | None = None
+    """Configuration (subset) of the Hub data set, where `files` names no files; by default its only one."""
+    split: str | None = None
+    """Split of that configuration, or of a folder of `save_to_disk`; by default train, or the only one."""
     text_key: str = "text"
-    """Key (JSONL) or column (parquet) that holds a document's text."""
+    """Key (JSONL) or column (parquet, CSV, Arrow) that holds a document's text, or its chat: a list of
+    messages, which the tokenizer's chat template turns into text."""
+
+    @model_validator(mode="after")
+    def _located(self) -> "Source":
+        if self.source == "files" and not self.files:
+            raise ValueError("'files' is needed for source: files")
+        if self.source == "hub" and not (self.repo and self.revision):
+            raise ValueError("'repo' and 'revision' (a commit) are needed for source: hub")
+        if self.config is not None and (self.source != "hub" or self.files):
+            raise ValueError("'config' is for source: hub without 'files', which name the files themselves")
+        if self.split is not None and (self.source not in ("hub", "files") or self.repo and self.files):
+            raise ValueError("'split' is for source: hub without 'files', or for a folder of save_to_disk")
+        return self
+
+
+class WeightedSource(Source):
+    """A part of a mixture."""
+
+    weight: Annotated[float, values.WEIGHT]
+    """Share in the tokens read. The weights of a mixture add up to 1."""
+
+    @model_validator(mode="after")
+    def _simple(self) -> "WeightedSource":
+        if self.source == "interleave" or isinstance(self.files, dict):
+            raise ValueError("a part of a mixture is one source, with a list of 'files' or a data set")
+        return self
+
+
+class Data(Source):
+    """The documents, their tokenizer, and the order in which tokens are read."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")]
+    weights: dict[str, Annotated[float, values.WEIGHT]] = {}
+    """Share of each group of `files` in the tokens read; the shares need not add up to one."""
+    interleave: dict[str, WeightedSource] = {}
+    """Parts of a mixture (source: interleave), each with its `weight`. Tokens are taken from the part that is
+    furthest behind its share, until a part has no more documents."""
+    deduplicate: bool = False
+    """Leave out a document whose text an earlier one had, to the letter."""
     tokenizer: str
     """gpt2, bpe:N (trained on the source), a sentencepiece .model file (a path, or
     owner/repository/file.model on the Hub), or a Hugging Face tokenizer folder or id."""
@@ -72,10 +118,13 @@ class Data(Strict):
 
     @model_validator(mode="after")
     def _complete(self) -> "Data":
-        if self.source != "embedded" and not self.files:
-            raise ValueError(f"'files' is needed for source: {self.source}")
-        if self.source == "hub" and not (self.repo and self.revision):
-            raise ValueError("'repo' and 'revision' (a commit) are needed for source: hub")
+        if (self.source == "interleave") != bool(self.interleave):
+            raise ValueError("'interleave' (parts with weights) goes with source: interleave")
+        if self.interleave and (self.files or self.repo or self.text_key != "text"):
+            raise ValueError("with source: interleave, each part has its own 'files', 'repo' and 'text_key'")
+        total = sum(part.weight for part in self.interleave.values())
+        if self.interleave and abs(total - 1) > WEIGHTS_TOLERANCE:
+            raise ValueError(f"the weights of 'interleave' add up to {total:g}, not to 1")
         groups = set(self.files) if isinstance(self.files, dict) else set()
         if set(self.weights) != groups and self.weights:
             raise ValueError(f"'weights' names {sorted(self.weights)}, 'files' names {sorted(groups)}")
@@ -85,7 +134,23 @@ class Data(Strict):
         """Return the keys that decide the bytes of the shards: what the data hash covers.
 
         How windows are read from the shards is left out."""
-        return self.model_dump(mode="json", exclude={"sequence_length", "sampling"})
+        keys = self.model_dump(mode="json", exclude={"sequence_length", "sampling"})
+        # data that was prepared before these keys existed keeps its hash
+        return {key: value for key, value in keys.items() if key not in LATER_KEYS or value}
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """The source of each part of a mixture, or the only one under an empty name."""
+        return {**self.interleave} or {"": self}
+
+    def takes_from(self, kind: str) -> bool:
+        """Return whether a source of the documents is of this kind."""
+        return any(source.source == kind for source in self.sources.values())
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The weight of each group of documents in the tokens read; empty if they follow one another."""
+        return {name: part.weight for name, part in self.interleave.items()} or self.weights
 
 
 class Model(Strict):

@@ -119,6 +119,7 @@ ARGUMENTS = {
     "gpu_memory": GIGABYTES,
     "gpus": GPUS,
     "length": LENGTH,
+    "parts": PROCESSES,
     "mfu": SHARE,
     "procs": PROCESSES,
     "seed": SEED,

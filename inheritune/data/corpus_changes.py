@@ -68,7 +68,9 @@ def _find_changes(corpus: Corpus, manifest: dict, folder: Path) -> dict[str, lis
         "new": [name for name in now if name not in before] if read_all else [],
         "gone": [name for name in before if name not in now],
         "changed": [
-            name for name in before if name in now and _has_changed(corpus.path(name), before[name], since)
+            name
+            for name, entry in before.items()
+            if name in now and "revision" not in entry and _has_changed(corpus.path(name), entry, since)
         ],
     }
 

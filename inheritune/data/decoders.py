@@ -153,42 +153,44 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-# --- parquet ------------------------------------------------------------------------------------------------
+# --- columns ------------------------------------------------------------------------------------------------
 
 
 def read_parquet(path: Path, key: str) -> Iterator[tuple[int, bytes | None]]:
-    """Yield (row from 1, bytes) of a text column, a few hundred rows at a time.
+    """Yield (row from 1, bytes) of a column of texts or chats, a few hundred rows at a time.
 
-    As bytes, so that invalid UTF-8 is one bad document and not the end. Raises UserError if there is no such
-    column, or if it is not text."""
-    import pyarrow as pa
-
+    Raises UserError as `find_column_kind` does."""
     with _open_parquet(path) as file:
-        _check_column(path, file.schema_arrow, key)
-        row = 0
+        kind, row = find_column_kind(path, file.schema_arrow, key), 0
         for batch in file.iter_batches(batch_size=256, columns=[key]):
             # by name: where 'a.b' is asked for, pyarrow also reads field b of a column a
-            column = batch.column(key)
-            if pa.types.is_dictionary(column.type):
-                column = column.dictionary_decode()
-            for raw in column.cast(pa.large_binary()).to_pylist():
+            for raw in list_raw_values(batch.column(key), kind, key):
                 row += 1
                 yield row, raw
+
+
+def find_parquet_kind(path: Path, key: str) -> str:
+    """Return `find_column_kind` of a parquet file."""
+    with _open_parquet(path) as file:
+        return find_column_kind(path, file.schema_arrow, key)
 
 
 def count_parquet(path: Path, key: str) -> int:
     """Return the number of rows of a parquet file. Raises UserError as `read_parquet` does."""
     with _open_parquet(path) as file:
-        _check_column(path, file.schema_arrow, key)
+        find_column_kind(path, file.schema_arrow, key)
         return file.metadata.num_rows
 
 
-def _check_column(path: Path, schema: Any, key: str) -> None:
-    """Raise UserError unless there is one column `key`, which holds text."""
+def find_column_kind(path: Path, schema: Any, key: str) -> str:
+    """Return how the column `key` of an Arrow schema holds documents: "text", or "json" for chats, which are
+    lists of messages.
+
+    Raises UserError unless there is one such column."""
     import pyarrow as pa
 
     if key not in schema.names:
-        raise UserError(f"{path} has no column '{key}' (data.text_key); {suggest_name(key, schema.names)}")
+        raise make_column_error(path, key, schema.names)
     if (times := schema.names.count(key)) > 1:
         raise UserError(
             f"{path} has {times} columns of the name '{key}' (data.text_key); rename all but one of them"
@@ -200,9 +202,35 @@ def _check_column(path: Path, schema: Any, key: str) -> None:
         )
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
+    if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_struct(kind.value_type):
+        return "json"
     texts = (pa.string(), pa.large_string(), pa.string_view())
     if kind not in (*texts, pa.binary(), pa.large_binary(), pa.binary_view()):
-        raise UserError(f"{path}: column '{key}' (data.text_key) holds {schema.field(key).type}, not text")
+        raise UserError(
+            f"{path}: column '{key}' (data.text_key) holds {schema.field(key).type}, neither text nor chats "
+            f"(lists of messages)"
+        )
+    return "text"
+
+
+def make_column_error(where: object, key: str, names: Iterable[str]) -> UserError:
+    """Return the refusal of a `data.text_key` that is none of the columns or keys `names`."""
+    known = list(names)
+    close = suggest_name(key, known)
+    listed = "" if close.startswith("valid names") else f" It has: {', '.join(known)}"
+    return UserError(f"{where} has no column '{key}' (data.text_key); {close}{listed}")
+
+
+def list_raw_values(column: Any, kind: str, key: str) -> list[bytes | None]:
+    """Return the values of an Arrow column of the `kind` that `find_column_kind` found: texts as bytes, so
+    that invalid UTF-8 is one bad document and not the end, and chats as lines of JSON."""
+    import pyarrow as pa
+
+    if kind == "json":
+        return [None if chat is None else json.dumps({key: chat}).encode() for chat in column.to_pylist()]
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    return column.cast(pa.large_binary()).to_pylist()
 
 
 @contextmanager

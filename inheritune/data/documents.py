@@ -7,43 +7,46 @@ complete, as far as the format allows: see decoders.py and the table in tests/da
 """
 
 import codecs
-import fnmatch
-import glob
 import io
 import itertools
 import json
 import logging
-import os
-import re
 import sysconfig
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 import xxhash
 
-from inheritune.config.paths import REPOSITORY
-from inheritune.config.sections import Data
+from inheritune.config.sections import Data, Source
+from inheritune.data.chat_template import ChatTemplate
 from inheritune.data.decoders import (
     BYTE_ORDER_MARK,
     count_parquet,
+    find_parquet_kind,
     read_json_documents,
     read_lines,
     read_parquet,
     report_read_errors,
 )
+from inheritune.data.hub_files import download_file, list_split_files, make_hub_finder
+from inheritune.data.local_files import drop_links, find_local_files, list_standard_library
+from inheritune.data.streamed_formats import BUILDERS, find_streamed_kind, stream_documents
 from inheritune.errors import UserError
-from inheritune.files.hub import translate_hub_errors
-from inheritune.files.json_files import read_json, write_json
 from inheritune.files.markers import hash_file
 
 log = logging.getLogger(__name__)
 
-KINDS = {".txt": "text", ".py": "python", ".parquet": "text"} | dict.fromkeys(
-    (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz"), "json"
-)
-"""How each kind of file holds its documents, by the end of its name."""
+KINDS = {
+    ".txt": "text",
+    ".py": "python",
+    ".parquet": "text",
+    **dict.fromkeys(BUILDERS, "text"),
+} | dict.fromkeys((".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz"), "json")
+"""How each kind of file holds its documents, by the end of its name. A column of chats is "json"."""
 ONE_DOCUMENT = (".txt", ".py")
 """Kinds of files that are one document each."""
 QUADRATIC = {"punycode", "idna"}
@@ -52,43 +55,61 @@ length."""
 MOST_NULS = 0.1
 """Largest share of NULs in a document. UTF-16 of English has one in two characters; a text with a stray NUL,
 or with a table of them, has far fewer."""
-NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
 class Corpus:
     """The files of a data section, in order, by group. There is one group without a name unless `data.files`
-    is a mapping."""
+    is a mapping, or the documents are a mixture, whose parts are groups."""
 
     def __init__(self, data: Data, folder: Path):
         """`folder` keeps the listing of a Hub data set, so that a machine without internet sees the same
         files."""
         self.data = data
         self.groups: dict[str, list[str]] = {}
-        if data.source == "embedded":
-            self.groups[""] = _list_standard_library()
-        else:
-            find = _find_local_files if data.source == "files" else _make_hub_finder(data, folder)
-            patterns = data.files if isinstance(data.files, dict) else {"": data.files}
-            for group in sorted(patterns):  # the hash of the data section ignores the order of the keys
-                names = (name for pattern in patterns[group] for name in find(pattern))
-                self.groups[group] = list(dict.fromkeys(names))
-        if data.source == "files":
-            self.groups = _drop_links(self.groups)
-        for name in itertools.chain(*self.groups.values()):
+        self._origins: dict[str, tuple[Source, str]] = {}
+        """The source of each file, and its name there."""
+        # the hash of the data section ignores the order of the keys
+        for number, (part, source) in enumerate(sorted(data.sources.items())):
+            kept = folder / (f"hub_files_{number}.json" if part else "hub_files.json")
+            for group, names in _list_files(source, kept).items():
+                self._add_group(part or group, source, names)
+        local = {group: names for group, names in self.groups.items() if self._is_local(names)}
+        self.groups |= drop_links(local)
+
+    def _is_local(self, names: list[str]) -> bool:
+        return bool(names) and self._origins[names[0]][0].source == "files"
+
+    def _add_group(self, group: str, source: Source, names: list[str]) -> None:
+        """Add the files of a group. Those of a mixture's data sets are named with the data set."""
+        start = f"{source.repo}/" if source.source == "hub" and source is not self.data else ""
+        self.groups[group] = []
+        for name in names:
             _find_suffix(name)
+            if self._origins.setdefault(start + name, (source, name))[0] is not source:
+                raise UserError(f"data.interleave: {start + name} belongs to two parts; leave it in one")
+            self.groups[group].append(start + name)
 
     def path(self, name: str) -> Path:
         """Return the file on this machine. A file of the Hub is downloaded when it is first asked for."""
-        if self.data.source == "embedded":
-            return Path(sysconfig.get_path("stdlib")) / name
-        return _download_file(self.data, name) if self.data.source == "hub" else Path(name)
+        source, own_name = self._origins[name]
+        if source.source == "embedded":
+            return Path(sysconfig.get_path("stdlib")) / own_name
+        return download_file(source, own_name) if source.source == "hub" else Path(own_name)
+
+    def get_own_name(self, name: str) -> str:
+        """Return the name of a file in its own source."""
+        return self._origins[name][1]
+
+    def get_text_key(self, group: str) -> str:
+        """Return the key or column of a group's documents."""
+        return self.data.sources.get(group, self.data).text_key
 
     def describe(self, name: str) -> dict:
         """Return the file's entry in the manifest: name, bytes, and the Hub's commit or a local file's hash,
         by which a later `prepare` finds whether it has changed."""
-        entry = self._size_of(name)
-        if self.data.source == "hub":
-            return entry | {"revision": self.data.revision}
+        entry, source = self._size_of(name), self._origins[name][0]
+        if source.source == "hub":
+            return entry | {"revision": source.revision}
         return entry | {"xxh3": hash_file(self.path(name))}
 
     def _size_of(self, name: str) -> dict:
@@ -99,23 +120,36 @@ class Corpus:
         with the commit of a Hub data set."""
 
         def facts_of(name: str) -> dict | str:
-            if self.data.source == "hub":
+            if self._origins[name][0].source == "hub":
                 return name
             return self._size_of(name) | {"changed_ns": self.path(name).stat().st_mtime_ns}
 
         names = {group: [facts_of(name) for name in names] for group, names in self.groups.items()}
-        return xxhash.xxh3_128_hexdigest(json.dumps([names, self.data.revision]).encode())
+        revisions = [source.revision for _, source in sorted(self.data.interleave.items())]
+        return xxhash.xxh3_128_hexdigest(json.dumps([names, self.data.revision, *revisions]).encode())
+
+    def kind(self, name: str) -> str:
+        """Return how a file holds its documents: a value of KINDS."""
+        suffix, key = _find_suffix(name), self._origins[name][0].text_key
+        if suffix == ".parquet":
+            return find_parquet_kind(self.path(name), key)
+        if suffix in BUILDERS:
+            with report_read_errors(self.path(name)):
+                return find_streamed_kind(self.path(name), suffix, key)
+        return KINDS[suffix]
 
     def documents(self, name: str) -> Iterator[tuple[int, bytes | None]]:
         """Yield (line, row or element from 1, raw bytes) of each document of a file, in order.
 
         Raises UserError if the file is damaged, or ends in the middle of a frame, an archive or an array."""
-        path, suffix = self.path(name), _find_suffix(name)
+        path, suffix, key = self.path(name), _find_suffix(name), self._origins[name][0].text_key
         with report_read_errors(path):
             if suffix == ".parquet":
-                yield from read_parquet(path, self.data.text_key)
+                yield from read_parquet(path, key)
+            elif suffix in BUILDERS:
+                yield from stream_documents(path, suffix, key)
             elif suffix.startswith(".json") and not suffix.startswith(".jsonl"):
-                yield from read_json_documents(path, self.data.text_key)
+                yield from read_json_documents(path, key)
             elif KINDS[suffix] == "json":
                 yield from read_lines(path)
             elif suffix == ".txt":
@@ -127,8 +161,27 @@ class Corpus:
         """Return the number of documents in a file, usable or not."""
         suffix = _find_suffix(name)
         if suffix == ".parquet":
-            return count_parquet(self.path(name), self.data.text_key)
-        return sum(1 for _ in self.documents(name)) if KINDS[suffix] == "json" else 1
+            return count_parquet(self.path(name), self._origins[name][0].text_key)
+        return 1 if suffix in ONE_DOCUMENT else sum(1 for _ in self.documents(name))
+
+
+def _list_files(source: Source, kept: Path) -> dict[str, list[str]]:
+    """Return the names of a source's files by group. `kept`: the file that keeps the listing of a data set of
+    the Hub."""
+    if source.source == "embedded":
+        return {"": list_standard_library()}
+    if source.source == "hub" and not source.files:
+        return {"": list_split_files(source, kept)}
+    if source.source == "hub":
+        find = make_hub_finder(source, kept)
+    else:
+        find = partial(find_local_files, split=source.split)
+    patterns = source.files if isinstance(source.files, dict) else {"": source.files}
+    groups = {}
+    for group in sorted(patterns):  # the hash of the data section ignores the order of the keys
+        names = (name for pattern in patterns[group] for name in find(pattern))
+        groups[group] = list(dict.fromkeys(names))
+    return groups
 
 
 def _find_suffix(name: str) -> str:
@@ -141,140 +194,19 @@ def _find_suffix(name: str) -> str:
     return suffix
 
 
-def _list_standard_library() -> list[str]:
-    """Return the .py files of this Python's standard library, without tests and installed packages."""
-    stdlib, found = sysconfig.get_path("stdlib"), []
-    for folder, subfolders, names in os.walk(stdlib):
-        subfolders[:] = [name for name in subfolders if name not in NOT_LIBRARY]
-        found += [
-            os.path.relpath(os.path.join(folder, name), stdlib) for name in names if name.endswith(".py")
-        ]
-    return sorted(found)
-
-
-def _find_local_files(pattern: str) -> list[str]:
-    """Return the sorted files that match, from the current folder or else from the repository.
-
-    A pattern that is a file's own name means that file, even if it holds a bracket or a star."""
-    given = os.path.expanduser(os.path.expandvars(pattern))
-    for base in (os.getcwd(), str(REPOSITORY)):
-        literal = os.path.join(base, given)
-        if os.path.isfile(literal):
-            return [literal]
-        found = glob.glob(
-            given if os.path.isabs(given) else os.path.join(glob.escape(base), given), recursive=True
-        )
-        if names := sorted(name for name in found if os.path.isfile(name)):
-            return names
-    brackets = (
-        " ([ and ] mean a set of letters in a pattern; write [[] for a bracket)" if "[" in given else ""
-    )
-    raise UserError(
-        f"data.files: '{pattern}' matches no file, neither from {os.getcwd()} nor from {REPOSITORY}{brackets}"
-    )
-
-
-def _drop_links(groups: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Return `groups` with each real file once: under its own name if that was found, else under its first
-    link's.
-
-    A link to a folder above itself would give each document many times, in both parts of the split. Raises
-    UserError if a file belongs to two groups."""
-    taken: dict[str, str] = {}
-    result = {}
-    for group, names in groups.items():
-        real = {name: os.path.realpath(name) for name in names}
-        own = {place for name, place in real.items() if os.path.abspath(name) == place}
-        kept: dict[str, str] = {}
-        for name, place in real.items():
-            if place not in kept and (place not in own or os.path.abspath(name) == place):
-                kept[place] = name
-        for place, name in kept.items():
-            if place in taken:
-                raise UserError(
-                    f"data.files: {name} belongs to the groups '{taken[place]}' and '{group}'; leave it in "
-                    f"one"
-                )
-            taken[place] = group
-        result[group] = list(kept.values())
-        if links := len(names) - len(kept):
-            log.warning(
-                "data.files: %d names are links to other files of the list; each file is read once", links
-            )
-    return result
-
-
-# --- the Hub ------------------------------------------------------------------------------------------------
-
-
-def _pin_of(data: Data) -> tuple[str, str]:
-    """Return (repository, commit) of a Hub data set. Raises UserError if `data.revision` is not a commit."""
-    if data.repo is None or not re.fullmatch("[0-9a-f]{40}", data.revision or ""):
-        raise UserError(
-            f"data.revision: '{data.revision}' is not a commit of {data.repo}; write the 40 digits that the "
-            f"Hub shows under 'Files and versions', so that the data cannot change under the experiment"
-        )
-    return data.repo, str(data.revision)
-
-
-def _download_file(data: Data, name: str) -> Path:
-    """Return the path of one file of the data set in the Hub's cache; download it if it is missing there."""
-    import huggingface_hub
-
-    repo, revision = _pin_of(data)
-    with translate_hub_errors(f"{name} of {repo}@{revision}", f"datasets/{repo}"):
-        return Path(huggingface_hub.hf_hub_download(repo, name, repo_type="dataset", revision=revision))
-
-
-def _make_hub_finder(data: Data, folder: Path) -> Callable[[str], list[str]]:
-    """Return a function from a pattern to the sorted names in the data set that match it.
-
-    The names come from the listing kept in `folder`, else from the Hub. A name without a wildcard needs
-    neither."""
-    repo, revision = _pin_of(data)
-
-    def find(pattern: str) -> list[str]:
-        if not glob.has_magic(pattern):
-            return [pattern]
-        listed = _list_hub_files(repo, revision, folder / "hub_files.json")
-        found = [name for name in listed if fnmatch.fnmatchcase(name, pattern)]
-        if not found:
-            raise UserError(
-                f"data.files: '{pattern}' matches none of the {len(listed)} files of {repo} at {revision}"
-            )
-        return found
-
-    return find
-
-
-def _list_hub_files(repo: str, revision: str, kept: Path) -> list[str]:
-    """Return the sorted names of all files of a Hub data set: from `kept`, else from the Hub, then kept.
-
-    Offline and without a kept listing, the names in the Hub's cache are used. A warning says so, because a
-    part of the files is other data."""
-    import huggingface_hub
-    from huggingface_hub import constants
-
-    if kept.is_file():
-        return read_json(kept)
-    what, page = f"the listing of {repo}@{revision}", f"datasets/{repo}"
-    if constants.HF_HUB_OFFLINE:
-        with translate_hub_errors(what, page):
-            cache = Path(
-                huggingface_hub.snapshot_download(
-                    repo, repo_type="dataset", revision=revision, local_files_only=True
-                )
-            )
-        found = sorted(path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.is_file())
-        log.warning("offline: %s@%s is taken to be the %d files in %s", repo, revision, len(found), cache)
-        return found
-    with translate_hub_errors(what, page):
-        found = sorted(huggingface_hub.HfApi().list_repo_files(repo, repo_type="dataset", revision=revision))
-    write_json(kept, found)
-    return found
-
-
 # --- batches and texts --------------------------------------------------------------------------------------
+
+
+class DocumentFiles(Protocol):
+    """What `batch_documents` needs of a corpus."""
+
+    groups: dict[str, list[str]]
+
+    def get_text_key(self, group: str) -> str: ...
+
+    def kind(self, name: str) -> str: ...
+
+    def documents(self, name: str) -> Iterator[tuple[int, Any]]: ...
 
 
 @dataclass
@@ -283,34 +215,44 @@ class DocumentBatch:
 
     group: str
     kind: str
+    key: str = "text"
+    """The key of the text in a row of JSON."""
     raws: list[bytes | None] = field(default_factory=list)
     places: list[tuple[int, int]] = field(default_factory=list)
     """(index of the file in its group, line) of each document."""
+    sizes: list[int] = field(default_factory=list)
+    """Bytes of each raw document."""
     size: int = 0
     end: tuple[int, int] = (0, 0)
     """Where the next batch starts: (index of the file, number of its documents that are read)."""
 
 
 def batch_documents(
-    corpus: Corpus, group: str, start: tuple[int, int], batch_bytes: int
+    corpus: DocumentFiles,
+    group: str,
+    start: tuple[int, int],
+    batch_bytes: int,
+    stop: int | None = None,
 ) -> Iterator[DocumentBatch]:
-    """Yield the group's documents from `start` on, in batches of about `batch_bytes`.
+    """Yield the group's documents from `start` on, in batches of about `batch_bytes`; with `stop`, only those
+    before the file of that index.
 
     They are cut by size alone, so a start at an earlier batch's end gives the same remaining batches."""
     names = corpus.groups[group]
     batch: DocumentBatch | None = None
-    for index in range(start[0], len(names)):
+    for index in range(start[0], len(names) if stop is None else stop):
         suffix = _find_suffix(names[index])
-        kind, done = KINDS[suffix], start[1] if index == start[0] else 0
+        kind, done = corpus.kind(names[index]), start[1] if index == start[0] else 0
         for line, raw in itertools.islice(corpus.documents(names[index]), done, None):
             if batch is not None and (batch.size >= batch_bytes or batch.kind != kind):
                 yield batch
                 batch = None
-            batch = batch or DocumentBatch(group, kind)
+            batch = batch or DocumentBatch(group, kind, corpus.get_text_key(group))
             done += 1
             batch.raws.append(raw)
             batch.places.append((index, line))
-            batch.size += len(raw or b"") + 64  # so that empty documents fill a batch too
+            batch.sizes.append(0 if raw is None else len(raw))
+            batch.size += batch.sizes[-1] + 64  # so that empty documents fill a batch too
             batch.end = (index, done)
         if batch is not None and suffix not in ONE_DOCUMENT:  # the next file may need a download first
             yield batch
@@ -323,13 +265,15 @@ class UnusableDocument(Exception):
     """A document that is left out. The message is the kind of defect that the manifest counts."""
 
 
-def extract_text(kind: str, raw: bytes | None, key: str) -> str:
-    """Return the document's text. Raises UnusableDocument."""
+def extract_text(kind: str, raw: bytes | None, key: str, template: ChatTemplate | None = None) -> str:
+    """Return the document's text: a ChatText if it is a chat, which needs a `template`.
+
+    Raises UnusableDocument."""
     if not raw:
         raise UnusableDocument("empty text")
     text = _decode(kind, raw)
     if kind == "json":
-        text = _get_row_text(text, key)
+        text = _get_row_text(text, key, template)
     if not text:
         raise UnusableDocument("empty text")
     if text.count("\0") > MOST_NULS * len(text):
@@ -360,8 +304,8 @@ def _decode(kind: str, raw: bytes) -> str:
         raise UnusableDocument("not UTF-8") from None
 
 
-def _get_row_text(line: str, key: str) -> str:
-    """Return the text that a line of JSON holds under `key`. Raises UnusableDocument."""
+def _get_row_text(line: str, key: str, template: ChatTemplate | None) -> str:
+    """Return the text or the rendered chat that a line of JSON holds under `key`. Raises UnusableDocument."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -370,6 +314,11 @@ def _get_row_text(line: str, key: str) -> str:
         raise UnusableDocument("not a JSON object")
     if key not in row:
         raise UnusableDocument(f"no key '{key}'")
+    if isinstance(row[key], list) and template is not None:
+        try:
+            return template.render(row[key])
+        except ValueError as defect:
+            raise UnusableDocument(str(defect)) from None
     if not isinstance(row[key], str):
         raise UnusableDocument(f"'{key}' is not text")
     return row[key]

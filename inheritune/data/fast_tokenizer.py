@@ -4,12 +4,14 @@ Face folder, or from the Hub; and the writing of such a folder."""
 import json
 import tempfile
 from codecs import BOM_UTF8
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from inheritune.config.paths import resolve_path
+from inheritune.data.chat_template import ChatText, read_chat_template
 from inheritune.data.tokenizer import Tokenizer
 from inheritune.data.tokenizer_files import (
     TEMPLATES,
@@ -57,7 +59,8 @@ class FastTokenizer(Tokenizer):
         self._files = {file: (folder / file).read_bytes() for file in find_files(folder, self.SAVED_FILES)}
         try:
             self._backend = Backend.from_buffer(self._files["tokenizer.json"])
-            end_token = _find_end_token(json.loads(self._files["tokenizer_config.json"]))
+            config = json.loads(self._files["tokenizer_config.json"])
+            end_token = _find_end_token(config)
         except Exception as error:  # the tokenizers library raises nothing more precise
             raise UserError(
                 f"tokenizer '{name}' in {folder} cannot be read ({summarize_error(error)}); restore it"
@@ -73,10 +76,28 @@ class FastTokenizer(Tokenizer):
             )
         self.name, self.vocab_size = name, max(self._backend.get_vocab().values()) + 1
         self.end_of_text = end_id
+        special = [t.content for t in self._backend.get_added_tokens_decoder().values() if t.special]
+        jinja = self._files.get("chat_template.jinja")
+        self.chat_template = read_chat_template(config, jinja.decode() if jinja else None, special)
+
+    @cached_property
+    def _chat_backend(self) -> Any:
+        """The same tokenizer, for texts in which special tokens are tokens."""
+        from tokenizers import Tokenizer as Backend
+
+        backend = Backend.from_str(self._backend.to_str())
+        backend.encode_special_tokens = False
+        return backend
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        if any(isinstance(text, ChatText) for text in texts):
+            return [self._encode_one(text) for text in texts]
         encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(row.ids, np.uint32) for row in encoded]
+
+    def _encode_one(self, text: str) -> np.ndarray:
+        backend = self._chat_backend if isinstance(text, ChatText) else self._backend
+        return np.array(backend.encode(text, add_special_tokens=False).ids, np.uint32)
 
     def _content(self) -> bytes:
         # padding, truncation, templates and decoding do not decide ids

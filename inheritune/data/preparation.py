@@ -4,7 +4,6 @@ documents, and the state from which a later process resumes."""
 import itertools
 import json
 import logging
-import math
 import platform
 import sys
 import time
@@ -12,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -25,6 +25,9 @@ from inheritune.data.documents import (
     batch_documents,
     extract_text,
 )
+from inheritune.data.duplicates import HASH_BYTES, SEEN, SeenTexts
+from inheritune.data.encoded_units import EncodedUnits, collect_batch
+from inheritune.data.held_out import HeldOut, hold_out
 from inheritune.data.progress_meter import ProgressMeter
 from inheritune.data.token_shards import Shards
 from inheritune.data.tokenizer import Tokenizer
@@ -45,6 +48,7 @@ MIXED_BATCH_BYTES = 1 << 16
 BPE_SAMPLE_BYTES = 50_000_000
 """Of documents, from which a bpe:N is trained."""
 SAVE_EVERY_S = 60.0
+PROGRESS = "progress.json"
 EXAMPLES = 5
 """Named documents per kind of defect."""
 LICENCES = {"embedded": "Python Software Foundation License Version 2 (PSF-2.0)"}
@@ -53,13 +57,19 @@ LICENCES = {"embedded": "Python Software Foundation License Version 2 (PSF-2.0)"
 class Preparation:
     """One preparation of a data folder: the tokenizer, the split, and the state that makes it resumable."""
 
-    def __init__(self, data: Data, folder: Path, corpus: Corpus):
+    def __init__(self, data: Data, folder: Path, corpus: Corpus, only_tokenizer: bool = False):
+        """`only_tokenizer`: the caller needs no more, so documents are counted only if it is trained on those
+        that are not held out."""
         self.data, self.folder, self.corpus = data, folder, corpus
-        self.tokenizer_dir, self.progress_file = folder / "tokenizer", folder / "progress.json"
+        self.encoded: EncodedUnits | None = None
+        """The documents, if parts have encoded them already."""
+        self.tokenizer_dir, self.progress_file = folder / "tokenizer", folder / PROGRESS
         self.inputs = corpus.state()
         state = self._load_progress()
-        self.counts: dict[str, int] | None = state.get("counts") or self._count_documents()
-        self.heldout, self.first = self._split()
+        self.counts: dict[str, int] | None = state.get("counts")
+        self.heldout: HeldOut | None = None
+        if not only_tokenizer or parse_bpe_size(data.tokenizer) is not None:
+            self.split_documents()
         self.tokenizer = self._open_tokenizer()
         self.position: dict[str, tuple[int, int]] = {}
         """Where reading of each group continues: (index of the file, number of its documents read)."""
@@ -73,6 +83,8 @@ class Preparation:
             self.read[group] = state.get("read", {}).get(group, 0)
             self.taken[group] = state.get("taken", {}).get(group, 0)
         self.bad: dict[str, dict] = state.get("bad", {})
+        self.duplicates: int = state.get("duplicates", 0)
+        self.seen = SeenTexts(folder, state.get("seen", 0)) if data.deduplicate else None
         splits = state.get("splits", {})
         self.splits = {
             name: Shards(folder, name, self.tokenizer.dtype, data.shard_tokens, splits.get(name))
@@ -95,9 +107,10 @@ class Preparation:
             splits = state["splits"].values()
             files = [(shard["file"], shard["bytes"]) for split in splits for shard in split["shards"]]
             files += [(split["open"], split["open_bytes"]) for split in splits]
+            files += [(SEEN, state.get("seen", 0) * HASH_BYTES)]
             if state["inputs"] == self.inputs and all(itertools.starmap(self._has_bytes, files)):
-                done = sum(split["tokens"] for split in splits)
-                log.info("resuming after %d tokens in %s", done, self.folder)
+                if done := sum(split["tokens"] for split in splits):
+                    log.info("resuming after %d tokens in %s", done, self.folder)
                 return state
             log.warning("%s was started with other documents, or has lost files: starting anew", self.folder)
         remove_path(self.progress_file)
@@ -112,8 +125,11 @@ class Preparation:
     def save(self) -> None:
         """Record how far the files are good. Called between batches only."""
         splits = {name: split.save() for name, split in self.splits.items()}
-        state = {"inputs": self.inputs, "counts": self.counts, "position": self.position, "read": self.read}
-        write_json(self.progress_file, state | {"taken": self.taken, "bad": self.bad, "splits": splits})
+        state: dict[str, Any] = {"inputs": self.inputs, "counts": self.counts, "position": self.position}
+        state |= {"read": self.read, "taken": self.taken, "bad": self.bad, "splits": splits}
+        if self.seen:
+            state |= {"seen": self.seen.save(), "duplicates": self.duplicates}
+        write_json(self.progress_file, state)
 
     def _check_stop(self, during: str) -> None:
         """Raise Stopped when asked to stop where nothing has been written yet."""
@@ -136,6 +152,11 @@ class Preparation:
 
     # --- the split and the tokenizer ------------------------------------------------------------------------
 
+    def split_documents(self) -> None:
+        """Decide which documents are held out, if a random fraction is. Raises UserError if all are."""
+        self.counts = self.counts or self._count_documents()
+        self.heldout = hold_out(self.data, self.counts)
+
     def _count_documents(self) -> dict[str, int] | None:
         """Return the number of documents of each group, None unless the split needs it: this reads or
         downloads every file."""
@@ -146,31 +167,7 @@ class Preparation:
 
     def _count_file(self, name: str) -> int:
         self._check_stop("counting documents")
-        return self.corpus.count(name)
-
-    def _split(self) -> tuple[np.ndarray | None, dict[str, int]]:
-        """Return which documents are held out for validation, (documents,) bool, and the index of each
-        group's first document.
-
-        They are those that datasets' train_test_split(fraction, seed) puts into its test part, as in nanoGPT.
-        All documents count, in the order of the source, unusable ones too."""
-        fraction = self.data.validation.fraction
-        if self.counts is None or fraction is None:
-            return None, {}
-        ends = list(itertools.accumulate(self.counts.values()))
-        count = ends[-1]
-        n_heldout = math.ceil(fraction * count)
-        if count and n_heldout == count:
-            raise UserError(
-                f"{self.data.name}: of {count} document(s), validation.fraction {fraction} holds out "
-                f"{n_heldout}, so none is left to train on; give more files, write one document per line "
-                f"(.jsonl), or hold out the first N tokens: 'validation: {{first_shard: true}}' with "
-                f"'shard_tokens: N'"
-            )
-        heldout = np.zeros(count, bool)
-        order = np.random.default_rng(self.data.validation.seed).permutation(count)
-        heldout[order[:n_heldout]] = True
-        return heldout, dict(zip(self.counts, [0, *ends], strict=False))
+        return (self.encoded or self.corpus).count(name)
 
     def _open_tokenizer(self) -> Tokenizer:
         """Return the tokenizer, opened from the data folder, so that the workers and later users open the
@@ -191,19 +188,19 @@ class Preparation:
 
         With `first_shard` they include the validation text: which tokens that is, is known only once there
         are tokens."""
-        weights, left, n_texts = self.data.weights, float(BPE_SAMPLE_BYTES), 0
+        weights, left, n_texts = self.data.shares, float(BPE_SAMPLE_BYTES), 0
         defects: Counter[str] = Counter()
         for group in self.corpus.groups:
             if weights:
                 left = BPE_SAMPLE_BYTES * weights[group] / sum(weights.values())
-            number = self.first.get(group, 0)
+            number = 0
             for batch in batch_documents(self.corpus, group, (0, 0), BATCH_BYTES):
                 self._check_stop("training the tokenizer")
-                for raw in self._select_training(batch.raws, number):
+                for raw in self._select_training(group, batch.raws, number):
                     if left <= 0:
                         break
                     try:
-                        text = extract_text(batch.kind, raw, self.data.text_key)
+                        text = extract_text(batch.kind, raw, batch.key)
                     except UnusableDocument as defect:
                         defects[str(defect)] += 1
                         continue
@@ -215,18 +212,23 @@ class Preparation:
         if not n_texts:
             raise self._make_empty_error(defects)
 
-    def _select_training(self, raws: list[bytes | None], first: int) -> list[bytes | None]:
-        """Return those of consecutive documents, from the index `first`, that are not held out."""
+    def _select_training(self, group: str, raws: list[bytes | None], start: int) -> list[bytes | None]:
+        """Return those of consecutive documents of a group, from its index `start`, that are not held out."""
         if self.heldout is None:
             return raws
-        if first + len(raws) > len(self.heldout):
-            raise self._make_changed_error()
-        return [raw for number, raw in enumerate(raws, first) if not self.heldout[number]]
+        held = self._find_heldout(group, start, len(raws))
+        return [raw for raw, is_held in zip(raws, held, strict=True) if not is_held]
 
     # --- encoding and writing -------------------------------------------------------------------------------
 
-    def run(self, pool: Executor, window: int) -> None:
-        """Encode and write all that is left, then the manifest."""
+    def join(self, encoded: EncodedUnits) -> None:
+        """Write all that is left of what parts have encoded, then the manifest."""
+        self.encoded = encoded
+        self.split_documents()
+        self.run(None, 0)
+
+    def run(self, pool: Executor | None, window: int) -> None:
+        """Encode and write all that is left, then the manifest. A join needs no `pool`."""
         meter, start_time, start_tokens = ProgressMeter(self.tokens), time.monotonic(), self.tokens
         saved, limit = time.monotonic(), self.data.max_tokens or sys.maxsize
         stream = self._mix_groups(pool, window) if self.tokens < limit else iter(())
@@ -249,20 +251,26 @@ class Preparation:
         spent, tokens = time.monotonic() - start_time, self.tokens - start_tokens
         log.info("prepared %s: %d tokens, %.0f tokens/s", self.folder, self.tokens, tokens / spent)
 
-    def _mix_groups(self, pool: Executor, window: int) -> Iterator[tuple[DocumentBatch, Encoded]]:
+    def _encode_group(
+        self, group: str, size: int, pool: Executor | None, window: int
+    ) -> Iterator[tuple[DocumentBatch, Encoded]]:
+        """Return the encoded batches of a group, from where reading continues."""
+        if pool is not None:
+            batches = batch_documents(self.corpus, group, self.position[group], size)
+            return encode_batches(batches, pool, window)
+        assert self.encoded is not None, "a preparation without workers joins parts"
+        units = batch_documents(self.encoded, group, self.position[group], size)
+        return ((b, collect_batch(b, self.tokenizer.dtype, self.data.deduplicate)) for b in units)
+
+    def _mix_groups(self, pool: Executor | None, window: int) -> Iterator[tuple[DocumentBatch, Encoded]]:
         """Yield encoded batches of all groups: one group after another, or, with weights, each from the group
         that is furthest behind its share of the tokens.
 
         With weights, reading ends with the first group that has no more documents: the shares would not
         hold."""
-        weights = self.data.weights
+        weights = self.data.shares
         size = MIXED_BATCH_BYTES if weights else BATCH_BYTES
-        streams = {
-            group: encode_batches(
-                batch_documents(self.corpus, group, self.position[group], size), pool, window
-            )
-            for group in self.corpus.groups
-        }
+        streams = {group: self._encode_group(group, size, pool, window) for group in self.corpus.groups}
         if not weights:
             for stream in streams.values():
                 yield from stream
@@ -279,15 +287,16 @@ class Preparation:
         """Write one encoded batch into the two parts of the split, up to `limit` tokens in all, and return
         whether a shard was filled."""
         self._record_defects(batch, encoded.defects)
+        encoded = self._drop_repeats(encoded)
         ends = np.minimum(encoded.lengths.cumsum(), limit - self.tokens)  # max_tokens may cut a document
         lengths = np.diff(ends, prepend=0)
         ids = encoded.ids[: ends[-1]]
-        held = self._find_heldout(batch.group, len(lengths))
-        if held is None:
+        if self.heldout is None:
             into_val = np.zeros(len(ids), bool)
             into_val[: max(0, self.data.shard_tokens - self.splits["val"].tokens)] = True
             val_documents = int((lengths > 0)[ends <= into_val.sum()].sum())
         else:
+            held = self._find_heldout(batch.group, self.read[batch.group], len(lengths))
             into_val, val_documents = np.repeat(held, lengths), int((held & (lengths > 0)).sum())
         filled = self.splits["val"].write(ids[into_val], val_documents)
         filled |= self.splits["train"].write(ids[~into_val], int((lengths > 0).sum()) - val_documents)
@@ -295,6 +304,15 @@ class Preparation:
         self.read[batch.group] += len(lengths)
         self.position[batch.group] = batch.end
         return filled
+
+    def _drop_repeats(self, encoded: Encoded) -> Encoded:
+        """Return the batch without the tokens of documents whose text an earlier one had, if asked for."""
+        if self.seen is None:
+            return encoded
+        repeats = self.seen.find_repeats(encoded.digests)
+        self.duplicates += int(repeats.sum())
+        ids = encoded.ids[np.repeat(~repeats, encoded.lengths)]
+        return encoded._replace(ids=ids, lengths=np.where(repeats, 0, encoded.lengths))
 
     def _record_defects(self, batch: DocumentBatch, defects: list[tuple[int, str]]) -> None:
         """Count the unusable documents of a batch, and name the first ones of each kind."""
@@ -306,15 +324,14 @@ class Preparation:
                 file, line = batch.places[index]
                 entry["examples"].append(f"{names[file]}:{line}")
 
-    def _find_heldout(self, group: str, count: int) -> np.ndarray | None:
-        """Return which of the next `count` documents of a group are held out, (count,) bool; None if the
-        first shard is held out instead."""
-        if self.heldout is None or self.counts is None:
-            return None
-        first = self.read[group]
-        if first + count > self.counts[group]:
+    def _find_heldout(self, group: str, start: int, count: int) -> np.ndarray:
+        """Return which of the `count` documents of a group from its index `start` are held out, (count,)
+        bool. Raises UserError if it has fewer by now."""
+        assert self.heldout is not None, "the first shard is held out"
+        held = self.heldout.find(group, start, count)
+        if held is None:
             raise self._make_changed_error()
-        return self.heldout[self.first[group] + first :][:count]
+        return held
 
     def _expect_tokens(self) -> int | None:
         """Return how many tokens there will be: max_tokens, or as many per document as so far. None if
@@ -343,6 +360,9 @@ class Preparation:
             split.finish()
         write_json(self.folder / MANIFEST, self._make_manifest())
         remove_path(self.progress_file)
+        if self.seen:
+            self.seen.remove()
+            log.info("%s: %d documents repeat an earlier one and are left out", self.folder, self.duplicates)
         if self.bad:
             log.warning(
                 "%s: documents left out: %s; examples are in manifest.json",
@@ -354,30 +374,23 @@ class Preparation:
         """Return the manifest of the finished shards."""
         tokenizer, data, groups = self.tokenizer, self.data, self.corpus.groups
         used = {g: names[: self.position[g][0] + 1] for g, names in groups.items() if self.read[g]}
-        splits = {
-            n: {"tokens": s.tokens, "documents": s.documents, "shards": s.shards}
-            for n, s in self.splits.items()
-        }
+        splits = {name: split.describe() for name, split in self.splits.items()}
         key = json.dumps([tokenizer.fingerprint, tokenizer.dtype, splits])
         manifest = {
             "name": data.name,
             "preparation": data.preparation(),
             "source_files": [self.corpus.describe(name) for names in used.values() for name in names],
             "all_files": sum(map(len, used.values())) == sum(map(len, groups.values())),
-            "tokenizer": {
-                "name": tokenizer.name,
-                "class": tokenizer.kind,
-                "vocab_size": tokenizer.vocab_size,
-                "end_of_text": tokenizer.end_of_text,
-                "fingerprint": tokenizer.fingerprint,
-            },
+            "tokenizer": tokenizer.describe(),
             "dtype": tokenizer.dtype,
             "splits": splits,
             "bad_documents": self.bad,
             "fingerprint": xxhash.xxh3_128_hexdigest(key.encode()),
         }
-        if data.source == "embedded":
+        if data.takes_from("embedded"):
             manifest |= {"python": platform.python_version(), "licence": LICENCES["embedded"]}
+        if self.seen:
+            manifest["duplicates"] = self.duplicates
         files = hash_folder(self.tokenizer_dir)
         manifest["tokenizer_files"] = {f"tokenizer/{name}": facts for name, facts in files.items()}
         return manifest

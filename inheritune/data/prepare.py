@@ -15,13 +15,18 @@ after that is cut off and redone.
 import logging
 import math
 import os
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 
 from inheritune.config.experiment import Experiment
 from inheritune.data.corpus_changes import report_changes
 from inheritune.data.documents import Corpus
-from inheritune.data.preparation import Preparation
+from inheritune.data.encoded_units import PARTS
+from inheritune.data.first_documents import check_first_documents
+from inheritune.data.preparation import PROGRESS, Preparation
+from inheritune.data.prepare_parts import parse_part, run_part
 from inheritune.data.worker_pool import kill_workers, open_pool
 from inheritune.errors import UserError
 from inheritune.files.lock import Lock
@@ -33,15 +38,17 @@ from inheritune.runtime import signals
 log = logging.getLogger(__name__)
 
 
-def prepare(experiment: Experiment, workers: int | None = None) -> Path:
+def prepare(experiment: Experiment, workers: int | None = None, part: str | None = None) -> Path:
     """Tokenize the experiment's documents into its data folder, unless that is done already, and return the
     folder.
 
-    `workers` processes encode (default: one per core this process may use). Documents that cannot be used are
-    counted and named in manifest.json. A second start resumes where the first one stopped. Raises UserError
-    if a source is missing, unreadable or without any usable document, or if the disk is full."""
+    With `part`, such as 2/8, only that part's files are encoded, and the part that ends last joins all
+    (prepare_parts.py). `workers` processes encode (default: one per core this process may use). Documents
+    that cannot be used are counted and named in manifest.json. A second start resumes where the first one
+    stopped. Raises UserError if a source is missing, unreadable or without any usable document, or if the
+    disk is full."""
     data, folder = experiment.data, get_data_dir(experiment)
-    workers = workers or len(os.sched_getaffinity(0))
+    workers, chosen = workers or len(os.sched_getaffinity(0)), parse_part(part) if part else (1, 1)
     if _is_prepared(folder):  # checked without the lock first: the folder may belong to another user
         report_changes(experiment, folder)
         return folder
@@ -50,20 +57,37 @@ def prepare(experiment: Experiment, workers: int | None = None) -> Path:
         if _is_prepared(folder):
             report_changes(experiment, folder)
             return folder
+        corpus = Corpus(data, folder)
+        if not (folder / PROGRESS).is_file():
+            check_first_documents(corpus)
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
         remove_path(folder / MANIFEST)
-        preparation = Preparation(data, folder, Corpus(data, folder))
-        with open_pool(workers, data, preparation.tokenizer_dir) as pool:
-            try:
+        in_parts = part is not None or (folder / PARTS).is_dir()
+        if not in_parts:
+            preparation = Preparation(data, folder, corpus)
+            with (
+                open_pool(workers, data, preparation.tokenizer_dir) as pool,
+                report_killed_worker(folder, workers),
+            ):
                 preparation.run(pool, window=2 * workers + 2)
-            except BrokenProcessPool:
-                kill_workers()
-                raise UserError(
-                    f"a worker process was killed while preparing {folder} (out of memory?); start again "
-                    f"with fewer workers than {workers}: what is written is kept"
-                ) from None
-        return folder
+    if in_parts:  # without the lock, for the other parts
+        with report_killed_worker(folder, workers):
+            run_part(experiment, folder, corpus, chosen, workers)
+    return folder
+
+
+@contextmanager
+def report_killed_worker(folder: Path, workers: int) -> Iterator[None]:
+    """Raise UserError if a process of the pool was killed."""
+    try:
+        yield
+    except BrokenProcessPool:
+        kill_workers()
+        raise UserError(
+            f"a worker process was killed while preparing {folder} (out of memory?); start again with fewer "
+            f"workers than {workers}: what is written is kept"
+        ) from None
 
 
 def _is_prepared(folder: Path) -> bool:

@@ -71,10 +71,13 @@ class Shards:
             )
             self.filled, self._file = 0, None
 
+    def describe(self) -> dict:
+        """Return the split's entry in the manifest."""
+        return {"tokens": self.tokens, "documents": self.documents, "shards": self.shards}
+
     def save(self) -> dict:
         """Make what is written survive a power cut, and return the state from which a later process can
         resume."""
         if self._file:
             sync_file(self._file.fileno())
-        state = {"tokens": self.tokens, "documents": self.documents, "shards": self.shards}
-        return state | {"open": self.path.name, "open_bytes": self.filled * self.dtype.itemsize}
+        return self.describe() | {"open": self.path.name, "open_bytes": self.filled * self.dtype.itemsize}

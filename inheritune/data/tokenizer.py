@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from inheritune.data.chat_template import ChatTemplate
 from inheritune.errors import UserError, summarize_error
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ class Tokenizer:
     vocab_size: int
     end_of_text: int
     """Id of the token that separates documents."""
+    chat_template: ChatTemplate | None = None
+    """How chats become text; None if the tokenizer has no template."""
 
     @property
     def kind(self) -> str:
@@ -47,8 +50,15 @@ class Tokenizer:
         """xxh3-128 of the kind and of all that decides ids. Two different tokenizers never share one."""
         return xxhash.xxh3_128_hexdigest(f"{self.kind}:{self.end_of_text}:".encode() + self._content())
 
+    def describe(self) -> dict:
+        """Return the tokenizer's entry in the manifest."""
+        facts = {"name": self.name, "class": self.kind, "vocab_size": self.vocab_size}
+        return {**facts, "end_of_text": self.end_of_text, "fingerprint": self.fingerprint}
+
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Return the ids of each text as a 1-D integer array, with nothing added."""
+        """Return the ids of each text as a 1-D integer array, with nothing added.
+
+        The special tokens of a ChatText are tokens."""
         raise NotImplementedError
 
     def save(self, folder: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import xxhash
 
 from inheritune.config.sections import Data
 from inheritune.data.documents import DocumentBatch, UnusableDocument, extract_text
@@ -36,6 +37,9 @@ class Encoded(NamedTuple):
     """(documents,) int64: tokens of each document, 0 if it is unusable."""
     defects: list[tuple[int, str]]
     """(index of the document, defect) of the unusable ones."""
+    digests: list[bytes]
+    """The xxh3-128 hash of each document's text, empty for an unusable one; no hashes unless duplicates are
+    left out."""
 
 
 # --- the pool -----------------------------------------------------------------------------------------------
@@ -111,18 +115,19 @@ def kill_workers() -> None:
 # --- encoding -----------------------------------------------------------------------------------------------
 
 
-def encode_documents(kind: str, raws: list[bytes | None]) -> Encoded:
-    """Encode a batch of documents with this worker's tokenizer."""
+def encode_documents(kind: str, key: str, raws: list[bytes | None]) -> Encoded:
+    """Encode a batch of documents, as `extract_text` takes them, with this worker's tokenizer."""
     if _worker is None:
         raise RuntimeError("_start_worker has not run in this process")
     tokenizer, data = _worker
     texts, used, bad = [], [], []
     for index, raw in enumerate(raws):
         try:
-            texts.append(extract_text(kind, raw, data.text_key))
+            texts.append(extract_text(kind, raw, key, tokenizer.chat_template))
             used.append(index)
         except UnusableDocument as defect:
             bad.append((index, str(defect)))
+    extracted = used
     rows, refused = encode_each(tokenizer, texts)
     bad = sorted([*bad, *((used[index], defect) for index, defect in refused)])
     used = [document for index, document in enumerate(used) if index not in dict(refused)]
@@ -133,14 +138,18 @@ def encode_documents(kind: str, raws: list[bytes | None]) -> Encoded:
     ids = np.zeros(0, tokenizer.dtype)
     if parts:
         ids = np.concatenate(parts, dtype=tokenizer.dtype, casting="unsafe")
-    return Encoded(ids, lengths, bad)
+    digests = [b""] * len(raws) if data.deduplicate else []
+    if digests:
+        for index, text in zip(extracted, texts, strict=True):
+            digests[index] = xxhash.xxh3_128_digest(text.encode())
+    return Encoded(ids, lengths, bad, digests)
 
 
 def _submit(pool: Executor, batch: DocumentBatch) -> "Future[Encoded]":
     """Hand a batch to a worker. The pool starts its workers here. One that is killed while it starts closes
     the pipe through which it is told what to do: that too is a broken pool."""
     try:
-        return pool.submit(encode_documents, batch.kind, batch.raws)
+        return pool.submit(encode_documents, batch.kind, batch.key, batch.raws)
     except BrokenPipeError as error:
         raise BrokenProcessPool("a worker process ended while it started") from error
 

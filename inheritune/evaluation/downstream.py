@@ -206,13 +206,14 @@ def silence_libraries() -> Iterator[None]:
 def open_tokenizer(folder: Path) -> Any:
     """Return the Hugging Face tokenizer in a checkpoint's folder, or None if the folder has no file of one.
 
-    Raises UserError if its ids differ from those of the sentencepiece model in the same folder."""
+    A text that spells a special token, such as </s>, is encoded as characters, as `prepare` does. Raises
+    UserError if its ids differ from those of the sentencepiece model in the same folder."""
     from transformers import AutoTokenizer
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, split_special_tokens=True)
     except Exception as error:  # the tokenizers library raises nothing more precise
         raise UserError(
             f"the tokenizer in {folder} cannot be opened: {' '.join(str(error).split())[:200]}"

@@ -33,7 +33,7 @@ def get_data_dir(experiment: Experiment) -> Path:
 
     All experiments with the same data section share it."""
     key = json.dumps(experiment.data.preparation(), sort_keys=True)
-    if experiment.data.source == "embedded":
+    if experiment.data.takes_from("embedded"):
         key += f"python {platform.python_version()}"  # the corpus is this Python's standard library
     return find_root() / "data" / f"{experiment.data.name}-{xxhash.xxh3_128_hexdigest(key.encode())[:12]}"
 

@@ -141,7 +141,7 @@ def _begin(request: Request, context: JobContext) -> list[str]:
     _describe_start(request, context, given, shown)
     _check_array(context, shown)
     context.write()
-    chosen, context = _choose_run(request, context)
+    chosen, context = _choose_run(_choose_part(request, context), context)
     if chosen is None:
         return ["reported=1", "exit 0"]
     request = chosen
@@ -232,6 +232,14 @@ def check_tasks(environment: Mapping[str, str], shown: str, slots: bool) -> None
         raise UserError(
             "the tasks of this array would work on one run at the same time; submit it with --array=1-N%1"
         )
+
+
+def _choose_part(request: Request, context: JobContext) -> Request:
+    """Return the request for this task's part of a preparation; for all of it in a job that is no array."""
+    values = {key: value for key, value in request.values.items() if key != "parts"}
+    if "parts" in request.values and context.task:
+        values |= {"parts": request.values["parts"], "task": context.task}
+    return replace(request, values=values)
 
 
 def _choose_run(request: Request, context: JobContext) -> tuple[Request | None, JobContext]:

@@ -49,7 +49,9 @@ KINDS = {
         single=True,
         local="analyze --model MODEL --data EXPERIMENT",
     ),
-    "prepare": Kind(("experiment",), ("workers",), single=True, local="prepare EXPERIMENT [--workers N]"),
+    "prepare": Kind(
+        ("experiment",), ("workers", "parts"), single=True, local="prepare EXPERIMENT [--workers N]"
+    ),
 }
 
 
@@ -260,7 +262,9 @@ def make_command(request: Request) -> list[str]:
     words = ["train" if verb == "baselines" else verb, values["experiment"]]
     if verb in ("train", "baselines"):
         words += ["--run", values.get("run", "")]
-    return [*words, *request.flags()]
+    if "parts" in values:  # one task of the array each
+        words += ["--part", f"{values.get('task', 'TASK')}/{values['parts']}"]
+    return [*words, *request.flags("parts")]
 
 
 def name_job(script: Path, words: tuple[str, ...], rehearsal: bool) -> str:

@@ -140,6 +140,8 @@ def make_shape(
 def choose_array(request: Request, environment: Mapping[str, str], n_runs: int) -> str | None:
     """Return the tasks of the job's array; None for a single job."""
     given, usual = environment.get("ARRAY"), request.kind.array
+    if "parts" in request.values:
+        usual = f"1-{request.values['parts']}"
     if request.job.verb == "evaluate" and "run" in request.values or usual is None:
         return None
     if given:

@@ -19,6 +19,7 @@ from conftest import REPOSITORY, experiment_dict, refused, run_verb, write_exper
 from hub_server import Hub
 from lm_eval_command import lm_eval_command, lm_eval_results
 from tiny_models import random_model
+from tiny_tokenizers import write_chat_tokenizer
 from transformers import GPT2LMHeadModel
 
 from inheritune.config.catalog import TASKS
@@ -27,6 +28,7 @@ from inheritune.config.paths import RECIPES
 from inheritune.config.problems import parse_section
 from inheritune.config.sections import Evaluate, Model
 from inheritune.data.bpe_training import train_bpe
+from inheritune.data.fast_tokenizer import FastTokenizer
 from inheritune.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from inheritune.errors import UserError
 from inheritune.evaluation.downstream import (
@@ -353,6 +355,29 @@ def test_a_score_of_other_documents_or_templates_is_not_kept(tmp_path):
     assert is_kept()
     task["doc_to_text"] = "Q: {{question}}"
     assert not is_kept()
+
+
+def test_the_spelling_of_a_special_token_is_text_as_in_prepare(tmp_path):
+    for folder in ("bpe", "chat"):
+        (tmp_path / folder).mkdir()
+    train_bpe("bpe:300", [TEXT[:2000]], tmp_path / "bpe")
+    write_chat_tokenizer(tmp_path / "chat")
+    (tmp_path / "text").write_text(TEXT)
+    model = tmp_path / "tokenizer"
+    sentencepiece.SentencePieceTrainer.train(
+        input=tmp_path / "text", model_prefix=model, vocab_size=400, model_type="bpe", minloglevel=2
+    )
+    SentencePieceTokenizer(f"{model}.model").save(tmp_path / "pieces")
+    for name, spelled in (("bpe", "<|endoftext|>"), ("chat", "<|end|>"), ("pieces", "</s>")):
+        text = f"It ends with {spelled} and goes on, <unk>."
+        ours = (
+            SentencePieceTokenizer(f"{model}.model")
+            if name == "pieces"
+            else FastTokenizer("bpe:300", tmp_path / name)
+        )
+        theirs = open_tokenizer(tmp_path / name)
+        assert theirs.encode(text, add_special_tokens=False) == ours.encode_batch([text])[0].tolist()
+        assert ours.end_of_text not in theirs.encode(text, add_special_tokens=False)
 
 
 def test_a_tokenizer_that_differs_from_its_sentencepiece_model_is_refused(tmp_path):

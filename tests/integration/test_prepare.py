@@ -9,10 +9,10 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import sentencepiece
@@ -25,6 +25,7 @@ from inheritune.config.paths import REPOSITORY
 from inheritune.data import worker_pool
 from inheritune.data.batches import Tokens
 from inheritune.data.bpe_training import train_bpe
+from inheritune.data.held_out import hold_out
 from inheritune.data.prepare import prepare
 from inheritune.data.tokenizer_loading import load_tokenizer
 from inheritune.errors import UserError
@@ -174,10 +175,8 @@ def test_validation_documents_are_those_of_the_datasets_library(tmp_path):
     in_order = {text: number for number, text in enumerate(texts)}
     assert val == sorted(val, key=in_order.get) and train == sorted(train, key=in_order.get)
     # OpenWebText as nanoGPT splits it: 4,007 of 8,013,769 documents
-    job = SimpleNamespace(
-        counts={"": 8_013_769}, data=experiment(files=["-"], validation={"fraction": 0.0005}).data
-    )
-    assert inheritune.data.preparation.Preparation._split(job)[0].sum() == 4_007
+    data = experiment(files=["-"], validation={"fraction": 0.0005}).data
+    assert hold_out(data, {"": 8_013_769}).mask.sum() == 4_007
 
 
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path, monkeypatch):
@@ -191,9 +190,14 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path, monkeypatch):
     assert results[0] == results[1] and len(results[0]) > 10
 
 
-def test_a_killed_prepare_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch):
-    write_jsonl(tmp_path / "a.jsonl", some_texts(6000) * 3)
-    chosen = experiment(files=[str(tmp_path / "a.jsonl")], shard_tokens=150_000)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])  # our reader, and one of the datasets library
+def test_a_killed_prepare_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch, name):
+    texts = some_texts(6000) * 3
+    if name == "a.csv":
+        pa.csv.write_csv(pa.table({"text": texts}), tmp_path / name)
+    else:
+        write_jsonl(tmp_path / name, texts)
+    chosen = experiment(files=[str(tmp_path / name)], shard_tokens=150_000)
     unbroken = contents(prepare(chosen, 2))
     monkeypatch.setenv("INHERITUNE_ROOT", str(tmp_path / "killed"))
     folder = get_data_dir(chosen)
@@ -398,15 +402,15 @@ def test_refusals(tmp_path):
             prepare(experiment(**data), 1)
 
     write_jsonl(tmp_path / "good.jsonl", some_texts(20))
-    (tmp_path / "data.csv").write_text("text\nhello\n")
+    (tmp_path / "data.pdf").write_text("text\nhello\n")
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n\n{}\n')
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(os.urandom(5000) + b"\n")[:3000])
     (tmp_path / "cut.jsonl.zst").write_bytes(b"no zstandard")
     pq.write_table(pa.table({"txt": ["a"], "number": [1]}), tmp_path / "good.parquet")
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "good.parquet").read_bytes()[:50])
     refused(
-        r"data.csv: documents are read from \.txt, .*\.jsonl\.zst.* files only",
-        files=[str(tmp_path / "*.csv")],
+        r"data.pdf: documents are read from \.txt, .*\.jsonl\.zst.* files only",
+        files=[str(tmp_path / "*.pdf")],
     )
     refused("matches no file", files=[str(tmp_path / "nothing*.txt")])
     train_bpe("bpe:300", some_texts(20), tmp_path / "hf")
@@ -420,7 +424,9 @@ def test_refusals(tmp_path):
     refused("cut.jsonl.gz is cut off or damaged", files=[str(tmp_path / "cut.jsonl.gz")])
     refused("cut.jsonl.zst is cut off or damaged", files=[str(tmp_path / "cut.jsonl.zst")])
     refused("cut.parquet is not a complete parquet file", files=[str(tmp_path / "cut.parquet")])
-    refused("no column 'text' .* did you mean 'txt'", files=[str(tmp_path / "good.parquet")])
+    refused(
+        "no column 'text' .* did you mean 'txt'. It has: txt, number", files=[str(tmp_path / "good.parquet")]
+    )
     refused("column 'number' .* holds int64", files=[str(tmp_path / "good.parquet")], text_key="number")
     refused(
         "none into 'train'",

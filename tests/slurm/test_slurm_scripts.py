@@ -19,6 +19,7 @@ from inheritune.cli.verbs import Verbs
 from inheritune.cluster.status import status
 from inheritune.config.experiment import load_experiment
 from inheritune.errors import UserError
+from inheritune.files.markers import is_prepared
 from inheritune.files.rundir import RunDir, get_data_dir
 from inheritune.submit.control import cancel, print_queue, retry
 from inheritune.submit.request import KINDS
@@ -380,14 +381,18 @@ def test_rehearsal_asks_for_no_gpu(gpus, tmp_path):
 
 
 def test_prepare_rehearses_for_real(slurm, small, own_root):  # noqa: F811
-    """From the experiment as it was when it was submitted."""
-    job = slurm.submit(REPOSITORY / "slurm" / "prepare.sh", small, "--", "--hold", REHEARSE=1)
+    """As an array of two parts, which the last one joins, from the experiment as it was when submitted."""
+    prepared = get_data_dir(load_experiment(small, rehearse=True))
+    job = slurm.submit(REPOSITORY / "slurm/prepare.sh", small, "--parts", 2, "--", "--hold", REHEARSE=1)
     Path(small).write_text("data: edited while the job waits")
     slurm.run("scontrol", "release", job)
-    (record,) = slurm.wait(job, timeout=120)
-    assert f" (snapshot {own_root}/runs/code/" in slurm.log(job)
-    assert record["JobState"] == "COMPLETED", slurm.logs()
-    assert "'bash" not in slurm.log(job) and slurm.log(job).splitlines()[-1].endswith("finished")
+    slurm.wait(job, timeout=240)
+    assert {record["JobState"] for record in slurm.records(job)} == {"COMPLETED"}, slurm.logs()
+    logs = [slurm.log(f"{job}_{task}") for task in (1, 2)]
+    assert all(f" (snapshot {own_root}/runs/code/" in log for log in logs), logs
+    assert all("'bash" not in log and log.splitlines()[-1].endswith("finished") for log in logs), logs
+    assert sum("tokens/s" in log for log in logs) == 1, logs
+    assert is_prepared(prepared)
 
 
 def test_a_job_whose_run_has_a_stop_file_says_so_last(slurm, small, own_root):  # noqa: F811

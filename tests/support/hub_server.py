@@ -57,6 +57,9 @@ class Hub:
             path,
         ):
             kind, repo, what, folder = listing.groups()
+            if not (self.folder / kind / repo).is_dir():
+                self.send(request, 404, b"", {"X-Error-Code": "RepoNotFound"})
+                return
             files = [p for p in sorted((self.folder / kind / repo).rglob("*")) if p.is_file()]
             rows = [self.describe(p, (self.folder / kind / repo)) for p in files]
             if what == "paths-info":
@@ -71,8 +74,11 @@ class Hub:
                     "downloads": 0,
                     "siblings": siblings,
                 }
-            if folder:
-                rows = [row for row in rows if row["path"].startswith(folder[1:] + "/")]
+            if what == "tree":
+                inside = f"{folder[1:]}/" if folder else ""
+                rows = [row for row in [*folders_of(rows), *rows] if row["path"].startswith(inside)]
+                if parse_qs(request.path.partition("?")[2]).get("recursive", ["false"])[0].lower() == "false":
+                    rows = [row for row in rows if "/" not in row["path"].removeprefix(inside)]
             self.send(request, 200, json.dumps(rows).encode(), {"Content-Type": "application/json"})
         elif file := re.fullmatch(rf"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/(?:{COMMIT}|main)/(.+)", path):
             kind, repo, name = file.groups()
@@ -123,6 +129,12 @@ class Hub:
         request.end_headers()
         if request.command != "HEAD":
             request.wfile.write(content)
+
+
+def folders_of(rows: list[dict]) -> list[dict]:
+    """The entries of the folders that hold these files."""
+    found = {str(place) for row in rows for place in Path(row["path"]).parents} - {"."}
+    return [{"type": "directory", "path": name, "size": 0, "oid": "0" * 40} for name in sorted(found)]
 
 
 def etag(path: Path) -> str:

@@ -6,8 +6,10 @@ What comes out stands in the second table of damage.md; each cell is compared wi
 READERS=write pytest tests/unit/test_readers.py     writes that table anew"""
 
 import gzip
+import io
 import json
 import os
+import tarfile
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +30,7 @@ from inheritune.config.experiment import load_experiment
 from inheritune.config.sections import Data
 from inheritune.data.batches import Tokens
 from inheritune.data.bpe_training import train_bpe
-from inheritune.data.documents import KINDS, Corpus, UnusableDocument, _find_suffix, extract_text
+from inheritune.data.documents import Corpus, UnusableDocument, extract_text
 from inheritune.data.gpt2_tokenizer import Gpt2Tokenizer
 from inheritune.data.tokenizer_loading import load_tokenizer
 from inheritune.engines.deepspeed_json import load_deepspeed_json
@@ -51,6 +53,11 @@ LINES = "".join(json.dumps({"text": text}) + "\n" for text in some_texts(400)).e
 # --- the files, whole ---------------------------------------------------------------------------------------
 
 
+def quoted_texts() -> list[str]:
+    """The texts of LINES, as they stand within the quotes of a CSV file."""
+    return [json.loads(line)["text"].replace('"', '""') for line in LINES.splitlines()]
+
+
 def write_packed(folder: Path, name: str) -> Path:
     """Documents in a file of this kind; gzip and zstd in two frames."""
     path, half = folder / name, LINES.index(b"\n", len(LINES) // 2) + 1
@@ -62,6 +69,18 @@ def write_packed(folder: Path, name: str) -> Path:
         )
     elif name.endswith(".parquet"):
         pq.write_table(pa.table({"text": [json.loads(line)["text"] for line in LINES.splitlines()]}), path)
+    elif name.endswith(".csv"):
+        path.write_text("n,text\n" + "".join(f'{n},"{t}"\n' for n, t in enumerate(quoted_texts())))
+    elif name.endswith(".arrow"):
+        table = pa.table({"text": quoted_texts()})
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=50)
+    elif name.endswith(".tar"):
+        with tarfile.open(path, "w") as archive:
+            for number, text in enumerate(quoted_texts()):
+                entry = tarfile.TarInfo(f"{number:04d}.text")
+                entry.size = len(text.encode())
+                archive.addfile(entry, io.BytesIO(text.encode()))
     elif name == "array.json":
         path.write_text(json.dumps([json.loads(line) for line in LINES.splitlines()]))
     elif name.endswith((".txt", ".py")):
@@ -154,7 +173,7 @@ def read_documents(path: Path):
     source, texts, counted = Corpus(experiment(files=[str(path)]).data, path.parent), [], 0
     for _, raw in source.documents(str(path)):
         try:
-            texts.append(extract_text(KINDS[_find_suffix(path.name)], raw, "text"))
+            texts.append(extract_text(source.kind(str(path)), raw, "text"))
         except UnusableDocument:
             counted += 1
     return texts, counted
@@ -196,6 +215,9 @@ READERS: dict[str, tuple[Callable, str, Callable]] = {
     ".json, an array": (write_packed, "array.json", read_documents),
     ".json, a line each": (write_packed, "lines.json", read_documents),
     ".parquet": (write_packed, "a.parquet", read_documents),
+    ".csv": (write_packed, "a.csv", read_documents),
+    ".arrow": (write_packed, "a.arrow", read_documents),
+    ".tar, WebDataset": (write_packed, "a.tar", read_documents),
     ".txt": (write_packed, "a.txt", read_documents),
     ".py": (write_packed, "a.py", read_documents),
     "sentencepiece .model": (

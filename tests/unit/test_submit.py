@@ -22,8 +22,9 @@ from inheritune.config.jobs import find_job, format_shape, load_jobs
 from inheritune.errors import UserError
 from inheritune.paper.prerequisites import Step
 from inheritune.submit.interfaces import choose_interface
+from inheritune.submit.job_context import JobContext
 from inheritune.submit.job_end import Facts, decide_ending
-from inheritune.submit.job_start import check_tasks
+from inheritune.submit.job_start import _choose_part, check_tasks
 from inheritune.submit.paper_jobs import format_dependency, plan_jobs
 from inheritune.submit.preflight import check_request, describe_cost
 from inheritune.submit.recovery import describe_options
@@ -97,6 +98,18 @@ def test_a_submission_as_text():
     )
     assert "--ntasks=2 --cpus-per-task=1 --mem-per-cpu=4G" in rehearsal and "gpus" not in rehearsal
     assert "gpus" not in line("prepare", "small") and "--cpus-per-task=16" in line("prepare", "small")
+
+
+def test_a_preparation_in_parts_is_an_array():
+    assert "--array=1-8 " in line("prepare", "small", "--parts", "8")
+    assert "--array=2,5 " in line("prepare", "small", "--parts", "8", ARRAY="2,5")  # parts that failed
+    request = read_request("prepare", ["small", "--parts", "8", "--workers", "4"])
+    fifth = _choose_part(request, JobContext("prepare", "", False, job="77_5"))
+    assert make_command(fifth) == ["prepare", "small", "--part", "5/8", "--workers", "4"]
+    alone = _choose_part(request, JobContext("prepare", "", False, job="77"))
+    assert make_command(alone) == ["prepare", "small", "--workers", "4"]
+    with pytest.raises(UserError, match="prepare: --parts must be at least 1 .got '0'."):
+        read_request("prepare", ["small", "--parts", "0"])
 
 
 def test_the_site_decides():

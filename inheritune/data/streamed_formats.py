@@ -1,0 +1,122 @@
+"""Readers of the formats that the datasets library streams and this package has no reader of: CSV, Arrow and
+WebDataset archives.
+
+JSON Lines, JSON, parquet and text have readers of their own (decoders.py), because datasets stops there at
+the first malformed row, which those count and pass over. They read JSON Lines in two thirds of the library's
+time and parquet in the same time, with a seventh and half of its memory (benchmarks/readers.py). No code of a
+data set runs: the library's own builders read the files, and its decoders of archives load no pickles.
+"""
+
+import glob
+import json
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from inheritune.data.decoders import find_column_kind, list_raw_values, make_column_error
+from inheritune.errors import UserError, summarize_error
+
+BUILDERS = {".csv": "csv", ".csv.gz": "csv", ".tsv": "csv", ".arrow": "arrow", ".tar": "webdataset"}
+"""The library's builder for each kind of file."""
+ARCHIVE_END = bytes(1024)
+"""Two empty blocks at the end of a tar file."""
+ROWS = 256
+"""Rows of a table that is in memory at a time."""
+
+
+def stream_documents(path: Path, suffix: str, key: str) -> Iterator[tuple[int, bytes | None]]:
+    """Yield (row from 1, raw bytes) of a column of texts or chats of a file that ends in `suffix`.
+
+    In an archive `key` names the file of each sample, such as `txt`, or a key in it, such as `json.text`.
+    Raises UserError if there is no such column, or if the file is damaged. CSV has no end of its own: a file
+    that was cut off is noticed only within quotes."""
+    if BUILDERS[suffix] == "webdataset":
+        _check_archive_end(path)
+    # the library makes a lock in its cache
+    with _report_damage(path, suffix), tempfile.TemporaryDirectory() as cache:
+        stream = _open_stream(path, suffix, key, cache)
+        if BUILDERS[suffix] == "webdataset":
+            yield from enumerate(_read_samples(path, stream, key), 1)
+        else:
+            tables = stream.with_format("arrow").iter(batch_size=ROWS)
+            yield from enumerate(_read_tables(path, tables, key), 1)
+
+
+def find_streamed_kind(path: Path, suffix: str, key: str) -> str:
+    """Return how `stream_documents` gives the documents, as `find_column_kind` does: "text" or "json"."""
+    import pyarrow as pa
+
+    if suffix != ".arrow":
+        return "json" if BUILDERS[suffix] == "webdataset" else "text"
+    with _report_damage(path, suffix), open(path, "rb") as file:
+        try:
+            schema = pa.ipc.open_stream(file).schema
+        except pa.ArrowInvalid:
+            file.seek(0)
+            schema = pa.ipc.open_file(file).schema
+    return find_column_kind(path, schema, key)
+
+
+def _check_archive_end(path: Path) -> None:
+    """Raise EOFError if a tar file lacks its end. Its readers take one that was cut off after a member."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - len(ARCHIVE_END)))
+        if file.read() != ARCHIVE_END:
+            raise EOFError("it has no end of an archive")
+
+
+@contextmanager
+def _report_damage(path: Path, suffix: str) -> Iterator[None]:
+    """Raise as a UserError what the libraries find wrong with a file."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowInvalid, pa.ArrowTypeError, ValueError, tarfile.TarError, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # pyarrow's own have no number
+            raise
+        raise UserError(
+            f"{path} is cut off, damaged or no {BUILDERS[suffix]} file ({summarize_error(error)[:150]}); "
+            f"fetch or copy it again"
+        ) from None
+
+
+def _open_stream(path: Path, suffix: str, key: str, cache: str) -> Any:
+    """Return the library's stream of the rows of one file."""
+    import datasets
+
+    options: dict[str, Any] = {}
+    if BUILDERS[suffix] == "csv":  # a text of digits stays a text, and so does "NA"
+        options = {"converters": {key: str}, "keep_default_na": False}
+        options["sep"] = "\t" if suffix == ".tsv" else ","
+    return datasets.load_dataset(
+        BUILDERS[suffix],
+        data_files=[glob.escape(str(path))],
+        split="train",
+        streaming=True,
+        cache_dir=cache,
+        **options,
+    )
+
+
+def _read_tables(path: Path, tables: Iterable[Any], key: str) -> Iterator[bytes | None]:
+    """Yield the raw documents in the column `key` of Arrow tables."""
+    for table in tables:
+        kind = find_column_kind(path, table.schema, key)
+        yield from list_raw_values(table[key], kind, key)
+
+
+def _read_samples(path: Path, stream: Any, key: str) -> Iterator[bytes | None]:
+    """Yield a line of JSON with `key` for each sample of an archive."""
+    names = [name for name in stream.features if not name.startswith("__")]
+    name, _, inner = (key, "", "") if key in names else key.partition(".")
+    if name not in names:
+        raise make_column_error(path, key, names)
+    for sample in stream.select_columns([name]):
+        value = sample[name]
+        if inner and isinstance(value, dict):
+            value = value.get(inner)
+        yield None if value is None else json.dumps({key: value}, default=str).encode()
