@@ -16,6 +16,7 @@ from inheritune.files.markers import is_prepared
 from inheritune.files.rundir import format_seed_flag, get_data_dir
 from inheritune.planning.workload import MFU, estimate_gpu_hours, list_models
 from inheritune.runs.job import Job
+from inheritune.runs.shapes import check_sources
 from inheritune.runtime import launcher
 
 
@@ -43,6 +44,7 @@ def check(
         print("the task files are not checked here, without lm_eval; evaluate checks them when it starts")
     else:
         refuse_task_code(loaded.evaluate.task_files, allow_task_code)
+    check_sources(loaded, [run] if run else None)
     check_json(loaded, [run] if run else list(loaded.runs), ds, _read_gpus(gpus))
     if run is None:
         print(f"{loaded.name}: the file is sound; runs: {', '.join(loaded.runs)}")

@@ -19,6 +19,7 @@ from inheritune.files.markers import is_prepared
 from inheritune.files.rundir import RunDir, get_data_dir
 from inheritune.runs.changes import FREE_BETWEEN_STAGES, UNRESOLVED, check_kind, find_changes_since
 from inheritune.runs.job import Job
+from inheritune.runs.shapes import check_sources
 from inheritune.runtime import signals
 from inheritune.runtime.signals import get_stop_signal
 
@@ -42,6 +43,7 @@ def grow(
     settings, depths, reference = _check_growth(loaded, run)
     folder = RunDir.of(loaded, run, seed)
     check_kind(folder, is_grown=True)
+    check_sources(loaded, [run])
     _report_changes(Job(loaded, run, seed, stage=1), settings, depths)
     os.environ["INHERITUNE_STOP"] = str(folder.stop)  # the training of the reference obeys it too
     done_before: Action | None = None
