@@ -1,0 +1,71 @@
+"""Whether the loss of a third-party model can be measured on an experiment's tokens.
+
+A model that was trained on other token ids has no meaningful loss on these. The module imports no torch by
+itself: growth asks before it prepares anything.
+"""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from inheritune.config.experiment import Experiment
+from inheritune.config.paths import resolve_path
+from inheritune.config.sections import Data
+from inheritune.config.source_shape import find_config, read_shape
+from inheritune.data.bpe_training import parse_bpe_size
+from inheritune.data.tokenizer import PROBE
+from inheritune.data.tokenizer_files import check_embedding, count_ids
+from inheritune.data.tokenizer_loading import load_tokenizer
+from inheritune.errors import UserError
+from inheritune.files.markers import is_prepared
+from inheritune.files.rundir import get_data_dir
+
+
+def has_same_ids(tokenizer: Any, data: Data, folder: Path | None) -> bool:
+    """Return whether a checkpoint's tokenizer gives the ids of the data's on a probe text.
+
+    `folder`: the tokenizer/ of the prepared data; None if they are not prepared."""
+    (ids,) = load_tokenizer(data, folder).encode_batch([PROBE])
+    return tokenizer.encode(PROBE, add_special_tokens=False) == ids.tolist()
+
+
+def describe_other_ids(experiment: Experiment, name: str, source: str) -> str:
+    """Return the sentence that refuses the reference `name`, whose tokenizer is not that of the data."""
+    return (
+        f"the loss of '{name}' ({source}), the reference, cannot be measured on these tokens: its tokenizer "
+        f"is not {experiment.data.tokenizer}; set data.tokenizer to '{source}', or compare with another run"
+    )
+
+
+def check_reference(experiment: Experiment, name: str, must_exist: bool = False) -> None:
+    """Raise UserError if run `name`, a third-party model that others are compared with, cannot be measured on
+    the experiment's tokens, or has a tokenizer with more ids than its embedding has rows.
+
+    A model that is not on this machine is an error only if it `must_exist`. Nothing is asked of a run that
+    is trained here, nor in a rehearsal, where random models stand in."""
+    external = experiment.run(name).init.external
+    if external is None or experiment.rehearsal or resolve_path(external.source).is_file():
+        return
+    rows = 0
+    try:
+        path = find_config(external.source, external.revision, may_download=False)
+    except UserError:
+        if must_exist:
+            raise
+        return
+    folder = path.parent
+    with contextlib.suppress(UserError):  # of a family that is only evaluated, or not readable
+        rows = read_shape(path)["vocab_size"]
+    if rows:
+        check_embedding(folder, rows)
+    if experiment.data.tokenizer == external.source or not count_ids(folder):
+        return
+    data = get_data_dir(experiment)
+    prepared = data / "tokenizer" if is_prepared(data) else None
+    if prepared is None and parse_bpe_size(experiment.data.tokenizer) is not None:
+        return  # not trained yet: evaluate compares
+    from inheritune.evaluation.downstream import open_tokenizer  # which imports torch
+
+    tokenizer = open_tokenizer(folder)
+    if tokenizer is not None and not has_same_ids(tokenizer, experiment.data, prepared):
+        raise UserError(describe_other_ids(experiment, name, external.source))
