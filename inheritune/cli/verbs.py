@@ -10,6 +10,26 @@ class Verbs:
     EXPERIMENT is the name of a file in recipes/ (quickstart) or the path of a YAML file. Runs and data are
     stored under $INHERITUNE_ROOT. REHEARSE=1, or --rehearse, runs any experiment at small scale."""
 
+    def init(
+        self,
+        model: str,
+        text: str,
+        out: str = "mine.yaml",
+        revision: str | None = None,
+        steps: int | None = None,
+    ) -> None:
+        """Write an experiment: the first layers of MODEL, trained on TEXT and grown against MODEL itself.
+
+        MODEL: a folder, a GGUF file or a Hub id (--revision: its commit). TEXT: a glob of documents, in
+        quotes: 'my/*.txt', also .jsonl and .parquet. All numbers are fitted to model, text and this machine;
+        --steps replaces the steps of each run. check, plan, prepare, grow, table, figure and export take the
+        file as it is."""
+        from inheritune.planning.draft import draft
+        from inheritune.runtime.log import set_up_logging
+
+        set_up_logging()
+        print(draft(model, text, out, revision, steps))
+
     def prepare(self, experiment: str, workers: int | None = None, rehearse: bool | None = None) -> None:
         """Turn the experiment's documents into token shards under data/. A killed prepare resumes."""
         from inheritune.config.experiment import load_experiment
