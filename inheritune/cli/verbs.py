@@ -30,6 +30,21 @@ class Verbs:
         set_up_logging()
         print(draft(model, text, out, revision, steps))
 
+    def schema(self, out: str | None = None) -> None:
+        """Print the JSON Schema of an experiment's file, by which editors complete and check it.
+
+        --out writes it to a file. An editor with the YAML language server uses it where the first line of an
+        experiment is: # yaml-language-server: $schema=FILE"""
+        from inheritune.config.schema import format_schema
+        from inheritune.files.outputs import check_new_file, resolve_output
+        from inheritune.files.writing import write_text
+
+        if out is None:
+            print(format_schema(), end="")
+            return
+        check_new_file(path := resolve_output(out))
+        write_text(path, format_schema())
+
     def prepare(self, experiment: str, workers: int | None = None, rehearse: bool | None = None) -> None:
         """Turn the experiment's documents into token shards under data/. A killed prepare resumes."""
         from inheritune.config.experiment import load_experiment

@@ -78,7 +78,19 @@ def test_mistakes_are_one_sentence(words, says, own_root):
 
 def test_help_names_every_verb():
     text = run_verb("--help").stdout
-    verbs = ["init", "prepare", "fetch", "train", "inherit", "analyze", "grow", "evaluate", "table", "figure"]
+    verbs = [
+        "init",
+        "schema",
+        "prepare",
+        "fetch",
+        "train",
+        "inherit",
+        "analyze",
+        "grow",
+        "evaluate",
+        "table",
+        "figure",
+    ]
     verbs += ["status", "export", "plan", "verify", "sync", "check", "submit", "queue", "cancel", "retry"]
     for verb in verbs:
         assert f"  {verb} " in text
