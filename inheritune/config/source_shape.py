@@ -7,6 +7,7 @@ defaults, because it takes seconds to import.
 import json
 import re
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,10 @@ def find_config(source: str, revision: str | None = None, may_download: bool = T
         )
     if not HUB_ID.fullmatch(source):
         raise UserError(f"'{source}' is neither a folder nor a Hub id (owner/name)")
+    if not find_spec("huggingface_hub"):
+        raise UserError(
+            f"'{source}' is no local folder, and the Hub's cache needs the package huggingface-hub"
+        )
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     found = try_to_load_from_cache(source, CONFIG, revision=revision)
@@ -166,9 +171,9 @@ def _get_first(raw: dict, names: tuple[str, ...]) -> Any:
 
 def _complete_config(raw: dict, path: Path) -> dict:
     """Return `raw` with the defaults of its family, as transformers has them."""
-    from transformers import CONFIG_MAPPING
-
     try:
+        from transformers import CONFIG_MAPPING
+
         config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
         names = {names[0]: getattr(config, names[0], None) for names in SHAPE_KEYS.values()}
         return {**config.to_dict(), **names}

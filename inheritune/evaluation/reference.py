@@ -1,10 +1,11 @@
 """Whether the loss of a third-party model can be measured on an experiment's tokens.
 
-A model that was trained on other token ids has no meaningful loss on these. The module imports no torch by
-itself: growth asks before it prepares anything.
+A model that was trained on other token ids has no meaningful loss on these. Growth asks before it prepares
+anything, on hosts that have neither torch nor the tokenizers' libraries: these are imported where needed.
 """
 
 import contextlib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,7 @@ from inheritune.config.experiment import Experiment
 from inheritune.config.paths import resolve_path
 from inheritune.config.sections import Data
 from inheritune.config.source_shape import find_config, read_shape
-from inheritune.data.bpe_training import parse_bpe_size
-from inheritune.data.tokenizer import PROBE
 from inheritune.data.tokenizer_files import check_embedding, count_ids
-from inheritune.data.tokenizer_loading import load_tokenizer
 from inheritune.errors import UserError
 from inheritune.files.markers import is_prepared
 from inheritune.files.rundir import get_data_dir
@@ -25,6 +23,9 @@ def has_same_ids(tokenizer: Any, data: Data, folder: Path | None) -> bool:
     """Return whether a checkpoint's tokenizer gives the ids of the data's on a probe text.
 
     `folder`: the tokenizer/ of the prepared data; None if they are not prepared."""
+    from inheritune.data.tokenizer import PROBE
+    from inheritune.data.tokenizer_loading import load_tokenizer
+
     (ids,) = load_tokenizer(data, folder).encode_batch([PROBE])
     return tokenizer.encode(PROBE, add_special_tokens=False) == ids.tolist()
 
@@ -46,6 +47,8 @@ def check_reference(experiment: Experiment, name: str, must_exist: bool = False)
     external = experiment.run(name).init.external
     if external is None or experiment.rehearsal or resolve_path(external.source).is_file():
         return
+    if not find_spec("transformers"):  # beside a container image; evaluate, inside it, asks again
+        return
     rows = 0
     try:
         path = find_config(external.source, external.revision, may_download=False)
@@ -60,6 +63,8 @@ def check_reference(experiment: Experiment, name: str, must_exist: bool = False)
         check_embedding(folder, rows)
     if experiment.data.tokenizer == external.source or not count_ids(folder):
         return
+    from inheritune.data.bpe_training import parse_bpe_size
+
     data = get_data_dir(experiment)
     prepared = data / "tokenizer" if is_prepared(data) else None
     if prepared is None and parse_bpe_size(experiment.data.tokenizer) is not None:
