@@ -84,6 +84,19 @@ fitting_procs() {
   if [ "$gpus" = 1 ]; then echo 1; else echo 2; fi
 }
 
+# Run a verb, and note for print_times how long it took.
+times=()
+run_step() {
+  local start=$SECONDS
+  echo "\$ python -m inheritune $*"
+  python -m inheritune "$@"
+  times+=("$((SECONDS - start)) s  $1")
+}
+print_times() {
+  echo "done in $SECONDS s:"
+  printf '  %s\n' "${times[@]}"
+}
+
 on_login_node() { [ -z "${SLURM_JOB_ID:-}" ] && command -v srun > /dev/null && sinfo -h > /dev/null 2>&1; }
 
 # Stop on a login node, since training belongs on a compute node: refuse_login_node SRUN_OPTIONS ...

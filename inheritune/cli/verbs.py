@@ -10,6 +10,41 @@ class Verbs:
     EXPERIMENT is the name of a file in recipes/ (quickstart) or the path of a YAML file. Runs and data are
     stored under $INHERITUNE_ROOT. REHEARSE=1, or --rehearse, runs any experiment at small scale."""
 
+    def init(
+        self,
+        model: str,
+        text: str,
+        out: str = "mine.yaml",
+        revision: str | None = None,
+        steps: int | None = None,
+    ) -> None:
+        """Write an experiment: the first layers of MODEL, trained on TEXT and grown against MODEL itself.
+
+        MODEL: a folder, a GGUF file or a Hub id (--revision: its commit). TEXT: a glob of documents, in
+        quotes: 'my/*.txt', also .jsonl and .parquet. All numbers are fitted to model, text and this machine;
+        --steps replaces the steps of each run. check, plan, prepare, grow, table, figure and export take the
+        file as it is."""
+        from inheritune.planning.draft import draft
+        from inheritune.runtime.log import set_up_logging
+
+        set_up_logging()
+        print(draft(model, text, out, revision, steps))
+
+    def schema(self, out: str | None = None) -> None:
+        """Print the JSON Schema of an experiment's file, by which editors complete and check it.
+
+        --out writes it to a file. An editor with the YAML language server uses it where the first line of an
+        experiment is: # yaml-language-server: $schema=FILE"""
+        from inheritune.config.schema import format_schema
+        from inheritune.files.outputs import check_new_file, resolve_output
+        from inheritune.files.writing import write_text
+
+        if out is None:
+            print(format_schema(), end="")
+            return
+        check_new_file(path := resolve_output(out))
+        write_text(path, format_schema())
+
     def prepare(
         self,
         experiment: str,

@@ -6,17 +6,18 @@ It needs no GPU, and the parts that need torch are skipped where torch is missin
 import os
 from importlib.util import find_spec
 
+from inheritune.cluster.commands import format_command, has_slurm
 from inheritune.cluster.planner import find_unfinished_source
 from inheritune.config.experiment import Experiment, load_experiment
-from inheritune.config.jobs import format_shape
 from inheritune.config.values import GPUS, read_numbers
 from inheritune.errors import UserError
+from inheritune.evaluation.reference import check_reference
 from inheritune.evaluation.taskcode import refuse_task_code
 from inheritune.files.markers import is_prepared
-from inheritune.files.rundir import format_seed_flag, get_data_dir
+from inheritune.files.rundir import get_data_dir
 from inheritune.planning.workload import MFU, estimate_gpu_hours, list_models
 from inheritune.runs.job import Job
-from inheritune.runtime import launcher
+from inheritune.runs.shapes import check_sources
 
 
 def check(
@@ -43,7 +44,12 @@ def check(
         print("the task files are not checked here, without lm_eval; evaluate checks them when it starts")
     else:
         refuse_task_code(loaded.evaluate.task_files, allow_task_code)
-    check_json(loaded, [run] if run else list(loaded.runs), ds, _read_gpus(gpus))
+    names = [run] if run else list(loaded.runs)
+    check_sources(loaded, names)
+    for reference in dict.fromkeys(loaded.reference_of(loaded.run(name)) for name in names):
+        if reference:
+            check_reference(loaded, reference)
+    check_json(loaded, names, ds, _read_gpus(gpus))
     if run is None:
         print(f"{loaded.name}: the file is sound; runs: {', '.join(loaded.runs)}")
         return
@@ -55,7 +61,7 @@ def check(
     data_ready = is_prepared(get_data_dir(loaded))
     needed = find_unfinished_source(loaded, spec, seed)
     if not data_ready or needed:
-        raise UserError(_describe_missing(loaded, experiment, run, data_ready, needed, stage, seed))
+        raise UserError(_describe_missing(loaded, run, data_ready, needed, stage, seed))
     print(f"{loaded.name}/{run}: what it starts from is there")
 
 
@@ -105,63 +111,60 @@ def _read_gpus(words: str | None) -> list[int]:
 
 def _describe_missing(
     experiment: Experiment,
-    name: str,
     run: str,
     data_ready: bool,
     needed: str | None,
     stage: int | None,
     seed: int,
 ) -> str:
-    """Return what `run` lacks, with the commands that make it. `name` is the experiment as you wrote it,
-    `needed` the unfinished run that `run` needs."""
+    """Return what `run` lacks, with the commands that make it. `needed` is the unfinished run that `run`
+    needs."""
     lacks = [] if data_ready else ["its data is not prepared"]
     lacks += [f"run '{needed}', which it needs, is not trained"] if needed else []
     text = f"{experiment.name}/{run} cannot start yet: {' and '.join(lacks)}.\n"
+    slurm = has_slurm()
     if not data_ready:
-        fetch = f"{launcher.format_script('fetch')} {name} && " if experiment.data.takes_from("hub") else ""
-        text += f"First, on the login node, the data ({get_data_dir(experiment)}):\n"
-        text += f"    {fetch}{_rehearse_prefix(experiment)}{launcher.format_script('prepare')} {name}\n"
+        where = "on the login node, " if slurm else ""
+        steps = ["fetch"] if experiment.data.takes_from("hub") else []
+        lines = [format_command(verb, experiment, slurm=slurm, shape=False) for verb in (*steps, "prepare")]
+        text += f"First, {where}the data ({get_data_dir(experiment)}):\n    {' && '.join(lines)}\n"
     if needed:
-        text += _describe_ways(experiment, name, run, needed, stage, seed)
+        text += _describe_ways(experiment, run, needed, stage, seed, slurm)
     return text.rstrip()
 
 
-def _rehearse_prefix(experiment: Experiment) -> str:
-    return "REHEARSE=1 " if experiment.rehearsal else ""
-
-
 def _describe_ways(
-    experiment: Experiment, name: str, run: str, needed: str, stage: int | None, seed: int
+    experiment: Experiment, run: str, needed: str, stage: int | None, seed: int, slurm: bool
 ) -> str:
     """Return what to do while `needed` is not trained: train it and queue this behind it, or start from a
     public checkpoint."""
-    shape = "" if experiment.rehearsal else format_shape("train", experiment.name)
-    train = f"{_rehearse_prefix(experiment)}{shape}{launcher.format_script('train')} {name}"
-    flag = format_seed_flag(seed)
-    again = f"{train} {run}{f' --stage {stage}' if stage else ''}{flag}"
     settings = experiment.train_of(experiment.run(needed))
     layers, length = list_models(experiment, needed)[-1][1], experiment.data.sequence_length
-    hours = (
-        f"about {estimate_gpu_hours(experiment.model, layers, settings, length):,.0f} GPU-hours at {MFU:.0%} "
-        f"of the "
-        f"bf16 rate of an H100"
+    gpu_hours = estimate_gpu_hours(experiment.model, layers, settings, length)
+    work = (
+        f"{settings.steps * settings.batch_tokens / 1e9:.1f}B tokens, about {gpu_hours:,.0f} GPU-hours at "
+        f"{MFU:.0%} of the bf16 rate of an H100"
     )
-    text = (
-        f"Either train '{needed}' ({settings.steps * settings.batch_tokens / 1e9:.1f}B tokens, {hours}) "
-        f"and queue this behind it, with the number after 'submitted job' in what the first line prints:\n"
-        f"    {train} {needed}{flag}\n"
-        f"    {again} -- --dependency=afterok:JOB"
-    )
+    verb = "grow" if experiment.run(needed).grow else "train"
+    first = format_command(verb, experiment, needed, seed, slurm=slurm)
+    again = format_command("train", experiment, run, seed, stage, slurm)
+    text = f"Either train '{needed}' ({work})"
+    if slurm:
+        text += (
+            f" and queue this behind it, with the number after 'submitted job' in what the first line "
+            f"prints:\n    {first}\n    {again} -- --dependency=afterok:JOB"
+        )
+    else:
+        text += f", then this:\n    {first}\n    {again}"
     sources = {
         other: spec.init.inherit.source for other, spec in experiment.runs.items() if spec.init.inherit
     }
     public = next((other for other, source in sources.items() if source not in experiment.runs), None)
     if public and experiment.run(run).init.inherit:
-        text += (
-            f"\nor start from the public checkpoint {sources[public]}:\n    "
-            f"{launcher.format_script('fetch')} "
-            f"{name}\n"
-        )
         verb = "grow" if experiment.run(public).grow else "train"
-        text += f"    {shape}{launcher.format_script(verb)} {name} {public}{flag}"
+        lines = [
+            format_command("fetch", experiment, slurm=slurm, shape=False),
+            format_command(verb, experiment, public, seed, slurm=slurm),
+        ]
+        text += f"\nor start from the public checkpoint {sources[public]}:\n    " + "\n    ".join(lines)
     return text

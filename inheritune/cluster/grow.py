@@ -14,12 +14,14 @@ from inheritune.cluster.planner import Action, plan_next_action, read_stages, re
 from inheritune.config.experiment import Experiment, load_experiment
 from inheritune.config.run import Grow
 from inheritune.errors import Stopped, UserError
+from inheritune.evaluation.reference import check_reference
 from inheritune.files.json_files import write_json
 from inheritune.files.markers import is_prepared
-from inheritune.files.rundir import RunDir, get_data_dir
+from inheritune.files.rundir import RunDir, get_data_dir, is_finished
 from inheritune.runs.changes import FREE_BETWEEN_STAGES, UNRESOLVED, check_kind, find_changes_since
 from inheritune.runs.job import Job
-from inheritune.runtime import signals
+from inheritune.runs.shapes import check_sources
+from inheritune.runtime import launcher, signals
 from inheritune.runtime.signals import get_stop_signal
 
 
@@ -32,7 +34,7 @@ def grow(
     slot: bool = False,
     rehearse: bool | None = None,
 ) -> None:
-    """Do everything that `run` still needs: data, reference, stages, verdict.
+    """Do everything that `run` still needs: data, reference (trained, or evaluated), stages, verdict.
 
     With `slot`, do only the next of these, as one task of a job array. Each step runs as `procs` processes,
     or as the tasks of the job's srun line (`launch_verb`).
@@ -42,6 +44,9 @@ def grow(
     settings, depths, reference = _check_growth(loaded, run)
     folder = RunDir.of(loaded, run, seed)
     check_kind(folder, is_grown=True)
+    check_sources(loaded, [run])
+    if not folder.is_done():
+        check_reference(loaded, reference, must_exist=True)
     _report_changes(Job(loaded, run, seed, stage=1), settings, depths)
     os.environ["INHERITUNE_STOP"] = str(folder.stop)  # the training of the reference obeys it too
     done_before: Action | None = None
@@ -53,11 +58,12 @@ def grow(
         action = plan_next_action(
             depths,
             settings,
-            RunDir.of(loaded, reference, seed).is_done(),
+            is_finished(loaded, reference, seed),
             is_prepared(get_data_dir(loaded)),
             reference,
             run,
             read_stages(folder, depths),
+            is_external=loaded.run(reference).init.external is not None,
         )
         if action.verb == "finish":
             write_json(folder.done, action.verdict)
@@ -158,14 +164,17 @@ def _run_action(
 
     If it fails, having printed its reason, raises SystemExit with its exit code."""
     verb = [action.verb, experiment]
-    if action.verb == "train":
+    if action.run:
         verb += ["--run", action.run, "--seed", str(seed)]
+    if action.verb == "evaluate":  # growth asks for the loss only
+        verb += ["--tasks", "none"]
+    if action.verb == "train":
         verb += ["--stage", str(action.stage)] if action.stage else []
         verb += ["--ds", ds] if ds else []
     verb += ["--rehearse"] if rehearsal else []
     print(f"$ python -m inheritune {' '.join(verb)}", flush=True)
-    is_training = action.verb == "train"
-    code = launch.launch_verb(verb, procs if is_training else 1, as_step=is_training)
+    has_ranks = action.verb in launcher.JOINING
+    code = launch.launch_verb(verb, procs if has_ranks else 1, as_step=has_ranks)
     if code in (-signal.SIGINT, -signal.SIGUSR1, signals.INTERRUPTED) and get_stop_signal():
         raise Stopped(
             f"{action.title()} was stopped before it had begun; the same grow command continues from there"

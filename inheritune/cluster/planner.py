@@ -30,7 +30,8 @@ VERDICT_PARTS = ("layers", "parity", "margin", "difference")
 
 @dataclass(frozen=True)
 class Action:
-    """What comes next: `prepare`, `train` (a run, or a stage of the grown run) or `finish`."""
+    """What comes next: `prepare`, `evaluate` (a third-party reference), `train` (a run, or a stage of the
+    grown run) or `finish`."""
 
     verb: str
     run: str = ""
@@ -55,14 +56,16 @@ def plan_next_action(
     reference: str,
     run: str,
     stages: list[StageResult],
+    is_external: bool = False,
 ) -> Action:
-    """Return what to do next, given what is finished (pure).
+    """Return what to do next, given what is finished (pure). `is_external`: the reference is a third-party
+    model, which is only evaluated.
 
     The stop rule is applied to each stage once, after its full schedule."""
     if not data_ready:
         return Action("prepare")
     if not reference_done:
-        return Action("train", run=reference)
+        return Action("evaluate" if is_external else "train", run=reference)
     reached = bool(stages) and has_parity(stages[-1].difference, grow.margin)
     if reached:
         return Action("finish", run=run, stage=len(stages), verdict=_make_verdict(stages, len(stages), grow))

@@ -151,7 +151,9 @@ def list_standings(view: View, name: str, run: Run) -> list[Standing]:
     if run.init.external:
         found = Standing(f"{name} (third-party model)", "unknown")
         with found.collect_errors():
-            found.state = "finished" if folder.results.is_file() else "not started"
+            is_reference = view.experiment.is_reference(name)
+            done = folder.is_evaluated() if is_reference else folder.results.is_file()
+            found.state = "finished" if done else "not started"
         return [found]
     standings = _list_trained(view, name, run)
     _fill_queue(view, name, standings[0])

@@ -9,13 +9,12 @@ import time
 
 from tabulate import tabulate
 
+from inheritune.cluster.commands import format_command
 from inheritune.cluster.planner import find_unfinished_source
 from inheritune.cluster.standing import STATUS_COLUMNS, View, list_standings
-from inheritune.config.experiment import Experiment, load_experiment
-from inheritune.config.jobs import format_shape
+from inheritune.config.experiment import load_experiment
 from inheritune.config.run import Run
-from inheritune.files.rundir import format_seed_flag
-from inheritune.runtime import launcher, streams
+from inheritune.runtime import streams
 
 WATCH_S = 30
 
@@ -26,12 +25,13 @@ def status(experiment: str, seed: int = 0, rehearse: bool | None = None) -> None
     A run whose files are damaged or cannot be read is a row with a remark."""
     loaded = load_experiment(experiment, rehearse)
     view = View(loaded, seed)
-    cells, remarks = [], [*view.errors]
+    cells, remarks, finished = [], [*view.errors], set[str]()
     for name, run in loaded.runs.items():
         standings = list_standings(view, name, run)
         cells += [standing.cells() for standing in standings]
         errors = list(dict.fromkeys(error for standing in standings for error in standing.errors))
-        command = find_next_command(view, experiment, name, run, standings[0].state)
+        command = find_next_command(view, name, run, standings[0].state)
+        finished |= {name} if standings[0].state == "finished" else set()
         if errors or command:
             remarks.append(f"{name}: " + "; ".join(errors + ([f"next: {command}"] if command else [])))
     mark = "REHEARSAL " if loaded.rehearsal else ""
@@ -40,10 +40,8 @@ def status(experiment: str, seed: int = 0, rehearse: bool | None = None) -> None
     shown = [[row[i] for i in used] for row in cells]
     headers = [STATUS_COLUMNS[i] for i in used]
     print(tabulate(shown, headers=headers, tablefmt="simple", disable_numparse=True))
-    if loaded.paper:
-        remarks.append(
-            f"all that is finished: python -m inheritune table {experiment}{_list_flags(loaded, seed)}"
-        )
+    if loaded.paper and loaded.paper[0].run in finished:  # without that row there is no table
+        remarks.append(f"all that is finished: {format_command('table', loaded, seed=seed)}")
     print("\n" + "\n".join(remarks))
 
 
@@ -56,51 +54,43 @@ def watch_status(experiment: str, seed: int = 0, rehearse: bool | None = None) -
         time.sleep(WATCH_S)
 
 
-def _list_flags(experiment: Experiment, seed: int) -> str:
-    return format_seed_flag(seed) + (" --rehearse" if experiment.rehearsal else "")
-
-
-def find_next_command(view: View, experiment: str, name: str, run: Run, state: str) -> str:
+def find_next_command(view: View, name: str, run: Run, state: str) -> str:
     """Return the line to paste that continues the run.
 
     It is empty if the run is queued, running or finished, or if its state is unknown."""
     if state in ("running", "finished", "unknown"):
         return ""
     loaded, seed = view.experiment, view.seed
-    if run.init.external:
-        return f"python -m inheritune evaluate {experiment} --run {name}{_list_flags(loaded, seed)}"
-    if queued := view.find_queued("train", name):  # a second job would do the same
+    if not run.init.external and (queued := view.find_queued("train", name)):  # a second would do the same
         return f"scancel {queued.name}" if queued.is_lost else ""
-    stop, verb = view.folder(name).stop, "grow" if run.grow else "train"
+    stop = view.folder(name).stop
     remove = f"rm {stop} && " if stop.is_file() else ""
-    try:
-        first = _list_first(view, run)
-    except OSError:  # a run that it starts from has a row of its own, which says what cannot be read
+    found = _find_next_verb(view, name, run)
+    if found is None:
         return ""
-    # a growth does itself what comes first
-    if any(view.find_queued(*work) for work in (first if verb == "grow" else first[:1])):
+    verb, name = found
+    if view.find_queued("prepare" if verb == "prepare" else "train", name):
         return ""
-    if verb == "train" and first:
-        purpose, name = first[0]
-        if purpose == "prepare":
-            return _format_verb(view, "prepare", experiment, "", 0)
-        verb = "grow" if loaded.run(name).grow else "train"
-    return remove + _format_verb(view, verb, experiment, name, seed)
+    if verb == "prepare":
+        remove, seed = "", 0
+    return remove + format_command(verb, loaded, name, seed, slurm=view.slurm and verb != "evaluate")
 
 
-def _list_first(view: View, run: Run) -> list[tuple[str, str]]:
-    """Return what must be done before `run` as (purpose of a key, run): its data, then what it starts from.
-
-    Raises OSError if that cannot be read."""
-    needed = find_unfinished_source(view.experiment, run, view.seed)
-    return ([] if view.data_ready else [("prepare", "")]) + ([("train", needed)] if needed else [])
-
-
-def _format_verb(view: View, verb: str, experiment: str, name: str, seed: int) -> str:
-    """Return the line that runs `verb` on run `name` (empty for prepare), with Slurm where there is one."""
-    if not view.slurm:
-        run = f" --run {name}" if name else ""
-        return f"python -m inheritune {verb} {experiment}{run}{_list_flags(view.experiment, seed)}"
-    prefix = "REHEARSE=1 " if view.experiment.rehearsal else format_shape(verb, view.experiment.name)
-    run = f" {name}" if name else ""
-    return f"{prefix}{launcher.format_script(verb)} {experiment}{run}{format_seed_flag(seed)}"
+def _find_next_verb(view: View, name: str, run: Run) -> tuple[str, str] | None:
+    """Return (verb, run) of what run `name` needs next; None if it cannot be told, or is queued."""
+    needed = None
+    if not run.init.external:
+        try:
+            needed = find_unfinished_source(view.experiment, run, view.seed)
+        except OSError:  # that run has a row of its own, which says what cannot be read
+            return None
+    if run.grow:  # grow itself does what its run needs, unless a job is about to
+        waits = not view.data_ready and view.find_queued("prepare", "")
+        return None if waits or needed and view.find_queued("train", needed) else ("grow", name)
+    if not view.data_ready:
+        return "prepare", ""
+    if run.init.external:
+        return "evaluate", name
+    if needed:
+        return "grow" if view.experiment.run(needed).grow else "train", needed
+    return "train", name

@@ -166,6 +166,10 @@ class Experiment(Strict):
         source = run.init.copied.source if run.init.copied else None
         return run.compare or (source if source in self.runs else None)
 
+    def is_reference(self, name: str) -> bool:
+        """Return whether another run is compared with run `name`."""
+        return any(self.reference_of(run) == name for run in self.runs.values())
+
 
 def _find_keep_problems(run: Run, train: Train) -> list[str]:
     """Return sentences on `keep_at` steps that the run never reaches."""

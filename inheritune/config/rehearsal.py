@@ -59,7 +59,7 @@ def _shrink_data(data: Section) -> Section:
 def _shrink_model(model: Section) -> Section:
     heads = 5 if model["heads"] % 2 else 4  # an odd head count stays odd
     return {
-        "size": f"{model['family']}_tiny",
+        "size": "gpt2_tiny" if model["family"] == "gpt2" else "llama_tiny",
         "layers": shrink_layers(model["layers"]),
         "width": 16 * heads,
         "heads": heads,

@@ -19,7 +19,8 @@ from inheritune.config.fields import (
     Windows,
     check_name,
 )
-from inheritune.errors import suggest_name
+from inheritune.config.source_shape import find_config, find_contradictions, read_shape
+from inheritune.errors import UserError, suggest_name
 
 LATER_KEYS = ("config", "split", "interleave", "deduplicate")
 """Keys of `data` that count only where they are set."""
@@ -153,11 +154,20 @@ class Data(Source):
         return {name: part.weight for name, part in self.interleave.items()} or self.weights
 
 
-class Model(Strict):
-    """The reference's shape: a named `size` (sizes.yaml), any of whose numbers may be replaced."""
+DESCRIBED_FAMILIES = ("gpt2", "llama")
+"""Families that a named size and a few numbers describe. Of any other, a config.json is needed."""
 
-    size: str
-    family: Literal["gpt2", "llama"]
+
+class Model(Strict):
+    """The reference's shape: a named `size` (sizes.yaml), any of whose numbers may be replaced; or that of an
+    existing model (`from`), with all that its config.json says."""
+
+    size: str | None = None
+    from_: Annotated[str | None, Field(alias="from")] = None
+    """A folder or Hub id whose config.json is the shape. Numbers stated alongside must be the same."""
+    revision: str | None = None
+    """The Hub's commit of `from`."""
+    family: str
     layers: Layers
     width: Width
     heads: Width
@@ -171,19 +181,33 @@ class Model(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _named_size(cls, raw: Any) -> dict[str, Any]:
-        size = raw.get("size") if isinstance(raw, dict) else None
-        if not isinstance(size, str) or size not in MODEL_SIZES:
-            raise ValueError(f"unknown model size '{size}'; {suggest_name(size, MODEL_SIZES)}")
-        merged = {**MODEL_SIZES[size], **raw}
-        merged.setdefault("kv_heads", merged["heads"])
-        if isinstance(merged["width"], int):  # otherwise pydantic reports the problem
-            merged.setdefault("mlp_width", 4 * merged["width"])
-        merged.setdefault("tied_head", merged["family"] == "gpt2")
-        return merged
+    def _complete(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        size, source = raw.get("size"), raw.get("from", raw.get("from_"))
+        if source is None or size is not None:
+            if not isinstance(size, str) or size not in MODEL_SIZES:
+                raise ValueError(f"unknown model size '{size}'; {suggest_name(size, MODEL_SIZES)}")
+            raw = {**MODEL_SIZES[size], **raw}
+        if isinstance(source, str):
+            return _take_shape(source, raw)
+        raw.setdefault("kv_heads", raw["heads"])
+        if isinstance(raw["width"], int):  # otherwise pydantic reports the problem
+            raw.setdefault("mlp_width", 4 * raw["width"])
+        raw.setdefault("tied_head", raw["family"] == "gpt2")
+        return raw
 
     @model_validator(mode="after")
     def _divides(self) -> "Model":
+        if self.from_:
+            return self  # it exists, so it is possible
+        if self.revision:
+            raise ValueError("'revision' is a commit of 'from'; leave it out")
+        if self.family not in DESCRIBED_FAMILIES:
+            raise ValueError(
+                f"family '{self.family}' is not described by a size; give 'from', a folder or Hub id of a "
+                f"model of this family, or one of the families {' and '.join(DESCRIBED_FAMILIES)}"
+            )
         if self.width % self.heads:
             raise ValueError(f"width ({self.width}) is not a multiple of heads ({self.heads})")
         if self.heads % self.kv_heads:
@@ -191,6 +215,21 @@ class Model(Strict):
         if self.family == "gpt2" and self.kv_heads != self.heads:
             raise ValueError("GPT-2 has no grouped-query attention: leave out kv_heads")
         return self
+
+
+def _take_shape(source: str, raw: dict[str, Any]) -> dict[str, Any]:
+    """Return `raw`, the section `model`, with the shape of `source`.
+
+    Raises ValueError if there is no such model, or if `raw` states another shape."""
+    try:
+        path = find_config(source, raw.get("revision"))
+        shape = read_shape(path)
+    except UserError as error:
+        raise ValueError(f"from: {error}") from None
+    if found := find_contradictions(raw, shape, path):
+        raise ValueError(f"{'; '.join(found)}; leave out what 'from' says")
+    shape = {"kv_heads": shape["heads"], "mlp_width": 4 * shape["width"], **shape}
+    return {**shape, **raw}
 
 
 class Train(Strict):

@@ -125,6 +125,7 @@ ARGUMENTS = {
     "seed": SEED,
     "sequences": SEQUENCES,
     "stage": STAGE,
+    "steps": STEPS,
     "workers": PROCESSES,
 }
 """Arguments of the command line that are numbers."""

@@ -43,14 +43,18 @@ def encode_with(tokenizer: Any) -> Encode:
     return lambda text: tokenizer.encode(text, add_special_tokens=False)
 
 
-def has_same_ids(encode: Encode, tokens: Tokens, data: Data | None = None) -> bool:
-    """Return whether `encode` gives the ids of the prepared data's tokenizer, on a probe and on the text of
-    the first validation tokens. `data`: what names the tokenizer; by default the data's own manifest."""
-    described = tokens.manifest["tokenizer"]
-    named = data or Data.model_construct(tokenizer=described["name"], tokenizer_revision=None)
-    folder = tokens.folder / "tokenizer"
-    texts = [PROBE, *_read_pieces(tokens, folder, int(described["end_of_text"]))]
-    expected = load_tokenizer(named, folder).encode_batch(texts)
+def has_same_ids(encode: Encode, tokens: Tokens | None, data: Data | None = None) -> bool:
+    """Return whether `encode` gives the ids of the data's tokenizer, on a probe and on the text of the first
+    validation tokens, None where nothing is prepared. `data`: what names the tokenizer; by default the
+    manifest of `tokens`."""
+    texts, folder = [PROBE], None
+    if tokens:
+        folder, described = tokens.folder / "tokenizer", tokens.manifest["tokenizer"]
+        texts += _read_pieces(tokens, folder, int(described["end_of_text"]))
+        data = data or Data.model_construct(tokenizer=described["name"], tokenizer_revision=None)
+    if data is None:
+        raise ValueError("either the tokens or the data must be given")
+    expected = load_tokenizer(data, folder).encode_batch(texts)
     return all(list(encode(text)) == ids.tolist() for text, ids in zip(texts, expected, strict=True))
 
 

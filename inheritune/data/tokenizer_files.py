@@ -152,6 +152,15 @@ def count_ids(folder: Path) -> int:
     return max(ids, default=-1) + 1
 
 
+def check_embedding(folder: Path, n_rows: int) -> None:
+    """Raise UserError if the tokenizer in `folder` has ids beyond the model's embedding of `n_rows` rows."""
+    if (n_ids := count_ids(folder)) > n_rows:
+        raise UserError(
+            f"the tokenizer in {folder} has {n_ids} ids and the model's embedding {n_rows} rows: they belong "
+            f"to two models; put the model's own tokenizer there, or remove the tokenizer's files"
+        )
+
+
 def copy_tokenizer(
     source: Path,
     target: Path,

@@ -21,12 +21,19 @@ from inheritune.data.tokenizer_files import TOKENIZER_FILES
 from inheritune.engines.deepspeed_json import resolve_precision
 from inheritune.errors import Stopped, UserError
 from inheritune.evaluation import downstream
+from inheritune.evaluation.reference import describe_other_ids
 from inheritune.evaluation.taskcode import refuse_task_code
 from inheritune.files.json_files import read_json, write_json
 from inheritune.files.lock import Lock
 from inheritune.files.markers import hash_folder
 from inheritune.files.outputs import check_new_file, resolve_output
-from inheritune.files.rundir import RunDir, get_results_dir, parse_weights_name, require_weights
+from inheritune.files.rundir import (
+    WINDOW_LOSSES,
+    RunDir,
+    get_results_dir,
+    parse_weights_name,
+    require_weights,
+)
 from inheritune.models.networks import build_model, count_parameters, list_saved_tensors
 from inheritune.models.sources import Source, open_source
 from inheritune.runs.changes import check_own_run, describe_change_since, find_changes_since, find_job
@@ -179,16 +186,19 @@ def measure_checkpoint(
             f"{source.folder} holds no tokenizer, which the tasks need; put its files there, or give --tasks "
             f"none"
         )
+    has_ids = not (foreign and tokenizer) or has_same_ids(encode_with(tokenizer), tokens, loaded.data)
+    if job and not has_ids and loaded.is_reference(job.name):
+        raise UserError(describe_other_ids(loaded, job.name, source.origin))
     train = resolve_precision(loaded.train_of(job.run) if job else loaded.train, dist.get_device())
     results.update(experiment=loaded.name, rehearsal=loaded.rehearsal, precision=train.precision)
     results.update(layers=source.config.num_hidden_layers, parameters=count_parameters(source.config))
     network = load_weights(source)
-    if foreign and tokenizer and not has_same_ids(encode_with(tokenizer), tokens, loaded.data):
+    if has_ids:
+        _measure_losses(network, loaded, job, source, tokens, train, results)
+    else:
         logger.info(
             "no validation loss: the tokenizer of %s is not that of the experiment's data", source.origin
         )
-    else:
-        _measure_losses(network, loaded, job, source, tokens, train, results)
     if target:
         dist.run_on_rank0(merge_results, target, results, identity)
     if missing:
@@ -214,12 +224,15 @@ def _identify_weights(
 
     Raises UserError if `results` are those of other weights of `source`."""
     named = target is not None and job is None
-    identity = dist.run_on_rank0(hash_checkpoint, source) if has_tasks or named else None
+    external = job is not None and job.run.init.external is not None
+    identity = dist.run_on_rank0(hash_checkpoint, source) if has_tasks or named or external else None
     if target and named:
         _check_same_weights(target, results, source.origin, identity)
         results["checkpoint"] = identity
+    elif job and external:
+        results.update(model=source.origin, weights=identity, run=job.name, seed=job.seed)
     elif "model" in results:
-        results["model"] = source.origin  # of a run whose public model was changed
+        results["model"] = source.origin
     return identity
 
 
@@ -278,6 +291,9 @@ def _measure_losses(
     results.update(validation=compute_interval(losses))
     if job:
         results.update(compare_with_reference(job, losses, results))
+    if job and job.run.init.external:
+        curve = validate.curve_windows(len(losses), train.eval_windows)
+        results.update({WINDOW_LOSSES: losses.tolist(), "curve_loss": float(losses[curve].mean())})
     logger.info("%s", describe_losses(results))
 
 

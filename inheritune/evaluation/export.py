@@ -16,6 +16,7 @@ import torch
 from inheritune.analysis.attention import load_model
 from inheritune.config.reading import read_yaml
 from inheritune.config.sections import Data
+from inheritune.config.source_shape import SPECIAL_IDS
 from inheritune.data.tokenizer import PROBE, Tokenizer
 from inheritune.data.tokenizer_files import copy_tokenizer
 from inheritune.data.tokenizer_loading import load_tokenizer
@@ -25,7 +26,6 @@ from inheritune.files.json_files import read_json, write_json
 from inheritune.files.outputs import check_new_folder, resolve_output
 from inheritune.files.rundir import RunDir
 from inheritune.files.writing import replace_atomically, write_text
-from inheritune.models.config_files import SPECIAL_IDS
 from inheritune.models.dtypes import STORED_AS
 from inheritune.models.initialization import make_generator
 from inheritune.models.networks import list_checkpoint_shapes

@@ -27,6 +27,10 @@ from inheritune.files.json_files import compute_seal, read_json, read_jsonl
 from inheritune.files.markers import COMPLETE, DONE, check_files, read_marked_files
 from inheritune.files.storage import find_root, list_names
 
+WINDOW_LOSSES = "window_losses"
+"""Key of the results.json of a third-party model that holds its loss in each validation window. Those of a
+run are in validation/."""
+
 
 def get_data_dir(experiment: Experiment) -> Path:
     """Return the folder of the experiment's token shards.
@@ -194,6 +198,11 @@ class RunDir:
         """Return whether the run is finished."""
         return self.done.is_file()
 
+    def is_evaluated(self) -> bool:
+        """Return whether the losses of a third-party model, which no run here trains, were measured."""
+        found = read_json(self.results) if self.results.is_file() else None
+        return isinstance(found, dict) and WINDOW_LOSSES in found
+
     def chosen(self) -> "RunDir":
         """Return this finished run; for a grown run, the stage that its DONE names.
 
@@ -215,6 +224,13 @@ class RunDir:
     def weights_hash(self) -> str:
         """Return a hash of the finished weights, as DONE records them."""
         return compute_seal(read_json(self.done).get("final"))
+
+    def identify_weights(self) -> str | None:
+        """Return what tells the weights of a finished run, or of an evaluated third-party model, from others;
+        None if it is neither."""
+        if self.is_done():
+            return self.chosen().weights_hash()
+        return read_json(self.results).get("weights") if self.is_evaluated() else None
 
     def _check_measured(self, facts: dict, file: Path) -> None:
         """Raises UserError if `facts`, from `file`, were measured on other weights than DONE names."""
@@ -245,9 +261,9 @@ class RunDir:
         """Raises UserError if the run that `results` are compared with has been trained anew since."""
         name, stage = results.get("compared_with"), results.get("stage")
         seed_folder = self.path.parent.parent if stage else self.path.parent
-        if not name or "compared_weights" not in results or not RunDir(seed_folder / name).is_done():
+        if not name or "compared_weights" not in results:
             return
-        if RunDir(seed_folder / name).chosen().weights_hash() != results["compared_weights"]:
+        if RunDir(seed_folder / name).identify_weights() not in (None, results["compared_weights"]):
             run = f"{results['run']}/stage{stage}" if stage else results["run"]
             raise UserError(
                 f"{self.results} compares with weights of run '{name}', which has been trained anew since; "
@@ -277,6 +293,12 @@ class RunDir:
             raise UserError(f"{self.attention} is empty; analyze the model again")
         self._check_measured(rows[0] if rows else {}, self.attention)
         return rows
+
+
+def is_finished(experiment: Experiment, name: str, seed: int) -> bool:
+    """Return whether run `name` is trained to its end or, if it is a third-party model, evaluated."""
+    folder = RunDir.of(experiment, name, seed)
+    return folder.is_evaluated() if experiment.run(name).init.external else folder.is_done()
 
 
 def find_measured_run(folder: RunDir) -> RunDir | None:

@@ -12,6 +12,7 @@ from codecs import BOM_UTF8
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from inheritune.config.source_shape import SPECIAL_IDS, refuse_config, take_text_part
 from inheritune.errors import UserError
 from inheritune.files.json_files import read_json, write_json
 from inheritune.files.writing import write_text
@@ -38,17 +39,7 @@ def load_config(path: Path, plain: bool = False) -> "PreTrainedConfig":
         return cast("PreTrainedConfig", found)
     from transformers import CONFIG_MAPPING
 
-    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
-        raise UserError(f"{path} names no 'model_type'; it is not a Hugging Face model config")
-    if raw.get("quantization_config") is not None:
-        raise UserError(
-            f"{path} describes a quantized model (quantization_config); inherit from the unquantized weights"
-        )
-    if raw.get("is_encoder_decoder"):
-        raise UserError(
-            f"{path} describes an encoder-decoder ({raw['model_type']}); only decoder-only models can be "
-            f"sliced"
-        )
+    refuse_config(raw, path)
     raw = take_text_part(raw)
     if raw.pop("auto_map", None):
         _check_classes(raw, path)
@@ -63,17 +54,6 @@ def load_config(path: Path, plain: bool = False) -> "PreTrainedConfig":
         raise UserError(
             f"{path} is not a valid {raw['model_type']} config: {' '.join(str(error).split())[:300]}"
         ) from None
-
-
-def take_text_part(raw: dict) -> dict:
-    """Return the config of the language model in `raw`, which describes it beside an image or audio encoder.
-
-    Any other config is returned as it is."""
-    text = raw.get("text_config")
-    if not (isinstance(text, dict) and isinstance(text.get("model_type"), str)):
-        return raw
-    shared = ("tie_word_embeddings", "dtype", "torch_dtype", *SPECIAL_IDS)
-    return {key: raw[key] for key in shared if raw.get(key) is not None} | text
 
 
 def _check_classes(raw: dict, path: Path) -> None:
@@ -196,8 +176,6 @@ def _older_scaling(rope: dict, family: str) -> dict:
 
 
 # --- generation_config.json ---------------------------------------------------------------------------------
-
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def extract_settings(raw: dict) -> dict:

@@ -113,9 +113,9 @@ def _find_unread_setting(reader: Any, config: Any) -> str | None:
         "qwen3moe": "qwen3_moe",
         "minimax-m2": "minimax_m2",
     }
-    known = GGUF_TO_TRANSFORMERS_MAPPING["config"]
+    known: Any = GGUF_TO_TRANSFORMERS_MAPPING["config"]
     read = {*known.get(family, {}), *known.get(renamed.get(family, family), {}), *HARMLESS}
-    rope: dict = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    rope: Any = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     scaled = rope.get("rope_type", "default") != "default"
     no_scaling = reader.fields.get(f"{family}.rope.scaling.type")
     scales = not (scaled or no_scaling is not None and no_scaling.contents() == "none")

@@ -13,8 +13,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from inheritune.config.source_shape import find_config
 from inheritune.errors import UserError
 from inheritune.models.architectures import Shape, find_architecture, find_depth_key
+from inheritune.models.config_files import load_config
 from inheritune.models.plain_configs import PlainConfig
 from inheritune.models.sizes import compute_flops_per_token
 
@@ -28,10 +30,14 @@ if TYPE_CHECKING:
 
 
 def build_config(model: Model, layers: int | None = None) -> PreTrainedConfig:
-    """Return the transformers configuration of `model`, `layers` blocks deep (default: the reference's)."""
+    """Return the transformers configuration of `model`, `layers` blocks deep (default: the reference's).
+
+    Raises UserError if `model` has the shape of another one that has fewer blocks."""
     from transformers import GPT2Config, LlamaConfig
 
     layers = layers or model.layers
+    if model.from_:
+        return _cut_source_config(model, layers)
     if model.family == "gpt2":
         own: dict[str, Any] = {"frozen_zero_biases": True}  # our key, unknown to transformers
         return GPT2Config(
@@ -70,6 +76,18 @@ def build_config(model: Model, layers: int | None = None) -> PreTrainedConfig:
         pad_token_id=None,
         architectures=["LlamaForCausalLM"],
     )
+
+
+def _cut_source_config(model: Model, layers: int) -> PreTrainedConfig:
+    """Return the configuration of the model that `model` has its shape from, with its first `layers`
+    blocks."""
+    from inheritune.models.layer_facts import cut_config  # which builds models too
+
+    config = load_config(find_config(str(model.from_), model.revision))
+    depth = getattr(config, find_depth_key(config.model_type))
+    if layers > depth:
+        raise UserError(f"{layers} layers were asked for, and {model.from_} has {depth}; ask for fewer")
+    return cut_config(config, range(layers))
 
 
 DROPOUT_RATES = re.compile(r"^(?!summary_|classifier_|seq_|qa_).*(drop|jitter)")

@@ -2,10 +2,11 @@
 
 The counts are those of the paper's two families (`Model.family`), computed from the numbers of an experiment
 alone. networks.py counts the same things for any family, from the tensors that transformers builds; a test
-compares the two.
+compares the two. A model described by `from` is counted there.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 from inheritune.config.sections import Model
 
@@ -30,6 +31,8 @@ class Parameter:
 
 def list_parameters(model: Model, layers: int) -> list[Parameter]:
     """Return the parameters of `model`, `layers` blocks deep, in the model's order; a tied head once."""
+    if model.from_:
+        return _list_built_parameters(model, layers)
     d, f = model.width, model.mlp_width
     embedding = Parameter(model.vocab_size * d)
     head = [] if model.tied_head else [Parameter(embedding.numel, decayed=True)]
@@ -48,6 +51,16 @@ def list_parameters(model: Model, layers: int) -> list[Parameter]:
     return [embedding, *block * layers, Parameter(d), *head]
 
 
+@cache
+def _list_built_parameters(model: Model, layers: int) -> list[Parameter]:
+    """Return `list_parameters` of a model whose shape is another model's, as transformers builds it."""
+    from inheritune.models.networks import build_config, build_meta_model, find_linear_weights
+
+    network = build_meta_model(build_config(model, layers))
+    decayed = {id(weight) for weight in find_linear_weights(network).values()}
+    return [Parameter(p.numel(), p.requires_grad, id(p) in decayed) for p in network.parameters()]
+
+
 def count_trained_elements(model: Model, layers: int) -> int:
     """Return the number of trained parameters, as networks.count_parameters counts them."""
     return sum(p.numel for p in list_parameters(model, layers) if p.trained)
@@ -63,6 +76,10 @@ def count_matrix_elements(model: Model, layers: int) -> int:
 
 def predict_flops_per_token(model: Model, layers: int, sequence_length: int) -> float:
     """Return the training FLOPs per token, as networks.count_flops_per_token counts them."""
+    if model.from_:
+        from inheritune.models.networks import build_config, count_flops_per_token
+
+        return count_flops_per_token(build_config(model, layers), sequence_length)
     matrices = count_matrix_elements(model, layers)
     return compute_flops_per_token(matrices, layers, model.width, sequence_length)
 
@@ -95,9 +112,11 @@ def scale_width(width: int, kept_heads: int, heads: int) -> int:
 def halve_model(model: Model) -> Model:
     """Return `model` with half the heads, and width and MLP scaled down in the same proportion.
 
-    surgery.halve_config does the same to a configuration of transformers."""
+    surgery.halve_config does the same to a configuration of transformers. The result is described by its
+    numbers alone, also where `model` has those of another one."""
     heads, kv_heads = halve_heads(model.heads, model.kv_heads)
     sizes = {
+        "from_": None,
         "heads": heads,
         "kv_heads": kv_heads,
         "width": scale_width(model.width, heads, model.heads),

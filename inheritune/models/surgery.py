@@ -20,7 +20,7 @@ import xxhash
 
 from inheritune.config.layers import parse_layers, place_layers
 from inheritune.config.run import MODULES, NORMS, PARTS
-from inheritune.data.tokenizer_files import count_ids
+from inheritune.data.tokenizer_files import check_embedding
 from inheritune.errors import UserError, suggest_name
 from inheritune.models.architectures import find_architecture
 from inheritune.models.config_files import drop_older_keys
@@ -72,11 +72,7 @@ def inherit(
                 f"{name}"
             )
     beside = opened.config_path.parent
-    if (n_ids := count_ids(beside)) > (n_rows := opened.config.vocab_size):
-        raise UserError(
-            f"the tokenizer in {beside} has {n_ids} ids and the model's embedding {n_rows} rows: they belong "
-            f"to two models; put the model's own tokenizer there, or remove the tokenizer's files"
-        )
+    check_embedding(beside, opened.config.vocab_size)
     once = parse_layers(layers if isinstance(layers, str) else list(layers), n_source)
     indices = place_layers(once * copies, n_source, depth, at)
     config = cut_config(opened.config, indices)

@@ -30,7 +30,7 @@ RESULT_COLUMNS = (
 
 @dataclass(frozen=True)
 class TableEntry:
-    """One finished run, or one stage of a grown run."""
+    """One finished run, one stage of a grown run, or an evaluated third-party model."""
 
     label: str
     folder: RunDir
@@ -54,6 +54,9 @@ def list_entries(experiment: Experiment, seed: int = 0) -> list[TableEntry]:
         folder = RunDir.of(experiment, row.run, seed)
         if experiment.run(row.run).grow:
             found += _list_stages(row.label, folder, Job(experiment, row.run, seed))
+        elif experiment.run(row.run).init.external:
+            if folder.is_evaluated():
+                found.append(TableEntry(row.label, folder, folder.read_results(), 0.0))
         elif folder.is_done():
             note = check_own_run(folder, Job(experiment, row.run, seed))
             results = folder.read_results()
@@ -84,15 +87,21 @@ def _list_stages(label: str, folder: RunDir, job: Job) -> list[TableEntry]:
 
 def make_rows(found: list[TableEntry]) -> list[list[str]]:
     """Return the cells of the table, RESULT_COLUMNS wide."""
-    curve = read_validation_curve(found[0].folder)
-    target = curve[-1]["val_loss"] if curve else None
+    target = find_last_loss(found[0])
     return [_make_row(entry, target, found[0].results["run"]) for entry in found]
+
+
+def find_last_loss(entry: TableEntry) -> float | None:
+    """Return the last loss on the windows of the curve; None if none was recorded. A third-party model has no
+    curve, and its loss was measured once."""
+    curve = read_validation_curve(entry.folder)
+    return curve[-1]["val_loss"] if curve else entry.results.get("curve_loss")
 
 
 def _make_row(entry: TableEntry, target: float | None, reference: str) -> list[str]:
     """Return the cells of one row; `target` is the last validation loss of the run `reference`."""
     results, loss = entry.results, entry.results["validation"]
-    reached = None
+    is_trained, reached = results.get("steps") is not None, None
     if target is not None:
         reached = find_step_at_loss(read_validation_curve(entry.folder), target)
     rate = read_speed(entry.folder)
@@ -100,12 +109,12 @@ def _make_row(entry: TableEntry, target: float | None, reference: str) -> list[s
         entry.label,
         str(results["layers"]),
         f"{results['parameters'] / 1e6:.2f}M",
-        str(results["steps"]),
+        str(results["steps"]) if is_trained else "",
         f"{loss['mean']:.4f} ({loss['low']:.4f} to {loss['high']:.4f})",
         _format_difference(results, reference),
-        "not reached" if reached is None else str(reached),
+        ("not reached" if reached is None else str(reached)) if is_trained else "",
         f"{rate:,.0f}" if rate else "",
-        f"{entry.flops:.2e}",
+        f"{entry.flops:.2e}" if is_trained else "",
     ]
 
 

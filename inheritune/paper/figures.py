@@ -22,7 +22,7 @@ from inheritune.paper.attention_plots import (
     plot_tau_ablation,
 )
 from inheritune.paper.canvas import PAPER_SUFFIX
-from inheritune.paper.experiment_table import TableEntry, list_entries, list_notes
+from inheritune.paper.experiment_table import TableEntry, find_last_loss, list_entries, list_notes
 from inheritune.paper.items import Panel, Row, list_items, load_experiments, load_item, split_run
 from inheritune.paper.loss_plots import plot_loss_curves
 from inheritune.paper.measured import find_folder, list_maps, locate_attention
@@ -56,8 +56,11 @@ def figure(item: str, seed: int = 0, rehearse: bool | None = None) -> list[Path]
     paths = [folder / "loss.png"]
     for note in list_notes(found):
         print(note)
-    losses = [(_make_label(entry), read_validation_curve(entry.folder)) for entry in found]
-    plot_loss_curves(losses, paths[0], losses[0][1][-1]["val_loss"], rehearsal=small)
+    trained = [entry for entry in found if entry.results.get("steps") is not None]
+    if not trained:
+        raise UserError(f"no run of {experiment.name} (seed {seed}) is trained yet: no curve to draw")
+    losses = [(_make_label(entry), read_validation_curve(entry.folder)) for entry in trained]
+    plot_loss_curves(losses, paths[0], find_last_loss(found[0]), rehearsal=small)
     analyzed = [
         (_make_label(entry), entry.folder.read_attention())
         for entry in found

@@ -56,9 +56,10 @@ def table(item: str, seed: int = 0, rehearse: bool | None = None, missing: bool 
     experiment = load_experiment(item, rehearse)
     found = list_entries(experiment, seed)
     if not found or found[0].label != experiment.paper[0].label:
+        first = experiment.paper[0].run
+        way = "evaluate" if experiment.run(first).init.external else "train"
         raise UserError(
-            f"no table yet: run '{experiment.paper[0].run}' of {experiment.name} (seed {seed}) is not "
-            f"finished; train it first"
+            f"no table yet: run '{first}' of {experiment.name} (seed {seed}) is not finished; {way} it first"
         )
     title = f"{'REHEARSAL ' if experiment.rehearsal else ''}{experiment.name}, seed {seed}"
     note = NOTE.format(n=found[0].results["validation"]["n"])

@@ -10,6 +10,7 @@ import math
 import numpy as np
 
 from inheritune.errors import UserError
+from inheritune.files.rundir import WINDOW_LOSSES, format_seed_flag, is_finished
 from inheritune.runs.job import Job
 
 Z95 = 1.959963984540054
@@ -43,18 +44,24 @@ def compare_with_reference(job: Job, losses: np.ndarray, results: dict) -> dict:
 
     Raises UserError if the two were measured on other data, windows or precision."""
     name = job.experiment.reference_of(job.run)
-    if not name or not job.sibling(name).is_done():
+    if not name or not is_finished(job.experiment, name, job.seed):
         return {}
-    reference = job.sibling(name).chosen()
+    is_external = job.experiment.run(name).init.external is not None
+    reference = job.sibling(name) if is_external else job.sibling(name).chosen()
     measured = reference.read_results(to_renew=True)
     for key in ("data_fingerprint", "precision", "windows"):
         if measured.get(key, results[key]) != results[key]:  # older versions did not record the windows
+            again = f"python -m inheritune evaluate {job.experiment.given} --run {name}"
+            way = again + format_seed_flag(job.seed) if is_external else "measure both by the same experiment"
             raise UserError(
                 f"{reference.path} was measured with {key} {measured[key]}, this run with {results[key]}: no "
-                "comparison; measure both by the same experiment"
+                f"comparison; {'measure it again: ' if is_external else ''}{way}"
             )
-    difference = compare_windows(losses, np.load(reference.losses(measured["steps"])))
-    weights = reference.weights_hash()
+    theirs = (
+        np.array(measured[WINDOW_LOSSES]) if is_external else np.load(reference.losses(measured["steps"]))
+    )
+    difference = compare_windows(losses, theirs)
+    weights = job.sibling(name).identify_weights()
     return {
         "compared_with": name,
         "compared_weights": weights,

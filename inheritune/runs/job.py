@@ -73,7 +73,7 @@ class Job:
             "seed": self.seed,
             "stage": self.stage,
             "data": self.experiment.data.model_dump(mode="json"),
-            "model": self.experiment.model.model_dump(mode="json"),
+            "model": self.experiment.model.model_dump(mode="json", by_alias=True),
             "train": train.model_dump(mode="json"),
             "run": self.run.model_dump(mode="json", by_alias=True, exclude={"train"}),
         }

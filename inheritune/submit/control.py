@@ -21,7 +21,7 @@ def list_jobs() -> list[tuple[QueuedJob, tuple[Key, ...], Record | None]]:
     Raises UserError where Slurm does not answer."""
     queue = read_queue()
     if queue is None:
-        raise UserError("squeue does not answer: this is no login node of a Slurm cluster, or try again")
+        raise UserError("no Slurm answers here (squeue does not); if there is one, try again")
     found, arrays = [], set()
     for name, job in queue.items():
         if name != job.name:

@@ -54,7 +54,7 @@ def submit(job: str, argv: list[str], script: str | None = None) -> None:
     environment = dict(os.environ)
     if not is_alive():
         raise UserError(
-            "this is no login node of a Slurm cluster (sinfo does not answer); without Slurm: python -m "
+            "no Slurm answers here (sinfo does not); without Slurm: python -m "
             f"inheritune {format_local(request.job)}"
         )
     submit_request(request, read_site(environment), environment)

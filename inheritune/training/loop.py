@@ -28,7 +28,7 @@ from inheritune.files.processes import get_node_name
 from inheritune.files.rundir import get_data_dir
 from inheritune.models.networks import count_flops_per_token
 from inheritune.models.sizes import FORWARD_SHARE
-from inheritune.runs import changes, identity
+from inheritune.runs import changes, identity, shapes
 from inheritune.runs.comparison import compute_interval
 from inheritune.runs.job import Job
 from inheritune.runtime import dist, job_reports, node_checks, rendezvous, signals, watchdog
@@ -76,10 +76,9 @@ def train(
 
 def _check_trainable(job: Job, experiment: str) -> None:
     """Raise UserError if the run cannot be trained, or not without a stage."""
-    if job.run.init.external:
+    if external := job.run.init.external:
         raise UserError(
-            f"run '{job.name}' is a finished third-party model ({job.run.init.external.source}); "
-            f"only evaluate or analyze it"
+            f"run '{job.name}' is a finished third-party model ({external.source}); evaluate or analyze it"
         )
     if job.run.grow and not job.stage:
         raise UserError(
@@ -88,6 +87,7 @@ def _check_trainable(job: Job, experiment: str) -> None:
     if job.stage:
         job.depths()
     changes.check_kind(job.root, is_grown=job.run.grow is not None)
+    shapes.check_sources(job.experiment, [job.name])
 
 
 def train_job(job: Job, ds: str | None = None) -> None:

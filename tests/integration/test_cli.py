@@ -78,7 +78,19 @@ def test_mistakes_are_one_sentence(words, says, own_root):
 
 def test_help_names_every_verb():
     text = run_verb("--help").stdout
-    verbs = ["prepare", "fetch", "train", "inherit", "analyze", "grow", "evaluate", "table", "figure"]
+    verbs = [
+        "init",
+        "schema",
+        "prepare",
+        "fetch",
+        "train",
+        "inherit",
+        "analyze",
+        "grow",
+        "evaluate",
+        "table",
+        "figure",
+    ]
     verbs += ["status", "export", "plan", "verify", "sync", "check", "submit", "queue", "cancel", "retry"]
     for verb in verbs:
         assert f"  {verb} " in text
@@ -215,8 +227,19 @@ def test_mistake_on_several_ranks_is_told_once(tmp_path):
     )
 
 
-def test_check_says_what_a_run_starts_from_with_the_lines_that_make_it(small):
-    done = run_verb("check", "gpt2_xl_owt", "--run", "inheritune", "--stage", 1, check=False)
+@pytest.fixture
+def slurm_path(tmp_path) -> str:
+    """A PATH with the commands by which a machine is known as one of a Slurm cluster, with an empty queue."""
+    (tmp_path / "bin").mkdir()
+    for name in ("sbatch", "squeue"):
+        (tmp_path / "bin" / name).write_text("#!/bin/sh\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    return os.pathsep.join([str(tmp_path / "bin"), os.environ["PATH"]])
+
+
+def test_check_says_what_a_run_starts_from_with_the_lines_that_make_it(small, slurm_path):
+    words = ["check", "gpt2_xl_owt", "--run", "inheritune", "--stage", 1]
+    done = run_verb(*words, check=False, PATH=slurm_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     said = done.stderr
     assert "its data is not prepared and run 'reference', which it needs, is not trained" in said
@@ -232,8 +255,9 @@ def test_check_says_what_a_run_starts_from_with_the_lines_that_make_it(small):
     assert "what it starts from is there" in run_verb("check", small, "--run", "reference").stdout
 
 
-def test_lines_to_paste_work_from_another_folder(tmp_path):
+def test_lines_to_paste_work_from_another_folder(tmp_path, slurm_path, monkeypatch):
     """Scripts of the checkout by their whole path; 'bash slurm/...' only where that is right."""
+    monkeypatch.setenv("PATH", slurm_path)
     command = [sys.executable, "-m", "inheritune"]
     said = []
     for words in (

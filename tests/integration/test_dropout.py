@@ -36,7 +36,9 @@ def test_a_start_with_dropout_trains_without_it(tmp_path):
         name: {"init": {"inherit": {"source": str(tmp_path / name), "layers": "0:2"}}}
         for name in ("with", "without")
     }
-    path = write_experiment(tmp_path, experiment_dict(runs=runs, paper=[]))
+    path = write_experiment(
+        tmp_path, experiment_dict(runs=runs, paper=[], model={"from": str(tmp_path / "with")})
+    )
     loaded = load_experiment(path)
     write_tokens(get_data_dir(loaded))
     said = run_verb("train", path, "--run", "with,without").stdout

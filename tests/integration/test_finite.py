@@ -148,7 +148,7 @@ def experiment(tmp_path, own_root) -> str:
     model.save_pretrained(tmp_path / "good")
     model.transformer.h[1].mlp.c_fc.weight.data.view(-1)[:2] = float("nan")
     model.save_pretrained(tmp_path / "bad")
-    raw = experiment_dict(paper=[])
+    raw = experiment_dict(paper=[], model={"from": str(tmp_path / "bad")})
     blocks = {"init": {"inherit": {"source": str(tmp_path / "bad"), "layers": "0:2"}}}
     taught = {"init": {"inherit": {"source": str(tmp_path / "good"), "layers": "0:2"}}}
     taught["distil"] = {"teacher": str(tmp_path / "bad"), "alpha": 0.5, "temperature": 2.0}

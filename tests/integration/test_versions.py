@@ -200,7 +200,7 @@ def train_from(source: Path, folder: Path) -> RunDir:
         runs={"cut": {"init": {"inherit": {"source": str(source), "layers": "0:3"}}, "keep_at": [1]}},
     )
     raw["data"] |= {"tokenizer": str(source)}
-    raw["model"] |= {"vocab_size": 310}
+    raw["model"] = {"from": str(source)}
     raw["train"] |= {"steps": 2, "warmup_steps": 1, "eval_every": 2, "final_windows": 8}
     path = write_experiment(folder, raw)
     with pytest.MonkeyPatch.context() as patch:

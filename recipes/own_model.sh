@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# The whole method on a pretrained model of yours: its experiment is drafted, its first layers are grown against it and compared
+# with a random start and with the same layers distilled; then the table, the plots and a portable checkpoint. Each step is timed.
+#   bash recipes/own_model.sh MODEL 'TEXT' [OUT.yaml]    MODEL: a folder, a GGUF file or a Hub id; TEXT: a glob, in quotes
+#   STEPS=      steps of each run (default: what fits the text)     PROCS=1     processes (ranks); on several GPUs one for each
+# The same command resumes: a drafted experiment is kept, and finished steps are not done again.
+set -euo pipefail
+if [ $# -lt 2 ] || [ $# -gt 3 ]; then
+  sed -n '2,6p' "${BASH_SOURCE[0]}" >&2
+  exit 2
+fi
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+model=$1 text=$2 out=${3:-mine.yaml} from=$PWD
+cd "$here"
+# shellcheck source=recipes/setup.sh
+source recipes/setup.sh
+refuse_login_node --cpus-per-task=4 --time=04:00:00
+# shellcheck disable=SC2119 # no further requirements
+setup_environment
+cd "$from"
+export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
+
+[ -f "$out" ] || run_step init --model "$model" --text "$text" --out "$out" ${STEPS:+--steps "$STEPS"}
+run_step check "$out"
+run_step plan "$out"
+run_step prepare "$out"
+run_step grow "$out" --run inheritune --procs "${PROCS:-1}"
+run_step train "$out" --run random,distilled --procs "${PROCS:-1}"
+run_step table "$out"
+run_step figure "$out"
+name=$(basename "${out%.*}")
+exported=$name-small
+[ -f "$exported/config.json" ] || run_step export "${INHERITUNE_ROOT:-$here}/runs/$name/seed0/inheritune" --to "$exported"
+print_times
