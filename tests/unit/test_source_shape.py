@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-import torch
 from conftest import experiment_dict, write_experiment, write_tokens
 from tiny_families import FAMILIES, FURTHER, family_config
 from tiny_models import config_of, random_model
@@ -15,6 +14,7 @@ from inheritune.config.experiment import load_experiment
 from inheritune.config.sections import Model
 from inheritune.files.rundir import get_data_dir
 from inheritune.models.config_files import load_config, write_config
+from inheritune.models.dtypes import FP32
 from inheritune.models.networks import build_config, build_meta_model, count_flops_per_token, count_parameters
 from inheritune.models.sizes import count_trained_elements, predict_flops_per_token
 
@@ -22,7 +22,7 @@ from inheritune.models.sizes import count_trained_elements, predict_flops_per_to
 def write_family(folder, config):
     """The config.json of `config` in a new folder, as our own writer leaves it."""
     folder.mkdir()
-    write_config(folder / "config.json", config, torch.float32)
+    write_config(folder / "config.json", config, FP32)
     return folder
 
 
