@@ -25,6 +25,7 @@ from inheritune.config.experiment import load_experiment
 from inheritune.config.paths import REPOSITORY
 from inheritune.files.json_files import read_jsonl
 from inheritune.files.rundir import RunDir
+from inheritune.submit.site import adopt_folders
 
 EXPERIMENT = "quickstart"
 COLUMNS = {
@@ -318,6 +319,7 @@ def print_result(folder: Path) -> None:
 def main(seed: int, procs: int) -> int:
     """Run all steps. Returns the exit code."""
     started = time.monotonic()
+    adopt_folders()  # as the verbs do
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, pass_on)

@@ -3,6 +3,7 @@
 python -m inheritune analyze --model runs/quickstart/seed0/reference/final --data quickstart
 """
 
+from functools import partial
 from pathlib import Path
 
 from inheritune.analysis.attention import measure_model
@@ -98,8 +99,8 @@ def run_analyze(
     `model` is an HF checkpoint, a Hub id, the folder of a finished run (of a grown one, its chosen stage), or
     the name of a run of that seed (`find_run`). `data` is an experiment or a folder of prepared data. `out`
     is by default the run folder that holds the weights, else runs/analysis/<model>. `costs`: measure
-    what each layer is worth too. In a rehearsal, whose
-    models have few positions, `length` is cut to its sequences.
+    what each layer is worth too. In a rehearsal, whose models have few positions, `length` is cut to its
+    sequences.
 
     A run's own analysis is renewed; that of a run on other data than its own is in a folder on_<data> of the
     run. Raises UserError, before it measures, if another folder holds files that would be overwritten and are
@@ -117,27 +118,17 @@ def run_analyze(
     is_final = Path(model).resolve() == run.final and run.final.is_dir()
     rehearsed_lengths = _find_rehearsed_lengths(experiment, run if is_final else None)
     length = min([length, *rehearsed_lengths])
+    is_rehearsal = bool(rehearsed_lengths)
     if is_final and folder is None:
         folder = run.path if _has_data_of(run, tokens) else run.path / f"on_{_name_data(experiment, data)}"
     elif folder is None:
-        folder = get_analysis_dir(model, bool(rehearsed_lengths)).path
+        folder = get_analysis_dir(model, is_rehearsal).path
     measured = find_measured_run(RunDir(folder))
     is_own = measured is not None and is_final and measured.path.resolve() == run.path
     if given or not is_own:  # a run's own analysis is renewed, where nothing else was asked for
         check_replaced(RunDir(folder), model, revision)
-    is_rehearsal = bool(rehearsed_lengths)
-    rows = measure_model(
-        model,
-        tokens,
-        sequences,
-        length,
-        seed,
-        maps,
-        revision=revision,
-        progress=True,
-        costs=costs,
-        is_rehearsal=is_rehearsal,
-    )
+    measure = partial(measure_model, model, tokens, sequences, length, seed, maps, revision=revision)
+    rows = measure(progress=True, costs=costs, is_rehearsal=is_rehearsal)
     rows[0]["rehearsal"] = is_rehearsal
     if is_own:
         rows[0]["weights"] = run.weights_hash()

@@ -163,9 +163,7 @@ def measure_model(
     if not hasattr(config, "num_attention_heads"):
         raise UserError(f"{model} ({config.model_type}) is not a transformer: it has no attention to analyze")
     n_layers, n_heads = config.num_hidden_layers, config.num_attention_heads
-    if maps is None:
-        maps = [(layer, 0) for layer in sorted({n_layers * twelfth // 12 for twelfth in (2, 4, 9, 11)})]
-    kept_maps = [tuple(pair) for pair in maps]
+    kept_maps = _choose_maps(n_layers) if maps is None else [tuple(pair) for pair in maps]
     _check_fit(model, config, tokens, length, kept_maps)
     if not is_rehearsal:  # where a random model stands for a public one
         _check_tokenizer(model, revision, tokens)
@@ -201,6 +199,11 @@ def measure_model(
     map_rows = measured.map_rows(min(MAP_SEQUENCES, n_sequences))
     summary = summarize_model(layers, header.get("loss"))
     return [header, *layers, *summarize_groups(layers), *more, *map_rows, summary]
+
+
+def _choose_maps(n_layers: int) -> list[tuple[int, ...]]:
+    """Return the (layer, head) pairs whose maps are drawn by default."""
+    return [(layer, 0) for layer in sorted({n_layers * twelfth // 12 for twelfth in (2, 4, 9, 11)})]
 
 
 class _Measured:

@@ -10,7 +10,6 @@ from inheritune.cli.help import describe_verb, describe_verbs, list_verbs, read_
 from inheritune.cli.verbs import Verbs
 from inheritune.errors import Stopped, UserError, suggest_name
 from inheritune.runtime import dist, job_reports, launcher, limits, signals, streams
-from inheritune.submit.site import adopt_folders
 
 SAVING_VERBS = ("train", "prepare", "grow", "evaluate")
 """Verbs that save and leave when they are asked to."""
@@ -48,6 +47,8 @@ def run_line(argv: list[str]) -> int:
     if ("-h" in argv or "--help" in argv) and (verb not in OPEN_VERBS or argv[1].startswith("-")):
         return print_text(describe_verb(verb))
     check_current_folder()
+    from inheritune.submit.site import adopt_folders
+
     adopt_folders()
     code = run_verb(verb, bind_arguments(verb, verbs[verb], argv[1:]), argv)
     return check_printed() if verb in PRINTING_VERBS and code == 0 else code

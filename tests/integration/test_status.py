@@ -152,7 +152,9 @@ def test_stages_stand_below_their_run(small, capsys):
     )
     with Lock(grown.stage(2).path):
         assert "running" in lines(capsys, small)["grown"]
-    write_json(grown.done, {"stage": 1})
+    difference = {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 2}
+    verdict = {"stage": 1, "layers": 2, "parity": True, "margin": 0.01, "difference": difference}
+    write_json(grown.done, verdict)
     said = lines(capsys, small)
     assert "finished" in said["grown"] and "(chosen)" in said["grown/stage1"] and "grown/stage2" not in said
 
