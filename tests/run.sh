@@ -28,8 +28,8 @@ mkdocs build --strict --site-dir "$found/site" > "$found/mkdocs" 2>&1 &
 documents=$!
 trap 'kill $types $documents 2> /dev/null || true; rm -rf "$found"' EXIT
 code=0
-# two tests at a time: many wait for processes to start or for Slurm
-python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder -m "$selection" "$@" || code=$?
+# three at a time, on two cores too: many wait for processes to start or for Slurm
+python -m pytest -n "${TEST_WORKERS:-3}" --dist loadfile --no-loadscope-reorder -m "$selection" "$@" || code=$?
 wait $types || code=1
 wait $documents || code=1
 cat "$found/mypy" "$found/mkdocs"

@@ -33,8 +33,8 @@ OF_RANKS = (
 UNIMPORTANT = ("PYTHONPATH", "PYTHONSAFEPATH", "PATH", "_", "SHLVL", "PWD", "OLDPWD", "LINES", "PS1")
 # of Slurm's, where a node has GPUs: there are none here, whatever they say
 UNIMPORTANT += ("CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
-# read when they are needed: by recipes/evidence.sh's own parts, wandb's `init`, and tempfile
-UNIMPORTANT += ("EXPERIMENT", "PYTHON_PACKAGES", "END", "WANDB_MODE", "TMPDIR")
+# read when they are needed: by wandb's `init`, and by tempfile, which a fork asks anew
+UNIMPORTANT += ("WANDB_MODE", "TMPDIR")
 # set in this process by libraries, once a test has called them, and read again at each call
 UNIMPORTANT += ("PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_CACHE_DIR")
 OF_SLURM = ("RLIMIT_CORE", "RLIMIT_RSS")
