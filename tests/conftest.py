@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fork_server import FORKS
+from fork_server import choose_server
 from random_shards import write_shards
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -31,37 +31,37 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 
 LONGEST = [
+    "slurm_scripts",
     "slurm_growth",
     "train",
     "resize",
-    "slurm_scripts",
-    "stop",
-    "grow",
-    "planning",
-    "baselines",
-    "resume",
-    "export",
-]
-LONGEST += [
+    "interrupt",
     "faults",
-    "paper_scripts",
-    "architectures",
-    "families",
-    "status",
     "evaluate",
-    "limits",
+    "evidence",
     "json_change",
     "remedies",
-    "interrupt",
 ]
 LONGEST += [
-    "evidence",
+    "paper_scripts",
+    "limits",
+    "baselines",
+    "grow",
+    "export",
+    "planning",
+    "architectures",
+    "families",
+    "resume",
+    "launcher",
+]
+LONGEST += [
+    "compared",
+    "identity",
+    "status",
+    "stop",
     "versions",
     "dslint",
-    "identity",
-    "compared",
     "damage",
-    "launcher",
     "record",
     "streams",
 ]
@@ -312,8 +312,9 @@ def run_verb(*words, check=True, procs=1, fresh=False, **environment) -> subproc
     Python."""
     words = [str(w) for w in words] + (["--procs", str(procs)] if procs > 1 else [])
     whole = {**os.environ, **{k: str(v) for k, v in environment.items()}}
-    if not fresh and FORKS.takes(whole):
-        done = FORKS.run(words, REPOSITORY, whole)
+    server = None if fresh else choose_server(whole)
+    if server:
+        done = server.run(words, REPOSITORY, whole)
     else:
         command = [sys.executable, "-m", "inheritune", *words]
         done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=whole, check=False)

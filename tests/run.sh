@@ -18,8 +18,19 @@ export INHERITUNE_GPT2_BPE="${INHERITUNE_GPT2_BPE:-$bpe}"
 bash tests/fetch_gpt2_bpe.sh "$INHERITUNE_GPT2_BPE" || echo "the tests of the gpt2 tokenizer are skipped: its ranks could not be downloaded"
 ruff check .
 ruff format --check .
-mypy
 codespell
-mkdocs build --strict --site-dir "$(mktemp -d)"
-# two tests at a time: many wait for processes to start or for Slurm
-exec python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder -m "$selection" "$@"
+# These take a minute of one core, which the tests leave idle while they wait for processes or for Slurm. What they find
+# is printed at the end.
+found=$(mktemp -d)
+mypy > "$found/mypy" 2>&1 &
+types=$!
+mkdocs build --strict --site-dir "$found/site" > "$found/mkdocs" 2>&1 &
+documents=$!
+trap 'kill $types $documents 2> /dev/null || true; rm -rf "$found"' EXIT
+code=0
+# three at a time, on two cores too: many wait for processes to start or for Slurm
+python -m pytest -n "${TEST_WORKERS:-3}" --dist loadfile --no-loadscope-reorder -m "$selection" "$@" || code=$?
+wait $types || code=1
+wait $documents || code=1
+cat "$found/mypy" "$found/mkdocs"
+exit $code

@@ -58,7 +58,9 @@ HANGS = "#!/bin/sh\nexec /bin/sleep 600\n"
 @pytest.mark.slow
 def test_training_without_git(tmp_path):
     path, root, run = make(tmp_path, stage=1, steps=3)
-    done = run_verb("train", path, "--run", "reference", INHERITUNE_ROOT=root, PATH="/nonexistent")
+    done = run_verb(
+        "train", path, "--run", "reference", fresh=True, INHERITUNE_ROOT=root, PATH="/nonexistent"
+    )
     assert run.is_done() and not done.stderr
     (start,) = read_json(run.provenance)["starts"]
     assert start["git_commit"] is None

@@ -18,6 +18,7 @@ import pytest
 import sentencepiece
 import zstandard
 from conftest import REPOSITORY, experiment_dict, one_sentence, refused, run_verb, write_experiment
+from fork_server import FORKS
 from test_prepare import decode, experiment, some_texts, write_jsonl
 
 from inheritune import errors
@@ -512,7 +513,7 @@ def test_train_does_not_take_another_projects_documents(tmp_path):
     first, second = two_projects(tmp_path)
 
     def run(folder: Path, *words) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "inheritune", *words]
+        command = [FORKS.python(), "-m", "inheritune", *words]
         return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
     done = run(first, "prepare", "small.yaml")

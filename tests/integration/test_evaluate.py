@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import sentencepiece
 import torch
 import yaml
 from conftest import REPOSITORY, experiment_dict, refused, run_verb, write_experiment, write_tokens
+from fork_server import OFFLINE_FORKS
 from hub_server import Hub
 from lm_eval_command import lm_eval_command, lm_eval_results
 from tiny_models import random_model
@@ -190,7 +190,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_tasks_that_are_left(tmp_path
     path = write_own(tmp_path, checkpoint)
     file = RunDir.of(load_experiment(path), "theirs").results
     process = subprocess.Popen(
-        [sys.executable, "-m", "inheritune", "evaluate", path, "--run", "theirs"],
+        [OFFLINE_FORKS.python(), "-m", "inheritune", "evaluate", path, "--run", "theirs"],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         text=True,

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from fork_server import FORKS
 from scipy import stats
 
 from inheritune.config.experiment import load_experiment
@@ -39,7 +40,7 @@ def written(value) -> str:
 
 def evidence(**settings) -> subprocess.CompletedProcess:
     """`bash recipes/evidence.sh` with these variables."""
-    environment = {**os.environ, **settings}
+    environment = {**os.environ, **FORKS.on_path(anyway=True), **settings}
     command = ["bash", REPOSITORY / "recipes" / "evidence.sh"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -49,7 +50,7 @@ def test_the_script_in_small(own_root, summary):
     """Two seeds of the core arms, stopped after the first seconds; then the same command goes on to the
     table, whose numbers are those of the runs, worked out here by numpy and scipy."""
     small = {"REHEARSE": "1", "SEEDS": "1 2"}
-    done = evidence(**small, BUDGET_HOURS="0.006")
+    done = evidence(**small, BUDGET_HOURS="0.004")
     assert done.returncode == 0 and "hours are over, everything is saved" in done.stdout, (
         done.stdout + done.stderr
     )

@@ -5,7 +5,6 @@ import os
 import pickle
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from conftest import (
     write_experiment,
     write_tokens,
 )
+from fork_server import FORKS
 
 from inheritune.config.experiment import load_experiment
 from inheritune.files.json_files import read_json, read_jsonl, write_json
@@ -230,7 +230,7 @@ def test_a_start_does_not_count_bad_steps_anew(small, tmp_path):
     run = RunDir.of(load_experiment(path), "reference")
     for _ in range(3):
         command = [
-            sys.executable,
+            FORKS.python(),
             str(REPOSITORY / "tests" / "support" / "fault_worker.py"),
             path,
             "reference",

@@ -1,7 +1,7 @@
 """A run resumes under another DeepSpeed JSON with the losses of the unbroken run, or not at all.
 
 Two ranks, at each ZeRO stage (outside the drills those that decide the layout, and a third of the others at
-one stage). Each run is stopped after step 4 of 8 (its folder is copied as it was then) and resumed under its
+one stage). Each run is stopped after step 3 of 6 (its folder is copied as it was then) and resumed under its
 JSON with one key changed: for each key that dslint.yaml (`resume`) allows to change, and the way back. The
 steps after that must have the losses of the unbroken run.
 """
@@ -24,7 +24,7 @@ from inheritune.files.markers import hash_folder
 from inheritune.files.rundir import RunDir, get_data_dir
 
 RESUME = dslint.VERDICTS["resume"]
-AT, STEPS = 4, 8
+AT, STEPS = 3, 6
 ZERO = "zero_optimization."
 ROUND_ROBIN = ZERO + "round_robin_gradients"
 UNUSED = ("pipeline_read", "pipeline_write", "cpuadam_cores_perc", "ratio", "super_offload")
@@ -78,7 +78,7 @@ CHANGES = {
     "csv_monitor": {"csv_monitor.enabled": False},
     "disable_python_gc": True,
     "dump_state": True,
-    "flops_profiler": {"flops_profiler.enabled": True, "flops_profiler.profile_step": 6},
+    "flops_profiler": {"flops_profiler.enabled": True, "flops_profiler.profile_step": 5},
     "log_level": "error",
     "memory_breakdown": True,
     "steps_per_print": 2,
@@ -106,7 +106,7 @@ def set_keys(settings: dict, values: dict) -> dict:
 
 def both(key: str, stage: int) -> tuple[dict, dict]:
     """The JSON before and after the change of `key`."""
-    base = {"train_micro_batch_size_per_gpu": 3, "zero_optimization": {"stage": stage}}
+    base = {"train_micro_batch_size_per_gpu": 5, "zero_optimization": {"stage": stage}}
     first, change = CHANGES[key] if isinstance(CHANGES[key], tuple) else ({}, CHANGES[key])
     base = set_keys(base, first)
     return base, set_keys(base, change if isinstance(change, dict) else {key: change})
@@ -305,9 +305,9 @@ def test_blocks_are_compiled_from_a_checkpoint_on(tmp_path, stage):
 
 
 KEYS_OF_TRAIN = {
-    "eval_every": 3,
+    "eval_every": 2,
     "log_every": 2,
-    "checkpoint_every": 3,
+    "checkpoint_every": 2,
     "keep_last": 1,
     "wandb": "offline",
     "wandb_project": "other",

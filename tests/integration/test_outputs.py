@@ -4,11 +4,11 @@ in a sentence."""
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import one_sentence, refused, run_verb
+from fork_server import FORKS
 from tiny_models import config_of, random_model
 
 from inheritune.analysis.analyze import check_replaced
@@ -32,7 +32,7 @@ def source(tmp_path_factory) -> Path:
 def inherit_to(source: Path, out: str, cwd: Path):
     """`inherit --out OUT` as started from `cwd`."""
     words = ["inherit", "--source", str(source), "--layers", "0:2", "--out", out]
-    command = [sys.executable, "-m", "inheritune", *words]
+    command = [FORKS.python(), "-m", "inheritune", *words]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 

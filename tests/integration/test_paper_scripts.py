@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY, run_verb
+from fork_server import FORKS
 from test_tables import SCRIPTS
 
 from inheritune.config.experiment import load_experiment
@@ -42,7 +43,8 @@ def own_root(shared_root, monkeypatch):
 def rehearse(script: str) -> str:
     """What `bash recipes/SCRIPT.sh` prints in rehearsal; `pytest -s` shows how long it took."""
     started, command = time.monotonic(), ["bash", REPOSITORY / "recipes" / f"{script}.sh"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    environment = {**os.environ, **FORKS.on_path()}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     print(f"{script}: {time.monotonic() - started:.0f} s")
     return done.stdout

@@ -4,9 +4,11 @@ over."""
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment, write_tokens
@@ -26,7 +28,7 @@ def make(tmp_path, name: str, stage: int):
     three shards."""
     root = tmp_path / name
     root.mkdir()
-    settings = {"train_micro_batch_size_per_gpu": 3, "zero_optimization": {"stage": stage}}
+    settings = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": stage}}
     (tmp_path / f"zero{stage}.json").write_text(json.dumps(settings))
     raw = experiment_dict(runs={"reference": {"init": "random", "keep_at": [9]}}, paper=[])
     raw["train"].update(
@@ -43,6 +45,32 @@ def make(tmp_path, name: str, stage: int):
         patch.setenv("INHERITUNE_ROOT", str(root))
         write_tokens(get_data_dir(load_experiment(path)))
         return path, root, RunDir.of(load_experiment(path), "reference")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A function from the ZeRO stage to (experiment's path, root, RunDir) of an unbroken run, trained when
+    first asked for."""
+    made = {}
+
+    def of(stage: int):
+        if stage not in made:
+            made[stage] = make(tmp_path_factory.mktemp(f"stage{stage}"), "root", stage)
+            assert start(*made[stage][:2]).wait() == 0
+        return made[stage]
+
+    return of
+
+
+def copy_finished(finished, folder):
+    """The same of a copy of the unbroken run of ZeRO 3, in `folder`."""
+    path, root, run = finished(3)
+    shutil.copytree(root.parent, folder, dirs_exist_ok=True)
+    return (
+        str(folder / Path(path).name),
+        folder / root.name,
+        RunDir(folder / run.path.relative_to(root.parent)),
+    )
 
 
 def start(path, root, procs=2) -> subprocess.Popen:
@@ -77,9 +105,8 @@ def record(run: RunDir) -> list[tuple]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.drill), 3])
-def test_killed_and_resumed_equals_unbroken_bit_for_bit(tmp_path, stage):
-    path, root, unbroken = make(tmp_path, "unbroken", stage)
-    assert start(path, root).wait() == 0
+def test_killed_and_resumed_equals_unbroken_bit_for_bit(tmp_path, finished, stage):
+    unbroken = finished(stage)[2]
     path, root, killed = make(tmp_path, "killed", stage)
     seed = random.SystemRandom().randrange(10**6)
     moments = sorted(random.Random(seed).sample(range(4, STEPS - 1), 2))
@@ -98,9 +125,8 @@ def test_killed_and_resumed_equals_unbroken_bit_for_bit(tmp_path, stage):
 
 
 @pytest.mark.slow
-def test_finished_run_is_a_no_op_and_damage_is_passed_over(tmp_path):
-    path, root, run = make(tmp_path, "run", 3)
-    assert start(path, root).wait() == 0
+def test_finished_run_is_a_no_op_and_damage_is_passed_over(tmp_path, finished):
+    path, root, run = copy_finished(finished, tmp_path)
     whole, files = record(run), hash_folder(run.path)
     done = run_verb("train", path, "--run", "reference", procs=2, INHERITUNE_ROOT=root)
     assert "is finished" in done.stdout and hash_folder(run.path) == files
@@ -119,9 +145,8 @@ def test_finished_run_is_a_no_op_and_damage_is_passed_over(tmp_path):
 
 
 @pytest.mark.slow
-def test_resume_refuses_what_would_change_the_run(tmp_path):
-    path, root, run = make(tmp_path, "run", 3)
-    assert start(path, root).wait() == 0
+def test_resume_refuses_what_would_change_the_run(tmp_path, finished):
+    path, root, run = copy_finished(finished, tmp_path)
     run.done.unlink()
     files = hash_folder(run.path)
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, experiment_dict, one_sentence, write_experiment
+from fork_server import FORKS
 from tiny_models import config_of, random_model
 
 from inheritune.analysis.attention import load_model
@@ -371,7 +372,8 @@ def left(tmp_path_factory):
     raw["runs"]["grown"]["grow"]["margin"] = 9.0  # parity at once: one stage
     path = write_experiment(folder, raw)
     environment = {**os.environ, **SECRETS, "INHERITUNE_ROOT": str(folder / "root")}
-    words = [sys.executable, "-m", "inheritune", "grow", path, "--run", "grown", "--procs", "2"]
+    environment |= FORKS.on_path(anyway=True)
+    words = [FORKS.python(), "-m", "inheritune", "grow", path, "--run", "grown", "--procs", "2"]
     done = subprocess.run(
         words, cwd=REPOSITORY, env=environment, umask=0, text=True, stdout=-1, stderr=-2, check=False
     )

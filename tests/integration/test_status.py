@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, experiment_dict, run_verb, write_experiment, write_tokens
+from fork_server import FORKS
 from slurm_cluster import session_cluster, slurm  # noqa: F401
 from test_damage import modes_count
 
@@ -465,12 +466,14 @@ def test_status_on_a_cluster(slurm, tmp_path, own_root, monkeypatch):  # noqa: F
     run = RunDir.of(experiment, "reference")
 
     def asked() -> dict[str, str]:
-        said = slurm.run(sys.executable, "-m", "inheritune", "status", path, cwd=REPOSITORY)
+        said = slurm.run(FORKS.python(), "-m", "inheritune", "status", path, cwd=REPOSITORY)
         return {line.split()[0]: line for line in said.splitlines() if line.strip()}
 
     assert f"next: bash slurm/train.sh {path} reference" in asked()["reference:"]
     shape = {"GPUS": 1, "SITE_GPUS_PER_NODE": 1, "SITE_CPUS_PER_GPU": 1, "SITE_MEM_PER_GPU": "1G"}
-    job = slurm.submit(REPOSITORY / "slurm" / "train.sh", path, "reference", **shape)
+    shape |= FORKS.on_path(anyway=True)  # which run this checkout
+    words = (REPOSITORY / "slurm" / "train.sh", path, "reference", "--no-snapshot")
+    job = slurm.submit(*words, **shape)
     slurm.until(lambda: any("loss" in row for row in read_jsonl(run.metrics)), timeout=120)
     said = asked()["reference"]
     node = next(record["BatchHost"] for record in slurm.records(job))
@@ -485,7 +488,7 @@ def test_status_on_a_cluster(slurm, tmp_path, own_root, monkeypatch):  # noqa: F
 
     shutil.rmtree(get_data_dir(experiment) / "tokenizer")
     (get_data_dir(experiment) / "train_00000.bin").unlink()
-    job = slurm.submit(REPOSITORY / "slurm" / "train.sh", path, "reference", **shape)
+    job = slurm.submit(*words, **shape)
     slurm.wait(job, timeout=120)
     said = asked()
     assert "failed" in said["reference"] and f"job {job} failed: {node[:1]}" in said["reference:"], (

@@ -30,7 +30,7 @@ from inheritune.models.initialization import make_generator
 from inheritune.models.networks import build_config, build_model, find_linear_weights, find_training_attention
 from inheritune.models.sources import open_source
 
-STEPS = 50
+STEPS = 20
 TRAIN = {
     "steps": STEPS,
     "batch_tokens": 20 * 32,
@@ -39,7 +39,7 @@ TRAIN = {
     "warmup_steps": 5,
     "clip": 0.1,
     "weight_decay": 0.5,
-    "eval_every": 25,
+    "eval_every": 10,
     "eval_windows": 8,
     "final_windows": 16,
     "log_every": 1,

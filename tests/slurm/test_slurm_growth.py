@@ -14,6 +14,7 @@ from statistics import median
 
 import pytest
 from conftest import REPOSITORY, experiment_dict, last_step, run_verb, write_experiment, write_tokens
+from fork_server import FORKS
 from slurm_cluster import Slurm, cluster, session_cluster, slurm  # noqa: F401
 
 from inheritune.config.experiment import load_experiment
@@ -80,9 +81,11 @@ def test_two_arrays_do_not_meet_and_a_disturbed_one_ends_with_the_same_bits(slur
     (tmp_path / "calm").mkdir(), (tmp_path / "wild").mkdir()
     # two arrays at once on one run: one of them works, the other says so and leaves
     path, calm, calm_reference = make(tmp_path / "calm", tmp_path / "calm-root", monkeypatch)
-    shape = {**TWO_NODES, "ARRAY": "1-4%1", "INHERITUNE_LOCK_WAIT": 5}
-    first = slurm.submit(SLURM / "grow.sh", path, "grown", **shape)
-    second = slurm.submit(SLURM / "grow.sh", path, "grown", **shape, FORCE=1)
+    # forks run this checkout
+    forks, words = FORKS.on_path(anyway=True), (SLURM / "grow.sh", path, "grown", "--no-snapshot")
+    shape = {**TWO_NODES, **forks, "ARRAY": "1-4%1", "INHERITUNE_LOCK_WAIT": 5}
+    first = slurm.submit(*words, **shape)
+    second = slurm.submit(*words, **shape, FORCE=1)
     slurm.wait(first, second, timeout=400)
     logs = slurm.logs()
     assert calm.is_done() and "did not reach reference's validation loss" in logs, logs
@@ -93,7 +96,8 @@ def test_two_arrays_do_not_meet_and_a_disturbed_one_ends_with_the_same_bits(slur
         assert [start["resumed_at"] for start in read_json(run.provenance)["starts"]] == [None]
 
     path, wild, reference = make(tmp_path / "wild", tmp_path / "wild-root", monkeypatch)
-    array = slurm.submit(SLURM / "grow.sh", path, "grown", **TWO_NODES, ARRAY="1-12%1")
+    words = (SLURM / "grow.sh", path, "grown", "--no-snapshot")
+    array = slurm.submit(*words, **TWO_NODES, **forks, ARRAY="1-12%1")
     struck = []
 
     def running() -> str:

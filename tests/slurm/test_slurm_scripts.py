@@ -13,7 +13,14 @@ from pathlib import Path
 
 import pytest
 from conftest import write_tokens
-from slurm_cluster import COUNTING, REPOSITORY, cluster, session_cluster, slurm  # noqa: F401
+from slurm_cluster import (  # noqa: F401
+    COUNTING,
+    REPOSITORY,
+    cluster,
+    has_slurm,
+    session_cluster,
+    slurm,
+)
 
 from inheritune.cli.verbs import Verbs
 from inheritune.cluster.status import status
@@ -564,18 +571,6 @@ def test_a_lost_node_brings_the_job_back(tmp_path):
         assert counted(tmp_path / "a") == {30}
 
 
-@pytest.mark.slow
-def test_the_time_limit_asks_first(slurm, tmp_path):  # noqa: F811
-    """Slurm looks at limits every 30 s: with one minute and 40 s of lead the signal comes after 20 to 50
-    s."""
-    job = slurm.submit(COUNTING, tmp_path / "a", 550, SITE_TIME=1, SITE_LEAD=40)
-    (record,) = slurm.wait(job, timeout=200)
-    assert record["JobState"] == "COMPLETED" and int(record["Restarts"]) >= 1, slurm.log(job)
-    assert (
-        "stopped at" in slurm.log(job) and "by SIGUSR1" in slurm.log(job) and counted(tmp_path / "a") == {550}
-    )
-
-
 # --- failing ------------------------------------------------------------------------------------------------
 
 
@@ -736,3 +731,34 @@ def test_without_slurm_the_line_that_does_the_same_is_told(verb):
     flags = {flag for flag in ("--workers", "--procs", "--model", "--data", "--run") if flag in line}
     function = getattr(Verbs, line.split()[0])
     assert {flag[2:] for flag in flags} <= set(inspect.signature(function).parameters)
+
+
+# --- the time limit -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def limited(request, tmp_path_factory):
+    """(cluster, job, folder) of a job with a limit of one minute, on a cluster of its own. It starts before
+    the other tests of this file, which its minute passes with; None if the test of it is not asked for."""
+    asked = any(item.name == "test_the_time_limit_asks_first" for item in request.session.items)
+    if not asked or not has_slurm():
+        yield None
+        return
+    folder = tmp_path_factory.mktemp("limited")
+    with cluster() as here:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("INHERITUNE_ROOT", str(folder / "root"))
+            job = here.submit(COUNTING, folder / "a", 550, SITE_TIME=1, SITE_LEAD=40)
+        yield here, job, folder / "a"
+
+
+@pytest.mark.slow
+def test_the_time_limit_asks_first(limited):
+    """Slurm looks at limits every 30 s: with one minute and 40 s of lead the signal comes after 20 to 50
+    s."""
+    if limited is None:
+        pytest.skip("Slurm is missing")
+    here, job, folder = limited
+    (record,) = here.wait(job, timeout=200)
+    assert record["JobState"] == "COMPLETED" and int(record["Restarts"]) >= 1, here.log(job)
+    assert "stopped at" in here.log(job) and "by SIGUSR1" in here.log(job) and counted(folder) == {550}

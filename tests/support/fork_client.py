@@ -1,10 +1,10 @@
 """Stands for `python` where a test or a forked verb starts other processes.
 
-`python -m inheritune ...` and the workers of this folder become forks of the server (fork_server.py),
-everything else a real Python. This process stays for as long as the fork runs: it passes signals on, the fork
-and all that it started are killed if this process is, and it ends as the fork did. A process whose limits,
-namespaces, user or environment differ from the server's in more than what a fork can take over is a real
-start. Only the standard library is imported, because this is started often."""
+`python -m inheritune ...`, the workers of this folder and the scripts of recipes/ become forks of the server
+(fork_server.py), everything else a real Python. This process stays for as long as the fork runs: it passes
+signals on, the fork and all that it started are killed if this process is, and it ends as the fork did. A
+process whose limits, namespaces, user or environment differ from the server's in more than what a fork can
+take over is a real start. Only the standard library is imported, because this is started often."""
 
 import array
 import contextlib
@@ -30,15 +30,27 @@ OF_RANKS = (
     "OMP_NUM_THREADS",
 )
 """What a launch sets for its ranks. The fork sets the number of threads itself."""
-UNIMPORTANT = ("PYTHONPATH", "_", "SHLVL", "PWD", "OLDPWD", "LINES", "PS1")
+UNIMPORTANT = ("PYTHONPATH", "PYTHONSAFEPATH", "PATH", "_", "SHLVL", "PWD", "OLDPWD", "LINES", "PS1")
+# of Slurm's, where a node has GPUs: there are none here, whatever they say
+UNIMPORTANT += ("CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
+# read when they are needed: by wandb's `init`, and by tempfile, which a fork asks anew
+UNIMPORTANT += ("WANDB_MODE", "TMPDIR")
 # set in this process by libraries, once a test has called them, and read again at each call
 UNIMPORTANT += ("PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_CACHE_DIR")
+OF_SLURM = ("RLIMIT_CORE", "RLIMIT_RSS")
+"""Limits that Slurm sets for its tasks: the size of a core file, and one that Linux does not keep."""
 PATIENCE_S = 300
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGABRT)
 
 
+ANYWAY = "INHERITUNE_FORK_ANYWAY"
+"""Set where it does not matter that libraries have read other variables while they were imported."""
+
+
 def is_forkable(environment: dict[str, str], of_server: dict[str, str]) -> bool:
     """Whether a fork of the server can take `environment` over: what differs is read after the imports."""
+    if environment.get(ANYWAY):
+        return True
     paths = [dict.fromkeys(e.get("PYTHONPATH", "").split(os.pathsep)) for e in (environment, of_server)]
     names = set(environment) ^ set(of_server)
     names |= {name for name in environment if environment[name] != of_server.get(name)}
@@ -46,15 +58,20 @@ def is_forkable(environment: dict[str, str], of_server: dict[str, str]) -> bool:
     return paths[0] == paths[1] and all(name.startswith(FORKABLE) for name in names)
 
 
-def is_worker(argv: list[str]) -> bool:
-    """Whether this is to run a script of this folder."""
+def is_ours(argv: list[str]) -> bool:
+    """Whether this is to run the package, a script of this folder or one of recipes/."""
+    if argv[:1] == ["-m"]:
+        return len(argv) > 1 and argv[1].partition(".")[0] == "inheritune"
     here = os.path.dirname(os.path.realpath(__file__))
-    return bool(argv) and os.path.dirname(os.path.realpath(argv[0])) == here
+    recipes = os.path.join(os.path.dirname(os.path.dirname(here)), "recipes")
+    folder = os.path.dirname(os.path.realpath(argv[0])) if argv else ""
+    return folder == here or folder.startswith(recipes)
 
 
 def describe_process() -> dict:
     """What a fork has from the server and cannot take over from the process that asks for it."""
-    limits = {name: getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
+    names = [name for name in dir(resource) if name.startswith("RLIMIT_") and name not in OF_SLURM]
+    limits = {name: getattr(resource, name) for name in names}
     namespaces = sorted(os.listdir("/proc/self/ns"))
     return {
         "limits": {name: list(resource.getrlimit(number)) for name, number in limits.items()},
@@ -131,7 +148,7 @@ def run_fork(address: str, argv: list[str]) -> int | None:
 def main(folder: str, real: str) -> None:
     """Fork, or start the Python at `real`. Never returns."""
     argv = sys.argv[1:]
-    if argv[:2] == ["-m", "inheritune"] or is_worker(argv):
+    if is_ours(argv):
         with open(os.path.join(folder, "server.json")) as file:
             server = json.load(file)
         if is_forkable(dict(os.environ), server["environment"]) and describe_process() == server["process"]:

@@ -9,6 +9,7 @@ while they are imported starts a real one. fork_client.py is what asks for a for
 
 import array
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -20,9 +21,10 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
-from fork_client import connect, describe_process, is_forkable, receive_number, send_request
+from fork_client import ANYWAY, connect, describe_process, is_forkable, receive_number, send_request
 
 PRELOADED = [
     "torch.distributed",
@@ -41,7 +43,17 @@ PRELOADED = [
     "inheritune.analysis.attention",
     "inheritune.planning.plan",
     "inheritune.paper.tables",
+    "inheritune.paper.figures",
+    "inheritune.submit.job_start",
+    "inheritune.submit.job_end",
+    "matplotlib.figure",
+    "matplotlib.style",
+    "distutils.ccompiler",
 ]
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+"""What libraries read while they are imported, and most tests of `evaluate` set."""
+FOR_EVALUATE = ["lm_eval.tasks", "lm_eval.models.huggingface", "lm_eval.evaluator"]
 
 CLIENT = """#!{python} -IS
 import sys
@@ -52,14 +64,18 @@ fork_client.main({folder!r}, {python!r})
 
 
 class ForkServer:
-    """The client's side: starts the server at the first verb, and ends it with this process."""
+    """The client's side: starts the server at the first verb, and ends it with this process. The server has
+    imported with the variables `own` set, and the modules `more` beside PRELOADED."""
 
-    def __init__(self):
+    def __init__(self, own: dict[str, str] | None = None, more: Sequence[str] = ()):
         self.process = None
         self.environment: dict[str, str] = {}
+        self.own, self.more = own or {}, more
 
     def takes(self, environment: dict[str, str]) -> bool:
         """Whether a verb in this environment may be forked."""
+        if any(environment.get(name) != value for name, value in self.own.items()):
+            return False
         self.start()
         return is_forkable(environment, self.environment)
 
@@ -68,18 +84,27 @@ class ForkServer:
         self.start()
         return os.path.join(self.folder.name, "python")
 
+    def on_path(self, anyway: bool = False) -> dict[str, str]:
+        """Variables with which a shell script's `python` is that program; `anyway`: also where the script
+        sets variables that libraries read while they are imported."""
+        path = f"{os.path.dirname(self.python())}{os.pathsep}{os.environ['PATH']}"
+        return {"PATH": path, **({ANYWAY: "1"} if anyway else {})}
+
     def start(self) -> None:
         """Start the server unless it runs."""
         if self.process is not None and self.process.poll() is None:
             return
-        self.environment = dict(os.environ)
+        self.environment = {**os.environ, **self.own}
         self.folder = tempfile.TemporaryDirectory(prefix="forks")
         write_client(Path(self.folder.name), self.environment)
         self.address = os.path.join(self.folder.name, "socket")
         reader, writer = os.pipe()  # it ends when this process does
         self.alive = writer
         self.process = subprocess.Popen(
-            [sys.executable, __file__, self.address, str(reader)], pass_fds=[reader], stdin=subprocess.DEVNULL
+            [sys.executable, __file__, self.address, str(reader), *self.more],
+            env=self.environment,
+            pass_fds=[reader],
+            stdin=subprocess.DEVNULL,
         )
         os.close(reader)
 
@@ -106,6 +131,13 @@ class ForkServer:
 
 FORKS = ForkServer()
 """The server of this process."""
+OFFLINE_FORKS = ForkServer(OFFLINE, FOR_EVALUATE)
+"""A second one, which has imported lm_eval too, as on a machine without internet."""
+
+
+def choose_server(environment: dict[str, str]) -> ForkServer | None:
+    """The server that may fork a verb in this environment."""
+    return next((server for server in (FORKS, OFFLINE_FORKS) if server.takes(environment)), None)
 
 
 def write_client(folder: Path, environment: dict[str, str]) -> None:
@@ -117,12 +149,14 @@ def write_client(folder: Path, environment: dict[str, str]) -> None:
     (folder / "python").chmod(0o755)
 
 
-def serve(address: str, alive: int) -> None:
-    """Import, then fork for each request until the other end of the pipe `alive` is closed."""
+def serve(address: str, alive: int, more: list[str]) -> None:
+    """Import PRELOADED and `more`, then fork for each request until the other end of the pipe `alive` is
+    closed."""
     import importlib
 
-    for name in PRELOADED:
+    for name in [*PRELOADED, *more]:
         importlib.import_module(name)
+    gc.freeze()  # a fork's collections leave out what is imported: 0.1 s each
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address + ".new")
     listener.listen(16)
@@ -190,7 +224,11 @@ def begin(
         os.chdir(cwd)
         sys.executable = python
         if argv[0] == "-m":
-            sys.path[0], sys.argv = cwd, argv[1:]
+            if environment.get("PYTHONSAFEPATH"):
+                del sys.path[0]
+            else:
+                sys.path[0] = cwd
+            sys.argv = argv[1:]
             runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
         else:
             sys.path[0], sys.argv = os.path.dirname(os.path.abspath(argv[0])), argv
@@ -225,4 +263,4 @@ def take_over(environment: dict[str, str], umask: int | None, ignored, blocked) 
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
-    serve(sys.argv[1], int(sys.argv[2]))
+    serve(sys.argv[1], int(sys.argv[2]), sys.argv[3:])

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import tempfile
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from conftest import REPOSITORY, free_port
 from fork_server import FORKS
-from slurm_cluster import cluster
+from slurm_cluster import cluster, has_slurm
 
 from inheritune.runtime.launcher import Launch
 
@@ -22,7 +21,7 @@ def launch_jobs(jobs: list[dict], ranks: int, folder: Path) -> None:
     listed.write_text(json.dumps(jobs))
     worker = [str(REPOSITORY / "tests/support/resize_worker.py"), str(listed)]
     environment = {"OMP_NUM_THREADS": "1"}
-    if shutil.which("slurmctld", path=os.environ["PATH"] + ":/usr/sbin"):
+    if has_slurm():
         with cluster(LAB_GPUS=0) as slurm:
             srun = [
                 "srun",

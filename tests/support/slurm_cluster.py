@@ -161,10 +161,15 @@ class Slurm:
         self.until(lambda: text in self.log(job), timeout)
 
 
+def has_slurm() -> bool:
+    """Whether Slurm is installed here."""
+    return bool(shutil.which("slurmctld", path=os.environ["PATH"] + ":/usr/sbin"))
+
+
 @contextmanager
 def cluster(**knobs):
     """A cluster shaped by the LAB_... variables of slurmlab.sh, stopped at the end with its jobs."""
-    if not shutil.which("slurmctld", path=os.environ["PATH"] + ":/usr/sbin"):
+    if not has_slurm():
         pytest.skip(
             "Slurm is missing: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
         )

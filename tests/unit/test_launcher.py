@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import REPOSITORY, free_port, one_sentence, run_verb
+from fork_server import FORKS
 from slurm_cluster import session_cluster, slurm  # noqa: F401 - fixtures
 
 from inheritune.config.experiment import load_experiment
@@ -270,7 +271,7 @@ def test_two_pods_of_an_operator_without_local_rank_train_one_run_together(small
     port = free_port()
     pods = [
         subprocess.Popen(
-            [sys.executable, "-m", "inheritune", "train", small, "--run", "reference"],
+            [FORKS.python(), "-m", "inheritune", "train", small, "--run", "reference"],
             cwd=REPOSITORY,
             text=True,
             env={
@@ -434,7 +435,7 @@ def test_two_nodes_of_a_cluster_meet(small, slurm):  # noqa: F811
         "--ntasks=2",
         "--ntasks-per-node=1",
         "--export=ALL",
-        sys.executable,
+        FORKS.python(),
         "-m",
         "inheritune",
     ]
@@ -462,7 +463,7 @@ def test_a_rank_that_waits_for_others_leaves_when_asked(small, rank):
     """It once waited out its ten minutes, and Slurm killed it before."""
     variables = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "inheritune", "train", small, "--run", "reference"],
+        [FORKS.python(), "-m", "inheritune", "train", small, "--run", "reference"],
         cwd=REPOSITORY,
         text=True,
         env={**os.environ, **variables, "MASTER_PORT": str(port := free_port())},

@@ -3,14 +3,13 @@ all allocations."""
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 
 import planned_tables
 import pytest
 import torch
-from conftest import REPOSITORY, free_port, run_verb
+from conftest import REPOSITORY, run_verb
+from launching import launch_locally
 
 from inheritune.config.experiment import load_experiment
 from inheritune.config.paths import RECIPES
@@ -61,12 +60,8 @@ def measured(request, tmp_path_factory):
     """(ranks, {case: what each rank measured}) of real DeepSpeed runs."""
     out, ranks = tmp_path_factory.mktemp("measured"), request.param
     (out / "cases.json").write_text(json.dumps(CASES))
-    launch = ["torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
     worker = [str(REPOSITORY / "tests" / "support" / "memory_worker.py"), str(out), str(out / "cases.json")]
-    done = subprocess.run(
-        [sys.executable, "-m", *launch, *worker], capture_output=True, text=True, cwd=REPOSITORY, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch_locally(worker, ranks)
     files = {
         its["name"]: [out / f"{its['name']}_ranks{ranks}_{rank}.json" for rank in range(ranks)]
         for its in CASES
