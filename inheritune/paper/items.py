@@ -42,6 +42,9 @@ class Row(Published):
     """Stage of a grown run (default: the chosen stage)."""
     kept: Annotated[int, values.CHECKPOINTS] | None = None
     """Intermediate weights: the first, second ... of the run's `keep_at` (default: the final weights)."""
+    claim: bool = False
+    """Whether the paper claims that this model is level with the full one, the run that its run is compared
+    with. The table then has a claim row for it (claims.py)."""
     group: str = ""
     """Rows among which a highlight is chosen."""
     data: str | None = None

@@ -76,7 +76,7 @@ def check_drawn(script: str) -> None:
             lines = [
                 line for line in (folder / f"{name}.md").read_text().splitlines() if line.startswith("| ")
             ][1:]
-            for row, line in zip(item.rows, lines, strict=True):
+            for row, line in zip(item.rows, lines, strict=False):  # claim rows follow
                 assert ("not run" in line) == (not there.get((row.label, row.run), True)), line
             assert all((folder / f"{name}{ending}").stat().st_size for ending in (".csv", ".tex"))
         drawn = sorted(folder.glob(f"{name}.png")) + sorted(folder.glob(f"{name}_?.png"))
