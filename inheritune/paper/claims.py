@@ -33,11 +33,11 @@ DEFAULT_MARGIN: float = Grow.model_fields["margin"].default
 NOTE = (
     "A claim row is the difference of Inheritune's model to the full one ± noise, in the paper / in this "
     f"repository. Its 95% interval reaches {Z95:.2f} times the noise to either side. For a loss the claim "
-    f"holds if the interval ends at or below the margin ({DEFAULT_MARGIN} nats, the stop rule of growth), and "
-    "fails if it begins above it. A score has no margin: the claim holds if the interval lies on the better "
-    "side of zero, and fails if it lies on the worse one. Otherwise it is not decided. This repository's "
-    "losses are paired by window where the run was compared with the full model. The paper's noise is that "
-    "of two last values, or of two means of the last ten."
+    f"holds if the interval ends at or below the margin ({DEFAULT_MARGIN} nats, the stop rule of growth), "
+    "and fails if it begins above it. A score has no margin: the claim holds if the interval lies on the "
+    "better side of zero, and fails if it lies on the worse one. Otherwise it is not decided. This "
+    "repository's losses are paired by window where the run was compared with the full model. The paper's "
+    "noise is that of two last values, or of two means of the last ten."
 )
 
 

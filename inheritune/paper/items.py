@@ -40,6 +40,9 @@ class Row(Published):
     run, the row is shown as published."""
     stage: Annotated[int, values.STAGE] | None = None
     """Stage of a grown run (default: the chosen stage)."""
+    fixed: str | None = None
+    """Run of the same experiment that starts from as many layers as the stage has, without growth. It stands
+    for the stage where the growth ended before, and is what is run where nothing else needs the growth."""
     kept: Annotated[int, values.CHECKPOINTS] | None = None
     """Intermediate weights: the first, second ... of the run's `keep_at` (default: the final weights)."""
     claim: bool = False
@@ -126,6 +129,12 @@ def split_run(row: Row) -> tuple[str, str]:
     return experiment, run
 
 
+def fix_depth(row: Row) -> Row:
+    """Return a row of a grown run as that of the run of its depth that does not grow."""
+    experiment = split_run(row)[0]
+    return row.model_copy(update={"run": f"{experiment}/{row.fixed}", "stage": None, "fixed": None})
+
+
 def load_experiments(item: Item, rehearse: bool | None = None) -> dict[str, Experiment]:
     """Return {name: experiment} of all experiments that the item's rows run or read.
 
@@ -136,4 +145,6 @@ def load_experiments(item: Item, rehearse: bool | None = None) -> dict[str, Expe
     for row in rows:
         experiment, run = split_run(row)
         found[experiment].run(run)
+        if row.fixed:
+            found[experiment].run(row.fixed)
     return found

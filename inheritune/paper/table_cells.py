@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from inheritune.config.experiment import Experiment, load_experiment
 from inheritune.errors import UserError
 from inheritune.paper.items import Column, Item, Row, split_run
-from inheritune.paper.measured import find_folder, find_score
+from inheritune.paper.measured import find_folder, find_score, resolve_row
 from inheritune.paper.published import count_layers, find_published, load_curve, summarize_last_ten
 from inheritune.runs.comparison import Z95
 
@@ -188,8 +188,10 @@ def make_cell(item: Item, row: Row, column: Column, experiments: dict[str, Exper
         unit = 10.0 ** -len(cell.paper.partition(".")[2]) if cell.paper else 0.0
         noises = [0.0, 0.0] if metric == "parameters" else [cell.paper_noise, cell.noise]
         verdict = judge_difference(cell.difference, noises, unit, is_higher_better(column))
-        small = experiments[split_run(row)[0]].rehearsal and metric != "parameters"
-        cell.state = f"REHEARSAL ({verdict})" if small else verdict
+        experiment = experiments[split_run(row)[0]]
+        ended = "" if metric == "parameters" else resolve_row(experiment, row, seed)[1]
+        small = experiment.rehearsal and metric != "parameters"
+        cell.state = f"REHEARSAL ({ended or verdict})" if small else ended or verdict
     return cell
 
 
@@ -210,7 +212,7 @@ def read_row_results(row: Row, experiments: dict[str, Experiment], seed: int) ->
 
     Raises UserError if the folder of a real run holds a rehearsal's results, or the other way round."""
     experiment = experiments[split_run(row)[0]]
-    folder = find_folder(experiment, row, seed)
+    folder = find_folder(experiment, resolve_row(experiment, row, seed)[0], seed)
     results = folder.read_results() if folder and folder.results.is_file() else {}
     if results and bool(results.get("rehearsal")) != experiment.rehearsal:
         raise UserError(

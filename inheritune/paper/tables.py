@@ -19,7 +19,8 @@ from inheritune.paper.experiment_table import (
     list_notes,
     make_rows,
 )
-from inheritune.paper.items import Item, Row, list_items, load_experiments, load_item
+from inheritune.paper.items import Item, Row, list_items, load_experiments, load_item, split_run
+from inheritune.paper.measured import resolve_row
 from inheritune.paper.prerequisites import list_missing, make_disk_check
 from inheritune.paper.table_cells import Cell, highlight_version_1, make_cell, measure_cell, refuse_mixture
 from inheritune.paper.table_files import locate_results, write_table
@@ -33,7 +34,8 @@ PAPER_NOTE = (
     "A cell is paper ± noise / this repository ± noise: difference, verdict. Verdicts: matches (less than "
     "one unit of the paper's last printed digit), within noise (|difference| at most twice the root of "
     "the sum of both squared noises), better, worse, noise unknown (the paper does not give it, or the task "
-    "does not), not run, as published (not run here). The paper's "
+    "does not), not run, as published (not run here). Where growth ended at fewer layers than the row has, "
+    "the cell shows that stage and no verdict. The paper's "
     "noise is the standard deviation of its log's last ten evaluations, its standard error, or that of n "
     "questions. This repository's noise is the standard error over windows or questions. One seed: no "
     "noise covers the choice of seeds. Losses are compared with the log's last value, which the paper "
@@ -105,7 +107,10 @@ def _make_paper_table(name: str, seed: int, rehearse: bool | None, only_missing:
     spent = [make_cost_cells(row, experiments, seed) for row in item.rows]
     claimed = [_make_claims(item, row, experiments, seed) for row in claims.list_claims(item)]
     headers, shown = _lay_out(item, cells, claimed, spent if trained else None)
-    records = _make_records(name, item, cells, spent) + _make_claim_records(name, item, claimed)
+    models = [
+        resolve_row(experiments[split_run(row)[0]], row, seed)[0] if row.run else row for row in item.rows
+    ]
+    records = _make_records(name, item, models, cells, spent) + _make_claim_records(name, item, claimed)
     small = any(experiment.rehearsal for experiment in experiments.values())
     stem = locate_results(small, seed) / name
     title = f"{'REHEARSAL, not a result. ' if small else ''}{item.title}, seed {seed}"
@@ -170,11 +175,13 @@ def _lay_out(
 
 
 def _make_records(
-    name: str, item: Item, cells: dict[tuple[int, str], Cell], spent: list[list[str]]
+    name: str, item: Item, models: list[Row], cells: dict[tuple[int, str], Cell], spent: list[list[str]]
 ) -> list[dict]:
-    """Return the rows of the CSV file of a table of the paper, one per cell."""
+    """Return the rows of the CSV file of a table of the paper, one per cell.
+
+    `models` are the rows whose models stand for the item's."""
     records = []
-    for i, row in enumerate(item.rows):
+    for i, row in enumerate(models):
         where = {"item": name, "row": row.label, "run": row.run, "stage": row.stage}
         costs = dict(zip(COSTS, spent[i], strict=True))
         for key, column in item.columns.items():
