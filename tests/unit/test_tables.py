@@ -262,6 +262,11 @@ def test_weights_kept_on_the_way_have_their_share_of_the_cost(capsys):
     assert [cell.strip() for cell in line.strip("| ").split("|")][2:] == ["4.00e+19", "not known"]
 
 
+def test_an_end_at_the_same_printed_digits_is_level():
+    said = [experiment_table.describe_gap(gap) for gap in (0.00004, -0.00004, 0.00006, -0.05)]
+    assert said == ["level with", "level with", "0.0001 above", "0.0500 below"]
+
+
 def test_within_noise_of_both(capsys):
     # 0.043 off; noise 2 sqrt(0.0233^2 + 0.01^2) = 0.051
     finish("gpt2_large_owt", "reference", 2.8100, half=0.0196)
