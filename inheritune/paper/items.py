@@ -48,6 +48,8 @@ class Row(Published):
     claim: bool = False
     """Whether the paper claims that this model is level with the full one, the run that its run is compared
     with. The table then has a claim row for it (claims.py)."""
+    toy: Literal["before_softmax", "after_softmax", "step_0", "step_500", "end"] | None = None
+    """Measurement of the authors' toy models that the row shows (toy.py)."""
     group: str = ""
     """Rows among which a highlight is chosen."""
     data: str | None = None

@@ -93,6 +93,10 @@ def _add_scores(
 def _make_paper_table(name: str, seed: int, rehearse: bool | None, only_missing: bool) -> Drawing | None:
     """Print and write a table of the paper, or print what is missing for an item of the paper."""
     item = load_item(name)
+    if any(row.toy for row in item.rows):
+        from inheritune.paper import toy
+
+        return toy.make_table(name, item, seed, rehearse, only_missing)
     experiments = load_experiments(item, rehearse)
     if only_missing:
         for step in list_missing(item, experiments, make_disk_check(item, experiments, seed)):
