@@ -62,8 +62,9 @@ class AttentionLayer(torch.nn.Module):
         super().__init__()
         self.n_heads = n_heads
         names = ("query", "key", "value", "output")
-        self.maps = torch.nn.ModuleDict({name: torch.nn.Linear(width, width, bias=False) for name in names})
-        for linear in self.maps.values():
+        linears = {name: torch.nn.Linear(width, width, bias=False) for name in names}
+        self.maps = torch.nn.ModuleDict(linears)
+        for linear in linears.values():
             torch.nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
 
     def forward(self, x_NTC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -147,7 +147,8 @@ def make_disk_check(item: Item, experiments: dict[str, Experiment], seed: int) -
         if verb == "prepare":
             return is_prepared(get_data_dir(experiment))
         if verb == "stage":
-            return bool(row and row.stage) and RunDir.of(experiment, run, seed).stage(row.stage).is_done()
+            stage = row.stage if row else None
+            return stage is not None and RunDir.of(experiment, run, seed).stage(stage).is_done()
         if verb == "train" or row is None:
             return RunDir.of(experiment, run, seed).is_done()
         folder = find_folder(experiment, row, seed)

@@ -186,7 +186,7 @@ def make_cell(item: Item, row: Row, column: Column, experiments: dict[str, Exper
         cell.state = PUBLISHED if metric or column.mean else ""
     elif cell.difference is not None:
         unit = 10.0 ** -len(cell.paper.partition(".")[2]) if cell.paper else 0.0
-        noises = [0.0, 0.0] if metric == "parameters" else [cell.paper_noise, cell.noise]
+        noises: list[float | None] = [0.0, 0.0] if metric == "parameters" else [cell.paper_noise, cell.noise]
         verdict = judge_difference(cell.difference, noises, unit, is_higher_better(column))
         experiment = experiments[split_run(row)[0]]
         ended = "" if metric == "parameters" else resolve_row(experiment, row, seed)[1]

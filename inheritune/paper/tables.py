@@ -96,7 +96,8 @@ def _make_paper_table(name: str, seed: int, rehearse: bool | None, only_missing:
     if any(row.toy for row in item.rows):
         from inheritune.paper import toy
 
-        return toy.make_table(name, item, seed, rehearse, only_missing)
+        toy.make_table(name, item, seed, rehearse, only_missing)
+        return None
     experiments = load_experiments(item, rehearse)
     if only_missing:
         for step in list_missing(item, experiments, make_disk_check(item, experiments, seed)):

@@ -104,4 +104,4 @@ def plot_toy(curve: list[dict], path: Path, rehearsal: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    print(run_toy(*map(int, sys.argv[1:])))
+    print(run_toy(seed=int(sys.argv[1]) if sys.argv[1:] else 0))
