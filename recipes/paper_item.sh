@@ -34,6 +34,7 @@ missing() { inheritune table "$1" --missing --seed "$SEED"; }
 run_one() {
   local verb=$1 experiment=$2 run=$3 options=("${@:5}")
   case $verb in
+    toy) python -m inheritune.paper.toy "$SEED" ;;
     prepare) inheritune prepare "$experiment" ;;
     train | grow) inheritune "$verb" "$experiment" --run "$run" --seed "$SEED" --procs "$PROCS" ;;
     evaluate) inheritune evaluate "$experiment" --run "$run" --seed "$SEED" ;;
@@ -67,7 +68,7 @@ run_missing() {
 }
 
 for item in "$@"; do
-  if [ -n "${SUBMIT:-}" ]; then
+  if [ -n "${SUBMIT:-}" ] && [ "$item" != toy ]; then # which takes minutes on a CPU
     listed=$(missing "$item")
     if [ -n "$listed" ]; then
       inheritune submit "$item" --seed "$SEED"
@@ -75,7 +76,7 @@ for item in "$@"; do
     fi
   fi
   if [ -z "${DRAW:-}" ]; then
-    if [ "${REHEARSE:-0}" = 0 ] && on_login_node && [ -n "$(missing "$item")" ]; then
+    if [ "${REHEARSE:-0}" = 0 ] && on_login_node && [ "$item" != toy ] && [ -n "$(missing "$item")" ]; then
       echo "$item lacks runs, and this is a Slurm login node: SUBMIT=1 submits them as jobs, DRAW=1 draws what is there" >&2
       exit 2
     fi

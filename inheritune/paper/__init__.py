@@ -2,5 +2,5 @@
 
 `items` says what each table and figure shows, `published` has the paper's numbers, `measured` finds this
 repository's. `tables` and `figures` are the verbs, and `prerequisites` lists what has to be run before them.
-Nothing here trains or evaluates a model.
+Nothing here trains or evaluates a model but the authors' toy (`toy`).
 """

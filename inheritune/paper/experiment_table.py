@@ -160,12 +160,18 @@ def describe_outcome(experiment: Experiment, found: list[TableEntry]) -> str:
     return text + "."
 
 
+def describe_gap(gap: float) -> str:
+    """Return a difference of two losses in words, before "it": level if the printed digits are zero."""
+    if not round(gap, 4):
+        return "level with"
+    return f"{abs(gap):.4f} {'above' if gap > 0 else 'below'}"
+
+
 def _compare_random(entry: TableEntry, chosen: TableEntry, margin: float) -> str:
     """Return a clause that compares a random start with the chosen stage."""
     gap = entry.results["validation"]["mean"] - chosen.results["validation"]["mean"]
-    side = "above" if gap > 0 else "below"
     shape = f"{entry.results['layers']} layers, {entry.results['steps']} steps"
-    text = f"; the {escape_markdown(entry.label)} ({shape}) ends {abs(gap):.4f} {side} it"
+    text = f"; the {escape_markdown(entry.label)} ({shape}) ends {describe_gap(gap)} it"
     if entry.results.get("difference", {"high": margin + 1})["high"] <= margin:
         text += " and reaches the reference's loss too"
     return text

@@ -25,7 +25,7 @@ from inheritune.paper.canvas import PAPER_SUFFIX
 from inheritune.paper.experiment_table import TableEntry, find_last_loss, list_entries, list_notes
 from inheritune.paper.items import Panel, Row, list_items, load_experiments, load_item, split_run
 from inheritune.paper.loss_plots import plot_loss_curves
-from inheritune.paper.measured import find_folder, list_maps, locate_attention
+from inheritune.paper.measured import find_folder, list_maps, locate_attention, resolve_row
 from inheritune.paper.published import find_rows, interpolate_loss, load_curve, summarize_last_ten
 from inheritune.paper.table_cells import judge_difference
 from inheritune.paper.table_files import locate_results
@@ -118,10 +118,12 @@ def _draw_attention_panel(
     series: Series = []
     measured: Series = []
     for row in panel.rows:
-        rows = _read_attention(panel, row, experiments[split_run(row)[0]], seed, small)
-        print(f"{panel.title}, {row.label}: {'drawn' if rows else 'not run'}")
+        shown, ended = resolve_row(experiments[split_run(row)[0]], row, seed)
+        rows = _read_attention(panel, shown, experiments[split_run(row)[0]], seed, small)
+        state = ", ".join(filter(None, ("drawn", ended))) if rows else "not run"
+        print(f"{panel.title}, {row.label}: {state}")
         if rows:
-            series.append((row.label, rows))
+            series.append((_add_end(row.label, ended), rows))
             measured.append(series[-1])
         if field and row.file and not small:
             series.append((row.label + PAPER_SUFFIX, _read_published_layers(row, field)))
@@ -133,6 +135,11 @@ def _draw_attention_panel(
     else:
         MODEL_PLOTS[panel.kind](series[0][1], path, panel.title, rehearsal=small)
     return True
+
+
+def _add_end(label: str, ended: str) -> str:
+    """Return the label of a line, with the depth at which its growth ended early."""
+    return f"{label} ({ended})" if ended else label
 
 
 def _read_attention(panel: Panel, row: Row, experiment: Experiment, seed: int, small: bool) -> list[dict]:
@@ -172,12 +179,13 @@ def _draw_loss_panel(
     Returns False if there is nothing to draw."""
     series = []
     for row in panel.rows:
-        rows = _read_curve(panel, row, experiments, seed)
+        shown, ended = resolve_row(experiments[split_run(row)[0]], row, seed, started=True)
+        rows = _read_curve(panel, shown, experiments, seed)
         from_figure = bool(row.file) and not small  # the curves of a figure are smoothed
         curve = {} if small else _read_published_curve(panel, row)
-        print(f"{panel.title}, {row.label}: {compare_curves(rows, curve)}")
+        print(f"{panel.title}, {_add_end(row.label, ended)}: {compare_curves(rows, curve)}")
         theirs = [{"step": step, "val_loss": loss, "smoothed": from_figure} for step, loss in curve.items()]
-        lines = ((row.label, rows), (row.label + PAPER_SUFFIX, theirs))
+        lines = ((_add_end(row.label, ended), rows), (row.label + PAPER_SUFFIX, theirs))
         series += [(label, points) for label, points in lines if points]
     if not series:
         return False

@@ -40,8 +40,16 @@ class Row(Published):
     run, the row is shown as published."""
     stage: Annotated[int, values.STAGE] | None = None
     """Stage of a grown run (default: the chosen stage)."""
+    fixed: str | None = None
+    """Run of the same experiment that starts from as many layers as the stage has, without growth. It stands
+    for the stage where the growth ended before, and is what is run where nothing else needs the growth."""
     kept: Annotated[int, values.CHECKPOINTS] | None = None
     """Intermediate weights: the first, second ... of the run's `keep_at` (default: the final weights)."""
+    claim: bool = False
+    """Whether the paper claims that this model is level with the full one, the run that its run is compared
+    with. The table then has a claim row for it (claims.py)."""
+    toy: Literal["before_softmax", "after_softmax", "step_0", "step_500", "end"] | None = None
+    """Measurement of the authors' toy models that the row shows (toy.py)."""
     group: str = ""
     """Rows among which a highlight is chosen."""
     data: str | None = None
@@ -123,6 +131,12 @@ def split_run(row: Row) -> tuple[str, str]:
     return experiment, run
 
 
+def fix_depth(row: Row) -> Row:
+    """Return a row of a grown run as that of the run of its depth that does not grow."""
+    experiment = split_run(row)[0]
+    return row.model_copy(update={"run": f"{experiment}/{row.fixed}", "stage": None, "fixed": None})
+
+
 def load_experiments(item: Item, rehearse: bool | None = None) -> dict[str, Experiment]:
     """Return {name: experiment} of all experiments that the item's rows run or read.
 
@@ -133,4 +147,6 @@ def load_experiments(item: Item, rehearse: bool | None = None) -> dict[str, Expe
     for row in rows:
         experiment, run = split_run(row)
         found[experiment].run(run)
+        if row.fixed:
+            found[experiment].run(row.fixed)
     return found

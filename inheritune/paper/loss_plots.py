@@ -45,8 +45,8 @@ def plot_loss_curves(
     after a tenth of the longest run, as in the paper's Figures 5 and 6. `reference_loss` is a dotted line.
     `smooth` draws trailing means of that many evaluations (10 in the paper's Figure 5c), without those that
     would include the first evaluation. Rows that say `smoothed` are drawn as they are. `steps` are the first
-    and the last step drawn. Tokens are a second axis if all runs share one batch size. The legend gives each
-    run's last loss, not smoothed.
+    and the last step drawn. Tokens are a second axis if all runs share one batch size. The legend gives the
+    loss at the end of each line, as drawn.
 
     Raises UserError if a run has no validation loss, or none has reached the first step."""
     curves = [curve for label, rows in series if (curve := _select_curve(label, rows, smooth, steps))]
@@ -70,7 +70,7 @@ def plot_loss_curves(
             loc="upper left",
             bbox_to_anchor=(1.01, 1),
             frameon=False,
-            title="run (last loss)",
+            title="run (loss at the end of the line)",
             alignment="left",
         )
 
@@ -91,7 +91,7 @@ def _select_curve(label: str, rows: list[dict], smooth: int, steps: tuple[int, i
 
 
 def _draw_curves(axes: "Axes", curves: list[_Curve]) -> None:
-    """Draw a line per curve, labelled with its run's last loss."""
+    """Draw a line per curve, labelled with the loss at its end."""
     styles = style_lines([curve.label for curve in curves])
     for index, curve in enumerate(curves):
         axes.plot(
@@ -99,7 +99,7 @@ def _draw_curves(axes: "Axes", curves: list[_Curve]) -> None:
             curve.losses,
             marker=POINT_MARKERS[index % len(POINT_MARKERS)] if len(curve.rows) <= FEW_POINTS else None,
             markersize=3.5,
-            label=f"{curve.label} ({curve.rows[-1]['val_loss']:.3f})",
+            label=f"{curve.label} ({curve.losses[-1]:.3f})",
             **styles[index],
         )
 

@@ -3,7 +3,7 @@
 from inheritune.config.experiment import Experiment
 from inheritune.config.rehearsal import shrink_layers
 from inheritune.files.rundir import RunDir, find_weights, get_results_dir
-from inheritune.paper.items import Row, split_run
+from inheritune.paper.items import Row, fix_depth, split_run
 from inheritune.runs.changes import check_own_run, find_job
 
 
@@ -13,6 +13,31 @@ def name_weights(experiment: Experiment, row: Row) -> str:
     run = split_run(row)[1]
     kept = f"@{experiment.runs[run].keep_at[row.kept - 1]}" if row.kept else ""
     return run + (f"/stage{row.stage}" if row.stage else "") + kept
+
+
+def resolve_row(experiment: Experiment, row: Row, seed: int, started: bool = False) -> tuple[Row, str]:
+    """Return (the row whose model stands for `row`, what to say about it).
+
+    A row of a grown run shows its stage. If the growth ended before, it shows the run of that depth without
+    growth (`fixed`), and where that is not finished the stage at which the growth ended. With `started`,
+    runs in progress count too."""
+
+    def is_there(folder: RunDir) -> bool:
+        return folder.is_done() or (started and folder.metrics.is_file())
+
+    if not row.stage:
+        return row, ""
+    root = RunDir.of(experiment, split_run(row)[1], seed)
+    if is_there(root.stage(row.stage)):
+        return row, ""
+    if row.fixed and is_there(RunDir.of(experiment, row.fixed, seed)):
+        return fix_depth(row), ""
+    if not root.is_done():
+        return row, ""
+    ended = root.chosen()
+    layers = ended.read_results()["layers"]
+    found = row.model_copy(update={"stage": int(ended.path.name.removeprefix("stage"))})
+    return found, f"growth ended at {layers} layers"
 
 
 def find_folder(experiment: Experiment, row: Row, seed: int) -> RunDir | None:

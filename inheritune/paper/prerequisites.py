@@ -11,11 +11,13 @@ from pathlib import Path
 from inheritune.config.experiment import Experiment
 from inheritune.files.markers import is_prepared
 from inheritune.files.rundir import RunDir, get_data_dir
-from inheritune.paper.items import Item, Row, split_run
+from inheritune.paper.items import Item, Row, fix_depth, split_run
 from inheritune.paper.measured import find_folder, find_score, list_maps, locate_attention, name_weights
 
 Exists = Callable[[str, str, str, Row | None], bool]
-"""(verb, experiment, run, row) -> whether the result of that step exists."""
+"""(verb, experiment, run, row) -> whether the result of that step exists.
+
+Verb `stage`: whether the stage of a grown run that the row shows does."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ def list_missing(item: Item, experiments: dict[str, Experiment], exists: Exists)
     if metrics - {"parameters"}:
         rows += [(None, row) for row in item.rows if row.run]
     rows += [(panel.kind, row) for panel in item.panels for row in panel.rows if row.run]
+    rows = [(kind, _choose_run(item, row, exists)) for kind, row in rows]
     names = [split_run(row) for _, row in rows]
     # grown runs last, so that the runs that one start can train are adjacent
     names.sort(key=lambda name: bool(experiments[name[0]].run(name[1]).grow))
@@ -115,6 +118,19 @@ def list_missing(item: Item, experiments: dict[str, Experiment], exists: Exists)
         elif kind not in (None, "loss"):
             found.add_attention(row, after[split_run(row)])
     return found.steps
+
+
+def _choose_run(item: Item, row: Row, exists: Exists) -> Row:
+    """Return the row as what is to be run for it: growth, or the run of its depth that does not grow.
+
+    Growth is run where another row needs it, until it has ended without this row's stage."""
+    name, run = split_run(row)
+    if not row.fixed or exists("stage", name, run, row):
+        return row
+    is_grown = any(other.run == row.run and not other.fixed for other in item.models())
+    if is_grown and not any(exists("train", name, one, None) for one in (run, row.fixed)):
+        return row
+    return fix_depth(row)
 
 
 def _list_metrics(item: Item) -> set[str]:
@@ -130,6 +146,9 @@ def make_disk_check(item: Item, experiments: dict[str, Experiment], seed: int) -
         experiment = experiments[name]
         if verb == "prepare":
             return is_prepared(get_data_dir(experiment))
+        if verb == "stage":
+            stage = row.stage if row else None
+            return stage is not None and RunDir.of(experiment, run, seed).stage(stage).is_done()
         if verb == "train" or row is None:
             return RunDir.of(experiment, run, seed).is_done()
         folder = find_folder(experiment, row, seed)

@@ -2,16 +2,18 @@
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from inheritune.config.experiment import Experiment, load_experiment
 from inheritune.errors import UserError
 from inheritune.paper.items import Column, Item, Row, split_run
-from inheritune.paper.measured import find_folder, find_score
+from inheritune.paper.measured import find_folder, find_score, resolve_row
 from inheritune.paper.published import count_layers, find_published, load_curve, summarize_last_ten
 from inheritune.runs.comparison import Z95
 
 NOT_RUN = "not run"
+NOISE_UNKNOWN = "noise unknown"
 PUBLISHED = "as published"
 
 
@@ -33,6 +35,8 @@ class Cell:
     """The verdict, or why this repository has no number."""
     bold: tuple[bool, bool] = (False, False)
     """Whether the paper's number and this repository's are highlighted."""
+    paper_state: str = ""
+    """The verdict on the paper's own numbers, in a claim row."""
     source: str = ""
     provenance: str = ""
 
@@ -89,12 +93,28 @@ def judge_difference(
 ) -> str:
     """Return the verdict on the difference of this repository's number from the paper's.
 
-    `noises` are those of both numbers, `unit` is one unit of the paper's last printed digit."""
+    `noises` are those of both numbers, `unit` is one unit of the paper's last printed digit. If one of the
+    noises is unknown, equal digits still match, and everything else has no verdict."""
     if abs(difference) < unit:
         return "matches"
-    if abs(difference) <= 2 * math.sqrt(sum(noise**2 for noise in noises if noise)):
+    noise = combine_noises(noises)
+    if noise is None:
+        return NOISE_UNKNOWN
+    if abs(difference) <= 2 * noise:
         return "within noise"
     return "better" if (difference > 0) == higher_is_better else "worse"
+
+
+def combine_noises(noises: Sequence[float | None]) -> float | None:
+    """Return the noise of a sum or difference of independent numbers; None if the noise of one is unknown."""
+    known = [noise for noise in noises if noise is not None]
+    return math.sqrt(sum(noise**2 for noise in known)) if len(known) == len(noises) else None
+
+
+def average_noises(noises: Sequence[float | None]) -> float | None:
+    """Return the noise of the mean of independent numbers; None if the noise of one is unknown."""
+    noise = combine_noises(noises)
+    return None if noise is None else noise / len(noises)
 
 
 def measure_cell(results: dict, metric: str) -> Cell:
@@ -120,6 +140,11 @@ def is_accuracy(metric: str) -> bool:
     return metric.rpartition(".")[2].startswith("acc")
 
 
+def is_higher_better(column: Column) -> bool:
+    """Return whether a column shows accuracies; losses and perplexities are better if lower."""
+    return is_accuracy(column.metric or "") or bool(column.mean and ".acc" in column.mean[0])
+
+
 def refuse_mixture(column: str, table: str, cells: list[tuple[str, Cell]]) -> None:
     """Check that all cells of a column are comparable. `cells` are (label of the row, cell).
 
@@ -141,7 +166,7 @@ def average_cells(cells: list[Cell]) -> Cell:
     scores = [cell.ours for cell in cells if cell.ours is not None]
     if len(scores) < len(cells):
         return Cell()
-    noise = math.sqrt(sum((cell.noise or 0.0) ** 2 for cell in cells)) / len(cells)
+    noise = average_noises([cell.noise for cell in cells])
     measured = ", ".join(cell.measured for cell in cells)
     return Cell(ours=statistics.mean(scores), noise=noise, measured=measured)
 
@@ -155,14 +180,18 @@ def make_cell(item: Item, row: Row, column: Column, experiments: dict[str, Exper
     curve = load_curve(row) if metric == "validation" else {}
     cell.log = summarize_last_ten(curve) if curve else None
     cell.paper_noise = _find_paper_noise(cell, metric, facts.get("stderr", ""))
+    if column.mean and cell.paper:
+        cell.paper_noise = _average_paper_noise(item, row, column)
     if not row.run or not (metric or column.mean):
         cell.state = PUBLISHED if metric or column.mean else ""
     elif cell.difference is not None:
         unit = 10.0 ** -len(cell.paper.partition(".")[2]) if cell.paper else 0.0
-        higher = is_accuracy(metric) or bool(column.mean and ".acc" in column.mean[0])
-        verdict = judge_difference(cell.difference, [cell.paper_noise, cell.noise], unit, higher)
-        small = experiments[split_run(row)[0]].rehearsal and metric != "parameters"
-        cell.state = f"REHEARSAL ({verdict})" if small else verdict
+        noises: list[float | None] = [0.0, 0.0] if metric == "parameters" else [cell.paper_noise, cell.noise]
+        verdict = judge_difference(cell.difference, noises, unit, is_higher_better(column))
+        experiment = experiments[split_run(row)[0]]
+        ended = "" if metric == "parameters" else resolve_row(experiment, row, seed)[1]
+        small = experiment.rehearsal and metric != "parameters"
+        cell.state = f"REHEARSAL ({ended or verdict})" if small else ended or verdict
     return cell
 
 
@@ -172,18 +201,18 @@ def _measure_row(row: Row, column: Column, experiments: dict[str, Experiment], s
     if metric == "parameters" and row.run:
         return Cell(ours=count_parameters_of(row))
     wanted = row.run and (metric or column.mean) and metric != "parameters"
-    results = _read_results(row, experiments, seed) if wanted else {}
+    results = read_row_results(row, experiments, seed) if wanted else {}
     if column.mean:
         return average_cells([measure_cell(results, part) for part in column.mean])
     return measure_cell(results, metric)
 
 
-def _read_results(row: Row, experiments: dict[str, Experiment], seed: int) -> dict:
+def read_row_results(row: Row, experiments: dict[str, Experiment], seed: int) -> dict:
     """Return the results.json of a row's model; {} if it is not finished.
 
     Raises UserError if the folder of a real run holds a rehearsal's results, or the other way round."""
     experiment = experiments[split_run(row)[0]]
-    folder = find_folder(experiment, row, seed)
+    folder = find_folder(experiment, resolve_row(experiment, row, seed)[0], seed)
     results = folder.read_results() if folder and folder.results.is_file() else {}
     if results and bool(results.get("rehearsal")) != experiment.rehearsal:
         raise UserError(
@@ -204,6 +233,17 @@ def _find_paper_noise(cell: Cell, metric: str, stderr: str) -> float | None:
         share = float(cell.paper) / 100
         return 100 * math.sqrt(share * (1 - share) / cell.n)  # gives the standard errors of Table 7
     return None
+
+
+def _average_paper_noise(item: Item, row: Row, column: Column) -> float | None:
+    """Return the noise of the paper's mean, from the columns of its parts; None if the table has not all."""
+    parts = {other.metric: other for other in item.columns.values() if other.metric in column.mean}
+    noises = []
+    for metric in column.mean:
+        facts = find_published(item, row, parts[metric]) if metric in parts else {}
+        part = Cell(paper=facts.get("value", ""), n=parts[metric].n if metric in parts else None)
+        noises.append(_find_paper_noise(part, metric, facts.get("stderr", "")))
+    return average_noises(noises)
 
 
 def count_parameters_of(row: Row) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from inheritune.config.experiment import Experiment, load_experiment
 from inheritune.errors import UserError
 from inheritune.files.rundir import RunDir
+from inheritune.paper import claims
 from inheritune.paper.experiment_table import (
     RESULT_COLUMNS,
     TableEntry,
@@ -18,7 +19,8 @@ from inheritune.paper.experiment_table import (
     list_notes,
     make_rows,
 )
-from inheritune.paper.items import Item, list_items, load_experiments, load_item
+from inheritune.paper.items import Item, Row, list_items, load_experiments, load_item, split_run
+from inheritune.paper.measured import resolve_row
 from inheritune.paper.prerequisites import list_missing, make_disk_check
 from inheritune.paper.table_cells import Cell, highlight_version_1, make_cell, measure_cell, refuse_mixture
 from inheritune.paper.table_files import locate_results, write_table
@@ -31,7 +33,9 @@ NOTE = (
 PAPER_NOTE = (
     "A cell is paper ± noise / this repository ± noise: difference, verdict. Verdicts: matches (less than "
     "one unit of the paper's last printed digit), within noise (|difference| at most twice the root of "
-    "the sum of both squared noises), better, worse, not run, as published (not run here). The paper's "
+    "the sum of both squared noises), better, worse, noise unknown (the paper does not give it, or the task "
+    "does not), not run, as published (not run here). Where growth ended at fewer layers than the row has, "
+    "the cell shows that stage and no verdict. The paper's "
     "noise is the standard deviation of its log's last ten evaluations, its standard error, or that of n "
     "questions. This repository's noise is the standard error over windows or questions. One seed: no "
     "noise covers the choice of seeds. Losses are compared with the log's last value, which the paper "
@@ -90,6 +94,11 @@ def _add_scores(
 def _make_paper_table(name: str, seed: int, rehearse: bool | None, only_missing: bool) -> Drawing | None:
     """Print and write a table of the paper, or print what is missing for an item of the paper."""
     item = load_item(name)
+    if any(row.toy for row in item.rows):
+        from inheritune.paper import toy
+
+        toy.make_table(name, item, seed, rehearse, only_missing)
+        return None
     experiments = load_experiments(item, rehearse)
     if only_missing:
         for step in list_missing(item, experiments, make_disk_check(item, experiments, seed)):
@@ -102,12 +111,16 @@ def _make_paper_table(name: str, seed: int, rehearse: bool | None, only_missing:
         column.metric not in (None, "parameters") or column.mean for column in item.columns.values()
     )
     spent = [make_cost_cells(row, experiments, seed) for row in item.rows]
-    headers, shown = _lay_out(item, cells, spent if trained else None)
-    records = _make_records(name, item, cells, spent)
+    claimed = [_make_claims(item, row, experiments, seed) for row in claims.list_claims(item)]
+    headers, shown = _lay_out(item, cells, claimed, spent if trained else None)
+    models = [
+        resolve_row(experiments[split_run(row)[0]], row, seed)[0] if row.run else row for row in item.rows
+    ]
+    records = _make_records(name, item, models, cells, spent) + _make_claim_records(name, item, claimed)
     small = any(experiment.rehearsal for experiment in experiments.values())
     stem = locate_results(small, seed) / name
     title = f"{'REHEARSAL, not a result. ' if small else ''}{item.title}, seed {seed}"
-    notes = [PAPER_NOTE, *item.notes] if trained else item.notes
+    notes = [*([PAPER_NOTE] if trained else []), *([claims.NOTE] if claimed else []), *item.notes]
     write_table(stem, title, headers, shown, notes, records)
     return (records, stem.with_suffix(".png"), item.title, small) if item.drawn else None
 
@@ -128,10 +141,25 @@ def _make_cells(
     return cells
 
 
+def _make_claims(
+    item: Item, row: Row, experiments: dict[str, Experiment], seed: int
+) -> dict[str, claims.Claim]:
+    """Return {key of the column: claim} of a row, without the columns that measure nothing."""
+    made = {
+        key: claims.make_claim(item, row, column, experiments, seed) for key, column in item.columns.items()
+    }
+    return {key: claim for key, claim in made.items() if claim}
+
+
 def _lay_out(
-    item: Item, cells: dict[tuple[int, str], Cell], spent: list[list[str]] | None
+    item: Item,
+    cells: dict[tuple[int, str], Cell],
+    claimed: list[dict[str, claims.Claim]],
+    spent: list[list[str]] | None,
 ) -> tuple[list[str], list[list[str]]]:
-    """Return (headers, printed rows) of a table of the paper; `spent` are the cost cells of each row."""
+    """Return (headers, printed rows) of a table of the paper; `spent` are the cost cells of each row.
+
+    The claim rows follow those of the models."""
     has_logs = any(cell.log for cell in cells.values())
     headers = ["model", *(column.label for column in item.columns.values())]
     headers += ["paper's log: last; last ten"] if has_logs else []
@@ -143,17 +171,36 @@ def _lay_out(
         if has_logs:
             words.append(f"{log[0]:.4f}; {log[1]:.4f}±{log[2]:.4f}" if log else "")
         shown.append(words + (spent[i] if spent else []))
+    for row, claim in zip(claims.list_claims(item), claimed, strict=True):
+        words = [claims.PREFIX + row.label]
+        words += [claim[key].text() if key in claim else "" for key in item.columns]
+        if has_logs:
+            words.append("; ".join(filter(None, (cell.text_of_last_ten() for cell in claim.values()))))
+        shown.append(words + [""] * (len(headers) - len(words)))
     return headers, shown
 
 
 def _make_records(
-    name: str, item: Item, cells: dict[tuple[int, str], Cell], spent: list[list[str]]
+    name: str, item: Item, models: list[Row], cells: dict[tuple[int, str], Cell], spent: list[list[str]]
 ) -> list[dict]:
-    """Return the rows of the CSV file of a table of the paper, one per cell."""
+    """Return the rows of the CSV file of a table of the paper, one per cell.
+
+    `models` are the rows whose models stand for the item's."""
     records = []
-    for i, row in enumerate(item.rows):
+    for i, row in enumerate(models):
         where = {"item": name, "row": row.label, "run": row.run, "stage": row.stage}
         costs = dict(zip(COSTS, spent[i], strict=True))
         for key, column in item.columns.items():
             records.append({**where, "column": column.label, **cells[i, key].record(), **costs})
+    return records
+
+
+def _make_claim_records(name: str, item: Item, claimed: list[dict[str, claims.Claim]]) -> list[dict]:
+    """Return the rows of the CSV file of the claim rows: a difference in place of each number."""
+    records = []
+    for row, claim in zip(claims.list_claims(item), claimed, strict=True):
+        where = {"item": name, "row": claims.PREFIX + row.label, "run": row.run, "stage": row.stage}
+        for key, cell in claim.items():
+            label = item.columns[key].label
+            records.append({**where, "column": label, **cell.record(), **dict.fromkeys(COSTS, "")})
     return records

@@ -5,7 +5,7 @@ from inheritune.config.run import Run
 from inheritune.files.json_files import read_jsonl
 from inheritune.files.rundir import RunDir
 from inheritune.paper.items import Row, split_run
-from inheritune.paper.measured import find_folder
+from inheritune.paper.measured import find_folder, resolve_row
 
 COSTS = ("training FLOPs (all rounds)", "with its sources", "tokens to the reference's loss (all rounds)")
 
@@ -72,8 +72,11 @@ def count_tokens_to_reference(experiment: Experiment, run: str, row: Row, seed: 
 
 def make_cost_cells(row: Row, experiments: dict[str, Experiment], seed: int) -> list[str]:
     """Return the cells of a row under the headers COSTS."""
+    if not row.run:
+        return ["", "", ""]
+    row = resolve_row(experiments[split_run(row)[0]], row, seed)[0]
     name, run = split_run(row)
-    cost = sum_flops(experiments[name], run, row, seed) if row.run else None
+    cost = sum_flops(experiments[name], run, row, seed)
     if cost is None:
         return ["", "", ""]
     with_sources = "not known" if cost[1] is None else f"{cost[1]:.2e}"

@@ -19,8 +19,9 @@ HEADERS = (
     "steps",
     "seeds",
     "validation loss (95% interval)",
-    "to the reference (95% interval)",
-    "to the random start (95% interval)",
+    "step 0, above the reference's end",
+    "to the reference (95% interval; p, corrected)",
+    "to the random start (95% interval; p, corrected)",
     "tokens to the random start's loss",
     "training FLOPs",
     "with those it starts from",
@@ -37,6 +38,38 @@ def average_seeds(values: list[float]) -> dict:
         "high": None if half is None else mean + half,
         "n": n,
     }
+
+
+def compute_p_value(gap: dict) -> float | None:
+    """Return the two-sided p of Student's t for a difference over seeds; None for one without an interval."""
+    if gap["low"] is None:
+        return None
+    half, degrees = (gap["high"] - gap["low"]) / 2, gap["n"] - 1
+    if not half:
+        return 0.0 if gap["mean"] else 1.0
+    return float(2 * stats.t.sf(abs(gap["mean"]) / half * stats.t.ppf(0.975, degrees), degrees))
+
+
+def correct_by_holm(p_values: list[float]) -> list[float]:
+    """Return the p-values after Holm's correction for their number, in the same order."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    corrected, least = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = least
+    return corrected
+
+
+def add_p_values(rows: list[dict], gaps: dict[str, dict]) -> list[dict]:
+    """Add `p` and `p_holm` to each difference that is shown with an interval, and return these differences.
+
+    `gaps` are those of `compare_starts`. Holm's correction counts all of them together."""
+    shown = [row[key] for row in rows for key in ("to_reference", "to_random") if row[key]]
+    tested = [gap for gap in (*shown, *gaps.values()) if compute_p_value(gap) is not None]
+    p_values = [compute_p_value(gap) or 0.0 for gap in tested]
+    for gap, p, corrected in zip(tested, p_values, correct_by_holm(p_values), strict=True):
+        gap |= {"p": p, "p_holm": corrected}
+    return tested
 
 
 def select_attention(record: dict) -> dict:
@@ -110,6 +143,9 @@ def _make_row(label: str, found: list[tuple[dict, dict]], stages: list[list[dict
             if first["run"] != other
         ]
         row[f"to_{other}"] = average_seeds(gaps) if gaps else None
+    row["at_start"] = average_seeds(
+        [model["curve"][0][1] - find_model(record, "reference")["curve"][-1][1] for model, record in found]
+    )
     targets = [find_model(record, "random")["curve"][-1][1] for _, record in found]
     row["tokens_to_random"] = [
         count_tokens(trained, target) for trained, target in zip(stages, targets, strict=True)
@@ -160,6 +196,12 @@ def format_interval(value: dict | None, sign: str = "") -> str:
     return f"{value['mean']:{sign}.4f}{ends}"
 
 
+def format_difference(gap: dict | None) -> str:
+    """Return a difference with its interval and, where `add_p_values` gave them, both p-values."""
+    tests = f"; p {gap['p']:.2g}, {gap['p_holm']:.2g}" if gap and "p" in gap else ""
+    return format_interval(gap, "+") + tests
+
+
 def make_cells(row: dict) -> list[str]:
     """Return the row as cells under HEADERS."""
     reached = [tokens for tokens in row["tokens_to_random"] if tokens is not None]
@@ -173,8 +215,9 @@ def make_cells(row: dict) -> list[str]:
         str(row["steps"]),
         str(len(row["seeds"])),
         format_interval(row["loss"]),
-        format_interval(row["to_reference"], "+"),
-        format_interval(row["to_random"], "+"),
+        f"{row['at_start']['mean']:+.2f}",
+        format_difference(row["to_reference"]),
+        format_difference(row["to_random"]),
         f"{statistics.fmean(reached) / 1e6:.2f}M{share}" if reached else "not reached",
         f"{row['train_flops']:.2e}",
         f"{row['flops_with_sources']:.2e}",

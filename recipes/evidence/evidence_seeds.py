@@ -75,8 +75,13 @@ def check_seeds(experiment: Experiment, path: str, seeds: list[int]) -> None:
         raise UserError(
             f"seeds {chose} chose the scale (recipes/evidence/README.md) and are not reported; take 2 to 99"
         )
-    text, folder = read_fingerprint(experiment), locate_results(experiment, path)
-    for record in (read_json(file) for file in list_seed_files(folder)):
+    folder = locate_results(experiment, path)
+    records = [read_json(file) for file in list_seed_files(folder)]
+    if seeds or not records:
+        text = read_fingerprint(experiment)
+    else:  # the files of the seeds alone
+        text = records[0]["text"]
+    for record in records:
         alike = (record["key"], record["text"]) == (make_experiment_key(experiment), text)
         if record["seed"] not in seeds and not alike:
             raise UserError(

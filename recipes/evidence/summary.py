@@ -2,6 +2,7 @@
 
     python recipes/evidence/summary.py missing EXPERIMENT "core|all|RUN ..." SEED ...
     python recipes/evidence/summary.py summary EXPERIMENT SEED ...
+    python recipes/evidence/summary.py summary EXPERIMENT           from seeds/ alone
 
 Each seed's numbers are read from its finished runs into seeds/seedN.json. Everything else is made from those
 files, so that seeds of several sittings count together.
@@ -12,7 +13,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from evidence_plots import plot_attention, plot_curves, plot_worth
-from evidence_rows import HEADERS, compare_starts, format_interval, list_depths, make_cells, make_rows
+from evidence_rows import (
+    HEADERS,
+    add_p_values,
+    compare_starts,
+    format_difference,
+    list_depths,
+    make_cells,
+    make_rows,
+)
 from evidence_seeds import (
     CORE,
     check_seeds,
@@ -31,6 +40,9 @@ from inheritune.errors import UserError
 from inheritune.files.json_files import read_json, write_json
 from inheritune.files.rundir import RunDir, find_weights, get_results_dir
 from inheritune.paper.table_files import write_table
+
+LEVEL = 0.05
+"""A p-value below this is counted."""
 
 
 def select_runs(experiment: Experiment, arms: str) -> list[str]:
@@ -125,9 +137,18 @@ def make_notes(
             "A stage after the first has only the seeds whose stage before did not reach parity; "
             "tokens and FLOPs count all stages, steps are those of one."
         )
+    tested = [one for row in rows for one in (row["to_reference"], row["to_random"]) if one and "p" in one]
+    tested += [gap for gap in gaps.values() if "p" in gap]
+    if tested:
+        below, left = (sum(one[key] < LEVEL for one in tested) for key in ("p", "p_holm"))
+        notes.append(
+            f"p: paired t over seeds; corrected: by Holm, for the {len(tested)} differences here and in the "
+            f"next note. {below} are below {LEVEL}, {left} after the correction. Step 0 is the loss of the "
+            f"start before its first step, less the reference's last: for a cut, what it costs."
+        )
     labels = {row["run"]: row["label"] for row in reversed(rows)}
     others = "; ".join(
-        f"{labels[run]} {format_interval(gaps[run], '+')}" for run in reversed(labels) if run in gaps
+        f"{labels[run]} {format_difference(gaps[run])}" for run in reversed(labels) if run in gaps
     )
     notes += [f"Inheritune, stage 1, less others of its size: {others}.", origin]
     if partial:
@@ -152,6 +173,7 @@ def summarize(experiment: Experiment, path: str, seeds: list[int]) -> None:
     made_by = [one for record in records for one in record["made_by"]]
     command = format_command(experiment, path, records, rows)
     gaps = compare_starts(records)
+    add_p_values(rows, gaps)
     origin = f"{describe_machines(made_by)}; {command}"
     notes = make_notes(experiment, records, rows, gaps, origin, partial)
     title = f"{'REHEARSAL, not a result. ' if experiment.rehearsal else ''}{experiment.about}"

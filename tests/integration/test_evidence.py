@@ -215,6 +215,25 @@ def test_differences_are_paired_by_seed(summary):
     assert row["seeds"] == [1.0, 3.0] and row["to_random"]["n"] == 2
 
 
+def test_differences_have_p_values_corrected_for_their_number(summary):
+    """Against scipy's paired t; Holm against a worked example, and never below the p before it."""
+    losses = {"reference": (3.0, 3.1, 3.3), "random": (3.2, 3.15, 3.6), "inheritune": (2.9, 2.95, 3.3)}
+    records = [made_up(seed, **{run: of[seed] for run, of in losses.items()}) for seed in range(3)]
+    for record in records:
+        record["models"][2]["stage"] = 1
+    rows = summary.make_rows(records, ORDER)
+    tested = summary.add_p_values(rows, summary.compare_starts(records))
+    found = {row["run"]: row for row in rows}
+    for run, other in (("inheritune", "reference"), ("inheritune", "random"), ("random", "reference")):
+        gap = found[run][f"to_{other}"]
+        assert gap["p"] == pytest.approx(stats.ttest_rel(losses[run], losses[other]).pvalue)
+        assert gap["p"] <= gap["p_holm"] <= len(tested) * gap["p"]
+    assert summary.correct_by_holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert "; p " in summary.format_difference(found["inheritune"]["to_random"])
+    assert found["inheritune"]["at_start"]["mean"] == pytest.approx(9.0 - 9.4 / 3)
+    assert summary.add_p_values(summary.make_rows(records[:1], ORDER), {}) == []  # one seed: none
+
+
 def test_what_a_seed_ended_with_has_a_row_of_its_own(summary):
     """One seed needed a second stage, whose row is that seed's alone; "as grown" is both seeds', with all
     stages counted."""
@@ -319,7 +338,11 @@ def test_what_is_reported_is_what_the_seeds_say(scale, summary, monkeypatch):
     }
     assert all(summary.is_complete(record) and not record["rehearsal"] for record in records)
     assert not {record["seed"] for record in records} & {*summary.CHOOSING, *range(100, 1000)}
-    rows = summary.make_rows(records, experiment.runs)
+    rows, gaps = summary.make_rows(records, experiment.runs), summary.compare_starts(records)
+    tested = summary.add_p_values(rows, gaps)
+    assert written(gaps) == written(said["beside_inheritune"])
+    survive = sum(gap["p_holm"] < summary.LEVEL for gap in tested)
+    assert f"{survive} after the correction" in (folder / "table.md").read_text()
     assert written(rows) == written(said["rows"]) and summary.list_depths(records) == said["depths"]
     table = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| ")]
     assert [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1:]] == [

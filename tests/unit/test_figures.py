@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from matplotlib.axes import Axes
 
 from inheritune.errors import UserError
 from inheritune.paper import attention_plots, loss_plots, table_plots, worth_plot
@@ -146,6 +147,19 @@ def test_edges(tmp_path):
 def test_trailing_mean():
     assert loss_plots.compute_trailing_mean([4.0, 2.0, 6.0, 1.0], 2) == [4.0, 3.0, 4.0, 3.5]
     assert loss_plots.compute_trailing_mean([4.0, 2.0], 1) == [4.0, 2.0]
+
+
+def test_the_label_of_a_line_gives_its_end_as_drawn(tmp_path, monkeypatch):
+    """Of trailing means the last mean, not the last evaluation; of a part of a run the end of the part."""
+    rows = [{"step": step, "val_loss": loss} for step, loss in ((0, 9.0), (10, 4.0), (20, 3.0), (30, 1.0))]
+    labels, usual = [], Axes.legend
+    monkeypatch.setattr(
+        Axes, "legend", lambda self, *a, **k: (labels.extend(self.lines), usual(self, *a, **k))[1]
+    )
+    for smooth, steps in ((2, (0, None)), (2, (0, 20)), (1, (0, 20))):
+        loss_plots.plot_loss_curves([("a", rows)], tmp_path / "x.png", smooth=smooth, steps=steps)
+    assert [line.get_label() for line in labels] == ["a (2.000)", "a (3.500)", "a (3.000)"]
+    assert [line.get_ydata()[-1] for line in labels] == [2.0, 3.5, 3.0]
 
 
 def test_refusals(tmp_path):

@@ -18,7 +18,7 @@ from inheritune.config.experiment import load_experiment
 from inheritune.config.paths import RECIPES
 from inheritune.errors import UserError
 from inheritune.evaluation import card
-from inheritune.files import escape, rundir
+from inheritune.files import escape
 from inheritune.files.json_files import write_json
 from inheritune.files.rundir import RunDir
 from inheritune.files.writing import write_text
@@ -204,7 +204,9 @@ def test_verdicts():
     # 2 sqrt(2) 0.02 = 0.057
     assert table_cells.judge_difference(0.05, [0.02, 0.02], 0.01, higher_is_better=False) == "within noise"
     assert table_cells.judge_difference(0.06, [0.02, 0.02], 0.01, higher_is_better=False) == "worse"
-    assert table_cells.judge_difference(-0.06, [0.02, None], 0.01, higher_is_better=False) == "better"
+    assert table_cells.judge_difference(-0.06, [0.02, 0.0], 0.01, higher_is_better=False) == "better"
+    assert table_cells.judge_difference(-0.06, [0.02, None], 0.01, higher_is_better=False) == "noise unknown"
+    assert table_cells.judge_difference(-0.006, [None, None], 0.01, higher_is_better=False) == "matches"
     assert table_cells.judge_difference(3.0, [1.0, 1.0], 0.01, higher_is_better=True) == "better"
 
 
@@ -260,6 +262,11 @@ def test_weights_kept_on_the_way_have_their_share_of_the_cost(capsys):
     assert [cell.strip() for cell in line.strip("| ").split("|")][2:] == ["4.00e+19", "not known"]
 
 
+def test_an_end_at_the_same_printed_digits_is_level():
+    said = [experiment_table.describe_gap(gap) for gap in (0.00004, -0.00004, 0.00006, -0.05)]
+    assert said == ["level with", "level with", "0.0001 above", "0.0500 below"]
+
+
 def test_within_noise_of_both(capsys):
     # 0.043 off; noise 2 sqrt(0.0233^2 + 0.01^2) = 0.051
     finish("gpt2_large_owt", "reference", 2.8100, half=0.0196)
@@ -283,7 +290,7 @@ def test_table_of_scores(capsys):
     assert (
         "74.8±1.4 / 60.0±1.6: -14.8 worse" in line
         and "30.79±0.46 / not run" in line
-        and "47.74 / not run" in line
+        and "47.74±0.44 / not run" in line
     )
     assert "20.28±0.56 / 20.00±0.56: -0.28 within noise" in line
     finish(
@@ -294,7 +301,8 @@ def test_table_of_scores(capsys):
     )
     tables.table("table1")
     mean = (51.05 + 70 + 60 + 31 + 20) / 5
-    assert f"47.74 / {mean:.2f}±0.46: {mean - 47.74:+.2f} worse" in capsys.readouterr().out
+    # the paper's noise of a mean is that of its parts
+    assert f"47.74±0.44 / {mean:.2f}±0.46: {mean - 47.74:+.2f} worse" in capsys.readouterr().out
 
 
 def test_an_experiments_own_table_has_scores_and_baselines(capsys):
@@ -360,7 +368,9 @@ def test_model_sizes_are_computed_here(capsys):
 def test_every_table_prints_without_any_run(name, capsys):
     tables.table(name)
     said = capsys.readouterr().out
-    assert said.startswith(load_item(name).title) and said.count("\n|") == len(load_item(name).rows) + 2
+    rows = load_item(name).rows
+    claimed = [row for row in rows if row.claim]
+    assert said.startswith(load_item(name).title) and said.count("\n|") == len(rows) + len(claimed) + 2
     assert all(note in said for note in load_item(name).notes)
 
 
@@ -583,10 +593,10 @@ def test_what_is_missing_comes_in_order_and_once():
         "train gpt2_medium_owt submodules_attn 1,2",
         "train gpt2_medium_owt submodules_mlp 1,2",
         "train gpt2_medium_owt submodules_no_norms 1,2",
-        "grow gpt2_medium_owt inheritune 1,2",
+        "train gpt2_medium_owt inheritune_16 1,2",
     ]
     data = ("prepare", "gpt2_medium_owt", "-")
-    trained = [("train", "gpt2_medium_owt", run) for run in ("reference", "submodules_attn", "inheritune")]
+    trained = [("train", "gpt2_medium_owt", run) for run in ("reference", "submodules_attn", "inheritune_16")]
     assert plan("table3", data, *trained) == [
         "train gpt2_medium_owt submodules_mlp -",
         "train gpt2_medium_owt submodules_no_norms -",
@@ -597,7 +607,15 @@ def test_what_is_missing_comes_in_order_and_once():
         lines[lines.index("train gpt2_medium_owt stacking_half 1,2") + 1]
         == "train gpt2_medium_owt stacking 1,2,4"
     )
-    assert plan("table6") == plan("toy") == []
+    assert plan("table6") == []
+    # a grown run's stage stands for the run of its depth, and growth comes first where other rows show it
+    grown = [(verb, "gpt2_medium_owt", "inheritune") for verb in ("train", "stage")]
+    there = [data, *trained[:2], *grown]
+    assert not any("inheritune" in line for line in plan("table3", *there))
+    lines = plan("table5")
+    assert "grow gpt2_medium_owt inheritune 1,2" in lines and not any("inheritune_16" in x for x in lines)
+    ended = [data, *trained[:1], ("train", "gpt2_medium_owt", "inheritune")]
+    assert "train gpt2_medium_owt inheritune_16 -" in plan("table5", *ended)
     # one grown run for several rows, scores after training, models of others without training
     lines = plan("owt_perplexity")
     (grown,) = [
@@ -632,19 +650,64 @@ def test_missing_on_disk_and_by_the_command_line():
     ]
 
 
-def test_growth_that_ended_early_leaves_no_stage_to_wait_for():
-    for run in ("reference", "inheritune"):
-        folder = finish("gpt2_medium_owt", run, 2.8, stage=1 if run == "inheritune" else None)
-        write_attention(folder)
-    experiments = load_experiments(load_item("fig08"))
-    write_json(RunDir.of(experiments["gpt2_medium_owt"], "inheritune").done, {"stage": 1})
-    write_json(RunDir(rundir.get_data_dir(experiments["gpt2_medium_owt"])).path / "manifest.json", {})
-    assert (
-        list_missing(
-            load_item("fig08"), experiments, prerequisites.make_disk_check(load_item("fig08"), experiments, 0)
-        )
-        == []
-    )
+def end_growth_early(layers: int = 14) -> None:
+    """Medium's growth reached parity at its second round."""
+    finish("gpt2_medium_owt", "reference", 2.65)
+    for stage in (1, 2):
+        finish("gpt2_medium_owt", "inheritune", 2.60, stage=stage, layers=10 + 2 * stage)
+    root = RunDir.of(load_experiment("gpt2_medium_owt"), "inheritune")
+    write_json(root.done, {"stage": 2, "layers": layers})
+
+
+def test_growth_that_ended_early_is_said_and_shown(capsys):
+    end_growth_early()
+    tables.table("table5")
+    said = capsys.readouterr().out
+    (row, claim) = (line for line in said.splitlines() if "Inheritune, round 3" in line)
+    assert "2.81±0.0105 / 2.6000±0.0051: -0.2108 growth ended at 14 layers" in row
+    assert "/ with 14 layers below the full model: -0.0500±0.0072, holds" in claim
+    assert f"{2 * 100_000 * 393_216:.2e}" in row  # the tokens of the rounds that there were
+    record = rows_of("table5")["Medium, 16 layers, Inheritune, round 3", "validation loss"]
+    assert (record["run"], record["stage"]) == ("gpt2_medium_owt/inheritune", "2")
+    assert figures.figure("fig05")
+    said = capsys.readouterr().out
+    assert "16 layers, Inheritune (growth ended at 14 layers): step 100,000: this repository 2.6000" in said
+    # the paper's depth is trained beside it, and shown where it is finished
+    assert "train gpt2_medium_owt inheritune_16 1" in list_on_disk("table5")
+    finish("gpt2_medium_owt", "inheritune_16", 2.63, layers=16)
+    assert not any("inheritune_16" in line for line in list_on_disk("table5"))
+    tables.table("table5")
+    said = capsys.readouterr().out
+    assert "2.6300±0.0051: -0.1808 better" in said and "growth ended" not in said.partition("A cell is")[0]
+    assert "with 16 layers within the noise of the full model: -0.0200" not in said  # 2.8 times its noise
+    assert "with 16 layers below the full model: -0.0200±0.0072, holds" in said
+
+
+def list_on_disk(name: str) -> list[str]:
+    """What `--missing` lists for a table or figure."""
+    item, experiments = load_item(name), load_experiments(load_item(name))
+    exists = prerequisites.make_disk_check(item, experiments, 0)
+    return [step.line() for step in list_missing(item, experiments, exists)]
+
+
+def test_growth_that_ended_early_leaves_the_paper_s_depth_to_run():
+    end_growth_early()
+    write_attention(RunDir.of(load_experiment("gpt2_medium_owt"), "reference"))
+    assert list_on_disk("fig08") == [
+        "prepare gpt2_medium_owt - -",
+        "train gpt2_medium_owt inheritune_16 1",
+        "analyze gpt2_medium_owt inheritune_16 1,2",
+    ]
+    write_attention(finish("gpt2_medium_owt", "inheritune_16", 2.7))
+    assert list_on_disk("fig08") == ["prepare gpt2_medium_owt - -"]
+
+
+def test_without_a_run_of_its_depth_the_last_stage_is_drawn(capsys):
+    end_growth_early()
+    root = RunDir.of(load_experiment("gpt2_medium_owt"), "inheritune")
+    write_attention(root.stage(2))
+    assert figures.figure("fig08")
+    assert "16 layers, Inheritune: drawn, growth ended at 14 layers" in capsys.readouterr().out
 
 
 # --- figures ------------------------------------------------------------------------------------------------
