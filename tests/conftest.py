@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fork_server import choose_server
+from fork_server import ENVIRONMENT, choose_server
 from random_shards import write_shards
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -28,6 +28,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(map(str, PLACES))
 # as in the background of a script, from where programs inherit it
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+ENVIRONMENT.update(os.environ)
 
 
 LONGEST = [

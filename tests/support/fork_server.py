@@ -55,6 +55,9 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 """What libraries read while they are imported, and most tests of `evaluate` set."""
 FOR_EVALUATE = ["lm_eval.tasks", "lm_eval.models.huggingface", "lm_eval.evaluator"]
 
+ENVIRONMENT = dict(os.environ)
+"""That of all tests (conftest.py completes it): one of them may have set what the server cannot start with."""
+
 CLIENT = """#!{python} -IS
 import sys
 sys.path.insert(0, {support!r})
@@ -94,7 +97,7 @@ class ForkServer:
         """Start the server unless it runs."""
         if self.process is not None and self.process.poll() is None:
             return
-        self.environment = {**os.environ, **self.own}
+        self.environment = {**ENVIRONMENT, **self.own}
         self.folder = tempfile.TemporaryDirectory(prefix="forks")
         write_client(Path(self.folder.name), self.environment)
         self.address = os.path.join(self.folder.name, "socket")
