@@ -56,7 +56,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 FOR_EVALUATE = ["lm_eval.tasks", "lm_eval.models.huggingface", "lm_eval.evaluator"]
 
 ENVIRONMENT = dict(os.environ)
-"""That of all tests (conftest.py completes it): one of them may have set what the server cannot start with."""
+"""That of all tests, which conftest.py completes: one of them may set what the server cannot start with."""
 
 CLIENT = """#!{python} -IS
 import sys
