@@ -124,6 +124,7 @@ def read_text_sizes(data: Data) -> Text:
     Raises UserError if none of them can be used, and if there is no such tokenizer."""
     tokenizer, corpus = load_tokenizer(data), Corpus(data, Path())
     n_bytes = n_documents = sampled = sample_tokens = 0
+    is_whole = True
     defects: Counter[str] = Counter()
     for batch in batch_documents(corpus, "", (0, 0), SAMPLE):
         for raw in batch.raws:
@@ -139,11 +140,13 @@ def read_text_sizes(data: Data) -> Text:
                 sampled += len(part.encode())
                 sample_tokens += len(tokenizer.encode_batch([part])[0]) + 1
         if n_bytes >= MOST_READ:
+            is_whole = False
             break
     if not n_documents:
         why = defects.most_common(1)[0][0] if defects else "no document"
         raise UserError(f"{', '.join(data.files)}: no document can be used ({why}); give other files")
-    return Text(n_documents, max(sample_tokens, round(n_bytes * sample_tokens / max(1, sampled))))
+    tokens = max(sample_tokens, round(n_bytes * sample_tokens / max(1, sampled)))
+    return Text(n_documents, tokens, is_whole)
 
 
 # --- fitting ------------------------------------------------------------------------------------------------
@@ -218,7 +221,7 @@ def _describe_next(out: str, text: Text, sizes: Sizes, machine: Machine, fit: Fi
     """Return what was written, and the commands that come next."""
     name = shlex.quote(out)
     lines = [
-        f"wrote {out}: {text.documents:,} document(s), about {text.tokens:,} tokens; {sizes.steps:,} steps "
+        f"wrote {out}: {text.documents:,} document(s), {text.describe_tokens()}; {sizes.steps:,} steps "
         f"of {sizes.sequences} sequences of {sizes.length}, for {machine.describe()}",
     ]
     if not fit.fits:

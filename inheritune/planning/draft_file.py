@@ -43,6 +43,7 @@ def format_file(
 
     `shape` is that of the model, `command` what made the file, `memory` what it needs."""
     n, by, most = choose_depths(shape["layers"])
+    times = sizes.steps * raw["train"]["batch_tokens"] / text.tokens
     comments = {
         "data": {
             "files": "one document a file, or a line (.jsonl), or a row (.parquet)",
@@ -52,7 +53,7 @@ def format_file(
             "sequence_length": f"of at most {shape['positions']:,}",
         },
         "train": {
-            "steps": f"the text is read {sizes.steps * raw['train']['batch_tokens'] / text.tokens:.1f} times",
+            "steps": f"the text is read {times:.1f} times" if text.is_whole else "a part of the text is read",
             "batch_tokens": f"{sizes.sequences} sequences of {sizes.length}",
             "lr": "a first guess; compare a third of it, and three times as much",
             "deepspeed": memory,

@@ -23,6 +23,12 @@ class Text:
     documents: int
     tokens: int
     """Estimated from the first SAMPLE bytes."""
+    is_whole: bool = True
+    """False if there is more than was looked at."""
+
+    def describe_tokens(self) -> str:
+        """Return the number of tokens in words."""
+        return f"{'about' if self.is_whole else 'more than'} {self.tokens:,} tokens"
 
 
 @dataclass(frozen=True)

@@ -232,6 +232,13 @@ def test_what_init_writes_is_whole(written, source, tmp_path, capsys, own_root):
         assert ours == pytest.approx(share, rel=0.1), "as init estimated"
 
 
+def test_of_a_text_that_is_not_read_whole_no_total_is_told(written, source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("inheritune.planning.draft.MOST_READ", 5000)
+    text = Path(draft(source, tmp_path)).read_text()
+    assert ", more than " in capsys.readouterr().out
+    assert "a part of the text is read" in text and " times\n" not in text
+
+
 def said_tokens(said: str) -> int:
     return int(said.split("about ")[1].split(" tokens")[0].replace(",", ""))
 
