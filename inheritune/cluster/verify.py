@@ -6,12 +6,14 @@ from pathlib import Path
 
 from inheritune.config.units import format_bytes
 from inheritune.errors import NoAccess, UserError
-from inheritune.files.markers import COMPLETE, MARKERS, find_damage, read_marked_files
+from inheritune.files.json_files import read_json, read_jsonl
+from inheritune.files.markers import COMPLETE, MARKERS, check_files, find_damage, read_marked_files
 from inheritune.files.rundir import RunDir
 
 
 def verify(path: str | Path, progress: Callable[[list[Path]], Iterable[Path]] = iter) -> None:
-    """Print for every marker at or below `path` whether its files are whole.
+    """Print for every marker at or below `path` whether its files are whole, and which of the results,
+    records and analyses, which hold their own hashes, are not.
 
     Also prints which checkpoints have no marker yet, and which entries of checkpoints/ no run reads.
     `progress` wraps the list of markers.
@@ -24,6 +26,9 @@ def verify(path: str | Path, progress: Callable[[list[Path]], Iterable[Path]] = 
     n_damaged, n_hidden = len(broken), len(hidden)
     for marker in progress(markers):
         damaged, unread = _verify_marker(marker)
+        n_damaged, n_hidden = n_damaged + damaged, n_hidden + unread
+    for folder in folders:
+        damaged, unread = _verify_record(RunDir(folder))
         n_damaged, n_hidden = n_damaged + damaged, n_hidden + unread
     for word, sentences in (("DAMAGED", broken), ("NOT READ", hidden)):
         print("".join(f"{word}: {sentence}\n" for sentence in sentences), end="")
@@ -100,6 +105,36 @@ def _verify_marker(marker: Path) -> tuple[int, int]:
     print(f"{state}: {marker} ({len(files)} files, {size})")
     print("".join(f"  {problem}\n" for problem in problems + hidden), end="")
     return len(problems), len(hidden)
+
+
+def _verify_record(run: RunDir) -> tuple[int, int]:
+    """Print which of the results, record, analysis and provenance in a run's folder are damaged or may not be
+    read. Returns how many of each."""
+    checks: dict[Path, Callable[[], object]] = {
+        run.results: lambda: _check_results(run),
+        run.attention: lambda: read_jsonl(run.attention),
+        run.provenance: lambda: read_json(run.provenance),
+    }
+    n_damaged = n_hidden = 0
+    for path, check in checks.items():
+        try:
+            if path.is_file():
+                check()
+        except (NoAccess, PermissionError) as error:
+            n_hidden += 1
+            print(f"NOT READ: {error}")
+        except (UserError, OSError) as error:
+            n_damaged += 1
+            print(f"DAMAGED: {error}")
+    return n_damaged, n_hidden
+
+
+def _check_results(run: RunDir) -> None:
+    """Raise UserError if results.json is not as written, or the record that a finished run has its numbers
+    from is not as it left it."""
+    results = read_json(run.results)
+    if run.is_done() and isinstance(results, dict):
+        check_files(run.path, results.get("record", {}))
 
 
 def _print_unused(run: RunDir, readable: set[Path]) -> None:

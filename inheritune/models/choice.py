@@ -64,6 +64,7 @@ def choose_layers(
         )
     rows = found.read_attention()
     header = rows[0]
+    n_layers = sum(row["kind"] == "layer" for row in rows)
     if "weights" not in header:  # else read_attention has compared the hash with the run's
         if not is_same_model(header.get("model", ""), source) or header.get("revision") != revision:
             raise UserError(
@@ -75,6 +76,8 @@ def choose_layers(
     try:
         return pick_layers(rows, choice)
     except UserError as problem:
+        if choice.count > n_layers:
+            raise  # another analysis would not help
         raise UserError(f"{found.attention}: {problem}; the command: {command}") from None
 
 

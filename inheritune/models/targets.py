@@ -77,7 +77,7 @@ def write_target(
     out = resolve_output(out)
     if finished := _find_finished(out, about):
         print(f"{out} is already complete")
-        _warn_of_not_finite(out, finished.get("not_finite", {}))
+        _warn_of_not_finite(out, finished)
         return finished
     check_new_folder(out)
     shapes = list_checkpoint_shapes(config)
@@ -108,7 +108,7 @@ def write_target(
         bad = {name: row["not_finite"] for name, row in written["tensors"].items() if row["not_finite"]}
         manifest = {**about, "not_finite": bad, "tensors": tensors, "files": written["files"]}
         json_files.write_json(folder / INHERITED, manifest)
-    _warn_of_not_finite(out, bad)
+    _warn_of_not_finite(out, manifest)
     return manifest
 
 
@@ -158,12 +158,15 @@ def _check_shapes(origins: Mapping[str, Origin], shapes: Mapping[str, Shape]) ->
             )
 
 
-def _warn_of_not_finite(out: Path, counts: dict[str, int]) -> None:
-    """Log a warning if tensors of `out` hold nan or inf."""
-    if counts:
-        logger.warning(
-            "%s: %s; copied as they are, but no run can start from them", out, describe_not_finite(counts)
-        )
+def _warn_of_not_finite(out: Path, manifest: dict) -> None:
+    """Log a warning if tensors of `out`, which `manifest` describes, hold nan or inf."""
+    counts = manifest.get("not_finite", {})
+    if not counts:
+        return
+    rows = [manifest["tensors"].get(name, {}).get("copied", {}) for name in counts]
+    cast = next((row["cast"] for row in rows if "cast" in row), None)
+    how = f"cast {cast}, whose range may be too small for them" if cast else "copied as they are"
+    logger.warning("%s: %s; %s, but no run can start from them", out, describe_not_finite(counts), how)
 
 
 def check_start(folder: Path) -> None:

@@ -53,6 +53,19 @@ def test_what_is_counted_is_what_is_not_finite(dtype):
     assert count(mixed) == 12 == int((~mixed.isfinite()).sum())
 
 
+def test_a_cast_that_makes_them_is_named(tmp_path, caplog):
+    """What fp16 cannot hold was once said to be copied as it is."""
+    source = tmp_path / "source"
+    model = random_model(config_of("llama"))
+    with torch.no_grad():
+        model.model.norm.weight[0] = 1e6
+    model.save_pretrained(source)
+    with caplog.at_level(logging.WARNING):
+        inherit(source, "0:2", tmp_path / "out", dtype="fp16")
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "norm.weight has 1 value(s) that are nan or inf; cast fp32 to fp16" in said, said
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inherit_copies_them_and_says_so(tmp_path, caplog, dtype):
     source = damaged(tmp_path / "source", dtype=dtype)

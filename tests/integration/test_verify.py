@@ -17,7 +17,7 @@ from inheritune.cluster.verify import verify
 from inheritune.engines.checkpoint import _find_newest
 from inheritune.errors import NoAccess, UserError
 from inheritune.files import writing
-from inheritune.files.json_files import write_json
+from inheritune.files.json_files import write_json, write_jsonl
 from inheritune.files.markers import hash_folder
 from inheritune.files.rundir import RunDir
 from inheritune.files.writing import replace_atomically, sync_path
@@ -172,6 +172,32 @@ def test_a_checkpoint_that_the_run_deletes_meanwhile_is_not_damaged(tree, capsys
 
     verify(tree, deleting)
     assert f"deleted meanwhile: {checkpoint}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        ("results.json", "results.json is not as it was written"),
+        ("attention.jsonl", "attention.jsonl is not as it was written"),
+        ("provenance.json", "provenance.json is not as it was written"),
+        ("metrics.jsonl", "metrics.jsonl"),
+    ],
+)
+def test_a_changed_digit_in_a_record_is_named(tree, capsys, file, says):
+    """verify once looked at the markers alone, and called such a folder whole."""
+    run = RunDir(tree / "runs/small/seed0/reference")
+    run.metrics.write_text('{"step": 1, "loss": 2.5}\n')
+    write_json(run.results, {"loss": 2.5, "record": hash_folder(run.path, only=["metrics.jsonl"])})
+    write_json(run.provenance, {"loss": 2.5})
+    write_jsonl(run.attention, [{"kind": "header", "loss": 2.5}, {"kind": "layer"}])
+    verify(tree)
+    path = run.path / file
+    path.write_text(path.read_text().replace("2.5", "2.6"))
+    capsys.readouterr()
+    with pytest.raises(UserError, match="1 files of .* are damaged"):
+        verify(tree)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("DAMAGED"))
+    assert says in line
 
 
 def test_nothing_to_verify_is_told(tree):
