@@ -63,7 +63,7 @@ def test_a_cast_that_makes_them_is_named(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         inherit(source, "0:2", tmp_path / "out", dtype="fp16")
     (said,) = [record.getMessage() for record in caplog.records]
-    assert "norm.weight has 1 value(s) that are nan or inf; cast fp32 to fp16" in said, said
+    assert "norm.weight has 1 value(s) that are nan or inf; cast torch.float32 to torch.float16" in said, said
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
