@@ -71,6 +71,9 @@ class Preparation:
         if not only_tokenizer or parse_bpe_size(data.tokenizer) is not None:
             self.split_documents()
         self.tokenizer = self._open_tokenizer()
+        if state.get("tokenizer", self.tokenizer.fingerprint) != self.tokenizer.fingerprint:
+            changed = f"{self.tokenizer_dir} has changed since this preparation began"
+            raise UserError(f"{changed}; delete {folder} and prepare again")
         self.position: dict[str, tuple[int, int]] = {}
         """Where reading of each group continues: (index of the file, number of its documents read)."""
         self.read: dict[str, int] = {}
@@ -78,8 +81,7 @@ class Preparation:
         self.taken: dict[str, int] = {}
         """Tokens of each group that were written."""
         for group in corpus.groups:
-            file, done = state.get("position", {}).get(group, (0, 0))
-            self.position[group] = (file, done)
+            self.position[group] = tuple(state.get("position", {}).get(group, (0, 0)))
             self.read[group] = state.get("read", {}).get(group, 0)
             self.taken[group] = state.get("taken", {}).get(group, 0)
         self.bad: dict[str, dict] = state.get("bad", {})
@@ -127,6 +129,7 @@ class Preparation:
         splits = {name: split.save() for name, split in self.splits.items()}
         state: dict[str, Any] = {"inputs": self.inputs, "counts": self.counts, "position": self.position}
         state |= {"read": self.read, "taken": self.taken, "bad": self.bad, "splits": splits}
+        state["tokenizer"] = self.tokenizer.fingerprint
         if self.seen:
             state |= {"seen": self.seen.save(), "duplicates": self.duplicates}
         write_json(self.progress_file, state)
@@ -364,11 +367,8 @@ class Preparation:
             self.seen.remove()
             log.info("%s: %d documents repeat an earlier one and are left out", self.folder, self.duplicates)
         if self.bad:
-            log.warning(
-                "%s: documents left out: %s; examples are in manifest.json",
-                self.folder,
-                _format_defects(defects),
-            )
+            left_out = _format_defects(defects)
+            log.warning("%s: documents left out: %s; examples are in manifest.json", self.folder, left_out)
 
     def _make_manifest(self) -> dict:
         """Return the manifest of the finished shards."""

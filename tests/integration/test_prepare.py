@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -234,6 +235,18 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_a_tokenizer_that_changed_meanwhile_is_refused(tmp_path, monkeypatch):
+    """Else a part of the shards would have the ids of another tokenizer."""
+    path = write_jsonl(tmp_path / "a.jsonl", some_texts(400))
+    chosen = experiment(files=[str(path)], shard_tokens=5_000)
+    monkeypatch.setattr(inheritune.data.preparation.Preparation, "_finish", lambda self: self.save())
+    folder = prepare(chosen, 1)
+    shutil.rmtree(folder / "tokenizer")
+    train_bpe("bpe:300", [Path(__file__).read_text()], folder / "tokenizer")
+    with pytest.raises(UserError, match="tokenizer has changed since this preparation began; delete "):
+        prepare(chosen, 1)
 
 
 def test_documents_that_changed_start_it_anew(tmp_path, monkeypatch, caplog):
