@@ -43,7 +43,7 @@ def own_root(shared_root, monkeypatch):
 def rehearse(script: str) -> str:
     """What `bash recipes/SCRIPT.sh` prints in rehearsal; `pytest -s` shows how long it took."""
     started, command = time.monotonic(), ["bash", REPOSITORY / "recipes" / f"{script}.sh"]
-    environment = {**os.environ, **FORKS.on_path()}
+    environment = {**os.environ, **FORKS.on_path(anyway=True)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     print(f"{script}: {time.monotonic() - started:.0f} s")
