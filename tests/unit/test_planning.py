@@ -14,6 +14,7 @@ from launching import launch_locally
 from inheritune.config.experiment import load_experiment
 from inheritune.config.paths import RECIPES
 from inheritune.config.sections import Model, Train
+from inheritune.engines import dslint
 from inheritune.engines.deepspeed_json import load_deepspeed_json
 from inheritune.models import networks, sizes
 from inheritune.planning import activations, memory, proposals, states
@@ -241,6 +242,18 @@ def test_cheapest_change_comes_first_and_offload_last():
     assert "zero_optimization.offload_optimizer" not in change(12e9)
     assert "zero_optimization.offload_optimizer" in change(10e9)
     assert change(2e9) is None
+
+
+def test_plan_warns_of_compiled_blocks_at_zero_3_as_check_does(capsys, tmp_path):
+    compiled = {"train_micro_batch_size_per_gpu": 1, "inheritune": {"compile": True}}
+    for stage, warned in ((2, 0), (3, 1)):
+        file = tmp_path / f"zero{stage}.json"
+        file.write_text(json.dumps(compiled | {"zero_optimization": {"stage": stage}}))
+        planning.plan("gpt2_medium_owt", ds=str(file))
+        assert capsys.readouterr().out.count(f"warning: {dslint.COMPILED_AT_3}") == warned
+    # a proposed change to ZeRO 3 is warned of too
+    assert planning._list_warnings(compiled, {"zero_optimization.stage": 3}) == [dslint.COMPILED_AT_3]
+    assert planning._list_warnings(compiled, None) == []
 
 
 def test_a_padded_batch_takes_longer_and_says_up_to_how_many_gpus_it_pays():
