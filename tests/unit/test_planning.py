@@ -364,6 +364,28 @@ def test_a_finished_run_shows_planned_beside_measured(small, own_root):
     assert fewer == rows[:-1]
 
 
+def test_the_file_for_80_gb_fits_every_size_on_eight_gpus():
+    settings, zero1 = (load_deepspeed_json(f"ds_configs/{name}.json") for name in ("zero1_h100", "zero1"))
+    micro, room = settings["train_micro_batch_size_per_gpu"], 80e9 / planned_tables.MARGIN
+    assert settings == zero1 | {"train_micro_batch_size_per_gpu": micro}
+    for name, layers in planned_tables.SIZES:
+        experiment = load_experiment(name)
+        assert planned_tables.peak_of(experiment, layers, settings, 8, micro) <= room, name
+        share = experiment.train.batch_tokens // experiment.data.sequence_length // 8
+        # one micro step, but for the two small models
+        assert (share <= micro) == (name not in ("gpt2_small_owt", "gpt2_medium_owt")), name
+
+
+def test_the_fewest_micro_steps_that_fit_are_found():
+    experiment, settings = load_experiment("gpt2_xl_owt"), load_deepspeed_json(planned_tables.CARD_FILE)
+    room, share = 80e9 / planned_tables.MARGIN, 128
+    found = planned_tables.fitting_micro_batch(experiment, 48, 1)
+    steps = -(-share // found)
+    one_less = -(-share // (steps - 1))
+    peaks = [planned_tables.peak_of(experiment, 48, settings, 1, n) for n in (found, one_less)]
+    assert peaks[0] <= room < peaks[1]
+
+
 def test_planned_tables_are_current():
     for path, text in planned_tables.documents().items():
         assert path.is_file() and path.read_text(encoding="utf-8") == text, (
