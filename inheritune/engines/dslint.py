@@ -120,13 +120,16 @@ def check_form(settings: dict) -> list[Problem]:
         found.append(refuse(MICRO, f"{MICRO} must be a positive number of sequences (got {micro!r})"))
     zero = settings.get("zero_optimization", {})
     found += _check_stage(zero)
-    if (
-        isinstance(zero, dict)
-        and zero.get("stage") == 3
-        and flatten(settings).get("inheritune.compile") is True
-    ):
-        found.append(Problem("inheritune.compile", "warn", COMPILED_AT_3))
+    found += check_compile(settings)
     return found + _check_auto(settings, {problem.key for problem in found})
+
+
+def check_compile(settings: dict) -> list[Problem]:
+    """Return the problem of compiled blocks at ZeRO 3, which `check` and `plan` tell alike."""
+    values = flatten(settings)
+    if values.get("zero_optimization.stage") != 3 or values.get("inheritune.compile") is not True:
+        return []
+    return [Problem("inheritune.compile", "warn", COMPILED_AT_3)]
 
 
 def _check_own_block(own: object) -> list[Problem]:

@@ -76,7 +76,7 @@ def plan_experiment(
     gpu_memory: float | None = None,
     mfu: float = MFU,
 ) -> list[dict]:
-    """Return what `plan_model` does of every model of `run`, or of all runs.
+    """Return what `plan_model` does of every model of `run`, or of all runs, each with its `warnings`.
 
     `settings` is a DeepSpeed JSON in place of the one that the experiment names. Raises UserError for an
     unknown GPU, and if there is nothing to train."""
@@ -91,12 +91,20 @@ def plan_experiment(
     for name in [run] if run else experiment.runs:
         chosen = settings or load_deepspeed_json(experiment.train_of(experiment.run(name)).deepspeed)
         for stage, layers in list_models(experiment, name):
-            found.append(plan_model(experiment, name, stage, layers, chosen, gpus, room, gpu, mfu))
+            facts = plan_model(experiment, name, stage, layers, chosen, gpus, room, gpu, mfu)
+            found.append(facts | {"warnings": _list_warnings(chosen, facts.get("change"))})
     if not found:
         raise UserError(
             f"run '{run}' of {experiment.name} is a third-party model; there is no training to plan"
         )
     return found
+
+
+def _list_warnings(settings: dict, change: dict | None) -> list[str]:
+    """Return what `check` warns of compiled blocks in `settings` with the proposed `change`."""
+    from inheritune.engines.dslint import check_compile
+
+    return [problem.sentence for problem in check_compile(apply_change(settings, change or {}))]
 
 
 def plan_model(

@@ -19,7 +19,8 @@ HEADS = [
 
 
 def format_plans(plans: list[dict], gpus: int, gpu: str, room_gb: float, mfu: float) -> str:
-    """Return the table of `plans`, their sums, and the changes that make the too large ones fit."""
+    """Return the table of `plans`, their sums, the changes that make the too large ones fit, and the
+    warnings, each once."""
     gpu_hours = sum(facts["gpu_hours"] for facts in plans)
     disk = sum(facts["disk"] for facts in plans)
     sums = (
@@ -28,7 +29,8 @@ def format_plans(plans: list[dict], gpus: int, gpu: str, room_gb: float, mfu: fl
         f"{GPU_SPECS[gpu]['tflops']:g} TFLOP/s, without evaluation, saving and queueing"
     )
     table = format_text_table(HEADS, [_format_row(facts) for facts in plans])
-    return "\n".join([table, sums, *_list_changes(plans)])
+    warnings = dict.fromkeys(sentence for facts in plans for sentence in facts["warnings"])
+    return "\n".join([table, sums, *_list_changes(plans), *(f"warning: {sentence}" for sentence in warnings)])
 
 
 def _format_row(facts: dict) -> list:

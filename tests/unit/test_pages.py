@@ -5,7 +5,11 @@ import json
 import re
 from pathlib import Path
 
+import computed_mfu
 from conftest import REPOSITORY
+
+from inheritune.config.sections import Model
+from inheritune.models.sizes import count_matrix_elements
 
 IMPORT = re.compile(r"\bfrom (inheritune[\w.]*) import ([\w, ]+)")
 """An import of this package in a shell script (`python -c`, a here-document) or in a block of a page."""
@@ -66,3 +70,20 @@ def test_numbers_of_the_evidence_page_are_those_of_its_json():
     assert f"These are 8 of the {len(made['rows'])} rows" in page
     slope = made["rank_worth"]["slope"]
     assert f"{slope['mean']:.3f} nats" in page and f"({slope['low']:.3f} to {slope['high']:+.3f})" in page
+
+
+def test_computed_mfu_is_current_and_begins_at_what_was_measured():
+    path, text = computed_mfu.document()
+    assert path.read_text(encoding="utf-8") == text, f"{path} is stale: python tools/computed_mfu.py"
+    result = json.loads((REPOSITORY / "benchmarks/results/h100/train_step.json").read_text(encoding="utf-8"))[
+        0
+    ]
+    work, turns = result["work"], {name: its[0] for name, its in result["turns"].items()}
+    tokens = work["sequences"] * work["length"]
+    flops = 6 * count_matrix_elements(Model(**work["model"]), 24) * tokens
+    rate = flops / turns["limit: matrix products"]["seconds"]
+    assert abs(rate / computed_mfu.PRODUCTS - 1) < 0.02
+    case = ("gpt2_medium", 24, work["micro"], work["sequences"] // work["micro"])
+    assert case == computed_mfu.CASES[0]
+    computed = [computed_mfu.compute_mfu(*case, way) for way in computed_mfu.WAYS]
+    assert turns["ours"]["mfu"] < computed[0] and computed == sorted(computed)

@@ -14,6 +14,7 @@ from launching import launch_locally
 from inheritune.config.experiment import load_experiment
 from inheritune.config.paths import RECIPES
 from inheritune.config.sections import Model, Train
+from inheritune.engines import dslint
 from inheritune.engines.deepspeed_json import load_deepspeed_json
 from inheritune.models import networks, sizes
 from inheritune.planning import activations, memory, proposals, states
@@ -243,6 +244,18 @@ def test_cheapest_change_comes_first_and_offload_last():
     assert change(2e9) is None
 
 
+def test_plan_warns_of_compiled_blocks_at_zero_3_as_check_does(capsys, tmp_path):
+    compiled = {"train_micro_batch_size_per_gpu": 1, "inheritune": {"compile": True}}
+    for stage, warned in ((2, 0), (3, 1)):
+        file = tmp_path / f"zero{stage}.json"
+        file.write_text(json.dumps(compiled | {"zero_optimization": {"stage": stage}}))
+        planning.plan("gpt2_medium_owt", ds=str(file))
+        assert capsys.readouterr().out.count(f"warning: {dslint.COMPILED_AT_3}") == warned
+    # a proposed change to ZeRO 3 is warned of too
+    assert planning._list_warnings(compiled, {"zero_optimization.stage": 3}) == [dslint.COMPILED_AT_3]
+    assert planning._list_warnings(compiled, None) == []
+
+
 def test_a_padded_batch_takes_longer_and_says_up_to_how_many_gpus_it_pays():
     # 60 sequences
     experiment, settings = (
@@ -349,6 +362,28 @@ def test_a_finished_run_shows_planned_beside_measured(small, own_root):
         run_verb("plan", small, "--against", own_root / "runs/small/seed0/reference", "--json").stdout
     )
     assert fewer == rows[:-1]
+
+
+def test_the_file_for_80_gb_fits_every_size_on_eight_gpus():
+    settings, zero1 = (load_deepspeed_json(f"ds_configs/{name}.json") for name in ("zero1_h100", "zero1"))
+    micro, room = settings["train_micro_batch_size_per_gpu"], 80e9 / planned_tables.MARGIN
+    assert settings == zero1 | {"train_micro_batch_size_per_gpu": micro}
+    for name, layers in planned_tables.SIZES:
+        experiment = load_experiment(name)
+        assert planned_tables.peak_of(experiment, layers, settings, 8, micro) <= room, name
+        share = experiment.train.batch_tokens // experiment.data.sequence_length // 8
+        # one micro step, but for the two small models
+        assert (share <= micro) == (name not in ("gpt2_small_owt", "gpt2_medium_owt")), name
+
+
+def test_the_fewest_micro_steps_that_fit_are_found():
+    experiment, settings = load_experiment("gpt2_xl_owt"), load_deepspeed_json(planned_tables.CARD_FILE)
+    room, share = 80e9 / planned_tables.MARGIN, 128
+    found = planned_tables.fitting_micro_batch(experiment, 48, 1)
+    steps = -(-share // found)
+    one_less = -(-share // (steps - 1))
+    peaks = [planned_tables.peak_of(experiment, 48, settings, 1, n) for n in (found, one_less)]
+    assert peaks[0] <= room < peaks[1]
 
 
 def test_planned_tables_are_current():
