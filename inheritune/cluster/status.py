@@ -69,11 +69,17 @@ def find_next_command(view: View, name: str, run: Run, state: str) -> str:
     if found is None:
         return ""
     verb, name = found
-    if view.find_queued("prepare" if verb == "prepare" else "train", name):
+    if view.find_queued("prepare" if verb == "prepare" else "train", name) or _does_growth(view, verb, name):
         return ""
     if verb == "prepare":
         remove, seed = "", 0
     return remove + format_command(verb, loaded, name, seed, slurm=view.slurm and verb != "evaluate")
+
+
+def _does_growth(view: View, verb: str, name: str) -> bool:
+    """Return whether a queued growth will do `verb` on run `name` itself: the data, and its reference."""
+    grown = [run for own, run in view.experiment.runs.items() if run.grow and view.find_queued("train", own)]
+    return any(verb == "prepare" or view.experiment.reference_of(run) == name for run in grown)
 
 
 def _find_next_verb(view: View, name: str, run: Run) -> tuple[str, str] | None:

@@ -22,6 +22,8 @@ from test_damage import modes_count
 from inheritune.cluster import status as status_module
 from inheritune.cluster.record_tail import read_last_rows
 from inheritune.cluster.slurm_queue import QueuedJob, read_jobs
+from inheritune.cluster.standing import View
+from inheritune.cluster.status import find_next_command
 from inheritune.cluster.status import status as show
 from inheritune.config import run as run_config
 from inheritune.config.experiment import load_experiment
@@ -441,6 +443,16 @@ def counting(calls: Counter, function):
         return function(*args, **kwargs)
 
     return call
+
+
+def test_what_a_queued_growth_does_itself_is_not_advised(small, own_root):
+    """A second job would wait for the first one's lock, or do its work."""
+    view = View(load_experiment(small), 0)
+    runs, view.data_ready = view.experiment.runs, False
+    assert find_next_command(view, "reference", runs["reference"], "not started")
+    view.work = [(view.key("train", "grown"), QueuedJob("7", "", "PENDING", "(Priority)"))]
+    for view.data_ready in (False, True):
+        assert not find_next_command(view, "reference", runs["reference"], "not started")
 
 
 def test_array_that_waits_is_told(own_root):
