@@ -47,9 +47,6 @@ def run_line(argv: list[str]) -> int:
     if ("-h" in argv or "--help" in argv) and (verb not in OPEN_VERBS or argv[1].startswith("-")):
         return print_text(describe_verb(verb))
     check_current_folder()
-    from inheritune.submit.site import adopt_folders
-
-    adopt_folders()
     code = run_verb(verb, bind_arguments(verb, verbs[verb], argv[1:]), argv)
     return check_printed() if verb in PRINTING_VERBS and code == 0 else code
 
@@ -107,7 +104,10 @@ def report_stop(error: Stopped) -> None:
 
 def run_verb(verb: str, arguments: dict, argv: list[str]) -> int:
     """Call the verb. A limit of the machine that it meets is raised as a UserError of one sentence."""
+    from inheritune.submit.site import adopt_folders
+
     try:
+        adopt_folders()
         return call_verb(verb, arguments, argv)
     except Exception as error:
         # after any other error, the other ranks may be in a collective operation

@@ -27,7 +27,7 @@ from inheritune.data.encoded_units import PARTS
 from inheritune.data.first_documents import check_first_documents
 from inheritune.data.preparation import PROGRESS, Preparation
 from inheritune.data.prepare_parts import parse_part, run_part
-from inheritune.data.worker_pool import kill_workers, open_pool
+from inheritune.data.worker_pool import open_pool
 from inheritune.errors import UserError
 from inheritune.files.lock import Lock
 from inheritune.files.markers import MANIFEST, find_damage, is_prepared, read_marked_files
@@ -67,8 +67,8 @@ def prepare(experiment: Experiment, workers: int | None = None, part: str | None
         if not in_parts:
             preparation = Preparation(data, folder, corpus)
             with (
-                open_pool(workers, data, preparation.tokenizer_dir) as pool,
                 report_killed_worker(folder, workers),
+                open_pool(workers, data, preparation.tokenizer_dir) as pool,
             ):
                 preparation.run(pool, window=2 * workers + 2)
     if in_parts:  # without the lock, for the other parts
@@ -83,7 +83,6 @@ def report_killed_worker(folder: Path, workers: int) -> Iterator[None]:
     try:
         yield
     except BrokenProcessPool:
-        kill_workers()
         raise UserError(
             f"a worker process was killed while preparing {folder} (out of memory?); start again with fewer "
             f"workers than {workers}: what is written is kept"

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import NamedTuple
@@ -102,14 +102,23 @@ def open_pool(workers: int, data: Data, tokenizer_dir: Path) -> Iterator[Executo
     pool = _start_pool(workers, data, tokenizer_dir)
     try:
         yield pool
+    except BrokenProcessPool:
+        _end_broken_pool(pool)
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def kill_workers() -> None:
-    """Kill the processes of a broken pool: they ignore the SIGTERM by which the pool would end them."""
+def _end_broken_pool(pool: Executor) -> None:
+    """Let a pool that has lost a worker end: its workers ignore the SIGTERM by which it would end them, and
+    Python before 3.11.5 waits for ever for a batch to be written into the pipe that nobody reads any more
+    (CPython issue 94777)."""
     for worker in multiprocessing.active_children():
         worker.kill()
+    queue = getattr(pool, "_call_queue", None)
+    if queue is not None:
+        with suppress(OSError):
+            queue._reader.close()
 
 
 # --- encoding -----------------------------------------------------------------------------------------------
