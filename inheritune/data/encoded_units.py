@@ -16,7 +16,7 @@ from inheritune.data.documents import ONE_DOCUMENT, Corpus, DocumentBatch
 from inheritune.data.worker_pool import Encoded
 from inheritune.errors import UserError
 from inheritune.files.json_files import read_json, write_json
-from inheritune.files.markers import hash_file
+from inheritune.files.markers import find_damage, hash_folder
 from inheritune.files.storage import explain_disk_error
 from inheritune.files.writing import replace_atomically
 
@@ -125,14 +125,9 @@ class EncodedUnits:
             }
             padded = b"".join(digest.ljust(16, b"\0") for digest in digests)
             np.savez(place / TABLE, digests=np.frombuffer(padded, np.uint8), **arrays)
-            facts = {
-                name: {"bytes": (place / name).stat().st_size, "xxh3": hash_file(place / name)}
-                for name in (IDS, TABLE)
-            }
-            counts = {"documents": n_documents, "tokens": int(arrays["lengths"].sum()), "dtype": dtype}
-            write_json(
-                place / UNIT, {**self.origin, **counts, "kinds": kinds, "defects": defects, "files": facts}
-            )
+            facts = {"documents": n_documents, "tokens": int(arrays["lengths"].sum()), "dtype": dtype}
+            facts |= {"kinds": kinds, "defects": defects, "files": hash_folder(place, only=(IDS, TABLE))}
+            write_json(place / UNIT, {**self.origin, **facts})
 
     def read_facts(self, unit: Unit) -> dict | None:
         """Return what unit.json says of a complete unit of these documents; None if there is none."""
@@ -200,7 +195,7 @@ class EncodedUnits:
         if self._open is not None and self._open[0] == unit.number:
             return self._open
         place, facts = self.path(unit), self.read_facts(unit)
-        if facts is None or any(not _is_whole(place / name, file) for name, file in facts["files"].items()):
+        if facts is None or any(find_damage(place, facts["files"])):
             raise UserError(f"{place} is missing or damaged; remove it, and run the parts again")
         table = np.load(place / TABLE, allow_pickle=False)
         ids = np.fromfile(place / IDS, facts["dtype"])
@@ -218,10 +213,6 @@ class EncodedUnits:
         )
         self._open = (unit.number, documents, places, facts)
         return self._open
-
-
-def _is_whole(path: Path, stated: dict) -> bool:
-    return path.is_file() and path.stat().st_size == stated["bytes"] and hash_file(path) == stated["xxh3"]
 
 
 def collect_batch(batch: DocumentBatch, dtype: str, deduplicate: bool) -> Encoded:
