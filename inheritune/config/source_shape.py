@@ -56,6 +56,23 @@ def refuse_config(raw: Any, path: Path) -> None:
         )
 
 
+def refuse_revision(revision: str | None, folder: Path) -> None:
+    """Raise UserError if a revision was given for a folder."""
+    if revision:
+        raise UserError(
+            f"revision '{revision}' was given, but {folder} is a folder: only a Hub id has revisions; leave "
+            f"it out"
+        )
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise UserError if a folder without a model holds an adapter of one."""
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder} is an adapter without the model it adapts; merge it into its base model first"
+        )
+
+
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -110,17 +127,10 @@ def find_config(source: str, revision: str | None = None, may_download: bool = T
 
 def _find_in_folder(folder: Path, revision: str | None) -> Path:
     """Return config.json in `folder`. Raises UserError if it has none."""
-    if revision:
-        raise UserError(
-            f"revision '{revision}' was given, but {folder} is a folder: only a Hub id has revisions; leave "
-            f"it out"
-        )
+    refuse_revision(revision, folder)
     if (folder / CONFIG).is_file():
         return folder / CONFIG
-    if (folder / "adapter_config.json").is_file():
-        raise UserError(
-            f"{folder} is an adapter without the model it adapts; merge it into its base model first"
-        )
+    refuse_adapter(folder)
     raise UserError(f"{folder} holds no {CONFIG}, so it is not the folder of a Hugging Face model")
 
 

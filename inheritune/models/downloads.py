@@ -1,8 +1,8 @@
 """Models of the Hugging Face Hub: which of their files are wanted, and downloading them."""
 
-import re
 from pathlib import Path
 
+from inheritune.config.source_shape import HUB_ID
 from inheritune.data.tokenizer_files import TOKENIZER_PATTERNS
 from inheritune.errors import UserError
 from inheritune.files.hub import explain_gated
@@ -20,7 +20,7 @@ def download_model(repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo) or repo.startswith("."):
+    if not HUB_ID.fullmatch(repo):
         raise UserError(f"source '{repo}' is neither a folder nor a Hub id (owner/name)")
     try:
         for stem, suffix in WEIGHTS:

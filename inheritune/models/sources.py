@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from inheritune.config.source_shape import refuse_adapter, refuse_revision
 from inheritune.errors import UserError
 from inheritune.files import markers
 from inheritune.files.json_files import read_json
@@ -187,11 +188,8 @@ def open_source(
     if not folder.is_dir():
         folder = download_model(str(path_or_id), revision)
         origin, commit = str(path_or_id), folder.name  # the folder of a snapshot has the commit as its name
-    elif revision:
-        raise UserError(
-            f"revision '{revision}' was given, but {folder} is a folder: only a Hub id has revisions; leave "
-            f"it out"
-        )
+    else:
+        refuse_revision(revision, folder)
     if check:
         markers.check_marked_folder(folder)
     kind, weights, config_path, stored = _read_any_kind(folder)
@@ -225,10 +223,7 @@ def _read_any_kind(folder: Path) -> tuple[str, Path, Path, dict[str, Stored]]:
     if tag := find_tag_folder(folder):
         config_folder = tag if (tag / "config.json").is_file() else folder
         return "deepspeed", tag, config_folder / "config.json", _read_tag(folder, tag)
-    if (folder / "adapter_config.json").is_file():
-        raise UserError(
-            f"{folder} is an adapter without the model it adapts; merge it into its base model first"
-        )
+    refuse_adapter(folder)
     hint = f"; did you mean {folder / 'final'}?" if (folder / "final").is_dir() else ""
     raise UserError(
         f"{folder} holds no weights (model.safetensors, pytorch_model.bin or a DeepSpeed checkpoint){hint}"
