@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from inheritune.config.sections import Source
-from inheritune.data.local_files import choose_split
-from inheritune.errors import UserError, suggest_name, summarize_error
+from inheritune.data.local_files import choose_split, format_hint
+from inheritune.errors import UserError, summarize_error
 from inheritune.files.hub import translate_hub_errors
 from inheritune.files.json_files import read_json, write_json
 
@@ -155,6 +155,5 @@ def _make_config_error(repo: str, config: str | None, names: list[str]) -> UserE
     listed += f" and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
     if config is None:
         return UserError(f"data.config: {repo} has several configurations, so name one: {listed}")
-    close = suggest_name(config, names)
-    hint = f" ({close})" if close.startswith("did you mean") else ""
+    hint = format_hint(config, names)
     return UserError(f"data.config: {repo} has no configuration '{config}'{hint}; it has: {listed}")

@@ -110,12 +110,13 @@ def choose_split(split: str | None, found: list[str], where: str) -> str:
     chosen = split or ("train" if "train" in found or len(found) != 1 else found[0])
     if chosen not in found:
         raise UserError(
-            f"data.split: {where} has no split '{chosen}'{_hint(chosen, found)}; its splits: "
+            f"data.split: {where} has no split '{chosen}'{format_hint(chosen, found)}; its splits: "
             f"{', '.join(found) or 'none'}"
         )
     return chosen
 
 
-def _hint(name: str, found: list[str]) -> str:
+def format_hint(name: str, found: list[str]) -> str:
+    """Return " (did you mean ...)" if one of `found` is close to `name`, else an empty text."""
     close = suggest_name(name, found)
     return f" ({close})" if close.startswith("did you mean") else ""
