@@ -6,8 +6,9 @@ It needs no GPU, and the parts that need torch are skipped where torch is missin
 import os
 from importlib.util import find_spec
 
-from inheritune.cluster.commands import format_command, has_slurm
+from inheritune.cluster.commands import format_command
 from inheritune.cluster.planner import find_unfinished_source
+from inheritune.cluster.slurm_queue import has_slurm, read_queue
 from inheritune.config.experiment import Experiment, load_experiment
 from inheritune.config.values import GPUS, read_numbers
 from inheritune.errors import UserError
@@ -122,7 +123,7 @@ def _describe_missing(
     lacks = [] if data_ready else ["its data is not prepared"]
     lacks += [f"run '{needed}', which it needs, is not trained"] if needed else []
     text = f"{experiment.name}/{run} cannot start yet: {' and '.join(lacks)}.\n"
-    slurm = has_slurm()
+    slurm = has_slurm(read_queue())
     if not data_ready:
         where = "on the login node, " if slurm else ""
         steps = ["fetch"] if experiment.data.takes_from("hub") else []

@@ -1,17 +1,9 @@
 """Command lines for messages: as the scripts of slurm/ where there is a Slurm, else as verbs."""
 
-import shutil
-
-from inheritune.cluster.slurm_queue import read_queue
 from inheritune.config.experiment import Experiment
 from inheritune.config.jobs import format_shape
 from inheritune.files.rundir import format_seed_flag
 from inheritune.runtime import launcher
-
-
-def has_slurm() -> bool:
-    """Return whether this machine can submit to a Slurm. Its commands alone may be installed."""
-    return shutil.which("sbatch") is not None and read_queue() is not None
 
 
 def format_command(

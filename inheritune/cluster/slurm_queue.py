@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
@@ -49,6 +50,12 @@ class QueuedJob:
     def is_lost(self) -> bool:
         """Whether it waits for a job that has failed, so that it will never start."""
         return self.where == "(DependencyNeverSatisfied)"
+
+
+def has_slurm(queue: dict[str, QueuedJob] | None) -> bool:
+    """Return whether this machine can submit to a Slurm, given `read_queue`. Its commands alone may be
+    installed."""
+    return shutil.which("sbatch") is not None and queue is not None
 
 
 def read_queue() -> dict[str, QueuedJob] | None:

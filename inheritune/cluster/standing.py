@@ -1,6 +1,5 @@
 """The state of a run, or of a stage of a grown run, read from its folder, its lock and its last job."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from inheritune.cluster.planner import read_verdict
 from inheritune.cluster.record_tail import find_number, read_last_rows
 from inheritune.cluster.slurm_queue import (
     QueuedJob,
+    has_slurm,
     list_lost_work,
     list_queued_work,
     read_jobs,
@@ -117,8 +117,7 @@ class View:
         except PermissionError as error:
             self.data_ready = True  # as far as anybody knows: the next command says more
             self.errors.append(str(NoAccess(data, error.strerror)))
-        # its commands alone may be installed, without a Slurm that takes jobs
-        self.slurm = shutil.which("sbatch") is not None and self.queue is not None
+        self.slurm = has_slurm(self.queue)
         self._holders: dict[Path, dict[str, dict]] = {}
 
     def folder(self, run: str) -> RunDir:
