@@ -41,7 +41,7 @@ MAP_TOKENS, MAP_SEQUENCES = 40, 3  # the paper's Figures 9 and 12 show 40 tokens
 
 
 def load_model(model: str, revision: str | None = None, attention: str = "eager") -> "PreTrainedModel":
-    """Load a causal LM (folder, GGUF file or Hub id) in fp32, on the GPU if there is one. `attention` is
+    """Load a Hugging Face causal LM (folder or Hub id) in fp32, on the GPU if there is one. `attention` is
     the implementation's name in transformers.
 
     Raises UserError if it cannot be loaded. Code that comes with a model is never run."""
@@ -49,8 +49,6 @@ def load_model(model: str, revision: str | None = None, attention: str = "eager"
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if gguf := find_gguf(Path(model)):
-        model = str(convert_gguf(gguf))
     if not Path(model).is_dir() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
         raise UserError(
             f"there is no model folder {model}; give a folder with config.json, or a Hub id such as "
@@ -152,13 +150,13 @@ def measure_model(
     costs: bool = False,
     is_rehearsal: bool = False,
 ) -> list[dict]:
-    """Return all rows of attention.jsonl for `model` (folder or Hub id) on `tokens` (the validation split).
+    """Return the rows of attention.jsonl for `model` (folder, GGUF file or Hub id) on validation `tokens`.
 
     `maps` lists (layer, head) pairs, from 0, whose mean map is kept for drawing; the default is head 0 at
     four depths. `costs`: measure what each layer is worth on the same windows. Raises UserError if text,
     positions, vocabulary or tokenizer do not fit, or if the model's attention is not available."""
     windows_NT = read_windows(tokens, n_sequences, length, seed)
-    loaded = load_model(model, revision)
+    loaded = load_model(opened := _convert_if_gguf(model), revision)
     config = loaded.config.get_text_config()
     if not hasattr(config, "num_attention_heads"):
         raise UserError(f"{model} ({config.model_type}) is not a transformer: it has no attention to analyze")
@@ -166,7 +164,7 @@ def measure_model(
     kept_maps = _choose_maps(n_layers) if maps is None else [tuple(pair) for pair in maps]
     _check_fit(model, config, tokens, length, kept_maps)
     if not is_rehearsal:  # where a random model stands for a public one
-        _check_tokenizer(model, revision, tokens)
+        _check_tokenizer(model, opened, revision, tokens)
     measured = _measure_windows(loaded, windows_NT, batch, n_layers, kept_maps, progress)
     if len(measured.ranks) != n_layers:
         raise UserError(
@@ -199,6 +197,12 @@ def measure_model(
     map_rows = measured.map_rows(min(MAP_SEQUENCES, n_sequences))
     summary = summarize_model(layers, header.get("loss"))
     return [header, *layers, *summarize_groups(layers), *more, *map_rows, summary]
+
+
+def _convert_if_gguf(model: str) -> str:
+    """Return the folder that a GGUF file is converted to, and any other model as it is."""
+    gguf = find_gguf(Path(model))
+    return str(convert_gguf(gguf)) if gguf else model
 
 
 def _choose_maps(n_layers: int) -> list[tuple[int, ...]]:
@@ -267,12 +271,12 @@ def _measure_windows(
     return measured
 
 
-def _check_tokenizer(model: str, revision: str | None, tokens: Tokens) -> None:
-    """Raise UserError if the data's ids mean other text to the model: what it does with them is noise."""
-    path = Path(model)
-    gguf = find_gguf(path)
-    folder = convert_gguf(gguf) if gguf else path if path.is_dir() else download_model(model, revision)
-    encode = open_encoder(folder)
+def _check_tokenizer(model: str, opened: str, revision: str | None, tokens: Tokens) -> None:
+    """Raise UserError if the data's ids mean other text to the model: what it does with them is noise.
+
+    `opened` is the folder or Hub id that was opened for `model`."""
+    folder = Path(opened)
+    encode = open_encoder(folder if folder.is_dir() else download_model(opened, revision))
     if encode and not has_same_ids(encode, tokens):
         raise UserError(
             f"the tokenizer of {model} gives other ids than that of the data in {tokens.folder} "
