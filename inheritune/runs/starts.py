@@ -108,10 +108,15 @@ def find_source(job: Job, source: str, revision: str | None) -> tuple[str, str |
 
 def find_foreign_tokenizer(job: Job, tokens: Tokens) -> str | None:
     """Return a sentence on a model from elsewhere, which the job copies or learns from, whose tokenizer gives
-    other ids than that of the data; None where there is none, and in a rehearsal, whose models are random."""
+    other ids than that of the data; None where there is none, and in a rehearsal, whose models are random.
+
+    A model that cannot be opened any more is passed over: the start may have been made from it before."""
     outside = [pair for pair in job.run.sources() if pair[0] not in job.experiment.runs]
     for source, revision in [] if job.experiment.rehearsal else outside:
-        encode = open_encoder(open_source(source, revision, check=False).folder)
+        try:
+            encode = open_encoder(open_source(source, revision, check=False).folder)
+        except UserError:
+            continue
         if encode and not has_same_ids(encode, tokens, job.experiment.data):
             return (
                 f"the tokenizer of {source} gives other ids than {job.experiment.data.tokenizer}, the one of "

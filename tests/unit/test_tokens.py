@@ -346,3 +346,5 @@ def test_a_start_whose_tokenizer_is_not_that_of_the_data_is_named(tmp_path, own_
         assert f"the tokenizer of {source} gives other ids than bpe:300" in said
     shutil.copytree(tokens.folder / "tokenizer", source, dirs_exist_ok=True)
     assert [find_foreign_tokenizer(job, tokens) for job in jobs] == [None, None]
+    shutil.rmtree(source)  # a start that was made before it went needs it no more
+    assert [find_foreign_tokenizer(job, tokens) for job in jobs] == [None, None]
