@@ -63,31 +63,25 @@ def list_phases(seed: int, procs: int, parallel: bool) -> list[list[list[Step]]]
     folder = {name: RunDir.of(experiment, name, seed) for name in ("", *experiment.runs)}
     ranks, alone = ["--procs", str(procs)], ["--procs", str(1 if is_on_cpu() else procs)]
 
-    def train(run: str, processes: list[str]) -> list[str]:
-        return ["train", EXPERIMENT, "--run", run, "--seed", str(seed), *processes]
+    def train(title: str, run: str, share_s: int, processes: list[str] = alone) -> Step:
+        words = ["train", EXPERIMENT, "--run", run, "--seed", str(seed), *processes]
+        return Step(title, [words], share_s, folder[run], experiment.train_of(experiment.run(run)).steps)
 
-    def analyze(model: Path, *more: str) -> list[str]:
-        return ["analyze", "--model", str(model), "--data", EXPERIMENT, *more]
+    def analyze(model: Path) -> list[str]:
+        return ["analyze", "--model", str(model), "--data", EXPERIMENT, "--ranks-only"]
 
-    n_steps = experiment.train.steps
     grown = folder["inheritune"]
     grow = ["grow", EXPERIMENT, "--run", "inheritune", "--seed", str(seed), *alone]
     figures = [[verb, EXPERIMENT, "--seed", str(seed)] for verb in ("figure", "table")]
     prepare = Step(
         "prepare: the Python standard library's text becomes tokens", [["prepare", EXPERIMENT]], 15
     )
-    shown = f"ZeRO 3 on {procs} rank(s)"
-    reference = Step(
-        f"train the reference: an 8-layer GPT-2 from random, {shown}",
-        [train("reference", ranks)],
-        90,
-        folder["reference"],
-        n_steps,
-    )
+    title = f"train the reference: an 8-layer GPT-2 from random, ZeRO 3 on {procs} rank(s)"
+    reference = train(title, "reference", 90, ranks)
     inherited = [
         Step(
             "analyze the reference's attention: which layers are lazy?",
-            [analyze(folder["reference"].final, "--ranks-only")],
+            [analyze(folder["reference"].final)],
             8,
         ),
         Step(
@@ -95,26 +89,14 @@ def list_phases(seed: int, procs: int, parallel: bool) -> list[list[list[Step]]]
             [grow],
             45,
             grown.stage(1),
-            n_steps,
+            experiment.train.steps,
         ),
     ]
-    random = Step(
-        "half the layers from random, for as many steps",
-        [train("random", alone)],
-        30,
-        folder["random"],
-        n_steps,
+    random = train("half the layers from random, for as many steps", "random", 30)
+    random_longer = train(
+        "half the layers from random, with the reference's steps added", "random_longer", 55
     )
-    random_longer = Step(
-        "half the layers from random, with the reference's steps added",
-        [train("random_longer", alone)],
-        55,
-        folder["random_longer"],
-        2 * n_steps,
-    )
-    end = Step(
-        "what came out: attention, figures, table", [analyze(grown.path, "--ranks-only"), *figures], 12
-    )
+    end = Step("what came out: attention, figures, table", [analyze(grown.path), *figures], 12)
     if not parallel:
         steps = [prepare, reference, *inherited, random, random_longer, end]
         return [[[step]] for step in steps]
