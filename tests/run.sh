@@ -30,7 +30,7 @@ trap 'kill $types $documents 2> /dev/null || true; rm -rf "$found"' EXIT
 code=0
 # three at a time, on two cores too: many wait for processes to start or for Slurm
 python -m pytest -n "${TEST_WORKERS:-3}" --dist loadfile --no-loadscope-reorder -m "$selection" "$@" || code=$?
-wait $types || code=1
-wait $documents || code=1
-cat "$found/mypy" "$found/mkdocs"
+report() { cat "$found/$1" && code=1; }
+wait $types || report mypy
+wait $documents || report mkdocs
 exit $code
