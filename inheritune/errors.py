@@ -1,7 +1,12 @@
 """Errors that end a command without a traceback, and words for their messages."""
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
+
+OUT_OF_MEMORY = ("allocate memory", "out of memory", "start new thread", "failed to map segment")
+OUT_OF_FILES = (os.strerror(errno.EMFILE), os.strerror(errno.ENFILE))
 
 
 class UserError(Exception):
@@ -33,6 +38,15 @@ def suggest_name(name: object, valid: Iterable[object]) -> str:
     if close:
         return f"did you mean '{close[0]}'?"
     return "valid names: " + ", ".join(sorted(known)) if known else "nothing is valid here"
+
+
+def is_machine_limit(error: BaseException) -> bool:
+    """Return whether `error` means that memory or open files are used up. It then says nothing about the file
+    that was being read, which must not be called damaged or left out."""
+    if isinstance(error, UserError):
+        return False
+    # libraries repeat the system's words in errors of their own types
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_FILES + OUT_OF_MEMORY)
 
 
 def summarize_error(error: Exception) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from inheritune.config.units import format_bytes
-from inheritune.errors import NoAccess, UserError
+from inheritune.errors import NoAccess, UserError, is_machine_limit
 from inheritune.files.json_files import read_json, read_jsonl
 from inheritune.files.markers import COMPLETE, MARKERS, check_files, find_damage, read_marked_files
 from inheritune.files.rundir import RunDir
@@ -65,6 +65,8 @@ def _find_markers(top: Path) -> tuple[list[Path], list[Path], list[str], list[st
             hidden.append(str(NoAccess(folder, error.strerror)))
             continue
         except OSError as error:
+            if is_machine_limit(error):
+                raise
             broken.append(f"{folder} cannot be read ({error.strerror})")
             continue
         if (facts.st_dev, facts.st_ino) not in seen:
@@ -88,6 +90,8 @@ def _verify_marker(marker: Path) -> tuple[int, int]:
     except NoAccess as error:
         hidden.append(str(error))
     except (UserError, OSError) as error:
+        if is_machine_limit(error):
+            raise
         problems.append(str(error))
     for name, facts in files.items():
         try:
@@ -95,6 +99,8 @@ def _verify_marker(marker: Path) -> tuple[int, int]:
         except PermissionError as error:
             hidden.append(str(NoAccess(marker.parent / name, error.strerror)))
         except OSError as error:
+            if is_machine_limit(error):
+                raise
             problems.append(str(error))
     # a running job keeps only its last checkpoints, and deletes the marker of an old one first
     if problems and not marker.is_file():
@@ -124,6 +130,8 @@ def _verify_record(run: RunDir) -> tuple[int, int]:
             n_hidden += 1
             print(f"NOT READ: {error}")
         except (UserError, OSError) as error:
+            if is_machine_limit(error):
+                raise
             n_damaged += 1
             print(f"DAMAGED: {error}")
     return n_damaged, n_hidden

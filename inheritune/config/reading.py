@@ -17,7 +17,7 @@ import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode
 
 from inheritune.config.units import format_bytes
-from inheritune.errors import UserError
+from inheritune.errors import UserError, is_machine_limit
 
 MAX_FILE_BYTES = 1 << 20  # the longest recipe here has 20 kB
 MAX_VALUES = 100_000
@@ -97,6 +97,8 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
+        if is_machine_limit(error):
+            raise
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
 
 

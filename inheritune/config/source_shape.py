@@ -15,7 +15,7 @@ from inheritune.config.catalog import FAMILIES
 from inheritune.config.paths import resolve_path
 from inheritune.config.reading import read_text, refuse_duplicate_keys
 from inheritune.config.values import LENGTH
-from inheritune.errors import UserError, summarize_error
+from inheritune.errors import UserError, is_machine_limit, summarize_error
 
 CONFIG = "config.json"
 SHAPE_KEYS = {
@@ -119,6 +119,8 @@ def find_config(source: str, revision: str | None = None, may_download: bool = T
             raise FileNotFoundError("it is not in the cache")
         return Path(hf_hub_download(source, CONFIG, revision=revision))
     except Exception as error:  # the Hub's library and its HTTP client raise many kinds
+        if is_machine_limit(error):
+            raise
         raise UserError(
             f"'{source}' is no local folder, and its {CONFIG} is not available from the Hub "
             f"({summarize_error(error)}); download it first"
@@ -188,6 +190,8 @@ def _complete_config(raw: dict, path: Path) -> dict:
         names = {names[0]: getattr(config, names[0], None) for names in SHAPE_KEYS.values()}
         return {**config.to_dict(), **names}
     except Exception as error:  # transformers raises many kinds for a value that it did not expect
+        if is_machine_limit(error):
+            raise
         raise UserError(
             f"{path} is not a valid {raw['model_type']} config: {' '.join(str(error).split())[:300]}"
         ) from None

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, cast
 
 import zstandard
 
-from inheritune.errors import UserError, suggest_name
+from inheritune.errors import UserError, is_machine_limit, suggest_name
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """What some editors put before UTF-8. It is not part of the text."""
@@ -36,6 +36,8 @@ def report_read_errors(path: Path) -> Iterator[None]:
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         raise UserError(f"{path} is cut off or damaged ({error}); fetch or copy it again") from None
     except OSError as error:
+        if is_machine_limit(error):
+            raise
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
 
 

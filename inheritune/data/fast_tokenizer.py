@@ -20,7 +20,7 @@ from inheritune.data.tokenizer_files import (
     find_files,
     write_tokenizer,
 )
-from inheritune.errors import UserError, summarize_error
+from inheritune.errors import UserError, is_machine_limit, summarize_error
 from inheritune.files.hub import translate_hub_errors
 
 
@@ -62,6 +62,8 @@ class FastTokenizer(Tokenizer):
             config = json.loads(self._files["tokenizer_config.json"])
             end_token = _find_end_token(config)
         except Exception as error:  # the tokenizers library raises nothing more precise
+            if is_machine_limit(error):
+                raise
             raise UserError(
                 f"tokenizer '{name}' in {folder} cannot be read ({summarize_error(error)}); restore it"
             ) from None
@@ -153,6 +155,8 @@ def _open_folder(name: str, folder: Path) -> Any:
         try:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError) as error:
+            if is_machine_limit(error):
+                raise
             raise UserError(
                 f"tokenizer '{name}' cannot be opened ({summarize_error(error)}); restore its folder"
             ) from None

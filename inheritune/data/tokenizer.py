@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 
 from inheritune.data.chat_template import ChatTemplate
-from inheritune.errors import UserError, summarize_error
+from inheritune.errors import UserError, is_machine_limit, summarize_error
 
 log = logging.getLogger(__name__)
 
@@ -75,20 +75,20 @@ def encode_each(tokenizer: Tokenizer, texts: list[str]) -> tuple[list[np.ndarray
     """Return (ids of each text that can be encoded, [(index, defect)] of those that cannot).
 
     An encoder may fail at a single text (tiktoken does at a million blanks in a row). That is a property of
-    this text and no reason to lose the others. Running out of memory is not, so MemoryError is raised."""
+    this text and no reason to lose the others. Running out of memory is not, and is raised."""
     try:
         return tokenizer.encode_batch(texts), []
-    except MemoryError:
-        raise
-    except Exception:  # the libraries raise nothing more precise
+    except Exception as error:  # the libraries raise nothing more precise
+        if is_machine_limit(error):
+            raise
         log.debug("a batch of %d texts cannot be encoded; encoding each text by itself", len(texts))
     rows, refused = [], []
     for index, text in enumerate(texts):
         try:
             rows += tokenizer.encode_batch([text])
-        except MemoryError:
-            raise
         except Exception as error:
+            if is_machine_limit(error):
+                raise
             refused.append((index, f"not encoded by the tokenizer ({summarize_error(error)[:100]})"))
     return rows, refused
 

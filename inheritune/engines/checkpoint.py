@@ -20,7 +20,7 @@ from inheritune.engines.failures import explain_write_error, raise_on_all_ranks
 from inheritune.engines.generators import get_generator_file, read_generators, restore_generators
 from inheritune.engines.layout import describe_layout
 from inheritune.engines.sizes import count_checkpoint_bytes
-from inheritune.errors import NoAccess, UserError
+from inheritune.errors import NoAccess, UserError, is_machine_limit
 from inheritune.files.json_files import write_json
 from inheritune.files.markers import COMPLETE, hash_folder
 from inheritune.files.rundir import RunDir
@@ -184,6 +184,8 @@ def _find_newest(run_dir: RunDir) -> int | None:
         except PermissionError as error:  # no damage: an older one is not to be taken in its place
             raise NoAccess(error.filename, error.strerror) from None
         except (UserError, OSError) as error:
+            if is_machine_limit(error):
+                raise
             damage = error
             logger.warning("checkpoint of step %d is skipped: %s", step, damage)
     # rather than train for days from the start although a copy may restore the checkpoint

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+from inheritune.errors import is_machine_limit
+
 MICRO = "train_micro_batch_size_per_gpu"
 _PROBE = "no such key"
 
@@ -81,6 +83,8 @@ def read_with_deepspeed(settings: dict) -> Exception | None:
     try:
         DeepSpeedConfig(settings)
     except Exception as error:  # DeepSpeed raises whatever a wrong value leads to
+        if is_machine_limit(error):
+            raise
         return error
     return None
 

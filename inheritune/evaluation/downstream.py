@@ -25,7 +25,7 @@ import xxhash
 from inheritune.config.paths import resolve_path
 from inheritune.config.sections import Evaluate, Task
 from inheritune.data.tokenizer import PROBE
-from inheritune.errors import UserError, suggest_name, summarize_error
+from inheritune.errors import UserError, is_machine_limit, suggest_name, summarize_error
 from inheritune.evaluation.taskcode import TASK_FILES, guard_templates, refuse_task_code
 from inheritune.files.hub import translate_hub_errors
 from inheritune.runtime import dist
@@ -215,6 +215,8 @@ def open_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, split_special_tokens=True)
     except Exception as error:  # the tokenizers library raises nothing more precise
+        if is_machine_limit(error):
+            raise
         raise UserError(
             f"the tokenizer in {folder} cannot be opened: {' '.join(str(error).split())[:200]}"
         ) from None

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from inheritune.errors import UserError, summarize_error
+from inheritune.errors import UserError, is_machine_limit, summarize_error
 from inheritune.files.storage import DISK_FULL, explain_disk_error, find_moving_variable, get_error_path
 
 
@@ -32,6 +32,8 @@ def translate_hub_errors(what: str, page: str) -> Iterator[None]:
     try:
         yield
     except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
+        if is_machine_limit(error):
+            raise
         if isinstance(error, OSError) and error.errno in (*DISK_FULL, errno.EACCES, errno.EROFS):
             path = get_error_path(error, Path(constants.HF_HUB_CACHE))
             raise explain_disk_error(error, path) from error

@@ -9,7 +9,7 @@ from typing import Any
 import xxhash
 
 from inheritune.config.reading import refuse_duplicate_keys
-from inheritune.errors import NoAccess, UserError
+from inheritune.errors import NoAccess, UserError, is_machine_limit
 from inheritune.files.writing import write_text
 
 SEAL = "seal"
@@ -65,6 +65,8 @@ def read_json(path: Path) -> Any:
     except PermissionError as error:
         raise NoAccess(path, error.strerror) from None
     except (ValueError, OSError, RecursionError) as error:
+        if is_machine_limit(error):
+            raise
         raise UserError(
             f"{path} cannot be read as JSON ({error}); restore it or delete what it belongs to"
         ) from None
@@ -81,6 +83,8 @@ def read_jsonl(path: Path) -> list[dict]:
     except PermissionError as error:
         raise NoAccess(path, error.strerror) from None
     except (ValueError, TypeError, OSError, RecursionError) as error:
+        if is_machine_limit(error):
+            raise
         raise UserError(f"{path} cannot be read as rows of JSON ({error}); restore it") from None
     if rows and SEAL in rows[0]:
         rows[0] = remove_seal({**rows[0], "rows": rows[1:]}, str(path))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from inheritune.errors import UserError
+from inheritune.errors import UserError, is_machine_limit
 from inheritune.models.networks import build_meta_model
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ def _describe(key: str) -> dict[str, Any]:
     try:
         model = build_meta_model(config)
     except Exception as error:  # transformers and torch raise many kinds for numbers that make no model
+        if is_machine_limit(error):
+            raise
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"the config describes no possible model: {reason}") from None
     return _read_row(model, getattr(config, "num_hidden_layers", 0))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from inheritune.config.source_shape import SPECIAL_IDS, refuse_config, take_text_part
-from inheritune.errors import UserError
+from inheritune.errors import UserError, is_machine_limit
 from inheritune.files.json_files import read_json, write_json
 from inheritune.files.writing import write_text
 from inheritune.models.architectures import find_depth_key
@@ -51,6 +51,8 @@ def load_config(path: Path, plain: bool = False) -> "PreTrainedConfig":
     try:
         return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     except Exception as error:  # transformers raises many kinds for a value that it did not expect
+        if is_machine_limit(error):
+            raise
         raise UserError(
             f"{path} is not a valid {raw['model_type']} config: {' '.join(str(error).split())[:300]}"
         ) from None

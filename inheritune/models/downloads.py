@@ -4,7 +4,7 @@ from pathlib import Path
 
 from inheritune.config.source_shape import HUB_ID
 from inheritune.data.tokenizer_files import TOKENIZER_PATTERNS
-from inheritune.errors import UserError
+from inheritune.errors import UserError, is_machine_limit
 from inheritune.files.hub import explain_gated
 from inheritune.models.weight_files import WEIGHTS, list_weight_patterns
 
@@ -29,6 +29,8 @@ def download_model(repo: str, revision: str | None) -> Path:
             if any(folder.glob(f"{stem}*{suffix}")):
                 break
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if is_machine_limit(error):
+            raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise explain_gated(error, f"'{repo}'", repo) or UserError(
             f"'{repo}' is not a local folder and is not available from the Hub ({reason}); download it first"

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from inheritune.errors import UserError
+from inheritune.errors import UserError, is_machine_limit
 from inheritune.files.json_files import write_json
 from inheritune.files.markers import COMPLETE, hash_file, hash_folder
 from inheritune.files.storage import find_root
@@ -66,6 +66,8 @@ def _read(file: Path) -> tuple[Any, Any]:
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except Exception as error:  # transformers and gguf raise many kinds: cut off, of another family
+        if is_machine_limit(error):
+            raise
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{file} cannot be read as a GGUF model by transformers: {reason}") from None
     model, report = found

@@ -8,7 +8,7 @@ module does not know (a period, caches that blocks share) is found too.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from inheritune.errors import UserError
+from inheritune.errors import UserError, is_machine_limit
 from inheritune.models.architectures import Architecture, find_architecture
 from inheritune.models.networks import build_meta_model
 from inheritune.models.plain_configs import PlainConfig
@@ -77,6 +77,8 @@ def cut_config(config: "PreTrainedConfig", layers: Layers) -> "PreTrainedConfig"
     try:
         return type(config).from_dict(raw)
     except Exception as error:  # transformers raises many kinds for values that do not go together
+        if is_machine_limit(error):
+            raise
         raise UserError(
             f"{config.model_type} has no model of the {n} layers {kept}: {' '.join(str(error).split())[:300]}"
         ) from None
@@ -129,6 +131,8 @@ def _describe_blocks(config: "PreTrainedConfig", table: Architecture) -> list[di
     try:
         model = build_meta_model(config)
     except Exception as error:  # transformers raises many kinds for blocks that do not go together
+        if is_machine_limit(error):
+            raise
         raise UserError(
             f"{config.model_type} has no model of these {getattr(config, table.layers)} layers: "
             f"{' '.join(str(error).split())[:300]}"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inheritune.config.source_shape import find_config
-from inheritune.errors import UserError
+from inheritune.errors import UserError, is_machine_limit
 from inheritune.models.architectures import Shape, find_architecture, find_depth_key
 from inheritune.models.config_files import load_config
 from inheritune.models.plain_configs import PlainConfig
@@ -215,6 +215,8 @@ def list_model_shapes(config: PreTrainedConfig, where: str | Path = "the config"
     try:
         state = build_meta_model(config).state_dict()
     except Exception as error:  # transformers and torch raise many kinds for numbers that make no model
+        if is_machine_limit(error):
+            raise
         raise UserError(
             f"{where} describes no possible model: {' '.join(str(error).split())[:300]}"
         ) from None

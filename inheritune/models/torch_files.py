@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from inheritune.errors import NoAccess, UserError
+from inheritune.errors import NoAccess, UserError, is_machine_limit
 from inheritune.models.dtypes import find_dtype
 from inheritune.models.extents import Extent, Stored
 
@@ -71,6 +71,8 @@ def load_skeleton(path: Path, check: bool = False) -> Any:
     except PermissionError as error:  # the file may be sound
         raise NoAccess(path, error.strerror) from None
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError ... for the same damage
+        if is_machine_limit(error):
+            raise
         reason = " ".join(str(error).split())
         if unsafe := re.search(r"GLOBAL ([\w.]+)", reason):
             raise UserError(

@@ -3,7 +3,7 @@
 import errno
 import os
 
-from inheritune.errors import UserError
+from inheritune.errors import OUT_OF_FILES, OUT_OF_MEMORY, UserError
 from inheritune.files.storage import (
     DISK_FULL,
     explain_disk_error,
@@ -15,7 +15,6 @@ from inheritune.files.storage import (
 from inheritune.runtime.ranks import NodeError
 
 UNUSABLE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EIO, errno.ESTALE)
-OUT_OF_MEMORY = ("allocate memory", "out of memory", "start new thread", "failed to map segment")
 
 
 def explain_limit(error: Exception) -> NodeError | None:
@@ -30,7 +29,7 @@ def explain_limit(error: Exception) -> NodeError | None:
         return NodeError(
             "no folder for temporary files can be written (/tmp, /var/tmp); set TMPDIR to one that can"
         )
-    if "Too many open files" in words:
+    if any(sign in words for sign in OUT_OF_FILES):
         return NodeError(f"{words}; allow more, as in: ulimit -n 4096")
     # the Rust code of tokenizers raises plain Exceptions with these words
     if full := [code for code in DISK_FULL if os.strerror(code) in words]:

@@ -2,6 +2,7 @@
 read-only, a cache somewhere else. Those that harm a file are in REMEDIES of test_damage.py."""
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -379,7 +380,10 @@ def test_more_open_files_are_enough(tmp_path):
             check=False,
         )
 
-    said = [limited(most) for most in range(6, 9)]
-    told = [done for done in said if "allow more, as in: ulimit -n 4096" in done.stderr]
-    assert told
+    # How many are enough depends on what the machine opens at the start of a Python.
+    said = list(itertools.takewhile(lambda done: done.returncode, map(limited, range(4, 100))))
+    told = [one_sentence(done) for done in said if done.returncode == 2]
+    assert told and all("allow more, as in: ulimit -n 4096" in sentence for sentence in told)
+    for done in said[: len(said) - len(told)]:  # Python itself could not start
+        assert done.returncode != 2 and "Too many open files" in done.stderr
     assert limited(4096).returncode == 0

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, write_tokens
+from open_files import open_files_limited
 from test_damage import modes_count
 
 from inheritune.cluster.verify import verify
@@ -21,6 +22,7 @@ from inheritune.files.json_files import write_json, write_jsonl
 from inheritune.files.markers import hash_folder
 from inheritune.files.rundir import RunDir
 from inheritune.files.writing import replace_atomically, sync_path
+from inheritune.runtime.limits import explain_limit
 from inheritune.runtime.log import logger
 from inheritune.training.record import Metrics
 
@@ -159,6 +161,21 @@ def test_a_checkpoint_that_may_not_be_read_is_not_passed_over_for_an_older_one(t
         with modes_count(), pytest.raises(NoAccess, match=f"{hidden} cannot be read .Permission denied"):
             _find_newest(run)
         hidden.chmod(0o644)
+
+
+@pytest.mark.parametrize("more", range(3))
+def test_a_limit_of_open_files_is_no_damage(tree, capsys, more):
+    """Else a start would take an older checkpoint, and the work since would be lost."""
+    run = RunDir(tree / "runs" / "small" / "seed0" / "reference")
+    shutil.copytree(run.checkpoint(4), run.checkpoint(6))
+    for read in (lambda: _find_newest(run), lambda: verify(tree)):
+        try:
+            with open_files_limited(more):
+                assert read() in (None, 6)
+        except OSError as error:
+            assert "ulimit -n" in str(explain_limit(error))
+        assert "DAMAGED" not in capsys.readouterr().out
+    assert _find_newest(run) == 6
 
 
 def test_a_checkpoint_that_the_run_deletes_meanwhile_is_not_damaged(tree, capsys):

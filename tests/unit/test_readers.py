@@ -22,6 +22,7 @@ import sentencepiece
 import torch
 import zstandard
 from conftest import REPOSITORY, experiment_dict, write_experiment, write_tokens
+from open_files import open_files_limited
 from test_prepare import experiment, some_texts
 from tiny_models import config_of, random_model
 from written import filled, markdown
@@ -41,6 +42,7 @@ from inheritune.files.rundir import RunDir
 from inheritune.models.sources import open_source
 from inheritune.models.torch_files import load_skeleton, read_bin
 from inheritune.models.weight_files import read_safetensors
+from inheritune.runtime.limits import explain_limit
 
 TABLE = REPOSITORY / "tests" / "damage.md"
 MAKER = "tests/unit/test_readers.py"
@@ -275,6 +277,28 @@ def test_a_file_that_was_cut_off(tmp_path, monkeypatch, request, reader, percent
         request.getfixturevalue("gpt2_bpe")
     found = OUTCOMES[reader][percent] = outcome(reader, tmp_path, percent)
     assert WRITE or found == committed()[reader][f"{percent}%"]
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_limit_of_open_files_is_no_damage(tmp_path, request, reader):
+    """A file that cannot be opened for want of open files is neither refused as damaged nor left out."""
+    if reader == "gpt2.tiktoken":
+        request.getfixturevalue("gpt2_bpe")
+    write, name, read = READERS[reader]
+    path = write(tmp_path, name)
+    whole, failed = read(path), 0
+    for more in range(8):
+        with open_files_limited(more):
+            try:
+                found = read(path)
+            except Exception as error:
+                found = error
+        if isinstance(found, Exception):
+            failed += 1
+            assert "ulimit -n" in str(explain_limit(found)), repr(found)
+        else:
+            assert found == whole
+    assert failed
 
 
 def committed() -> dict[str, dict[str, str]]:
