@@ -11,6 +11,7 @@ import glob
 import json
 import tarfile
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,9 +73,15 @@ def _check_archive_end(path: Path) -> None:
 def _report_damage(path: Path, suffix: str) -> Iterator[None]:
     """Raise as a UserError what the libraries find wrong with a file."""
     import pyarrow as pa
+    from pandas.errors import ParserWarning
 
     try:
         yield
+    except ParserWarning:
+        raise UserError(
+            f"{path} has rows with more fields than its header; quote the texts that hold the separator, and "
+            f"delete separators at the end of lines"
+        ) from None
     except (pa.ArrowInvalid, pa.ArrowTypeError, ValueError, tarfile.TarError, EOFError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # pyarrow's own have no number
             raise
@@ -89,8 +96,13 @@ def _open_stream(path: Path, suffix: str, key: str, cache: str) -> Any:
     import datasets
 
     options: dict[str, Any] = {}
-    if BUILDERS[suffix] == "csv":  # a text of digits stays a text, and so does "NA"
-        options = {"converters": {key: str}, "keep_default_na": False}
+    if BUILDERS[suffix] == "csv":
+        from pandas.errors import ParserWarning
+
+        # rows with more fields than the header: by default pandas moves each column by one without a word
+        warnings.filterwarnings("error", "Length of header", ParserWarning)
+        # a text of digits stays a text, and so does "NA"
+        options = {"converters": {key: str}, "keep_default_na": False, "index_col": False}
         options["sep"] = "\t" if suffix == ".tsv" else ","
     return datasets.load_dataset(
         BUILDERS[suffix],
@@ -117,6 +129,20 @@ def _read_samples(path: Path, stream: Any, key: str) -> Iterator[bytes | None]:
         raise make_column_error(path, key, names)
     for sample in stream.select_columns([name]):
         value = sample[name]
-        if inner and isinstance(value, dict):
-            value = value.get(inner)
-        yield None if value is None else json.dumps({key: value}, default=str).encode()
+        if isinstance(value, bytes):  # a kind that the library does not decode; what is not UTF-8 is counted
+            value = value.decode(errors="surrogateescape")
+        if inner:
+            value = _take_inner(path, value, name, inner)
+        # what the library decodes to an image or an array is counted as "not text"
+        yield None if value is None else json.dumps({key: value}, default=lambda _: 0).encode()
+
+
+def _take_inner(path: Path, value: Any, name: str, inner: str) -> Any:
+    """Return the value of the key `inner` of a sample's file `name`. Raises UserError if it is no JSON
+    object."""
+    if value is not None and not isinstance(value, dict):
+        raise UserError(
+            f"data.text_key: {name}.{inner}: the files '{name}' in {path} are read as "
+            f"{type(value).__name__}, not as an object with keys; name '{name}', or a file of JSON (.json)"
+        )
+    return value and value.get(inner)

@@ -59,12 +59,21 @@ def write_arrow(path: Path, texts: list) -> Path:
 
 
 def write_tar(path: Path, texts: list[str]) -> Path:
+    """Samples of five files each; md, jsonl and bin are of kinds that the library does not decode."""
     with tarfile.open(path, "w") as archive:
         for number, text in enumerate(texts):
-            for suffix, content in (("txt", text), ("json", json.dumps({"text": text, "n": number}))):
+            row = json.dumps({"text": text, "n": number}).encode()
+            contents = {
+                "txt": text.encode(),
+                "json": row,
+                "jsonl": row,
+                "md": text.encode(),
+                "bin": b"caf\xe9",
+            }
+            for suffix, content in contents.items():
                 entry = tarfile.TarInfo(f"{number:06d}.{suffix}")
-                entry.size = len(content.encode())
-                archive.addfile(entry, io.BytesIO(content.encode()))
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
     return path
 
 
@@ -105,10 +114,16 @@ def test_streamed_formats_give_the_bytes_of_jsonl(tmp_path):
     expected = splits_of(experiment(files=[str(places / "a.jsonl")]))
     for name in ("a.csv", "b.tsv", "a.arrow", "b.arrow", "saved", "splits", "folder"):
         assert splits_of(experiment(files=[str(places / name)])) == expected, name
-    for key in ("txt", "json.text"):
+    for key in ("txt", "json.text", "md"):
         assert splits_of(experiment(files=[str(places / "a.tar")], text_key=key)) == expected
     test = Corpus(experiment(files=[str(places / "splits")], split="test").data, tmp_path)
     assert sum(test.count(name) for name in test.groups[""]) == 9
+
+
+def test_bytes_of_an_archive_that_are_not_utf8_are_counted(tmp_path):
+    write_tar(tmp_path / "a.tar", TEXTS[:9])
+    with pytest.raises(UserError, match="no usable document .[0-9]+ not UTF-8"):
+        prepare(experiment(files=["a.tar"], text_key="bin"), 1)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +131,16 @@ def test_streamed_formats_give_the_bytes_of_jsonl(tmp_path):
     [
         ({"files": ["a.csv"], "text_key": "txt"}, r"a\.csv has no column 'txt' .*'text'\? It has: id, text"),
         ({"files": ["a.arrow"], "text_key": "body"}, r"a\.arrow has no column 'body' .*valid names: text"),
-        ({"files": ["a.tar"], "text_key": "body"}, r"a\.tar has no column 'body' .*valid names: json, txt"),
+        (
+            {"files": ["a.tar"], "text_key": "body"},
+            r"a\.tar has no column 'body' .*valid names: bin, .*, txt",
+        ),
+        (
+            {"files": ["a.tar"], "text_key": "jsonl.text"},
+            r"jsonl\.text: the files .* are read as str",
+        ),
+        ({"files": ["longer.csv"]}, r"longer\.csv has rows with more fields than its header; quote"),
+        ({"files": ["comma.csv"]}, r"comma\.csv has rows with more fields than its header; quote"),
         (
             {"files": ["a.jsonl"], "text_key": "content"},
             r"a\.jsonl has no column 'content' .*It has: text, meta",
@@ -138,6 +162,8 @@ def test_what_is_refused_leaves_nothing(tmp_path, data, said):
     write_tar(tmp_path / "a.tar", TEXTS[:9])
     write_jsonl(tmp_path / "a.jsonl", TEXTS[:9])
     (tmp_path / "none.csv").write_text("text\n")
+    (tmp_path / "longer.csv").write_text("id,text,lang\n" + "1,hello, you,en\n" * 9)
+    (tmp_path / "comma.csv").write_text("id,text,lang\n" + "1,hello,en,\n" * 9)
     (tmp_path / "damaged.csv").write_text('text\n"never closed\n')
     (tmp_path / "damaged.arrow").write_bytes((tmp_path / "a.arrow").read_bytes()[:300])
     (tmp_path / "damaged.tar").write_bytes(b"no archive" * 100)
