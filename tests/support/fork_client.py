@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import resource
+import select
 import signal
 import socket
 import struct
@@ -40,6 +41,8 @@ UNIMPORTANT += ("PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_CACHE_DIR")
 OF_SLURM = ("RLIMIT_CORE", "RLIMIT_RSS")
 """Limits that Slurm sets for its tasks: the size of a core file, and one that Linux does not keep."""
 PATIENCE_S = 300
+PID = "pid"
+"""File in which the server's process id stands."""
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGABRT)
 
 
@@ -120,9 +123,24 @@ def connect(address: str) -> socket.socket:
             return link
         except (FileNotFoundError, ConnectionRefusedError):
             link.close()
-            if time.monotonic() > end:
+            if time.monotonic() > end or has_ended(os.path.dirname(address)):
                 raise
             time.sleep(0.02)
+
+
+def has_ended(folder: str) -> bool:
+    """Whether the server whose process id is in `folder` has ended, even if nobody has waited for it."""
+    try:
+        with open(os.path.join(folder, PID)) as file:
+            server = os.pidfd_open(int(file.read()))
+    except FileNotFoundError:  # it is being started
+        return False
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([server], [], [], 0)[0])
+    finally:
+        os.close(server)
 
 
 def run_fork(address: str, argv: list[str]) -> int | None:

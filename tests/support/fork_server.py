@@ -24,7 +24,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from fork_client import ANYWAY, connect, describe_process, is_forkable, receive_number, send_request
+from fork_client import ANYWAY, PID, connect, describe_process, is_forkable, receive_number, send_request
 
 PRELOADED = [
     "torch.distributed",
@@ -110,6 +110,9 @@ class ForkServer:
             stdin=subprocess.DEVNULL,
         )
         os.close(reader)
+        written = Path(self.folder.name) / "pid.new"
+        written.write_text(str(self.process.pid))
+        written.rename(written.with_name(PID))
 
     def run(self, argv: list[str], cwd: Path, environment: dict[str, str]) -> subprocess.CompletedProcess:
         """Run `inheritune ARGV` in a fork and wait for it; its exit code and what it printed."""

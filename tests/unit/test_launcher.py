@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import REPOSITORY, free_port, one_sentence, run_verb
-from fork_server import FORKS
+from fork_client import connect
+from fork_server import FORKS, ForkServer
 from slurm_cluster import session_cluster, slurm  # noqa: F401 - fixtures
 
 from inheritune.config.experiment import load_experiment
@@ -513,3 +514,14 @@ def test_a_rank_that_leaves_takes_those_that_wait_for_it_along(small):
     assert "inheritune: stopped while 3 ranks were meeting (SIGUSR1)" in said[
         0
     ] and "Traceback" not in "".join(said)
+
+
+def test_a_dead_fork_server_is_noticed():
+    """Else each test that asks it waits for five minutes."""
+    server = ForkServer()
+    server.start()
+    server.process.kill()
+    os.waitid(os.P_PID, server.process.pid, os.WEXITED | os.WNOWAIT)
+    with pytest.raises((FileNotFoundError, ConnectionRefusedError)):
+        connect(server.address)
+    server.process.wait()
