@@ -22,8 +22,9 @@ from inheritune.errors import UserError, summarize_error
 
 BUILDERS = {".csv": "csv", ".csv.gz": "csv", ".tsv": "csv", ".arrow": "arrow", ".tar": "webdataset"}
 """The library's builder for each kind of file."""
-ARCHIVE_END = bytes(1024)
-"""Two empty blocks at the end of a tar file."""
+ENDS = {".tar": (bytes(1024),), ".arrow": (b"\xff\xff\xff\xff\0\0\0\0", b"ARROW1")}
+"""How such a file ends: a tar file in two empty blocks, an Arrow stream in an empty message, an Arrow file in
+the format's name."""
 ROWS = 256
 """Rows of a table that is in memory at a time."""
 
@@ -34,8 +35,8 @@ def stream_documents(path: Path, suffix: str, key: str) -> Iterator[tuple[int, b
     In an archive `key` names the file of each sample, such as `txt`, or a key in it, such as `json.text`.
     Raises UserError if there is no such column, or if the file is damaged. CSV has no end of its own: a file
     that was cut off is noticed only within quotes."""
-    if BUILDERS[suffix] == "webdataset":
-        _check_archive_end(path)
+    if suffix in ENDS:
+        _check_end(path, suffix)
     # the library makes a lock in its cache
     with _report_damage(path, suffix), tempfile.TemporaryDirectory() as cache:
         stream = _open_stream(path, suffix, key, cache)
@@ -61,12 +62,14 @@ def find_streamed_kind(path: Path, suffix: str, key: str) -> str:
     return find_column_kind(path, schema, key)
 
 
-def _check_archive_end(path: Path) -> None:
-    """Raise EOFError if a tar file lacks its end. Its readers take one that was cut off after a member."""
+def _check_end(path: Path, suffix: str) -> None:
+    """Raise EOFError if a file lacks its end. Its readers take one that was cut off between two parts."""
+    size, ends = path.stat().st_size, ENDS[suffix]
     with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - len(ARCHIVE_END)))
-        if file.read() != ARCHIVE_END:
-            raise EOFError("it has no end of an archive")
+        file.seek(max(0, size - max(map(len, ends))))
+        tail = file.read()
+    if not tail.endswith(ends):
+        raise EOFError(f"it has no end of {'an archive' if suffix == '.tar' else 'a stream'}")
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
     python recipes/evidence/probe.py [NAME ...]
 
-Each probe is an experiment of its own, with a run `reference`, written to $INHERITUNE_ROOT/runs/deep_probes. A
-finished probe is not trained again; one that was stopped resumes. The numbers of each stay in
+Each probe is an experiment of its own, with a run `reference`, written to $INHERITUNE_ROOT/runs/deep_probes.
+A finished probe is not trained again; one that was stopped resumes. The numbers of each stay in
 deep_probes/NAME.json beside this file; deep_probes.md is the table of all that are there.
 """
 
@@ -97,7 +97,7 @@ def write_table(probes: dict[str, Any]) -> None:
             rows.append([name, step, loss, f"{low} of {len(ranks)}", f"{min(ranks):.2f}", f"{mass:.1f}"])
     heads = ("probe", "step", "validation loss", f"layers with MaxRank < {LAZY}", "lowest MaxRank")
     table = tabulate(rows, [*heads, "highest AvgMass"], tablefmt="github", disable_numparse=True)
-    intro = "# Probes\n\nMade by `python recipes/evidence/probe.py` from [deep_probes.yaml](deep_probes.yaml).\n\n"
+    intro = f"# Probes\n\nMade by `python recipes/evidence/probe.py` from [{FILE.name}]({FILE.name}).\n\n"
     write_text(TABLE, f"{intro}{table}\n")
 
 

@@ -147,7 +147,8 @@ def test_bytes_of_an_archive_that_are_not_utf8_are_counted(tmp_path):
         ),
         ({"files": ["none.csv"]}, "empty corpus, no usable document .no document at all"),
         ({"files": ["damaged.csv"]}, r"damaged\.csv is cut off, damaged or no csv file"),
-        ({"files": ["damaged.arrow"]}, r"damaged\.arrow is cut off, damaged or no arrow file"),
+        ({"files": ["damaged.arrow"]}, r"damaged\.arrow is cut off or damaged .it has no end"),
+        ({"files": ["batches.arrow"]}, r"batches\.arrow is cut off or damaged .it has no end of a stream"),
         ({"files": ["damaged.tar"], "text_key": "txt"}, r"damaged\.tar is cut off or damaged .it has no end"),
         ({"files": ["nothing"]}, r"nothing is a folder without Arrow files; name the files in it"),
         ({"files": ["saved"], "split": "train"}, "data.split: .*saved has no splits"),
@@ -166,6 +167,9 @@ def test_what_is_refused_leaves_nothing(tmp_path, data, said):
     (tmp_path / "comma.csv").write_text("id,text,lang\n" + "1,hello,en,\n" * 9)
     (tmp_path / "damaged.csv").write_text('text\n"never closed\n')
     (tmp_path / "damaged.arrow").write_bytes((tmp_path / "a.arrow").read_bytes()[:300])
+    whole = write_arrow(tmp_path / "batches.arrow", TEXTS[:200]).read_bytes()
+    cut = whole.rindex(b"\xff\xff\xff\xff", 0, len(whole) - 8)  # where its last batch begins
+    (tmp_path / "batches.arrow").write_bytes(whole[:cut])
     (tmp_path / "damaged.tar").write_bytes(b"no archive" * 100)
     (tmp_path / "nothing").mkdir()
     saved = Dataset.from_dict({"text": TEXTS[:3]})
