@@ -85,11 +85,17 @@ def _count_phases(
     sharded = setup.stage == 3
     before = static + states.live + (states.earlier_gradients if setup.accumulates or sharded else 0)
     forward = before + made["activations"] + made["autocast weights"] + made["logits"]
+    kept = made["autocast weights"] if setup.accumulates and not sharded else 0  # engines/casts.py
     validation = static + states.live + validation_logits + made["autocast weights"]
     return {
         "loss": forward + made["loss"],
         "backward": forward + 4 * setup.largest + (states.reduction if setup.stage > 0 else 0),
-        "reduction": static + states.live + states.gradients + states.late_gradients + states.reduction,
+        "reduction": static
+        + states.live
+        + states.gradients
+        + states.late_gradients
+        + states.reduction
+        + kept,
         "optimizer step": static + states.gradients + states.step,
         "validation": validation + (states.gradients if sharded else 0),
     }

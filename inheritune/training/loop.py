@@ -17,6 +17,7 @@ from inheritune.data.corpus_changes import check_corpus
 from inheritune.data.tokenizer import check_vocabulary
 from inheritune.engines import checkpoint, dslint, weight_export
 from inheritune.engines.adamw import compute_gradient_norm, compute_learning_rate, set_learning_rate
+from inheritune.engines.casts import keep_casts
 from inheritune.engines.deepspeed_json import load_deepspeed_json
 from inheritune.engines.engine import has_finite_weights, release_groups
 from inheritune.engines.memory import count_held_bytes, measure_peak_memory
@@ -224,23 +225,22 @@ class Trainer:
         lr = compute_learning_rate(step, self.train)
         set_learning_rate(engine, lr)
         loss_sums = torch.zeros(len(self.loss_weights), dtype=torch.float64, device=self.inputs.device)
-        norm = None
-        for window, weight in zip(windows, weights, strict=True):  # (M, T + 1), (M,)
-            self.watch.at(f"step {step}: forward, backward and update")
-            losses = self._forward(window, weight)
-            loss = losses @ self.loss_weights * self.loss_scale
-            # times 1, or nan where the loss is not finite: then the gradient is not either, which all ranks
-            # will see
-            engine.backward(loss * (1 + 0 * loss.detach()))
-            loss_sums += losses.detach()
-            if engine.is_gradient_accumulation_boundary():
-                norm = compute_gradient_norm(engine)
-                if step == self.train.steps:
-                    self.held = count_held_bytes(engine)  # while the gradients exist
-            engine.step()
+        with keep_casts(engine):
+            for window, weight in zip(windows, weights, strict=True):  # (M, T + 1), (M,)
+                self.watch.at(f"step {step}: forward, backward and update")
+                losses = self._forward(window, weight)
+                loss = losses @ self.loss_weights * self.loss_scale
+                # times 1, or nan where the loss is not finite: all ranks will see it in the gradient
+                engine.backward(loss * (1 + 0 * loss.detach()))
+                loss_sums += losses.detach()
+                if engine.is_gradient_accumulation_boundary():
+                    torch.clear_autocast_cache()  # the update makes other weights, and needs the memory
+                    norm = compute_gradient_norm(engine)
+                    if step == self.train.steps:
+                        self.held = count_held_bytes(engine)  # while the gradients exist
+                engine.step()
         state.step, state.tokens = step, step * self.inputs.step_tokens
-        if norm is None:
-            norm = engine.get_global_grad_norm()
+        norm = engine.get_global_grad_norm() if norm is None else norm
         return StepResult(loss_sums, lr, norm, engine.was_step_applied(), engine.skipped_steps)
 
     def _read_batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
