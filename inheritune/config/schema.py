@@ -3,11 +3,13 @@ short forms that the loader accepts too."""
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 from inheritune.config.catalog import FAMILIES, MODEL_SIZES, TASKS
 from inheritune.config.experiment import Experiment
 
+TITLE = "Experiment of Inheritune"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
@@ -29,9 +31,17 @@ def make_schema() -> dict[str, Any]:
     tasks = sections["Evaluate"]["properties"]["tasks"]
     listed = {"type": "array", "items": {"enum": [*TASKS]}}
     sections["Evaluate"]["properties"]["tasks"] = {"anyOf": [listed, tasks]}
-    return {"$schema": DIALECT, **schema, "title": "Experiment of Inheritune"}
+    return {"$schema": DIALECT, **schema, "title": TITLE}
 
 
 def format_schema() -> str:
     """Return the JSON Schema of an experiment's file as text."""
     return json.dumps(make_schema(), indent=2) + "\n"
+
+
+def is_schema(path: Path) -> bool:
+    """Return whether a file is such a schema, perhaps of another version."""
+    try:
+        return json.loads(path.read_bytes()).get("title") == TITLE
+    except (ValueError, AttributeError, RecursionError):
+        return False

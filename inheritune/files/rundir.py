@@ -15,6 +15,7 @@ package hold a hash of themselves (json_files.py).
 import json
 import platform
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import xxhash
 
 from inheritune.config import names
 from inheritune.config.experiment import Experiment
+from inheritune.config.paths import RECIPES
 from inheritune.errors import UserError
 from inheritune.files.json_files import compute_seal, read_json, read_jsonl
 from inheritune.files.markers import COMPLETE, DONE, check_files, read_marked_files
@@ -266,10 +268,9 @@ class RunDir:
         if RunDir(seed_folder / name).identify_weights() not in (None, results["compared_weights"]):
             run = f"{results['run']}/stage{stage}" if stage else results["run"]
             raise UserError(
-                f"{self.results} compares with weights of run '{name}', which has been trained anew since; "
-                f"compare again with evaluate (experiment {results['experiment']}): python -m inheritune "
-                f"evaluate "
-                f"EXPERIMENT --run {run}{format_seed_flag(results['seed'])}"
+                f"{self.results} compares with weights of run '{name}', which has been made anew since; "
+                f"compare again: python -m inheritune evaluate {_name_experiment(results)} "
+                f"--run {run}{format_seed_flag(results['seed'])}"
             )
 
     def read_starts(self, *keys: str) -> list[dict]:
@@ -352,6 +353,14 @@ def require_weights(experiment: Experiment, name: str, seed: int = 0) -> Path:
 def format_seed_flag(seed: int) -> str:
     """Return " --seed N" for a command line; empty for seed 0, the default."""
     return f" --seed {seed}" if seed else ""
+
+
+def _name_experiment(results: dict) -> str:
+    """Return the words for a command line that name the experiment of `results`. A file outside recipes/ is
+    named as from its own folder: its path is not known here."""
+    name = results["experiment"]
+    word = name if (RECIPES / f"{name}.yaml").is_file() else shlex.quote(f"{name}.yaml")
+    return f"{word} --rehearse" if results.get("rehearsal") else word
 
 
 def get_results_dir(weights: Path) -> RunDir:

@@ -48,6 +48,10 @@ def _explain_file_error(error: OSError) -> NodeError | None:
     """Return what to tell the user if the file that `error` names cannot be used; else None."""
     if error.errno == errno.EROFS:
         return NodeError(str(explain_disk_error(error, get_error_path(error, find_root()))))
+    if error.errno == errno.ENAMETOOLONG:
+        return NodeError(
+            f"no file can have the name {str(error.filename)[:60]}...: it is too long; correct it"
+        )
     problem = explain_root_error(error)
     if problem:
         return NodeError(str(problem))

@@ -145,5 +145,10 @@ def test_the_verb_writes_it(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(SCHEMA))
     assert main(["schema", "--out", str(tmp_path / "experiment.schema.json")]) == 0
     assert json.loads(Path(tmp_path / "experiment.schema.json").read_text()) == json.loads(json.dumps(SCHEMA))
+    assert main(["schema", "--out", str(tmp_path / "experiment.schema.json")]) == 0  # of an older version
+    (tmp_path / "mine.yaml").write_text("about: an experiment\n")
+    assert main(["schema", "--out", str(tmp_path / "mine.yaml")]) == 2
+    assert "exists and is no schema; it is left as it is" in capsys.readouterr().err
+    assert (tmp_path / "mine.yaml").read_text() == "about: an experiment\n"
     assert main(["schema", "--out", str(tmp_path)]) == 2
     assert "is a folder; give the file" in capsys.readouterr().err

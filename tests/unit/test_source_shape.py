@@ -162,3 +162,12 @@ def test_a_rehearsal_of_any_family_is_small(tmp_path):
     raw = experiment_dict(paper=[], model={"from": str(source)}, runs={"base": {"init": "random"}})
     small = load_experiment(write_experiment(tmp_path, raw), rehearse=True)
     assert small.model.from_ is None and (small.model.family, small.model.layers) == ("llama", 2)
+
+
+@pytest.mark.parametrize("wrong", [5, ["a"], None, " ", "a" * 300])
+def test_a_source_that_is_no_name_is_refused(wrong, tmp_path, capsys):
+    path = write_experiment(tmp_path, experiment_dict(model={"from": wrong}))
+    assert main(["check", path]) == 2
+    said = capsys.readouterr().err
+    assert said.count("inheritune: ") == 1 and "Traceback" not in said
+    assert f"from: {wrong!r} is neither a folder nor a Hub id" in said or "aaa...: it is too long" in said
