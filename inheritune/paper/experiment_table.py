@@ -149,8 +149,9 @@ def describe_outcome(experiment: Experiment, found: list[TableEntry]) -> str:
     mark = "REHEARSAL, not a result. " if experiment.rehearsal else ""
     size = f"{chosen.results['layers']} of the reference's {found[0].results['layers']} layers"
     reached = "reaches" if gap["high"] <= margin else "does not reach"
+    method = "gradual stacking" if growths[grower].from_ == "middle" else "Inheritune"
     text = (
-        f"{mark}With {size}, Inheritune {reached} the reference's validation loss: {gap['mean']:+.4f} nats "
+        f"{mark}With {size}, {method} {reached} the reference's validation loss: {gap['mean']:+.4f} nats "
         f"({gap['low']:+.4f} to {gap['high']:+.4f})"
     )
     for entry in found[1:]:
