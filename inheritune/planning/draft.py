@@ -1,7 +1,7 @@
 """`init`: write the experiment of a pretrained model and some text, fitted to the data and to this machine.
 
 The reference is the model itself. Its first layers are grown against it, and compared with a random start of
-the same size and with the same layers distilled.
+the same size, with the same layers distilled, and with as many layers chosen by each rule.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any
 
 from inheritune.config import names
 from inheritune.config.experiment import Experiment
+from inheritune.config.layers import AUTO, RULES
 from inheritune.config.problems import parse_section
 from inheritune.config.sections import Data
 from inheritune.config.source_shape import find_config, read_shape
@@ -182,6 +183,9 @@ def _describe_experiment(
             {"run": "inheritune", "label": "first layers"},
             {"run": "random", "label": "random start"},
             {"run": "distilled", "label": "first layers, distilled"},
+            {"run": "cost", "label": "layers by cost"},
+            {"run": "influence", "label": "layers by influence"},
+            {"run": "window", "label": "all but a window"},
         ],
         "data": {
             **data.model_dump(include={"name", "source", "files", "tokenizer"}),
@@ -212,6 +216,13 @@ def _describe_experiment(
                 "init": first,
                 "compare": "reference",
                 "distil": {"teacher": source, **pinned},
+            },
+            **{
+                rule: {
+                    "init": {"inherit": {**start, "layers": f"{AUTO}{n}:{rule}"}},
+                    "compare": "reference",
+                }
+                for rule in RULES
             },
         },
     }

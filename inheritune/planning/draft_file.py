@@ -64,13 +64,16 @@ def format_file(
             "inheritune": f"the first {n} layers, then {by} more a stage until it is as good, or has {most}",
             "random": f"{n} layers of the same kind, from scratch",
             "distilled": f"the first {n} layers, taught by the whole model (logits)",
+            "cost": f"the {n} layers without which the loss rises most, one at a time; analyze comes first",
+            "influence": f"the {n} layers that change their input most",
+            "window": f"all but the {shape['layers'] - n} adjacent layers that change it least",
         },
     }
     given = shlex.quote(out)
     lines = [
         f"# Written by: {command}",
         f"# {n} layers are half of the model's. What each layer is worth, and another n, says:",
-        f"#     python -m inheritune analyze --model {shlex.quote(raw['model']['from'])} --data {given}",
+        f"#     python -m inheritune analyze --model reference --data {given}",
         f"about: {_format_value(raw['about'])}",
         "",
         "paper:",

@@ -1,10 +1,9 @@
 """The first weights of a job: a random model of its size, or what `init` of its run names."""
 
-import shlex
 from pathlib import Path
 
-from inheritune.config.layers import parse_auto, repeat_middle
-from inheritune.config.run import HalfWidth, Inherit, Stack
+from inheritune.config.layers import AutoLayers, parse_auto, repeat_middle
+from inheritune.config.run import External, HalfWidth, Inherit, Stack
 from inheritune.data.batches import Tokens
 from inheritune.data.tokenizer_comparison import has_same_ids, open_encoder
 from inheritune.errors import UserError
@@ -12,7 +11,7 @@ from inheritune.files import writing
 from inheritune.files.lock import Lock
 from inheritune.files.markers import INHERITED
 from inheritune.files.rundir import format_seed_flag, require_weights
-from inheritune.models.choice import choose_layers
+from inheritune.models.choice import choose_layers, format_analyze
 from inheritune.models.networks import build_config
 from inheritune.models.sources import open_source
 from inheritune.models.surgery import extend_model, halve_width, inherit, write_random
@@ -65,9 +64,7 @@ def _copy_blocks(job: Job, copied: Inherit | Stack, folder: Path) -> None:
     source, revision = find_source(job, copied.source, copied.revision)
     layers: str | list[int] = f"0:{job.depths()[job.stage - 1]}" if job.stage else copied.layers
     if choice := parse_auto(layers):
-        layers = choose_layers(
-            choice, source, revision, _name_analyze(job, copied, source), job.experiment.rehearsal
-        )
+        layers = _choose_blocks(job, copied, choice, source, revision)
     if isinstance(copied, Inherit):
         inherit(
             source,
@@ -84,13 +81,20 @@ def _copy_blocks(job: Job, copied: Inherit | Stack, folder: Path) -> None:
         inherit(source, layers, folder, copied.parts, seed=job.seed, revision=revision, copies=2)
 
 
-def _name_analyze(job: Job, copied: Inherit | Stack, source: str) -> str:
-    """Return the command that analyzes the model that a run copies."""
-    model = copied.source if copied.source in job.experiment.runs else source
-    prefix = "REHEARSE=1 " if job.experiment.rehearsal else ""
-    data = job.experiment.given.removesuffix(" --rehearse")
-    seed = format_seed_flag(job.seed)
-    return f"{prefix}python -m inheritune analyze --model {shlex.quote(model)} --data {data}{seed}"
+def _choose_blocks(
+    job: Job, copied: Inherit | Stack, choice: AutoLayers, source: str, revision: str | None
+) -> list[int]:
+    """Return the blocks of `source` that `choice` keeps, by its analysis: its own, or that of a run of the
+    file which is the same third-party model."""
+    experiment = job.experiment
+    external = External(source=copied.source, revision=copied.revision)
+    same = [name for name, run in experiment.runs.items() if run.init.external == external]
+    known = [*same, *({copied.source} & experiment.runs.keys())]
+    data = experiment.given.removesuffix(" --rehearse")
+    command = format_analyze(known[0], data) if known else format_analyze(source, data, revision)
+    command = f"{'REHEARSE=1 ' if experiment.rehearsal else ''}{command}{format_seed_flag(job.seed)}"
+    folders = [job.sibling(name) for name in same]
+    return choose_layers(choice, source, revision, command, experiment.rehearsal, folders)
 
 
 def make_random_start(job: Job, layers: int) -> Path:
