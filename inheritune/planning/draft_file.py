@@ -37,11 +37,19 @@ def _format_section(name: str, section: dict[str, Any], comments: dict[str, str]
 
 
 def format_file(
-    raw: dict[str, Any], shape: dict[str, Any], command: str, text: Text, sizes: Sizes, memory: str, out: str
+    raw: dict[str, Any],
+    shape: dict[str, Any],
+    command: str,
+    text: Text,
+    sizes: Sizes,
+    memory: str,
+    out: str,
+    schema: str,
 ) -> str:
     """Return the text of the experiment `raw` as a file, with comments.
 
-    `shape` is that of the model, `command` what made the file, `memory` what it needs."""
+    `shape` is that of the model, `command` what made the file, `memory` what it needs, `schema` the file
+    beside it by which editors check it."""
     n, by, most = choose_depths(shape["layers"])
     times = sizes.steps * raw["train"]["batch_tokens"] / text.tokens
     comments = {
@@ -71,6 +79,7 @@ def format_file(
     }
     given = shlex.quote(out)
     lines = [
+        f"# yaml-language-server: $schema={schema}",
         f"# Written by: {command}",
         f"# {n} layers are half of the model's. What each layer is worth, and another n, says:",
         f"#     python -m inheritune analyze --model reference --data {given}",

@@ -1,6 +1,7 @@
 """A pretrained model as the reference of its own cuts: evaluated, grown against, in every table; what is
 refused before anything is written."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -8,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPOSITORY, refused, run_verb, write_experiment
+from test_schema import SCHEMA, agrees
 from tiny_models import config_of, random_model
 
 from inheritune.cli import main
 from inheritune.cluster.planner import Action, plan_next_action
 from inheritune.config.experiment import load_experiment
 from inheritune.config.layers import RULES, AutoLayers
+from inheritune.config.reading import read_yaml
 from inheritune.config.run import Grow
 from inheritune.config.sections import Model, Train
 from inheritune.data.batches import Tokens
@@ -256,6 +259,9 @@ def test_what_init_writes_is_whole(written, source, tmp_path, capsys, own_root):
     assert list(experiment.runs) == ["reference", "inheritune", "random", "distilled", *RULES]
     assert experiment.layers_of(experiment.runs["random"]) == 2 and "analyze --model" in text
     assert experiment.runs["distilled"].distil.teacher == str(source)
+    # for an editor: the schema that the first line names is there, and the file agrees with it
+    schema = Path(path).with_name(text.splitlines()[0].removeprefix("# yaml-language-server: $schema="))
+    assert json.loads(schema.read_text()) == SCHEMA and agrees(read_yaml(Path(path)), SCHEMA)
     for verb in ("check", "plan"):
         assert main([verb, path]) == 0
     assert "warning" not in capsys.readouterr().out
@@ -321,6 +327,7 @@ MISTAKES = {
         "needs code that comes with the model",
     ),
     "tokenizer": ({"without": "tokenizer*"}, "cannot be opened"),
+    "schema": ({"schema": True}, "mine.schema.json exists and is left as it is; give another --out"),
     "exists": ({"exists": True}, "exists and is left as it is; give another --out"),
     "suffix": ({"out": "mine"}, "--out is the file of an experiment, NAME.yaml"),
     "reserved": ({"out": "paper.yaml"}, "is a reserved folder name"),
@@ -346,6 +353,8 @@ def test_init_refuses_in_one_sentence_and_writes_nothing(
         write_json(Path("llama/config.json"), read_json(Path("llama/config.json")) | config, seal=False)
     if "adapter" in change:
         Path("llama/adapter_config.json").write_text("{}")
+    if "schema" in change:
+        Path("mine.schema.json").write_text("mine")
     if "exists" in change:
         Path("mine.yaml").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
