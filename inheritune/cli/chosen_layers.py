@@ -1,7 +1,5 @@
 """Which layers `inherit` copies: --layers as a range, a list or a choice by measurement, or --drop."""
 
-import shlex
-
 from inheritune.config import values
 from inheritune.config.layers import DROP, parse_auto
 from inheritune.errors import UserError
@@ -19,10 +17,9 @@ def read_layers(source: str, layers: str | None, drop: str | None, revision: str
     if layers is None:
         return f"{DROP}{drop}"
     if choice := parse_auto(layers):
-        from inheritune.models.choice import choose_layers
+        from inheritune.models.choice import choose_layers, format_analyze
 
-        command = f"python -m inheritune analyze --model {shlex.quote(source)} --data EXPERIMENT"
-        return choose_layers(choice, source, revision, command)
+        return choose_layers(choice, source, revision, format_analyze(source, revision=revision))
     if "," not in layers or layers.startswith(DROP):
         return layers
     try:

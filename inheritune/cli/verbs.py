@@ -149,12 +149,13 @@ class Verbs:
         seed: int = 0,
         maps: str | None = None,
         ranks_only: bool | None = None,
+        revision: str | None = None,
     ) -> None:
         """Measure and plot attention rank, column mass and cost per layer; suggest how many to inherit.
 
         The cost of a layer is how much the loss rises without it, without its attention, without its MLP;
         that takes most of the time. --ranks-only leaves it out.
-        MODEL: an HF checkpoint or id, or the name of a run of DATA.
+        MODEL: an HF checkpoint or id (--revision: its commit), or the name of a run of DATA.
         DATA: an experiment (its prepared data) or a folder that prepare wrote.
         MAPS: attention maps to keep for plotting, as layer:head from 1, e.g. 4:2,7:3."""
         from inheritune.analysis.analyze import run_analyze
@@ -168,7 +169,9 @@ class Verbs:
             raise UserError(
                 f"analyze: --maps takes pairs layer:head, counted from 1, such as 4:2,7:3 (got '{maps}')"
             ) from None
-        folder = run_analyze(model, data, out, sequences, length, seed, pairs or None, costs=not ranks_only)
+        folder = run_analyze(
+            model, data, out, sequences, length, seed, pairs or None, revision, costs=not ranks_only
+        )
         print("plots:", *(path.relative_to(folder) for path in plot_attention(folder)), "in", folder)
 
     def grow(

@@ -84,12 +84,12 @@ def _check_growth(experiment: Experiment, run: str) -> tuple[Grow, list[int], st
 
     Raises UserError if the run does not grow or has no reference."""
     spec = experiment.run(run)
-    if not (spec.grow and spec.init.inherit):
+    if not spec.grow:
         raise UserError(f"run '{run}' of {experiment.name} has no 'grow' section; use train")
     reference = experiment.reference_of(spec)
     if not reference:
         raise UserError(f"run '{run}' grows until it reaches a reference: give it 'compare: RUN'")
-    return spec.grow, spec.grow.depths(spec.init.inherit.layers, experiment.model.layers), reference
+    return spec.grow, spec.depths(experiment.model.layers), reference
 
 
 def _refuse_repetition(experiment: Experiment, run: str, seed: int, action: Action) -> None:

@@ -178,8 +178,7 @@ def _fill_queue(view: View, name: str, found: Standing) -> None:
 def _list_trained(view: View, name: str, run: Run) -> list[Standing]:
     """Return the standing of a run that this repository trains, and of its stages."""
     folder, experiment = view.folder(name), view.experiment
-    if run.grow and run.init.inherit:
-        depths = run.grow.depths(run.init.inherit.layers, experiment.model.layers)
+    if depths := run.depths(experiment.model.layers):
         return _list_growth(view, name, depths, experiment.train_of(run).steps)
     found = Standing(name, "unknown")
     with found.collect_errors():

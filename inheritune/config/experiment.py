@@ -20,7 +20,7 @@ from inheritune.config.paths import RECIPES, find_copy
 from inheritune.config.problems import list_problems, parse_section
 from inheritune.config.reading import read_yaml
 from inheritune.config.rehearsal import shrink_experiment
-from inheritune.config.run import Blocks, HalfWidth, Run
+from inheritune.config.run import Blocks, Run
 from inheritune.config.sections import Data, Evaluate, Model, TableRow, Train
 from inheritune.errors import UserError, suggest_name
 
@@ -114,7 +114,7 @@ class Experiment(Strict):
         for name, sources in needed.items():
             try:
                 self._check_sources(name, sources, name in ready)
-                if sources:
+                if sources or self.runs[name].grow:
                     depths[name] = self.layers_of(self.runs[name], depths)
             except UserError as error:
                 problems.append(f"runs.{name}: {error}")
@@ -140,16 +140,13 @@ class Experiment(Strict):
 
         A source outside the file is taken to be as deep as `model`. `known`: depths of other runs, which are
         then not counted again. Raises UserError if the run copies layers that its source lacks."""
-        start = run.init.copied
-        if start is None:
-            return run.layers or self.model.layers
-        depth = (known or {}).get(start.source)
-        if depth is None:
-            source = self.runs.get(start.source)
-            depth = self.layers_of(source, known) if source else self.model.layers
-        if run.grow and not isinstance(start, HalfWidth):
-            return run.grow.depths(start.layers, depth)[-1]
-        return start.count(depth)
+        start, depth = run.init.copied, self.model.layers
+        source = self.runs.get(start.source) if start else None
+        if start and source:
+            depth = (known or {}).get(start.source) or self.layers_of(source, known)
+        if run.grow:
+            return run.depths(depth)[-1]
+        return start.count(depth) if start else run.layers or depth
 
     def train_of(self, run: Run) -> Train:
         """Return the experiment's `train` with the run's own keys merged in."""

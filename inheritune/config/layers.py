@@ -1,5 +1,6 @@
 """Layer ranges: which blocks of a source are copied, and where they go."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -141,6 +142,17 @@ def _resolve_range(layers: str, n_source: int) -> tuple[int, int]:
     elif high < 0:
         high += n_source
     return low, high
+
+
+def repeat_middle(n_layers: int, added: int) -> list[int]:
+    """Return the blocks of a model of `n_layers` blocks in an order that repeats `added` middle ones.
+
+    In groups of `added` from the first block on, of which the last may be shorter, group ceil(k / 2) of k is
+    followed by a copy of itself (MIDAS, arXiv 2409.19044): 8 blocks and 2 give 0 1 2 3 2 3 4 5 6 7."""
+    assert 0 < added <= n_layers, f"{added} of {n_layers} blocks cannot be repeated"
+    groups = math.ceil(n_layers / added)
+    end = math.ceil(groups / 2) * added
+    return [*range(end), *range(end - added, n_layers)]
 
 
 def place_layers(

@@ -126,15 +126,16 @@ class Grow(Strict):
     margin: Annotated[float, values.FINITE] = 0.01
     """Parity: the upper end of the 95% interval of (ours - reference) is at or below this many nats."""
     max_layers: Layers
-    from_: Annotated[Literal["reference", "previous"], Field(alias="from")] = "reference"
+    from_: Annotated[Literal["reference", "previous", "middle"], Field(alias="from")] = "reference"
     """reference: every stage restarts from the reference's first layers, as in the paper. previous: a stage
-    keeps the weights that the last one trained."""
+    keeps the weights that the last one trained, and adds the reference's next layers. middle: it keeps them,
+    and repeats the `by` layers in its middle (gradual stacking; config/layers.py: repeat_middle)."""
 
     def depths(self, inherited: str | list[int], n_source: int) -> list[int]:
         """Return the number of layers of each stage: the inherited ones, then `by` more up to max_layers.
 
-        Raises UserError if the inherited ones are not the first layers of the source (`n_source` blocks), or
-        if max_layers is less than them or more than the source has."""
+        Raises UserError if the inherited ones are not the first layers of the source (`n_source` blocks), if
+        max_layers is less than them or more than the source has, or if a stage has too few to repeat."""
         first = [] if parse_auto(inherited) else parse_layers(inherited, n_source)
         if not first or first != list(range(len(first))):
             raise UserError(f"a run that grows must inherit the first layers, '0:n' (got {inherited})")
@@ -143,7 +144,13 @@ class Grow(Strict):
                 f"grow.max_layers ({self.max_layers}) must lie between the first stage's {len(first)} layers "
                 f"and the source's {n_source}"
             )
-        return [*range(len(first), self.max_layers, self.by), self.max_layers]
+        depths = [*range(len(first), self.max_layers, self.by), self.max_layers]
+        if self.from_ == "middle" and len(depths) > 1 and depths[1] - depths[0] > depths[0]:
+            raise UserError(
+                f"grow.by ({self.by}) repeats more layers than the {depths[0]} of the first stage; with "
+                f"'from: middle' it is at most {depths[0]}"
+            )
+        return depths
 
 
 class Run(Strict):
@@ -152,7 +159,8 @@ class Run(Strict):
     init: Init
     distil: Distil | None = None
     layers: Layers | None = None
-    """Blocks of a random model; an inherited one has as many as it copies."""
+    """Blocks of a random model, or of the first stage of one that grows; an inherited one has as many as it
+    copies."""
     train: dict[str, Any] = {}
     """Keys of `train` that differ in this run."""
     grow: Grow | None = None
@@ -164,8 +172,11 @@ class Run(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> "Run":
         inherit = self.init.inherit
-        if self.grow and not inherit:
-            raise ValueError("'grow' needs 'init: {inherit: ...}'")
+        from_scratch = self.grow and self.grow.from_ == "middle" and self.init.random and self.layers
+        if self.grow and not inherit and not from_scratch:
+            raise ValueError(
+                "'grow' needs 'init: {inherit: ...}'; 'from: middle' also takes 'init: random' with 'layers'"
+            )
         if self.layers and not self.init.random:
             raise ValueError(
                 "'layers' belongs to a random run; an inherited one has as many layers as it copies"
@@ -175,6 +186,17 @@ class Run(Strict):
         if self.distil and self.init.external:
             raise ValueError("'distil' belongs to a run that is trained; an external model is not")
         return self
+
+    def depths(self, n_source: int) -> list[int]:
+        """Return the number of layers of each stage of a grown run, whose source or, from scratch, whose
+        experiment's model has `n_source` blocks; [] for a run that does not grow.
+
+        Raises UserError as Grow.depths does."""
+        if self.grow is None:
+            return []
+        return self.grow.depths(
+            self.init.inherit.layers if self.init.inherit else f"0:{self.layers}", n_source
+        )
 
     def sources(self) -> list[tuple[str, str | None]]:
         """Return (source, revision) of each model that this run is, copies or learns from.

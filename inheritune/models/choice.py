@@ -1,10 +1,12 @@
 """Blocks chosen by what an analysis of their model measured: --layers auto:8, layers: auto:8:influence."""
 
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from inheritune.config.layers import AutoLayers
 from inheritune.errors import UserError
-from inheritune.files.rundir import get_analysis_dir, get_results_dir
+from inheritune.files.rundir import RunDir, get_analysis_dir, get_results_dir
 
 
 def pick_layers(rows: list[dict], choice: AutoLayers) -> list[int]:
@@ -45,15 +47,27 @@ def is_same_model(measured: str, model: str | Path) -> bool:
     return measured == str(model) or Path(measured).resolve() == Path(model).resolve()
 
 
+def format_analyze(model: str, data: str = "EXPERIMENT", revision: str | None = None) -> str:
+    """Return the command that analyzes `model` on the text of an experiment, `data` as the shell takes it."""
+    at = f" --revision {shlex.quote(revision)}" if revision else ""
+    return f"python -m inheritune analyze --model {shlex.quote(model)}{at} --data {data}"
+
+
 def choose_layers(
-    choice: AutoLayers, source: str, revision: str | None, command: str, is_rehearsal: bool = False
+    choice: AutoLayers,
+    source: str,
+    revision: str | None,
+    command: str,
+    is_rehearsal: bool = False,
+    runs: Sequence[RunDir] = (),
 ) -> list[int]:
     """Return the blocks of `source` (a folder or Hub id) that `choice` keeps, by its stored analysis.
 
-    That is the one alongside the weights of a run, or in runs/analysis. Raises UserError, with the `command`
-    that makes it, if there is none or it is of other weights or without costs."""
+    That is the one alongside the weights of a run, in one of the folders `runs`, of runs that are this model,
+    or in runs/analysis. Raises UserError, with the `command` that makes it, if there is none or it is of
+    other weights or without costs."""
     folder = Path(source)
-    candidates = [get_analysis_dir(source, is_rehearsal)]
+    candidates = [*runs, get_analysis_dir(source, is_rehearsal)]
     if folder.name == "final":
         candidates.insert(0, get_results_dir(folder))
     found = next((run for run in candidates if run.attention.is_file()), None)

@@ -152,14 +152,20 @@ def halve_width(source: str | Path, out: str | Path, revision: str | None = None
 
 
 def extend_model(
-    previous: str | Path, reference: str | Path, layers_from: int, layers_to: int, out: str | Path
+    previous: str | Path,
+    reference: str | Path,
+    layers_from: int,
+    layers_to: int,
+    out: str | Path,
+    revision: str | None = None,
 ) -> dict:
-    """Write `previous` (of `layers_from` blocks), followed by blocks of `reference`, to `out`.
+    """Write `previous` (of `layers_from` blocks), followed by blocks of `reference`, to `out`. `revision`:
+    the Hub's commit of `reference`.
 
     These are the blocks [layers_from, layers_to), in `previous`'s dtype. Embeddings, final norm and head are
     `previous`'s. Returns the manifest. Raises UserError if the two models differ in more than depth, and as
     `inherit` does."""
-    old, new = open_source(previous), open_source(reference)
+    old, new = open_source(previous), open_source(reference, revision)
     if old.config.model_type != new.config.model_type:
         raise UserError(
             f"{previous} is a {old.config.model_type} and {reference} a {new.config.model_type}: they cannot "

@@ -20,6 +20,7 @@ RESULT_COLUMNS = (
     "layers",
     "parameters",
     "steps",
+    "loss before training",
     "validation loss (95% interval)",
     "difference to the reference (95% interval)",
     "steps to the reference's loss",
@@ -101,15 +102,16 @@ def find_last_loss(entry: TableEntry) -> float | None:
 def _make_row(entry: TableEntry, target: float | None, reference: str) -> list[str]:
     """Return the cells of one row; `target` is the last validation loss of the run `reference`."""
     results, loss = entry.results, entry.results["validation"]
-    is_trained, reached = results.get("steps") is not None, None
-    if target is not None:
-        reached = find_step_at_loss(read_validation_curve(entry.folder), target)
+    is_trained, curve = results.get("steps") is not None, read_validation_curve(entry.folder)
+    reached = None if target is None else find_step_at_loss(curve, target)
+    before = next((row["val_loss"] for row in curve if row["step"] == 0), None)
     rate = read_speed(entry.folder)
     return [
         entry.label,
         str(results["layers"]),
         f"{results['parameters'] / 1e6:.2f}M",
         str(results["steps"]) if is_trained else "",
+        "" if before is None else f"{before:.4f}",
         f"{loss['mean']:.4f} ({loss['low']:.4f} to {loss['high']:.4f})",
         _format_difference(results, reference),
         ("not reached" if reached is None else str(reached)) if is_trained else "",
@@ -149,8 +151,9 @@ def describe_outcome(experiment: Experiment, found: list[TableEntry]) -> str:
     mark = "REHEARSAL, not a result. " if experiment.rehearsal else ""
     size = f"{chosen.results['layers']} of the reference's {found[0].results['layers']} layers"
     reached = "reaches" if gap["high"] <= margin else "does not reach"
+    method = "gradual stacking" if growths[grower].from_ == "middle" else "Inheritune"
     text = (
-        f"{mark}With {size}, Inheritune {reached} the reference's validation loss: {gap['mean']:+.4f} nats "
+        f"{mark}With {size}, {method} {reached} the reference's validation loss: {gap['mean']:+.4f} nats "
         f"({gap['low']:+.4f} to {gap['high']:+.4f})"
     )
     for entry in found[1:]:

@@ -90,10 +90,10 @@ def count_layers(row: Row) -> int:
     name, run = split_run(row)
     full = load_experiment(name, rehearse=False)
     spec = full.run(run)
-    if not (spec.grow and spec.init.inherit):
+    if not spec.grow:
         return full.layers_of(spec)
     rounds = len(load_curves(name).get(run, {0: None}))
-    return spec.grow.depths(spec.init.inherit.layers, full.model.layers)[(row.stage or rounds) - 1]
+    return spec.depths(full.model.layers)[(row.stage or rounds) - 1]
 
 
 def load_curve(row: Row, loss: str = "val_loss") -> dict[int, float]:

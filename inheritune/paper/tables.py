@@ -28,7 +28,8 @@ from inheritune.paper.training_costs import COSTS, make_cost_cells
 
 NOTE = (
     "One seed. Intervals are 95% over the {n} fixed validation windows, differences are paired by window; "
-    "they do not cover the choice of seeds."
+    "they do not cover the choice of seeds. The loss before training is that of the start, on the windows of "
+    "the curve ({n_curve} of them)."
 )
 PAPER_NOTE = (
     "A cell is paper ± noise / this repository ± noise: difference, verdict. Verdicts: matches (less than "
@@ -66,7 +67,8 @@ def table(item: str, seed: int = 0, rehearse: bool | None = None, missing: bool 
             f"no table yet: run '{first}' of {experiment.name} (seed {seed}) is not finished; {way} it first"
         )
     title = f"{'REHEARSAL ' if experiment.rehearsal else ''}{experiment.name}, seed {seed}"
-    note = NOTE.format(n=found[0].results["validation"]["n"])
+    n_windows = found[0].results["validation"]["n"]
+    note = NOTE.format(n=n_windows, n_curve=min(n_windows, experiment.train.eval_windows))
     columns, cells = _add_scores(experiment, found, make_rows(found))
     records = [dict(zip(columns, row, strict=True)) for row in cells]
     stem = RunDir.of(experiment, "table", seed).path

@@ -1,7 +1,7 @@
 """`init`: write the experiment of a pretrained model and some text, fitted to the data and to this machine.
 
 The reference is the model itself. Its first layers are grown against it, and compared with a random start of
-the same size and with the same layers distilled.
+the same size, with the same layers distilled, and with as many layers chosen by each rule.
 """
 
 import json
@@ -14,7 +14,9 @@ from typing import Any
 
 from inheritune.config import names
 from inheritune.config.experiment import Experiment
+from inheritune.config.layers import AUTO, RULES
 from inheritune.config.problems import parse_section
+from inheritune.config.schema import format_schema
 from inheritune.config.sections import Data
 from inheritune.config.source_shape import find_config, read_shape
 from inheritune.config.units import format_memory
@@ -43,6 +45,7 @@ def draft(model: str, text: str, out: str, revision: str | None = None, steps: i
     `model`: a folder, GGUF file or Hub id; `text`: a glob of documents; `steps`: of each run, in place of
     what fits. Raises UserError, with nothing written, if one of them cannot be used, or `out` exists."""
     path = _check_out(out)
+    check_absent(schema := path.with_name(f"{path.stem}.schema.json"))
     pattern = os.path.abspath(os.path.expanduser(os.path.expandvars(text)))
     _check_files(_describe_data(path.stem, pattern, model), text)  # before the weights are opened
     source = open_source(model, revision)
@@ -61,13 +64,14 @@ def draft(model: str, text: str, out: str, revision: str | None = None, steps: i
     fit = _fit(experiment, machine)  # a model that does not fit here may fit elsewhere, as `plan` says
     settings = path.with_name(f"{path.stem}.ds.json")
     if fit.settings:
-        check_new_settings(settings)
+        check_absent(settings)
         raw["train"]["deepspeed"] = str(settings)
         write_text(settings, json.dumps(fit.settings, indent=2) + "\n")
+    write_text(schema, format_schema())
     command = f"python -m inheritune init --model {shlex.quote(model)} --text {shlex.quote(text)}"
     memory = f"{format_memory(fit.peak)} at the peak, as planned, on {machine.describe()}"
     memory += "" if fit.fits else ": too much"
-    write_text(path, format_file(raw, shape, command, found, sizes, memory, out))
+    write_text(path, format_file(raw, shape, command, found, sizes, memory, out, schema.name))
     return _describe_next(out, found, sizes, machine, fit)
 
 
@@ -86,8 +90,8 @@ def _check_out(out: str) -> Path:
     return path
 
 
-def check_new_settings(path: Path) -> None:
-    """Raise UserError if the DeepSpeed JSON `path` exists."""
+def check_absent(path: Path) -> None:
+    """Raise UserError if `path`, a file that is written beside the experiment, exists."""
     if path.exists():
         raise UserError(f"{path} exists and is left as it is; give another --out, or delete it")
 
@@ -182,6 +186,9 @@ def _describe_experiment(
             {"run": "inheritune", "label": "first layers"},
             {"run": "random", "label": "random start"},
             {"run": "distilled", "label": "first layers, distilled"},
+            {"run": "cost", "label": "layers by cost"},
+            {"run": "influence", "label": "layers by influence"},
+            {"run": "window", "label": "all but a window"},
         ],
         "data": {
             **data.model_dump(include={"name", "source", "files", "tokenizer"}),
@@ -212,6 +219,13 @@ def _describe_experiment(
                 "init": first,
                 "compare": "reference",
                 "distil": {"teacher": source, **pinned},
+            },
+            **{
+                rule: {
+                    "init": {"inherit": {**start, "layers": f"{AUTO}{n}:{rule}"}},
+                    "compare": "reference",
+                }
+                for rule in RULES
             },
         },
     }

@@ -37,11 +37,19 @@ def _format_section(name: str, section: dict[str, Any], comments: dict[str, str]
 
 
 def format_file(
-    raw: dict[str, Any], shape: dict[str, Any], command: str, text: Text, sizes: Sizes, memory: str, out: str
+    raw: dict[str, Any],
+    shape: dict[str, Any],
+    command: str,
+    text: Text,
+    sizes: Sizes,
+    memory: str,
+    out: str,
+    schema: str,
 ) -> str:
     """Return the text of the experiment `raw` as a file, with comments.
 
-    `shape` is that of the model, `command` what made the file, `memory` what it needs."""
+    `shape` is that of the model, `command` what made the file, `memory` what it needs, `schema` the file
+    beside it by which editors check it."""
     n, by, most = choose_depths(shape["layers"])
     times = sizes.steps * raw["train"]["batch_tokens"] / text.tokens
     comments = {
@@ -64,13 +72,17 @@ def format_file(
             "inheritune": f"the first {n} layers, then {by} more a stage until it is as good, or has {most}",
             "random": f"{n} layers of the same kind, from scratch",
             "distilled": f"the first {n} layers, taught by the whole model (logits)",
+            "cost": f"the {n} layers without which the loss rises most, one at a time; analyze comes first",
+            "influence": f"the {n} layers that change their input most",
+            "window": f"all but the {shape['layers'] - n} adjacent layers that change it least",
         },
     }
     given = shlex.quote(out)
     lines = [
+        f"# yaml-language-server: $schema={schema}",
         f"# Written by: {command}",
         f"# {n} layers are half of the model's. What each layer is worth, and another n, says:",
-        f"#     python -m inheritune analyze --model {shlex.quote(raw['model']['from'])} --data {given}",
+        f"#     python -m inheritune analyze --model reference --data {given}",
         f"about: {_format_value(raw['about'])}",
         "",
         "paper:",

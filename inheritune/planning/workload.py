@@ -40,8 +40,8 @@ def list_models(experiment: Experiment, name: str) -> list[tuple[int | None, int
     run, full = experiment.run(name), experiment.model.layers
     if run.init.external:
         return []
-    if run.grow and run.init.inherit:
-        return list(enumerate(run.grow.depths(run.init.inherit.layers, full), start=1))
+    if depths := run.depths(full):
+        return list(enumerate(depths, start=1))
     return [(None, experiment.layers_of(run))]
 
 

@@ -7,15 +7,18 @@ without an error, as another run than its experiment.yaml describes. So a checkp
 """
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from inheritune.config.layers import repeat_middle
 from inheritune.config.sections import Train
 from inheritune.errors import UserError
 from inheritune.files.json_files import read_json
 from inheritune.files.markers import COMPLETE
 from inheritune.files.rundir import find_weights, get_results_dir
 from inheritune.models.architectures import find_architecture
+from inheritune.models.layer_facts import cut_config
 from inheritune.models.networks import build_config
 from inheritune.models.surgery import INCIDENTAL, halve_config
 from inheritune.runs.changes import (
@@ -87,12 +90,12 @@ def describe_origin(job: Job) -> dict[str, str]:
     """Return {run: hash of its weights} of the finished runs of the same file that the job's start is copied
     from."""
     origin: dict[str, str] = {}
-    copied, grow = job.run.init.copied, job.run.grow
+    copied = job.run.init.copied
     if copied and copied.source in job.experiment.runs:
         weights = find_weights(job.experiment, copied.source, job.seed)
         if weights is not None:
             origin[copied.source] = get_results_dir(weights).weights_hash()
-    if job.stage and job.stage > 1 and grow and grow.from_ == "previous":
+    if job.stage and job.continues_stage:
         before = job.root.stage(job.stage - 1)
         if before.is_done():
             origin[f"{job.name}/stage{job.stage - 1}"] = before.weights_hash()
@@ -121,9 +124,15 @@ def check_start_model(job: Job, config: Any, folder: Path) -> None:
     copied = job.run.init.copied
     if copied and copied.source not in job.experiment.runs:
         return
-    wanted = build_config(job.experiment.model, getattr(config, find_architecture(config).layers))
+    model, grow = job.experiment.model, job.run.grow
+    wanted = build_config(model, getattr(config, find_architecture(config).layers))
     if job.run.init.half_width:
         wanted = halve_config(wanted)
+    elif job.stage and grow and grow.from_ == "middle":
+        depths = job.depths()[: job.stage]
+        wanted = build_config(model, depths[0])
+        for before, after in pairwise(depths):
+            wanted = cut_config(wanted, repeat_middle(before, after - before))
     stored, asked = ({k: v for k, v in c.to_dict().items() if k not in INCIDENTAL} for c in (config, wanted))
     changes = find_differences(
         json.loads(json.dumps(stored, default=str)), json.loads(json.dumps(asked, default=str))

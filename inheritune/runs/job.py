@@ -48,15 +48,19 @@ class Job:
         stage = f" stage {self.stage}" if self.stage else ""
         return f"{mark}{self.experiment.name}/{self.name}{stage} seed {self.seed}"
 
+    @property
+    def continues_stage(self) -> bool:
+        """Whether the job is a stage that starts from the weights of the stage before."""
+        return bool(self.stage and self.stage > 1 and self.run.grow and self.run.grow.from_ != "reference")
+
     def depths(self) -> list[int]:
         """Return the number of layers of each stage of a grown run. Raises UserError if the run has no
         stages, or none with the number `stage`."""
-        grow, inherited = self.run.grow, self.run.init.inherit
-        if not grow or not inherited:
+        depths = self.run.depths(self.experiment.model.layers)
+        if not depths:
             raise UserError(
                 f"run '{self.name}' has no 'grow' section, so it has no stage {self.stage}; leave out --stage"
             )
-        depths = grow.depths(inherited.layers, self.experiment.model.layers)
         if self.stage and self.stage > len(depths):
             raise UserError(
                 f"run '{self.name}' has stages 1 to {len(depths)} ({depths} layers), no stage {self.stage}"

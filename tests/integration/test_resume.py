@@ -73,8 +73,10 @@ def copy_finished(finished, folder):
     )
 
 
-def start(path, root, procs=2) -> subprocess.Popen:
-    command = [FORKS.python(), "-m", "inheritune", "train", path, "--run", "reference", "--procs", str(procs)]
+def start(path, root, *words) -> subprocess.Popen:
+    """Training of the run that `words` name (the reference), on two ranks."""
+    words = words or ("--run", "reference")
+    command = [FORKS.python(), "-m", "inheritune", "train", path, *words, "--procs", "2"]
     return subprocess.Popen(
         command,
         cwd=REPOSITORY,
@@ -85,9 +87,9 @@ def start(path, root, procs=2) -> subprocess.Popen:
     )
 
 
-def kill_at(path, root, run: RunDir, step: int) -> None:
-    """Start the run and SIGKILL all its processes as soon as it has recorded `step`."""
-    process = start(path, root)
+def kill_at(path, root, run: RunDir, step: int, *words) -> None:
+    """Start the run that `words` name and SIGKILL all its processes as soon as it has recorded `step`."""
+    process = start(path, root, *words)
     deadline = time.monotonic() + 120
     while not any(row["step"] >= step for row in read_jsonl(run.metrics)):
         assert process.poll() is None and time.monotonic() < deadline, (

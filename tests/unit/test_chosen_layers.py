@@ -14,6 +14,7 @@ from inheritune.analysis.analyze import run_analyze
 from inheritune.cli.program import main
 from inheritune.config.experiment import load_experiment
 from inheritune.config.layers import RULES, AutoLayers, count_layers, parse_auto, parse_layers
+from inheritune.config.reading import read_yaml
 from inheritune.errors import UserError
 from inheritune.files.json_files import read_json, write_json
 from inheritune.files.markers import hash_folder
@@ -190,6 +191,20 @@ def test_a_run_of_the_file_is_chosen_from_by_its_own_analysis(tmp_path):
     write_json(run.done, {"final": {"other": "weights"}})
     with pytest.raises(UserError, match="was measured on other weights"):
         prepare_start(Job(experiment, "stale"))
+
+
+def test_a_third_party_run_of_the_file_lends_its_analysis(source, tmp_path):
+    """`analyze --model public` writes into the run's folder, where other starts once did not look."""
+    path = make_experiment(tmp_path, source, picked="auto:2", by_influence="auto:4:influence")
+    raw = read_yaml(Path(path))
+    raw["runs"] |= {"public": {"init": {"external": {"source": str(source)}}}}
+    experiment = load_experiment(write_experiment(tmp_path, raw))
+    with pytest.raises(UserError, match=f"analyze --model public --data {path} --seed 3$"):
+        prepare_start(Job(experiment, "picked", seed=3))
+    assert run_analyze("public", path, **MEASURE) == RunDir.of(experiment, "public").path
+    rows = RunDir.of(experiment, "public").read_attention()
+    for name, choice in (("picked", AutoLayers(2, "cost")), ("by_influence", AutoLayers(4, "influence"))):
+        assert_copied(prepare_start(Job(experiment, name)), source, pick_layers(rows, choice))
 
 
 def test_a_choice_is_rehearsed_and_cannot_grow(tmp_path):

@@ -1,0 +1,114 @@
+"""A third-party model as a reference on several ranks, and on the Hub at a pinned revision."""
+
+import shutil
+
+import huggingface_hub.constants
+import pytest
+from conftest import refused, run_verb, write_experiment
+from hub_server import COMMIT
+from test_fetch import environment, make_hub
+from test_own_model import TEXTS, experiment_of, write_source
+
+from inheritune.config.experiment import load_experiment
+from inheritune.config.layers import AutoLayers
+from inheritune.engines.deepspeed_json import load_deepspeed_json
+from inheritune.files.json_files import read_json, read_jsonl
+from inheritune.files.rundir import RunDir, get_analysis_dir
+from inheritune.models.choice import pick_layers
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def raw(tmp_path):
+    """An experiment on a tiny model in tmp_path/source and a few texts."""
+    source, texts = write_source(tmp_path / "source"), tmp_path / "texts"
+    texts.mkdir()
+    for path in TEXTS:
+        shutil.copy(path, texts / f"{path.stem}.txt")
+    return experiment_of(source, texts / "*.txt")
+
+
+def test_growth_evaluates_it_on_two_ranks_as_zero_3_validates_it(raw, tmp_path):
+    """Its losses, window by window, are those of one process; and those of the same weights when ZeRO 3
+    shards them over the ranks. Seven windows are not a multiple of two ranks."""
+    raw["train"] |= {"eval_windows": 7, "final_windows": 7}
+    whole = {"inherit": {"source": raw["model"]["from"], "layers": "0:4"}}
+    raw["runs"]["whole"] = {"init": whole, "compare": "public"}
+    path = write_experiment(tmp_path, raw)
+    experiment = load_experiment(path)
+    assert load_deepspeed_json(experiment.train.deepspeed)["zero_optimization"]["stage"] == 3
+    public, grown, run = (RunDir.of(experiment, name) for name in ("public", "grown", "whole"))
+    said = run_verb("grow", path, "--run", "grown", procs=2).stdout
+    assert f"$ python -m inheritune evaluate {path} --run public" in said
+    two = read_json(public.results)
+    assert len(two["window_losses"]) == 7 == read_json(grown.stage(1).results)["difference"]["n"]
+
+    run_verb("train", path, "--run", "whole", procs=2)
+    start = next(row["val_loss"] for row in read_jsonl(run.metrics) if "val_loss" in row and row["step"] == 0)
+    assert start == pytest.approx(two["validation"]["mean"], abs=1e-6)
+    public.results.unlink()
+    run_verb("evaluate", path, "--run", "public")
+    assert read_json(public.results)["window_losses"] == pytest.approx(two["window_losses"], abs=1e-6)
+
+
+def test_a_pinned_source_on_the_hub_is_analyzed_chosen_from_and_grown(request, raw, tmp_path, monkeypatch):
+    """Each command is offline, with nothing in the cache but that revision: main is not there to fall back
+    to."""
+    source = tmp_path / "files/models/someone/tiny"
+    shutil.copytree(raw["model"]["from"], source)
+    hub = environment(make_hub(request, tmp_path / "files"), tmp_path)
+    for key, value in hub.items():
+        monkeypatch.setenv(key, str(value))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # this process reads only
+    pinned = {"source": "someone/tiny", "revision": COMMIT}
+    raw["model"] = {"from": pinned["source"], "revision": COMMIT}
+    raw["data"] |= {"tokenizer": pinned["source"], "tokenizer_revision": COMMIT}
+    raw["runs"] = {
+        "chosen": {"init": {"inherit": {**pinned, "layers": "auto:2:influence"}}},
+        "grown": {
+            "init": {"inherit": {**pinned, "layers": "0:2"}},
+            "compare": "public",
+            "grow": {"by": 1, "max_layers": 3, "margin": -9.0, "from": "previous"},
+        },
+    }
+    raw["paper"], chosen = [], {"chosen": raw["runs"]["chosen"]}
+    without = write_experiment(tmp_path, raw | {"runs": chosen}, name="without")
+    raw["runs"]["public"] = {"init": {"external": pinned}}
+    path = write_experiment(tmp_path, raw)
+    run_verb("fetch", path)
+    offline = {"HF_HUB_OFFLINE": 1}
+    for file in (path, without):
+        run_verb("prepare", file, **offline)
+
+    # the model by its id, with the revision that the advice names; for a run, and for `inherit`
+    flags = ("--model", "someone/tiny", "--revision", COMMIT)
+    said = refused("train", without, "--run", "chosen", **offline)
+    assert f"first: python -m inheritune analyze {' '.join(flags)} --data {without}" in said
+    run_verb("analyze", *flags, "--data", without, "--sequences", "4", "--length", "16", **offline)
+    cut = ("inherit", "--source", "someone/tiny", "--revision", COMMIT, "--layers", "auto:2:influence")
+    run_verb(*cut, "--out", tmp_path / "cut", **offline)
+    run_verb("train", without, "--run", "chosen", **offline)
+    rows = get_analysis_dir("someone/tiny").read_attention()
+    for start in (tmp_path / "cut", RunDir.of(load_experiment(without), "chosen").init):
+        assert_chosen(start, rows)
+    shutil.rmtree(get_analysis_dir("someone/tiny").path)
+
+    # a run of the file that is this model; and stages that continue with its next layers
+    said = refused("train", path, "--run", "chosen", **offline)
+    assert f"first: python -m inheritune analyze --model public --data {path}" in said
+    run_verb("analyze", "--model", "public", "--data", path, "--sequences", "4", "--length", "16", **offline)
+    run_verb("train", path, "--run", "chosen", **offline)
+    experiment = load_experiment(path)
+    assert_chosen(RunDir.of(experiment, "chosen").init, RunDir.of(experiment, "public").read_attention())
+    run_verb("grow", path, "--run", "grown", **offline)
+    joined = read_json(RunDir.of(experiment, "grown").stage(2).init / "inherited.json")
+    assert joined["layers"] == [0, 1, 2] and joined["reference"]["revision"] == COMMIT
+
+
+def assert_chosen(start, rows) -> None:
+    """The start has the two blocks of the model on the Hub that `rows`, its analysis, name by influence."""
+    found = read_json(start / "inherited.json")
+    assert found["layers"] == pick_layers(rows, AutoLayers(2, "influence"))
+    assert (found["source"], found["revision"]) == ("someone/tiny", COMMIT) and rows[0]["revision"] == COMMIT
