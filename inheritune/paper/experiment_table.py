@@ -88,7 +88,7 @@ def _list_stages(label: str, folder: RunDir, job: Job) -> list[TableEntry]:
 def make_rows(found: list[TableEntry]) -> list[list[str]]:
     """Return the cells of the table, RESULT_COLUMNS wide."""
     target = find_last_loss(found[0])
-    return [_make_row(entry, target, found[0].results["run"]) for entry in found]
+    return [make_row(entry, target, found[0].results["run"]) for entry in found]
 
 
 def find_last_loss(entry: TableEntry) -> float | None:
@@ -98,7 +98,7 @@ def find_last_loss(entry: TableEntry) -> float | None:
     return curve[-1]["val_loss"] if curve else entry.results.get("curve_loss")
 
 
-def _make_row(entry: TableEntry, target: float | None, reference: str) -> list[str]:
+def make_row(entry: TableEntry, target: float | None, reference: str) -> list[str]:
     """Return the cells of one row; `target` is the last validation loss of the run `reference`."""
     results, loss = entry.results, entry.results["validation"]
     is_trained, reached = results.get("steps") is not None, None
