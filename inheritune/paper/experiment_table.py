@@ -145,9 +145,11 @@ def describe_outcome(experiment: Experiment, found: list[TableEntry]) -> str:
     folder = RunDir(grown[-1].folder.path.parent)
     decision = folder.chosen().path if folder.is_done() else grown[-1].folder.path
     chosen = next(entry for entry in grown if entry.folder.path == decision)
-    gap, margin = chosen.results["difference"], growths[grower].margin
+    gap, margin = chosen.results.get("difference"), growths[grower].margin
     mark = "REHEARSAL, not a result. " if experiment.rehearsal else ""
     size = f"{chosen.results['layers']} of the reference's {found[0].results['layers']} layers"
+    if gap is None:
+        return f"{mark}With {size}, Inheritune was not compared with the reference: its noise is unknown."
     reached = "reaches" if gap["high"] <= margin else "does not reach"
     text = (
         f"{mark}With {size}, Inheritune {reached} the reference's validation loss: {gap['mean']:+.4f} nats "

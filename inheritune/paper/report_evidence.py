@@ -4,6 +4,7 @@ import csv
 import statistics
 from pathlib import Path
 
+from inheritune.errors import UserError
 from inheritune.files.escape import unescape_csv, unescape_markdown
 from inheritune.files.json_files import read_json
 from inheritune.paper.report_charts import (
@@ -61,8 +62,15 @@ def build_evidence_page(folder: Path) -> Page:
 
 def _read_notes(folder: Path) -> tuple[str, str, list[str]]:
     """Return (title, table, notes) of table.md."""
-    parts = (folder / "table.md").read_text(encoding="utf-8").strip().split("\n\n")
+    parts = _open_table(folder / "table.md").read_text(encoding="utf-8").strip().split("\n\n")
     return unescape_markdown(parts[0]), parts[1], [unescape_markdown(part) for part in parts[2:]]
+
+
+def _open_table(file: Path) -> Path:
+    """Return a file of the table. Raises UserError if it is missing."""
+    if not file.is_file():
+        raise UserError(f"{file} is missing; make it again: bash recipes/evidence.sh, or its summary alone")
+    return file
 
 
 def _make_verdict(found: dict, rows: dict) -> str:
@@ -126,7 +134,7 @@ def _list_open_points(found: dict, seeds: dict[int, dict]) -> list[str]:
 
 def _make_table(folder: Path, found: dict, notes: list[str]) -> Section:
     """Return the section of the table; each row leads to the files of its seeds."""
-    with open(folder / "table.csv", encoding="utf-8", newline="") as file:
+    with open(_open_table(folder / "table.csv"), encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
     record = folder / RECORD
     rows: list[list[Cell]] = []

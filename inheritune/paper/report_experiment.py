@@ -37,7 +37,6 @@ from inheritune.paper.report_runs import (
     list_stages,
 )
 from inheritune.paper.tables import NOTE, add_scores
-from inheritune.paper.worth_plot import has_costs
 
 FILES = {"model": "path", "layers": "experiment", "steps": "metrics", "tokens/s": "metrics"}
 """Column -> what of a run's folder its number was read from; of the others results.json."""
@@ -259,9 +258,10 @@ def make_layer_curve(label: str, rows: list[dict], field: str) -> Curve:
 
 def make_model_section(label: str, rows: list[dict]) -> Section:
     """Return the folded section of one analyzed model: costs, ranks of heads, attention maps."""
-    charts = [draw_costs(rows)] if has_costs(rows) else []
+    known = [cost for row in select_layers(rows) for cost in row.get("cost", {}).values() if cost is not None]
+    charts = [draw_costs(rows)] if known else []
     charts += [draw_head_ranks(rows), *draw_maps(rows)]
-    notes = [] if has_costs(rows) else ["The cost of layers was not measured (analyze --ranks-only)."]
+    notes = [] if known else ["The cost of layers was not measured (analyze without --ranks-only does)."]
     if not any(row["kind"] == "map" for row in rows):
         notes.append("No attention map was kept (analyze --maps layer:head).")
     if suggestion := rows[-1].get("reason"):

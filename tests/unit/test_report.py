@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -206,6 +207,56 @@ def test_runs_in_progress_are_shown(tmp_path):
     assert page.row("reference")[1] == "not finished: step 3 of 6"
     assert "reference: not finished: step 3 of 6." in words
     assert page.lines()["reference (4.0000)"]["x"] == [0, 1, 2, 3]
+
+
+def test_a_growth_against_a_third_party_model(tmp_path):
+    """Its reference has no record of its own, and one loss; the stage was not compared with it."""
+    runs = {
+        "public": {"init": {"external": {"source": "some/model"}}},
+        "grown": {
+            "init": {"inherit": {"source": "some/model", "layers": "0:2"}},
+            "compare": "public",
+            "grow": {"by": 2, "max_layers": 4},
+        },
+    }
+    rows = [{"run": run, "label": run} for run in runs]
+    path = write_experiment(tmp_path / "recipes", experiment_dict(paper=rows, runs=runs))
+    experiment = load_experiment(path)
+    loss = {"mean": 2.0, "low": 1.9, "high": 2.1, "n": 400}
+    facts = {"run": "public", "layers": 4, "parameters": 5_000_000, "validation": loss}
+    more = {"seed": 0, "curve_loss": 2.2, "window_losses": [2.0] * 400, "data_fingerprint": "tiny"}
+    write_json(RunDir.of(experiment, "public").results, facts | more)
+    finish_run(experiment, "grown", 2.5, stage=1)
+    page = read(report(path))
+    words = " ".join(page.words.split())
+    assert page.row("public")[:5] == ["public", "4", "5.00M", "", "2.0000(1.9000 to 2.1000)"]
+    assert "With 2 of the reference's 4 layers, Inheritune was not compared with the reference" in words
+    assert "grown, stage 1: not compared with the reference; noise unknown." in words
+    assert "The growth is not finished." in words and "Not run yet." in words
+    assert page.lines()["end of the reference (2.2000)"]
+
+
+def test_costs_that_could_not_be_measured_have_no_chart(made):
+    path, experiment = made
+    rows = make_layers(4)
+    for row in rows:
+        if "cost" in row:
+            row["cost"] = dict.fromkeys(row["cost"])
+    write_attention(RunDir.of(experiment, "reference"), rows)
+    assert "without the block" not in read(report(path)).lines()
+
+
+def test_a_damaged_evidence_is_refused_in_one_sentence(tmp_path):
+    folder = tmp_path / "cpu"
+    shutil.copytree(REPOSITORY / "recipes" / "evidence" / "cpu", folder)
+    (folder / "table.csv").unlink()
+    with pytest.raises(UserError, match=r"table\.csv is missing"):
+        report(str(folder))
+    shutil.copy(REPOSITORY / "recipes" / "evidence" / "cpu" / "table.csv", folder)
+    assert report(str(folder)) == folder / "report.html"
+    (folder / "seeds" / "seed12.json").unlink()
+    with pytest.raises(UserError, match=r"seed12\.json is missing"):
+        report(str(folder))
 
 
 def test_growth_without_parity(made):
