@@ -72,7 +72,7 @@ def list_phases(seed: int, procs: int, parallel: bool) -> list[list[list[Step]]]
 
     grown = folder["inheritune"]
     grow = ["grow", EXPERIMENT, "--run", "inheritune", "--seed", str(seed), *alone]
-    figures = [[verb, EXPERIMENT, "--seed", str(seed)] for verb in ("figure", "table")]
+    figures = [[verb, EXPERIMENT, "--seed", str(seed)] for verb in ("figure", "table", "report")]
     prepare = Step(
         "prepare: the Python standard library's text becomes tokens", [["prepare", EXPERIMENT]], 15
     )
@@ -96,7 +96,7 @@ def list_phases(seed: int, procs: int, parallel: bool) -> list[list[list[Step]]]
     random_longer = train(
         "half the layers from random, with the reference's steps added", "random_longer", 55
     )
-    end = Step("what came out: attention, figures, table", [analyze(grown.path), *figures], 12)
+    end = Step("what came out: attention, figures, table, report", [analyze(grown.path), *figures], 12)
     if not parallel:
         steps = [prepare, reference, *inherited, random, random_longer, end]
         return [[[step]] for step in steps]
@@ -132,6 +132,7 @@ def import_once() -> None:
     import inheritune.cluster.grow
     import inheritune.data.prepare
     import inheritune.paper.figures
+    import inheritune.paper.report
     import inheritune.paper.tables
     import inheritune.training.loop  # noqa: F401
 
@@ -327,6 +328,7 @@ def main(seed: int, procs: int) -> int:
     print()
     print_result(folder)
     print(f"\nDone in {time.monotonic() - started:.0f} s. Everything is in {show_path(folder)}")
+    print(f"To look at it, open {show_path(folder / 'report.html')} in a browser")
     return 0
 
 

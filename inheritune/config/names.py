@@ -53,8 +53,8 @@ PLOTS = (
     "attention_maps.png",
 )
 """Plots that `analyze` writes alongside attention.jsonl."""
-BESIDE_RUNS = (".md", ".csv", ".tex", ".png")
-"""Ends of the names of the tables and plots in a seed's folder."""
+BESIDE_RUNS = (".md", ".csv", ".tex", ".png", ".html")
+"""Ends of the names of the tables, plots and reports in a seed's folder."""
 MAX_NAME_BYTES = 150
 """A file's name has at most 255 bytes. The lock, a hash, or a temporary name with the machine's name take up
 to 100 of them."""

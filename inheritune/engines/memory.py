@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from inheritune.config.catalog import GPU_SPECS
+from inheritune.runtime.devices import read_gpu_name
 
 
 def find_peak_flops(device: torch.device) -> float | None:
     """Return the GPU's dense 16-bit matrix rate in FLOP/s, or None if the GPU is not in the table GPUS."""
-    if device.type != "cuda":
+    if (name := read_gpu_name(device)) is None:
         return None
-    name = torch.cuda.get_device_name(device)
     return next((facts["tflops"] * 1e12 for part, facts in GPU_SPECS.items() if part in name), None)
 
 

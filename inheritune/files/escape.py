@@ -1,5 +1,6 @@
 """Escaping of the user's words (labels, names, titles) for CSV, Markdown, LaTeX and plots."""
 
+import html
 import re
 from typing import Any
 
@@ -27,6 +28,11 @@ def escape_csv(value: Any) -> Any:
     return f"'{words}" if words.startswith(FORMULA) and not MEASURED.fullmatch(words) else words
 
 
+def unescape_csv(words: str) -> str:
+    """Return the words that `escape_csv` made `words` of, as long as they are one line."""
+    return words[1:] if words.startswith("'") and words[1:].startswith(FORMULA) else words
+
+
 def escape_markdown(words: str) -> str:
     """Return words for a table or sentence of GitHub's Markdown, which then shows them unchanged.
 
@@ -37,6 +43,11 @@ def escape_markdown(words: str) -> str:
     words = re.sub(r"^(?=[#+-])", r"\\", words)  # at the start of a line: a heading, a list
     words = re.sub(r"^([0-9]+)(?=[.)] )", r"\1\\", words)
     return words.replace("<", "&lt;").replace(">", "&gt;")
+
+
+def unescape_markdown(words: str) -> str:
+    """Return the words that `escape_markdown` made `words` of."""
+    return html.unescape(re.sub(r"\\([^a-zA-Z0-9\s])", r"\1", words))
 
 
 def escape_latex(words: str) -> str:

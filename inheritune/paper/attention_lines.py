@@ -3,10 +3,18 @@
 from typing import TYPE_CHECKING
 
 from inheritune.errors import UserError
-from inheritune.paper.canvas import GRID_GREY, POINT_MARKERS, REFERENCE_GREY, style_lines
+from inheritune.paper.canvas import (
+    GRID_GREY,
+    POINT_MARKERS,
+    REFERENCE_GREY,
+    place_legend,
+    split_labels,
+    style_lines,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def select_layers(rows: list[dict]) -> list[dict]:
@@ -52,6 +60,16 @@ def draw_lines(axes: "Axes", lines: list[tuple[str, list[dict], str, str]]) -> N
     axes.set_xlabel("layer")
     axes.grid(axis="y", color=GRID_GREY, linewidth=0.6)
     axes.set_axisbelow(True)
+
+
+def draw_panels(figure: "Figure", lines: list[tuple[str, list[dict], str, str]]) -> list["Axes"]:
+    """Draw lines as `draw_lines` does, in panels of at most six models below each other. Returns the axes."""
+    panels = split_labels([line[0] for line in lines])
+    grid = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for axes, panel in zip(grid, panels, strict=True):
+        draw_lines(axes, [lines[i] for i in panel])
+        place_legend(axes, len(panel))
+    return list(grid)
 
 
 def mark_rank_one(axes: "Axes") -> None:

@@ -5,6 +5,8 @@ attention.jsonl, so that several models share one figure. Rows count layers and 
 from 1, as the paper's figures do. The same rows give the same bytes.
 """
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,14 +15,24 @@ from inheritune.config import names
 from inheritune.errors import UserError
 from inheritune.files.escape import escape_plot_label
 from inheritune.files.rundir import RunDir
-from inheritune.paper.attention_lines import draw_lines, join_title, list_ticks, mark_rank_one, select_layers
-from inheritune.paper.canvas import open_canvas, place_legend
+from inheritune.paper.attention_lines import (
+    draw_lines,
+    draw_panels,
+    join_title,
+    list_ticks,
+    mark_rank_one,
+    select_layers,
+)
+from inheritune.paper.canvas import open_canvas, place_legend, split_labels
 from inheritune.paper.worth_plot import has_costs, plot_worth
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RANK_COLORS = ("#67000D", "#CB181D", "#F16913", "#FDBE85", "#D9F0A3", "#ADE8B0")
+RANK_COLORS = ("#0D0887", "#5302A3", "#8B0AA5", "#B83289", "#DB5C68", "#F48849", "#FEBD2A", "#F0F921")
+"""matplotlib's plasma: dark blue at rank 1, then lighter and lighter to yellow, also in grey."""
+FAINTEST = 1e-3
+"""Attention below this is drawn like this. Most weights are far below 1, so the scale is logarithmic."""
 RANK_TICKS = (1, 2, 3, 5, 10, 20, 30, 50, 100)
 
 Series = list[tuple[str, list[dict]]]
@@ -33,14 +45,13 @@ def plot_max_rank(
     """Plot MaxRank per layer, one line per (label, rows of attention.jsonl).
 
     These are the paper's Figures 1, 2a, 8, 13 and 15."""
-    with open_canvas(path, 7, 4, rehearsal) as figure:
-        axes = figure.add_subplot()
-        draw_lines(axes, [(label, select_layers(rows), "max_rank", tau) for label, rows in series])
-        mark_rank_one(axes)
-        axes.set_ylabel(f"MaxRank (τ = {float(tau):.2f})")
-        title = title or (series[0][0] if len(series) == 1 else "")
-        axes.set_title(join_title("Approximate rank of attention per layer", title))
-        place_legend(axes, len(series))
+    lines = [(label, select_layers(rows), "max_rank", tau) for label, rows in series]
+    title = title or (series[0][0] if len(series) == 1 else "")
+    with open_canvas(path, 7, 4 * len(split_labels([label for label, _ in series])), rehearsal) as figure:
+        for axes in draw_panels(figure, lines):
+            mark_rank_one(axes)
+            axes.set_ylabel(f"MaxRank (τ = {float(tau):.2f})")
+        figure.axes[0].set_title(join_title("Approximate rank of attention per layer", title))
 
 
 def plot_tau_ablation(rows: list[dict], path: Path, label: str = "", rehearsal: bool = False) -> None:
@@ -60,13 +71,12 @@ def plot_avg_mass(
     series: Series, path: Path, eta: str = MAIN_THRESHOLD, rehearsal: bool = False, title: str = ""
 ) -> None:
     """Plot AvgMass per layer, one line per (label, rows): the paper's Figures 14 to 16."""
-    with open_canvas(path, 7, 4, rehearsal) as figure:
-        axes = figure.add_subplot()
-        draw_lines(axes, [(label, select_layers(rows), "avg_mass", eta) for label, rows in series])
-        axes.set_ylabel(f"AvgMass (columns holding {float(eta):.0%} of the mass)")
-        title = title or (series[0][0] if len(series) == 1 else "")
-        axes.set_title(join_title("Columns that hold the attention, per layer", title))
-        place_legend(axes, len(series))
+    lines = [(label, select_layers(rows), "avg_mass", eta) for label, rows in series]
+    title = title or (series[0][0] if len(series) == 1 else "")
+    with open_canvas(path, 7, 4 * len(split_labels([label for label, _ in series])), rehearsal) as figure:
+        for axes in draw_panels(figure, lines):
+            axes.set_ylabel(f"AvgMass (columns, {float(eta):.0%} of the mass)")
+        figure.axes[0].set_title(join_title("Columns that hold the attention, per layer", title))
 
 
 def plot_heat_map(
@@ -74,8 +84,7 @@ def plot_heat_map(
 ) -> None:
     """Plot the mean rank of every head (down) in every layer (across): the paper's Figures 11, 21, 22.
 
-    The scale is logarithmic, red near 1 and green above. The colours also grow lighter with the rank, for
-    colour-blind readers and grey prints."""
+    The scale is logarithmic, and begins at 1 in every plot."""
     layers = select_layers(rows)
     n_heads, n_layers = max(len(row["rank"][tau]) for row in layers), len(layers)
     grid = [
@@ -120,11 +129,16 @@ def _draw_heat_map(figure: "Figure", grid: list[list[float]], top: float, label:
 def plot_attention_maps(rows: list[dict], path: Path, label: str = "", rehearsal: bool = False) -> None:
     """Plot the `map` rows side by side, with each head's rank: the paper's Figures 9 and 12.
 
-    The maps are causal. The paper shows maps without the mask, which is not what the model computes."""
+    The scale is logarithmic: on a linear one, all but the first rows are black. The maps are causal. The
+    paper shows maps without the mask, which is not what the model computes."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import FuncFormatter
+
     maps = [row for row in rows if row["kind"] == "map"]
     if not maps:
         raise UserError("no attention maps to draw; give 'maps' to analyze")
     rank = {row["layer"]: row["rank"][MAIN_THRESHOLD] for row in select_layers(rows)}
+    faintest = find_faintest([row["mean"] for row in maps])
     n_columns = min(5, len(maps))
     n_lines = -(-len(maps) // n_columns)
     with open_canvas(path, 2.5 * n_columns + 0.9, 2.35 * n_lines + 0.85, rehearsal) as figure:
@@ -134,7 +148,12 @@ def plot_attention_maps(rows: list[dict], path: Path, label: str = "", rehearsal
         for axes, row in zip(grid.flat, maps, strict=False):
             axes.set_visible(True)
             n_tokens = len(row["mean"])
-            image = axes.imshow(row["mean"], cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+            shown = [
+                [max(weight, faintest) if key <= query else float("nan") for key, weight in enumerate(line)]
+                for query, line in enumerate(row["mean"])
+            ]
+            norm = LogNorm(faintest, 1)
+            image = axes.imshow(shown, cmap="viridis", norm=norm, interpolation="nearest")
             axes.set_title(
                 f"layer {row['layer'] + 1}, head {row['head'] + 1}\nrank "
                 f"{rank[row['layer']][row['head']]:.2f}",
@@ -145,11 +164,19 @@ def plot_attention_maps(rows: list[dict], path: Path, label: str = "", rehearsal
             axes.set_xlabel("key token", labelpad=-8)
         for axes in grid[:, 0]:
             axes.set_ylabel("query token", labelpad=-8)
-        figure.colorbar(image, ax=grid.ravel().tolist(), label="attention", fraction=0.03)
+        bar = figure.colorbar(image, ax=grid.ravel().tolist(), label="attention", fraction=0.03)
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda weight, _: f"{weight:g}"))
         figure.suptitle(join_title("Attention maps", label))
         figure.supxlabel(
             f"causal; mean of {maps[0]['sequences']} sequences, first {len(maps[0]['mean'])} tokens", size=8
         )
+
+
+def find_faintest(maps: Iterable[list[list[float]]]) -> float:
+    """Return the lower end of the scale of attention maps: the power of ten below their least weight that is
+    not masked, but at least FAINTEST."""
+    least = min(min(line[: query + 1]) for one in maps for query, line in enumerate(one))
+    return max(FAINTEST, 10.0 ** math.floor(math.log10(least))) if least > 0 else FAINTEST
 
 
 def plot_attention(folder: str | Path) -> list[Path]:

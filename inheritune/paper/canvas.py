@@ -17,6 +17,12 @@ POINT_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":")
 REFERENCE_GREY = "#555555"
 GRID_GREY = "#DDDDDD"
+CURVES_PER_PANEL = 6
+"""More models than this share no plot: readers cannot tell them apart."""
+BELOW_LABEL = 3.8
+"""Distance of a legend below its axes, in units of the font's size: ticks and label are between."""
+LONG_LABEL = 42
+"""Names longer than this have a line of the legend each."""
 PAPER_SUFFIX = ": paper"
 """The end of the label of a line with the paper's numbers."""
 
@@ -73,7 +79,26 @@ def _mark_rehearsal(figure: "Figure", width: float, height: float) -> None:
     )
 
 
-def place_legend(axes: "Axes", n_lines: int) -> None:
-    """Place the legend below the axes, where it covers no data."""
-    if n_lines > 1:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=min(n_lines, 2), frameon=False)
+def place_legend(axes: "Axes", n_lines: int, least: int = 2) -> None:
+    """Place the legend below the axes and their label, where it covers no data; none for fewer lines than
+    `least`, whose name is in the title."""
+    if n_lines >= least:
+        longest = max(len(label) for label in axes.get_legend_handles_labels()[1])
+        axes.legend(
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0),
+            borderaxespad=BELOW_LABEL,
+            ncols=2 if longest <= LONG_LABEL else 1,
+            frameon=False,
+        )
+
+
+def split_labels(labels: list[str]) -> list[list[int]]:
+    """Return the indices of the lines of each panel: at most six models, the first of them in each.
+
+    The paper's line of a model has the model's colour and is in its panel."""
+    models = [label.removesuffix(PAPER_SUFFIX) for label in labels]
+    first, *rest = dict.fromkeys(models)
+    size = CURVES_PER_PANEL if len(rest) < CURVES_PER_PANEL else CURVES_PER_PANEL - 1
+    panels = [{first, *rest[i : i + size]} for i in range(0, max(1, len(rest)), size)]
+    return [[i for i, model in enumerate(models) if model in panel] for panel in panels]

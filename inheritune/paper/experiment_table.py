@@ -89,7 +89,7 @@ def _list_stages(label: str, folder: RunDir, job: Job) -> list[TableEntry]:
 def make_rows(found: list[TableEntry]) -> list[list[str]]:
     """Return the cells of the table, RESULT_COLUMNS wide."""
     target = find_last_loss(found[0])
-    return [_make_row(entry, target, found[0].results["run"]) for entry in found]
+    return [make_row(entry, target, found[0].results["run"]) for entry in found]
 
 
 def find_last_loss(entry: TableEntry) -> float | None:
@@ -99,7 +99,7 @@ def find_last_loss(entry: TableEntry) -> float | None:
     return curve[-1]["val_loss"] if curve else entry.results.get("curve_loss")
 
 
-def _make_row(entry: TableEntry, target: float | None, reference: str) -> list[str]:
+def make_row(entry: TableEntry, target: float | None, reference: str) -> list[str]:
     """Return the cells of one row; `target` is the last validation loss of the run `reference`."""
     results, loss = entry.results, entry.results["validation"]
     is_trained, curve = results.get("steps") is not None, read_validation_curve(entry.folder)
@@ -147,9 +147,11 @@ def describe_outcome(experiment: Experiment, found: list[TableEntry]) -> str:
     folder = RunDir(grown[-1].folder.path.parent)
     decision = folder.chosen().path if folder.is_done() else grown[-1].folder.path
     chosen = next(entry for entry in grown if entry.folder.path == decision)
-    gap, margin = chosen.results["difference"], growths[grower].margin
+    gap, margin = chosen.results.get("difference"), growths[grower].margin
     mark = "REHEARSAL, not a result. " if experiment.rehearsal else ""
     size = f"{chosen.results['layers']} of the reference's {found[0].results['layers']} layers"
+    if gap is None:
+        return f"{mark}With {size}, Inheritune was not compared with the reference: its noise is unknown."
     reached = "reaches" if gap["high"] <= margin else "does not reach"
     method = "gradual stacking" if growths[grower].from_ == "middle" else "Inheritune"
     text = (

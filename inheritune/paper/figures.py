@@ -114,27 +114,37 @@ def _draw_attention_panel(
     panel: Panel, experiments: dict[str, Experiment], seed: int, path: Path, small: bool
 ) -> bool:
     """Draw what `analyze` measured of the panel's rows; return False if there is nothing."""
+    series, states = collect_attention(panel, experiments, seed, small)
+    for label, state in states:
+        print(f"{panel.title}, {label}: {state}")
+    if not series:
+        return False
+    if panel.kind in FIELDS:
+        LINE_PLOTS[panel.kind](series, path, rehearsal=small, title=panel.title)
+    else:
+        MODEL_PLOTS[panel.kind](series[0][1], path, panel.title, rehearsal=small)
+    return True
+
+
+def collect_attention(
+    panel: Panel, experiments: dict[str, Experiment], seed: int, small: bool
+) -> tuple[Series, list[tuple[str, str]]]:
+    """Return (the lines or models to draw, the paper's among them; the label and state of each row)."""
     field = FIELDS.get(panel.kind)
     series: Series = []
     measured: Series = []
+    states = []
     for row in panel.rows:
         shown, ended = resolve_row(experiments[split_run(row)[0]], row, seed)
         rows = _read_attention(panel, shown, experiments[split_run(row)[0]], seed, small)
-        state = ", ".join(filter(None, ("drawn", ended))) if rows else "not run"
-        print(f"{panel.title}, {row.label}: {state}")
+        states.append((row.label, ", ".join(filter(None, ("drawn", ended))) if rows else "not run"))
         if rows:
             series.append((_add_end(row.label, ended), rows))
             measured.append(series[-1])
         if field and row.file and not small:
             series.append((row.label + PAPER_SUFFIX, _read_published_layers(row, field)))
-    if not series:
-        return False
     check_comparable(measured, ("length", "sequences"))
-    if field:
-        LINE_PLOTS[panel.kind](series, path, rehearsal=small, title=panel.title)
-    else:
-        MODEL_PLOTS[panel.kind](series[0][1], path, panel.title, rehearsal=small)
-    return True
+    return series, states
 
 
 def _add_end(label: str, ended: str) -> str:
@@ -177,24 +187,40 @@ def _draw_loss_panel(
     """Draw the loss curves of the panel's rows, also of runs in progress, and the paper's curves.
 
     Returns False if there is nothing to draw."""
-    series = []
-    for row in panel.rows:
-        shown, ended = resolve_row(experiments[split_run(row)[0]], row, seed, started=True)
-        rows = _read_curve(panel, shown, experiments, seed)
-        from_figure = bool(row.file) and not small  # the curves of a figure are smoothed
-        curve = {} if small else _read_published_curve(panel, row)
-        print(f"{panel.title}, {_add_end(row.label, ended)}: {compare_curves(rows, curve)}")
-        theirs = [{"step": step, "val_loss": loss, "smoothed": from_figure} for step, loss in curve.items()]
-        lines = ((_add_end(row.label, ended), rows), (row.label + PAPER_SUFFIX, theirs))
-        series += [(label, points) for label, points in lines if points]
+    series, states = collect_losses(panel, experiments, seed, small)
+    for label, state in states:
+        print(f"{panel.title}, {label}: {state}")
     if not series:
         return False
-    what = "training loss" if panel.loss == "train_loss" else "validation loss"
+    what = name_loss(panel)
     steps = (0, None) if small else (panel.from_step, panel.to_step)
     plot_loss_curves(
         series, path, title=panel.title, smooth=panel.smooth, rehearsal=small, steps=steps, what=what
     )
     return True
+
+
+def name_loss(panel: Panel) -> str:
+    """Return which loss a panel shows."""
+    return "training loss" if panel.loss == "train_loss" else "validation loss"
+
+
+def collect_losses(
+    panel: Panel, experiments: dict[str, Experiment], seed: int, small: bool
+) -> tuple[Series, list[tuple[str, str]]]:
+    """Return (the curves to draw, the paper's among them; the label and state of each row)."""
+    series: Series = []
+    states = []
+    for row in panel.rows:
+        shown, ended = resolve_row(experiments[split_run(row)[0]], row, seed, started=True)
+        rows = _read_curve(panel, shown, experiments, seed)
+        from_figure = bool(row.file) and not small  # the curves of a figure are smoothed
+        curve = {} if small else _read_published_curve(panel, row)
+        states.append((_add_end(row.label, ended), compare_curves(rows, curve)))
+        theirs = [{"step": step, "val_loss": loss, "smoothed": from_figure} for step, loss in curve.items()]
+        lines = ((_add_end(row.label, ended), rows), (row.label + PAPER_SUFFIX, theirs))
+        series += [(label, points) for label, points in lines if points]
+    return series, states
 
 
 def _read_curve(panel: Panel, row: Row, experiments: dict[str, Experiment], seed: int) -> list[dict]:

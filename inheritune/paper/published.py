@@ -14,6 +14,9 @@ from inheritune.config.experiment import load_experiment
 from inheritune.errors import UserError
 from inheritune.paper.items import PAPER_FOLDER, Column, Item, Row, split_run
 
+LOGS = "curves_reference_val_loss.csv"
+"""The paper's training logs."""
+
 
 @functools.cache
 def read_csv(name: str) -> list[dict[str, str]]:
@@ -52,7 +55,7 @@ def _read_logs() -> dict[str, dict[int, dict[str, float]]]:
     """Return {log: {step: {train_loss, val_loss}}} of the paper's training logs."""
     logs: dict[str, dict[int, dict[str, float]]] = defaultdict(dict)
     # if a step is repeated, its last row counts
-    for row in read_csv("curves_reference_val_loss.csv"):
+    for row in read_csv(LOGS):
         logs[row["run"]][int(row["step"])] = {key: float(row[key]) for key in ("train_loss", "val_loss")}
     return logs
 

@@ -5,6 +5,7 @@ of both and a verdict. ITEM can also be an experiment (experiment_table.py). The
 and written as Markdown, CSV and LaTeX.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from inheritune.config.experiment import Experiment, load_experiment
@@ -43,6 +44,24 @@ PAPER_NOTE = (
     "truncated (not rounded) to two digits."
 )
 
+
+@dataclass(frozen=True)
+class PaperTable:
+    """A table of the paper as it is printed, and what it was made of."""
+
+    title: str
+    headers: list[str]
+    cells: list[list[str]]
+    notes: list[str]
+    records: list[dict]
+    """A row per number: see `write_table`."""
+    models: list[Row]
+    """For each row of the item, the row whose model stands for it."""
+    claimed: list[dict[str, claims.Claim]]
+    """For each claim row, {key of the column: claim}."""
+    rehearsal: bool
+
+
 Drawing = tuple[list[dict], Path, str, bool]
 """The arguments of `plot_cells`: records, path, title, whether it is a rehearsal."""
 
@@ -69,7 +88,7 @@ def table(item: str, seed: int = 0, rehearse: bool | None = None, missing: bool 
     title = f"{'REHEARSAL ' if experiment.rehearsal else ''}{experiment.name}, seed {seed}"
     n_windows = found[0].results["validation"]["n"]
     note = NOTE.format(n=n_windows, n_curve=min(n_windows, experiment.train.eval_windows))
-    columns, cells = _add_scores(experiment, found, make_rows(found))
+    columns, cells = add_scores(experiment, found, make_rows(found))
     records = [dict(zip(columns, row, strict=True)) for row in cells]
     stem = RunDir.of(experiment, "table", seed).path
     write_table(
@@ -78,7 +97,7 @@ def table(item: str, seed: int = 0, rehearse: bool | None = None, missing: bool 
     return None
 
 
-def _add_scores(
+def add_scores(
     experiment: Experiment, found: list[TableEntry], cells: list[list[str]]
 ) -> tuple[list[str], list[list[str]]]:
     """Return (columns, cells) with a column for each downstream task that was evaluated."""
@@ -108,6 +127,14 @@ def _make_paper_table(name: str, seed: int, rehearse: bool | None, only_missing:
         return None
     if not item.columns:
         raise UserError(f"{name} is a figure; use: python -m inheritune figure {name}")
+    made = build_paper_table(name, item, experiments, seed)
+    stem = locate_results(made.rehearsal, seed) / name
+    write_table(stem, made.title, made.headers, made.cells, made.notes, made.records)
+    return (made.records, stem.with_suffix(".png"), item.title, made.rehearsal) if item.drawn else None
+
+
+def build_paper_table(name: str, item: Item, experiments: dict[str, Experiment], seed: int) -> PaperTable:
+    """Return a table of the paper with this repository's results. Raises UserError as `table` does."""
     cells = _make_cells(name, item, experiments, seed)
     trained = any(
         column.metric not in (None, "parameters") or column.mean for column in item.columns.values()
@@ -120,11 +147,9 @@ def _make_paper_table(name: str, seed: int, rehearse: bool | None, only_missing:
     ]
     records = _make_records(name, item, models, cells, spent) + _make_claim_records(name, item, claimed)
     small = any(experiment.rehearsal for experiment in experiments.values())
-    stem = locate_results(small, seed) / name
     title = f"{'REHEARSAL, not a result. ' if small else ''}{item.title}, seed {seed}"
     notes = [*([PAPER_NOTE] if trained else []), *([claims.NOTE] if claimed else []), *item.notes]
-    write_table(stem, title, headers, shown, notes, records)
-    return (records, stem.with_suffix(".png"), item.title, small) if item.drawn else None
+    return PaperTable(title, headers, shown, notes, records, models, claimed, small)
 
 
 def _make_cells(

@@ -59,6 +59,16 @@ def make_table(name: str, item: Item, seed: int, rehearse: bool | None, only_mis
         if not path.is_file():
             print("toy - - -")
         return
+    headers, cells = make_rows(item, path)
+    title = f"{'REHEARSAL, not a result. ' if small else ''}{item.title}, seed {seed}"
+    records = [dict(zip(headers, row, strict=True)) for row in cells]
+    write_table(path.with_name(name), title, headers, cells, item.notes, records)
+    if path.is_file():
+        plot_toy(read_json(path)["trained_layer"], path.with_name(f"{name}.png"), small)
+
+
+def make_rows(item: Item, path: Path) -> tuple[list[str], list[list[str]]]:
+    """Return (headers, rows) of the table of the toy; `path` is the file of the measured ranks."""
     measured = _select_rows(read_json(path)) if path.is_file() else {}
     headers = ["model", "rank in the notebook", *DEFINITIONS.values()]
     cells = []
@@ -66,11 +76,7 @@ def make_table(name: str, item: Item, seed: int, rehearse: bool | None, only_mis
         theirs = find_published(item, row, item.columns["rank"])["value"]
         ours = measured.get(row.toy or "", {})
         cells.append([row.label, theirs, *(f"{ours[key]:.2f}" if ours else NOT_RUN for key in DEFINITIONS)])
-    title = f"{'REHEARSAL, not a result. ' if small else ''}{item.title}, seed {seed}"
-    records = [dict(zip(headers, row, strict=True)) for row in cells]
-    write_table(path.with_name(name), title, headers, cells, item.notes, records)
-    if measured:
-        plot_toy(read_json(path)["trained_layer"], path.with_name(f"{name}.png"), small)
+    return headers, cells
 
 
 def _select_rows(found: dict) -> dict[str, dict]:

@@ -39,6 +39,13 @@ def get_device() -> torch.device:
     return torch.device("cpu")
 
 
+def read_gpu_name(device: torch.device) -> str | None:
+    """Return the name of a GPU as its driver has it, or None for the CPU."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
 def find_unused_gpu(torch_version: str, torch_cuda: str | None) -> str | None:
     """Return a sentence if this machine has an NVIDIA GPU that the installed torch cannot use, else None."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not shutil.which("nvidia-smi"):

@@ -24,6 +24,7 @@ from inheritune.runs.comparison import compare_with_reference
 from inheritune.runs.job import Job
 from inheritune.runs.starts import find_foreign_tokenizer, find_source, prepare_start
 from inheritune.runtime import dist, watchdog
+from inheritune.runtime.devices import read_gpu_name
 from inheritune.runtime.log import logger, set_up_logging
 from inheritune.training import validate
 from inheritune.training.clocks import StartClock
@@ -188,6 +189,7 @@ def _record_start(inputs: RunInputs, teacher: Teacher | None, folder: Path, resu
         resumed_at=resumed_at,
         teacher=teacher and {"folder": str(teacher.source.folder), "files": teacher.files},
         device=str(inputs.device),
+        gpu=read_gpu_name(inputs.device),
         precision=inputs.train.precision,
         deepspeed=inputs.deepspeed,
         batch=inputs.batch_arithmetic,

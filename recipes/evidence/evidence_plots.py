@@ -9,7 +9,8 @@ import numpy as np
 from evidence_rows import average_seeds, select_attention
 from evidence_seeds import CORE, WINDOWS, find_model
 
-from inheritune.paper.canvas import COLORS, GRID_GREY, POINT_MARKERS, REFERENCE_GREY, open_canvas
+from inheritune.paper.attention_lines import mark_level, mark_rank_one
+from inheritune.paper.canvas import COLORS, CURVES_PER_PANEL, GRID_GREY, POINT_MARKERS, open_canvas
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,40 +35,34 @@ class _Curve:
 
 
 def plot_curves(records: list[dict], rows: list[dict], path: Path) -> None:
-    """Plot mean curves of validation loss with the range over seeds; below, the same minus the reference's
-    loss at that step, paired by seed.
+    """Plot mean curves of validation loss with the range over seeds, on the left, and the same minus the
+    reference's loss at that step, paired by seed, on the right.
 
-    The core models are on the left, the others on the right; of grown runs the first stage. The range of the
-    upper axis is that of the losses after the first quarter of the reference's steps, the range of the lower
-    axis that after half of them."""
+    The core models are in the first line of plots, the others in the next ones, at most six in each; of grown
+    runs the first stage. The range of the losses is that after the first quarter of the reference's steps,
+    that of the differences after half of them. Lines are drawn from there on, so that none is cut off."""
     curves = _select_curves(records, rows)
     core = [curve for curve in curves if curve.row["run"] in CORE]
     others = [curve for curve in curves if curve.row["run"] not in CORE]
-    panels = [panel for panel in (core, others) if panel]
-    last_step = curves[0].steps[-1]
+    panels = [core, *(others[i : i + CURVES_PER_PANEL] for i in range(0, len(others), CURVES_PER_PANEL))]
+    last_step, end = curves[0].steps[-1], curves[0].losses[:, -1].mean()
     begins = last_step / 4, last_step / 2
-    end = curves[0].losses[:, -1].mean()
-    with open_canvas(path, 6.2 * len(panels), 8, records[0]["rehearsal"]) as figure:
-        grid = figure.subplots(
-            2, len(panels), squeeze=False, sharey="row", sharex="col", height_ratios=(3, 2)
-        )
-        shown: tuple[list, list] = ([], [])
-        for column, panel in enumerate(panels):
+    heights = [3.3 + 0.2 * len(panel) for panel in panels]
+    with open_canvas(path, 9, sum(heights), records[0]["rehearsal"]) as figure:
+        parts = figure.subfigures(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+        lines = []
+        for part, panel in zip(parts, panels, strict=True):
+            lines.append(part.subplots(1, 2))
             for index, curve in enumerate(panel):
-                for line, (steps, values) in enumerate(curve.lines()):
-                    _draw_curve(grid[line, column], steps, values, index, _make_label(curve.row))
-                    shown[line].append(values[:, steps >= begins[line]])
-            grid[0, column].axhline(end, color=REFERENCE_GREY, lw=1, ls=":", label="end of the reference")
-            grid[1, column].set_xlabel("step of its own training")
-            grid[1, column].legend(
-                *grid[0, column].get_legend_handles_labels(),
-                loc="upper center",
-                frameon=False,
-                bbox_to_anchor=(0.5, -0.18),
-                fontsize=8,
-            )
-        _set_loss_axes(grid, shown)
-        figure.suptitle("Validation loss: mean and range over seeds")
+                for axes, begin, (steps, values) in zip(lines[-1], begins, curve.lines(), strict=True):
+                    from_there = steps >= begin
+                    _draw_curve(axes, steps[from_there], values[:, from_there], index, _make_label(curve.row))
+            mark_level(lines[-1][0], end, "")  # its name would lie over the other axes
+            mark_level(lines[-1][1], 0, "reference")
+            handles = lines[-1][0].get_legend_handles_labels()
+            part.legend(*handles, loc="outside lower center", ncols=1, frameon=False, fontsize=9)
+        _set_loss_axes(np.array(lines))
+        figure.suptitle("Validation loss: mean and range over seeds; dotted: the reference's end")
 
 
 def _select_curves(records: list[dict], rows: list[dict]) -> list[_Curve]:
@@ -90,34 +85,32 @@ def _make_label(row: dict) -> str:
 
 def _draw_curve(axes: "Axes", steps: np.ndarray, values: np.ndarray, index: int, label: str) -> None:
     """Draw the mean over seeds with their range; `values` are (seeds, points)."""
-    color, dashes = COLORS[index % len(COLORS)], "-" if index < len(COLORS) else "--"
+    color = COLORS[index]
     axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, linewidth=0)
     axes.plot(
         steps,
         values.mean(axis=0),
-        dashes,
         color=color,
-        marker=POINT_MARKERS[index % len(POINT_MARKERS)],
+        marker=POINT_MARKERS[index],
         markersize=3,
         label=label,
     )
 
 
-def _set_loss_axes(grid: np.ndarray, shown: tuple[list, list]) -> None:
-    """Set ranges, ticks and labels of the loss axes; `shown` are the values that each row of plots fits."""
-    from matplotlib.ticker import MaxNLocator, NullLocator
+def _set_loss_axes(grid: np.ndarray) -> None:
+    """Give the axes of a column (all losses, all differences) one range, with ticks and labels."""
+    from matplotlib.ticker import MaxNLocator
 
-    grid[0, 0].set_yscale("log")
-    for line, values in zip(grid, shown, strict=True):
-        low, high = min(one.min() for one in values), max(one.max() for one in values)
-        line[0].set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-        line[0].yaxis.set_major_locator(MaxNLocator(8))
-        line[0].yaxis.set_minor_locator(NullLocator())
-        line[0].yaxis.set_major_formatter("{x:g}")
-        for axes in line:
+    names = ("validation loss (nats per token)", "less the reference's at that step")
+    for column, name in zip(grid.T, names, strict=True):
+        low, high = min(axes.dataLim.y0 for axes in column), max(axes.dataLim.y1 for axes in column)
+        for axes in column:
+            axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+            axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+            axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
             axes.grid(axis="y", color=GRID_GREY, linewidth=0.6)
-    grid[0, 0].set_ylabel("validation loss (nats per token)")
-    grid[1, 0].set_ylabel("less the reference's at that step")
+            axes.set_ylabel(name)
+            axes.set_xlabel("step of its own training")
 
 
 def plot_attention(records: list[dict], path: Path) -> None:
@@ -126,7 +119,7 @@ def plot_attention(records: list[dict], path: Path) -> None:
     models = [
         (find_model(records[0], run, stage), stage) for run, stage in (("reference", None), ("inheritune", 1))
     ]
-    with open_canvas(path, 5 * len(models), 7, records[0]["rehearsal"]) as figure:
+    with open_canvas(path, 4.5 * len(models), 7.2, records[0]["rehearsal"]) as figure:
         grid = figure.subplots(2, len(models), squeeze=False, sharey="row")
         for column, (model, stage) in enumerate(models):
             for line, (field, name) in enumerate(ATTENTION_FIELDS):
@@ -140,14 +133,13 @@ def plot_attention(records: list[dict], path: Path) -> None:
                 if column == 0:
                     grid[line, column].set_ylabel(name)
             grid[0, column].set_title(f"{model['label']} ({model['layers']} layers)")
+            mark_rank_one(grid[0, column])
             grid[-1, column].set_xlabel("layer")
         for line in grid:
             line[0].set_ylim(0, 1.05 * max(axes.dataLim.y1 for axes in line))
-        grid[0, 0].legend(frameon=False, fontsize=8)
-        figure.suptitle(
-            f"Attention over training: mean of {len(records)} seeds, at the end with their range; dotted: "
-            f"rank 1"
-        )
+        handles = grid[0, 0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=len(handles[0]), frameon=False, fontsize=9)
+        figure.suptitle(f"Attention over training: mean of {len(records)} seeds, at the end with their range")
 
 
 def _draw_measure(axes: "Axes", measured: dict[str, np.ndarray]) -> None:
@@ -163,7 +155,6 @@ def _draw_measure(axes: "Axes", measured: dict[str, np.ndarray]) -> None:
         )
         if index == last:
             axes.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
-    axes.axhline(1, color=REFERENCE_GREY, linewidth=1, linestyle=":")
     axes.set_xticks(x)
     axes.grid(axis="y", color=GRID_GREY, linewidth=0.6)
 
@@ -173,7 +164,7 @@ def plot_worth(records: list[dict], path: Path) -> dict:
 
     Returns {points, slope: of the line through each seed's points, in nats per rank, over seeds}."""
     points = _list_points(records)
-    with open_canvas(path, 6, 4.4, records[0]["rehearsal"]) as figure:
+    with open_canvas(path, 6.4, 4.8, records[0]["rehearsal"]) as figure:
         axes = figure.add_subplot()
         for index, run in enumerate(dict.fromkeys(point["run"] for point in points)):
             of_run = [point for point in points if point["run"] == run]
@@ -184,11 +175,11 @@ def plot_worth(records: list[dict], path: Path) -> dict:
                 marker=POINT_MARKERS[index],
                 label=f"layers {of_run[0]['layers'][0] + 1} to {of_run[0]['layers'][-1] + 1}",
             )
-        axes.axhline(0, color=REFERENCE_GREY, linewidth=1, linestyle=":")
+        mark_level(axes, 0, "random start")
         axes.set_xlabel("mean MaxRank of the copied layers in the reference")
         axes.set_ylabel("final loss, difference to the random start (nats)")
         axes.set_title("What a start from these layers is worth; a mark per seed")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, frameon=False)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
     slopes = []
     for record in records:
         of_seed = [(p["avg_rank"], p["to_random"]) for p in points if p["seed"] == record["seed"]]

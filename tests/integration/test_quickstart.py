@@ -53,7 +53,7 @@ def test_every_step_is_a_command(quickstart, own_root, procs, parallel):
     # several ranks for the reference alone; the others are one forked process each
     assert trained == {"reference": (procs, 3), "random": (1, 3), "random_longer": (1, 3)}
     others = [verb for verb, _ in used if verb != "train"]
-    assert others == ["prepare", "analyze", "grow", "analyze", "figure", "table"]
+    assert others == ["prepare", "analyze", "grow", "analyze", "figure", "table", "report"]
     # ranks of the reference have the machine to themselves
     assert lanes == ([1] * 7 if not parallel else [1, 2, 1] if procs == 1 else [1, 1, 2, 1])
 

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from inheritune.errors import UserError
-from inheritune.paper import attention_plots, loss_plots, table_plots, worth_plot
+from inheritune.paper import attention_plots, canvas, loss_plots, table_plots, worth_plot
 
 
 def make_rows(n_layers=6, n_heads=3, maps=True, rehearsal=False):
@@ -172,3 +173,65 @@ def test_refusals(tmp_path):
     with pytest.raises(UserError, match="run 'x' has no validation loss"):
         loss_plots.plot_loss_curves([("x", [{"step": 1, "loss": 2.0}])], tmp_path / "x.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_more_than_six_models_are_in_several_panels(tmp_path, monkeypatch):
+    """Of loss curves and of measures per layer; in no panel has a colour two models, and the first is in
+    each."""
+    panels = []
+
+    def draw(axes, *arguments, **how):
+        colors = {line.get_label(): line.get_color() for line in axes.lines if line.get_label()[0] != "_"}
+        panels.append(colors)
+        return usual(axes, *arguments, **how)
+
+    usual = Axes.legend
+    monkeypatch.setattr(Axes, "legend", draw)
+    names = [f"model {number}" for number in range(12)]
+    loss_plots.plot_loss_curves([(name, make_curve(100, 8, 3)) for name in names], tmp_path / "loss.png")
+    attention_plots.plot_max_rank([(name, make_rows()) for name in names], tmp_path / "rank.png")
+    attention_plots.plot_avg_mass([(name, make_rows()) for name in names], tmp_path / "mass.png")
+    assert [len(panel) for panel in panels] == [6, 6, 2] * 3
+    for panel in panels:
+        assert len(set(panel.values())) == len(panel) and any(label.startswith("model 0") for label in panel)
+    labels = [name + end for name in names[:6] for end in ("", canvas.PAPER_SUFFIX)]
+    assert canvas.split_labels(labels) == [list(range(12))]  # the paper's line has its model's colour
+
+
+@pytest.mark.parametrize(
+    ("losses", "shown"),
+    [
+        ((6.0, 4.0, 3.5, 3.2), (3.2, 6.0, False)),  # all of it
+        ((11.0, 4.0, 3.5, 3.2), (3.2, 4.0, True)),  # the first one is far above
+    ],
+)
+def test_no_loss_is_cut_off_unless_the_title_says_so(losses, shown, tmp_path, monkeypatch):
+    rows = [{"step": 50 * step, "val_loss": loss} for step, loss in enumerate(losses)]
+    seen, usual = [], Figure.suptitle
+    monkeypatch.setattr(Figure, "suptitle", lambda self, text, **k: (seen.append(text), usual(self, text))[1])
+    loss_plots.plot_loss_curves([("a", rows)], tmp_path / "x.png")
+    low, high, is_cut = loss_plots.choose_loss_range([(row["step"], row["val_loss"]) for row in rows])
+    assert low < shown[0] and high > shown[1] and (high < losses[0]) == is_cut == shown[2]
+    assert ("the first steps lie above" in seen[0]) == is_cut
+
+
+def test_the_numbers_at_the_ends_of_lines_do_not_overlap(tmp_path, monkeypatch):
+    """Six runs that end at the same step, within a thousandth of each other."""
+    texts = []
+    usual = Axes.annotate
+    monkeypatch.setattr(Axes, "annotate", lambda *a, **k: (texts.append(usual(*a, **k)), texts[-1])[1])
+    series = [(f"m{i}", make_curve(100, 8, 3 + i / 5000)) for i in range(6)]
+    loss_plots.plot_loss_curves(series, tmp_path / "x.png")
+    boxes = sorted((text.get_window_extent() for text in texts), key=lambda box: box.y0)
+    assert len(boxes) == 6
+    assert all(one.y1 <= two.y0 + 1 for one, two in zip(boxes, boxes[1:], strict=False))
+
+
+def test_maps_and_ranks_use_their_colours():
+    """A uniform causal map is spread over its scale, and a masked weight does not count."""
+    uniform = [[1 / (i + 1) if j <= i else 0.0 for j in range(100)] for i in range(100)]
+    assert attention_plots.find_faintest([uniform]) == pytest.approx(0.01)
+    assert attention_plots.find_faintest([[[1.0, 0.0], [1.0, 0.0]]]) == attention_plots.FAINTEST
+    parts = [[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in attention_plots.RANK_COLORS]
+    lightness = [3 * red + 6 * green + blue for red, green, blue in parts]
+    assert lightness == sorted(lightness)  # in grey too

@@ -43,6 +43,7 @@ def refused_run(tmp_path, *runs: str) -> str:
         ("a.TMP", "holds '.lock' or '.tmp'"),
         ("table.md", "ends like the tables and plots"),
         ("loss.png", "ends like the tables and plots"),
+        ("report.html", "ends like the tables and plots"),
         ("--x", "begins with '-'"),
         ("-", "begins with '-'"),
         ("a" * 151, "has 151 bytes"),

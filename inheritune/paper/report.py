@@ -1,0 +1,38 @@
+"""`report ITEM`: one self-contained HTML page of an experiment, of an item of the paper, or of the evidence.
+
+The page is made from the JSON of runs only, opens from disk, and needs no network.
+"""
+
+from pathlib import Path
+
+from inheritune.config.experiment import load_experiment
+from inheritune.config.paths import REPOSITORY
+from inheritune.files.rundir import RunDir
+from inheritune.paper.items import list_items, load_experiments, load_item
+from inheritune.paper.report_evidence import build_evidence_page, is_evidence
+from inheritune.paper.report_experiment import build_experiment_page
+from inheritune.paper.report_page import write_page
+from inheritune.paper.report_paper import build_paper_page
+from inheritune.paper.table_files import locate_results
+
+NAME = "report.html"
+
+
+def report(item: str, seed: int = 0, rehearse: bool | None = None) -> Path:
+    """Write the report of `item` and return its path.
+
+    ITEM is an experiment (the page is written into the seed's folder), a table or figure of the paper (next
+    to the paper's tables) or the folder of the evidence's results (into it).
+
+    Raises UserError if nothing has begun, a file is damaged, or plotly is not installed."""
+    if item in list_items():
+        small = any(one.rehearsal for one in load_experiments(load_item(item), rehearse).values())
+        return write_page(
+            build_paper_page(item, seed, rehearse), locate_results(small, seed) / f"{item}.html"
+        )
+    for folder in (Path(item), REPOSITORY / item):
+        if is_evidence(folder):
+            return write_page(build_evidence_page(folder), folder / NAME)
+    experiment = load_experiment(item, rehearse)
+    path = RunDir.of(experiment, NAME, seed).path
+    return write_page(build_experiment_page(experiment, seed), path)
