@@ -392,7 +392,11 @@ def test_baselines_that_start_from_baselines_wait():
     loaded = load_experiment("gpt2_medium_owt")
     names = list_baselines(loaded)
     waiting = {names[n - 1]: [names[s - 1] for s in sources] for n, sources in list_waiting(loaded).items()}
-    assert waiting == {"stacking": ["stacking_half"], "inheritune_18_200k_50k": ["reference_200k_50k"]}
+    assert waiting == {
+        "stacking": ["stacking_half"],
+        "inheritune_18_200k_50k": ["reference_200k_50k"],
+        "inheritune_clip": ["reference_clip"],
+    }
 
 
 def test_the_jobs_of_an_item_wait_for_what_they_need():
