@@ -15,6 +15,8 @@ from inheritune.paper.training_costs import find_step_at_loss, read_validation_c
 from inheritune.runs.changes import check_own_run
 from inheritune.runs.job import Job
 
+AT_START = "step 0, above the reference's end"
+"""Header of the loss before the first step less the reference's last: for a cut, what it costs."""
 RESULT_COLUMNS = (
     "model",
     "layers",
@@ -22,6 +24,7 @@ RESULT_COLUMNS = (
     "steps",
     "validation loss (95% interval)",
     "difference to the reference (95% interval)",
+    AT_START,
     "steps to the reference's loss",
     "tokens/s",
     "training FLOPs",
@@ -101,9 +104,8 @@ def find_last_loss(entry: TableEntry) -> float | None:
 def _make_row(entry: TableEntry, target: float | None, reference: str) -> list[str]:
     """Return the cells of one row; `target` is the last validation loss of the run `reference`."""
     results, loss = entry.results, entry.results["validation"]
-    is_trained, reached = results.get("steps") is not None, None
-    if target is not None:
-        reached = find_step_at_loss(read_validation_curve(entry.folder), target)
+    is_trained, curve = results.get("steps") is not None, read_validation_curve(entry.folder)
+    reached = None if target is None else find_step_at_loss(curve, target)
     rate = read_speed(entry.folder)
     return [
         entry.label,
@@ -112,6 +114,7 @@ def _make_row(entry: TableEntry, target: float | None, reference: str) -> list[s
         str(results["steps"]) if is_trained else "",
         f"{loss['mean']:.4f} ({loss['low']:.4f} to {loss['high']:.4f})",
         _format_difference(results, reference),
+        _format_start(curve, target),
         ("not reached" if reached is None else str(reached)) if is_trained else "",
         f"{rate:,.0f}" if rate else "",
         f"{entry.flops:.2e}" if is_trained else "",
@@ -128,6 +131,13 @@ def _format_difference(results: dict, reference: str) -> str:
     return f"{to}{gap['mean']:+.4f} ({gap['low']:+.4f} to {gap['high']:+.4f})"
 
 
+def _format_start(curve: list[dict], target: float | None) -> str:
+    """Return the loss before the first step less `target`, on the same windows; "" where it is not known."""
+    if target is None or not curve or curve[0]["step"]:
+        return ""
+    return f"{curve[0]['val_loss'] - target:+.2f}"
+
+
 def read_speed(folder: RunDir) -> float | None:
     """Return the median tokens/s of the logged steps, or None."""
     rates = sorted(row["tokens_per_s"] for row in read_jsonl(folder.metrics) if row.get("tokens_per_s"))
@@ -135,8 +145,8 @@ def read_speed(folder: RunDir) -> float | None:
 
 
 def describe_outcome(experiment: Experiment, found: list[TableEntry]) -> str:
-    """Return the result in words: the first grown run's chosen stage against the reference and against the
-    random starts."""
+    """Return the result in words: the first grown run's chosen stage against the reference, the random
+    starts, and the reference trained on."""
     growths = {row.run: grow for row in experiment.paper if (grow := experiment.run(row.run).grow)}
     grower = next(iter(growths), "")
     grown = [entry for entry in found if entry.results["run"] == grower]
@@ -154,10 +164,22 @@ def describe_outcome(experiment: Experiment, found: list[TableEntry]) -> str:
         f"({gap['low']:+.4f} to {gap['high']:+.4f})"
     )
     for entry in found[1:]:
-        run = experiment.run(entry.results["run"])
-        if run.init.random and experiment.reference_of(run) == experiment.paper[0].run:
-            text += _compare_random(entry, chosen, margin)
+        if _is_control(experiment, entry.results["run"]):
+            text += _compare_control(entry, chosen, margin)
     return text + "."
+
+
+def _is_control(experiment: Experiment, name: str) -> bool:
+    """Return whether a run of the table is a random start, or the table's reference trained on.
+
+    The reference of a variant is neither."""
+    run, full = experiment.run(name), experiment.paper[0].run
+    if experiment.reference_of(run) != full or experiment.is_reference(name):
+        return False
+    start = run.init.inherit
+    if start is None or start.depth or start.source != full:
+        return run.init.random
+    return experiment.layers_of(run) == experiment.layers_of(experiment.run(full)) and not run.grow
 
 
 def describe_gap(gap: float) -> str:
@@ -167,8 +189,8 @@ def describe_gap(gap: float) -> str:
     return f"{abs(gap):.4f} {'above' if gap > 0 else 'below'}"
 
 
-def _compare_random(entry: TableEntry, chosen: TableEntry, margin: float) -> str:
-    """Return a clause that compares a random start with the chosen stage."""
+def _compare_control(entry: TableEntry, chosen: TableEntry, margin: float) -> str:
+    """Return a clause that compares a control with the chosen stage."""
     gap = entry.results["validation"]["mean"] - chosen.results["validation"]["mean"]
     shape = f"{entry.results['layers']} layers, {entry.results['steps']} steps"
     text = f"; the {escape_markdown(entry.label)} ({shape}) ends {describe_gap(gap)} it"
