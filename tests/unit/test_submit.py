@@ -422,6 +422,10 @@ def test_the_jobs_of_an_item_wait_for_what_they_need():
     # with the GPUs of the paper's jobs, also in the line to paste
     assert [job.request.job.gpus for job in planned] == [0, 16, 16, 1, 1]
     assert make_again(planned[1].request, {}).startswith("GPUS=16 bash ")
+    alone = [
+        job.request.job.gpus for job in plan_jobs(steps, seed=2, gpus=1)
+    ]  # what trains, as the claim's jobs
+    assert alone == [0, 1, 1, 1, 1]
 
 
 # --- how a job ends -----------------------------------------------------------------------------------------

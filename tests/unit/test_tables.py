@@ -41,11 +41,13 @@ FIGURES = [name for name in list_items() if load_item(name).panels]
 SCRIPTS = sorted(path for kind in ("table", "fig") for path in RECIPES.glob(f"{kind}*.sh"))
 
 
-def finish(experiment: str, run: str, loss: float, stage=None, half=0.01, rehearse=False, **more) -> RunDir:
+def finish(
+    experiment: str, run: str, loss: float, stage=None, half=0.01, rehearse=False, seed=0, **more
+) -> RunDir:
     """A finished run, or a stage of a grown one, as training and evaluate leave it; `more` replaces
     results."""
     loaded = load_experiment(experiment, rehearse=rehearse)
-    folder = RunDir.of(loaded, run)
+    folder = RunDir.of(loaded, run, seed)
     folder = folder.stage(stage) if stage else folder
     train = loaded.train_of(loaded.runs[run])
     results = {
@@ -53,7 +55,7 @@ def finish(experiment: str, run: str, loss: float, stage=None, half=0.01, rehear
         "rehearsal": rehearse,
         "run": run,
         "stage": stage,
-        "seed": 0,
+        "seed": seed,
         "layers": 4,
         "parameters": 1000,
         "steps": train.steps,
