@@ -137,8 +137,8 @@ def read_speed(folder: RunDir) -> float | None:
 
 
 def describe_outcome(experiment: Experiment, found: list[TableEntry]) -> str:
-    """Return the result in words: the first grown run's chosen stage against the reference and against the
-    random starts."""
+    """Return the result in words: the first grown run's chosen stage against the reference, the random
+    starts, and the reference trained on."""
     growths = {row.run: grow for row in experiment.paper if (grow := experiment.run(row.run).grow)}
     grower = next(iter(growths), "")
     grown = [entry for entry in found if entry.results["run"] == grower]
@@ -159,10 +159,22 @@ def describe_outcome(experiment: Experiment, found: list[TableEntry]) -> str:
         f"({gap['low']:+.4f} to {gap['high']:+.4f})"
     )
     for entry in found[1:]:
-        run = experiment.run(entry.results["run"])
-        if run.init.random and experiment.reference_of(run) == experiment.paper[0].run:
-            text += _compare_random(entry, chosen, margin)
+        if _is_control(experiment, entry.results["run"]):
+            text += _compare_control(entry, chosen, margin)
     return text + "."
+
+
+def _is_control(experiment: Experiment, name: str) -> bool:
+    """Return whether a run of the table is a random start, or the table's reference trained on.
+
+    The reference of a variant is neither."""
+    run, full = experiment.run(name), experiment.paper[0].run
+    if experiment.reference_of(run) != full or experiment.is_reference(name):
+        return False
+    start = run.init.inherit
+    if start is None or start.depth or start.source != full:
+        return run.init.random
+    return experiment.layers_of(run) == experiment.layers_of(experiment.run(full)) and not run.grow
 
 
 def describe_gap(gap: float) -> str:
@@ -172,8 +184,8 @@ def describe_gap(gap: float) -> str:
     return f"{abs(gap):.4f} {'above' if gap > 0 else 'below'}"
 
 
-def _compare_random(entry: TableEntry, chosen: TableEntry, margin: float) -> str:
-    """Return a clause that compares a random start with the chosen stage."""
+def _compare_control(entry: TableEntry, chosen: TableEntry, margin: float) -> str:
+    """Return a clause that compares a control with the chosen stage."""
     gap = entry.results["validation"]["mean"] - chosen.results["validation"]["mean"]
     shape = f"{entry.results['layers']} layers, {entry.results['steps']} steps"
     text = f"; the {escape_markdown(entry.label)} ({shape}) ends {describe_gap(gap)} it"

@@ -36,7 +36,7 @@ from inheritune.paper.report_runs import (
     list_folders,
     list_stages,
 )
-from inheritune.paper.tables import NOTE, add_scores
+from inheritune.paper.tables import add_scores, make_note
 
 FILES = {"model": "path", "layers": "experiment", "steps": "metrics", "tokens/s": "metrics"}
 """Column -> what of a run's folder its number was read from; of the others results.json."""
@@ -105,8 +105,7 @@ def _list_open_points(experiment: Experiment, seed: int, found: list[TableEntry]
             skipped = [stage.title.rstrip(".").lower() for stage in stages if stage.state == "missing"]
             if skipped:
                 points.append(f"Growth of {name} ended early; not run: {'; '.join(skipped)}.")
-    n = found[0].results["validation"]["n"] if found else 0
-    return points + ([NOTE.format(n=n)] if n else []) + list_notes(found)
+    return points + ([make_note(experiment, found)] if found else []) + list_notes(found)
 
 
 def _make_table(experiment: Experiment, seed: int, found: list[TableEntry], missing: list) -> Section:

@@ -94,12 +94,12 @@ def judge_difference(
     """Return the verdict on the difference of this repository's number from the paper's.
 
     `noises` are those of both numbers, `unit` is one unit of the paper's last printed digit. If one of the
-    noises is unknown, equal digits still match, and everything else has no verdict."""
-    if abs(difference) < unit:
-        return "matches"
+    noises is unknown there is no verdict, of equal digits either: they may be equal by chance."""
     noise = combine_noises(noises)
     if noise is None:
         return NOISE_UNKNOWN
+    if abs(difference) < unit:
+        return "matches"
     if abs(difference) <= 2 * noise:
         return "within noise"
     return "better" if (difference > 0) == higher_is_better else "worse"

@@ -86,8 +86,7 @@ def table(item: str, seed: int = 0, rehearse: bool | None = None, missing: bool 
             f"no table yet: run '{first}' of {experiment.name} (seed {seed}) is not finished; {way} it first"
         )
     title = f"{'REHEARSAL ' if experiment.rehearsal else ''}{experiment.name}, seed {seed}"
-    n_windows = found[0].results["validation"]["n"]
-    note = NOTE.format(n=n_windows, n_curve=min(n_windows, experiment.train.eval_windows))
+    note = make_note(experiment, found)
     columns, cells = add_scores(experiment, found, make_rows(found))
     records = [dict(zip(columns, row, strict=True)) for row in cells]
     stem = RunDir.of(experiment, "table", seed).path
@@ -95,6 +94,12 @@ def table(item: str, seed: int = 0, rehearse: bool | None = None, missing: bool 
         stem, title, columns, cells, [note, *list_notes(found), describe_outcome(experiment, found)], records
     )
     return None
+
+
+def make_note(experiment: Experiment, found: list[TableEntry]) -> str:
+    """Return the note below the table of an experiment: what its numbers cover."""
+    n_windows = found[0].results["validation"]["n"]
+    return NOTE.format(n=n_windows, n_curve=min(n_windows, experiment.train.eval_windows))
 
 
 def add_scores(

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from inheritune.config.experiment import load_experiment
-from inheritune.config.jobs import count_gpus
+from inheritune.config.jobs import TRAINING, count_gpus
 from inheritune.config.paths import RECIPES, REPOSITORY
 from inheritune.errors import UserError
-from inheritune.paper.items import load_experiments, load_item
+from inheritune.paper.items import Item, load_experiments, load_item
 from inheritune.paper.prerequisites import Step, list_missing, make_disk_check
 from inheritune.submit.request import Request, is_set, read_request
 from inheritune.submit.site import read_site
@@ -26,8 +26,10 @@ class PlannedJob:
     after: tuple[int, ...]
 
 
-def plan_jobs(steps: list[Step], seed: int) -> list[PlannedJob]:
-    """Return the job of each step, in order (pure)."""
+def plan_jobs(steps: list[Step], seed: int, gpus: int | None = None) -> list[PlannedJob]:
+    """Return the job of each step, in order (pure).
+
+    Jobs that train take `gpus` GPUs, or as many as the paper's jobs of their experiment."""
     found = []
     for step in steps:
         seeded = [] if step.verb == "prepare" else ["--seed", str(seed)]
@@ -39,7 +41,8 @@ def plan_jobs(steps: list[Step], seed: int) -> list[PlannedJob]:
             "analyze": [step.run, step.experiment],
         }[step.verb]
         request = read_request(step.verb, [*words, *seeded, *step.options.split()])
-        spec = replace(request.job, gpus=count_gpus(step.verb, step.experiment))
+        usual = count_gpus(step.verb, step.experiment)
+        spec = replace(request.job, gpus=gpus if gpus and step.verb in TRAINING else usual)
         found.append(PlannedJob(step, replace(request, job=spec), step.after))
     return found
 
@@ -57,12 +60,17 @@ def format_dependency(after: tuple[int, ...], steps: list[Step], jobs: dict[int,
 
 
 def submit_item(item: str, seed: int = 0) -> bool:
-    """Submit what is missing for an item of the paper. Returns whether there was anything to submit.
+    """Submit what is missing for the paper's item of this name, as `submit_missing` does."""
+    return submit_missing(load_item(item), seed)
+
+
+def submit_missing(item: Item, seed: int = 0, gpus: int | None = None) -> bool:
+    """Submit what is missing for an item, each training on `gpus` GPUs (default: as the paper's jobs do).
+    Returns whether there was anything to submit.
 
     Stops at the first job that is refused, says what is queued by then, and raises SystemExit."""
-    named = load_item(item)
-    experiments = load_experiments(named)
-    steps = list_missing(named, experiments, make_disk_check(named, experiments, seed))
+    experiments = load_experiments(item)
+    steps = list_missing(item, experiments, make_disk_check(item, experiments, seed))
     environment = dict(os.environ)
     if not steps:
         return False
@@ -70,7 +78,7 @@ def submit_item(item: str, seed: int = 0) -> bool:
         _fetch(steps)
     site = read_site(environment)
     jobs: dict[int, str] = {}
-    for number, planned in enumerate(plan_jobs(steps, seed), 1):
+    for number, planned in enumerate(plan_jobs(steps, seed, gpus), 1):
         print(f"\n== {planned.step.line()}")
         waits = format_dependency(planned.after, steps, jobs)
         request = replace(planned.request, options=(f"--dependency={waits}",) if waits else ())

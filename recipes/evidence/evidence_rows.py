@@ -61,15 +61,22 @@ def correct_by_holm(p_values: list[float]) -> list[float]:
 
 
 def add_p_values(rows: list[dict], gaps: dict[str, dict]) -> list[dict]:
-    """Add `p` and `p_holm` to each difference that is shown with an interval, and return these differences.
+    """Add `p` and `p_holm` to each difference that is shown with an interval. Return one of each comparison.
 
-    `gaps` are those of `compare_starts`. Holm's correction counts all of them together."""
+    `gaps` are those of `compare_starts`. Holm's correction counts all comparisons together. A difference that
+    is shown twice, or once in each direction, is one comparison."""
     shown = [row[key] for row in rows for key in ("to_reference", "to_random") if row[key]]
-    tested = [gap for gap in (*shown, *gaps.values()) if compute_p_value(gap) is not None]
-    p_values = [compute_p_value(gap) or 0.0 for gap in tested]
-    for gap, p, corrected in zip(tested, p_values, correct_by_holm(p_values), strict=True):
-        gap |= {"p": p, "p_holm": corrected}
-    return tested
+    comparisons: dict[tuple, list[dict]] = {}
+    for gap in (*shown, *gaps.values()):
+        p = compute_p_value(gap)
+        if p is not None:
+            # two comparisons do not agree in all digits of mean and p unless their losses are the same
+            comparisons.setdefault((abs(gap["mean"]), p, gap["n"]), []).append(gap)
+    corrected = correct_by_holm([p for _, p, _ in comparisons])
+    for ((_, p, _), alike), p_holm in zip(comparisons.items(), corrected, strict=True):
+        for gap in alike:
+            gap |= {"p": p, "p_holm": p_holm}
+    return [alike[0] for alike in comparisons.values()]
 
 
 def select_attention(record: dict) -> dict:

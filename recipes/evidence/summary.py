@@ -121,10 +121,10 @@ def describe_machines(made_by: list[dict]) -> str:
 
 
 def make_notes(
-    experiment: Experiment, records: list[dict], rows: list[dict], gaps: dict, origin: str, partial: list[str]
+    experiment: Experiment, records: list[dict], rows: list[dict], gaps: dict, tested: list[dict], origin: str
 ) -> list[str]:
-    """Return the notes below the table. `gaps` are those of `compare_starts`, `origin` says how the numbers
-    were made, `partial` are the seeds that are not counted."""
+    """Return the notes below the table. `gaps` are those of `compare_starts`, `tested` what `add_p_values`
+    returns, `origin` says how the numbers were made."""
     seeds = ", ".join(str(record["seed"]) for record in records)
     n_windows = records[0]["models"][0]["loss"]["n"]
     tokens = experiment.train.eval_every * experiment.train.batch_tokens / 1e6
@@ -137,23 +137,22 @@ def make_notes(
             "A stage after the first has only the seeds whose stage before did not reach parity; "
             "tokens and FLOPs count all stages, steps are those of one."
         )
-    tested = [one for row in rows for one in (row["to_reference"], row["to_random"]) if one and "p" in one]
-    tested += [gap for gap in gaps.values() if "p" in gap]
     if tested:
         below, left = (sum(one[key] < LEVEL for one in tested) for key in ("p", "p_holm"))
         notes.append(
-            f"p: paired t over seeds; corrected: by Holm, for the {len(tested)} differences here and in the "
-            f"next note. {below} are below {LEVEL}, {left} after the correction. Step 0 is the loss of the "
-            f"start before its first step, less the reference's last: for a cut, what it costs."
+            f"p: paired t over seeds; corrected: by Holm, for the {len(tested)} comparisons here and in the "
+            f"next note, each counted once. {below} are below {LEVEL}, {left} after the correction. Step 0 "
+            f"is the loss of the start before its first step, less the reference's last: for a cut, what it "
+            f"costs."
         )
     labels = {row["run"]: row["label"] for row in reversed(rows)}
     others = "; ".join(
         f"{labels[run]} {format_difference(gaps[run])}" for run in reversed(labels) if run in gaps
     )
-    notes += [f"Inheritune, stage 1, less others of its size: {others}.", origin]
-    if partial:
-        notes.append(f"Not counted: seeds {', '.join(partial)}, which lack a core run.")
-    return notes
+    notes.append(f"Inheritune, stage 1, less others of its size: {others}.")
+    if lacking := [row.label for row in experiment.paper if row.run not in labels]:
+        notes.append(f"Not run: {'; '.join(lacking)}.")
+    return [*notes, origin]
 
 
 def summarize(experiment: Experiment, path: str, seeds: list[int]) -> None:
@@ -173,9 +172,10 @@ def summarize(experiment: Experiment, path: str, seeds: list[int]) -> None:
     made_by = [one for record in records for one in record["made_by"]]
     command = format_command(experiment, path, records, rows)
     gaps = compare_starts(records)
-    add_p_values(rows, gaps)
     origin = f"{describe_machines(made_by)}; {command}"
-    notes = make_notes(experiment, records, rows, gaps, origin, partial)
+    notes = make_notes(experiment, records, rows, gaps, add_p_values(rows, gaps), origin)
+    if partial:
+        notes.append(f"Not counted: seeds {', '.join(partial)}, which lack a core run.")
     title = f"{'REHEARSAL, not a result. ' if experiment.rehearsal else ''}{experiment.about}"
     cells = [make_cells(row) for row in rows]
     flat = [dict(zip(HEADERS, row, strict=True)) for row in cells]

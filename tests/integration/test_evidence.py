@@ -234,6 +234,39 @@ def test_differences_have_p_values_corrected_for_their_number(summary):
     assert summary.add_p_values(summary.make_rows(records[:1], ORDER), {}) == []  # one seed: none
 
 
+def test_a_comparison_that_is_shown_twice_counts_once(summary):
+    """The same pair in both directions, and two runs with the same losses. By hand, the least p of three is
+    multiplied by 3."""
+    losses = {"reference": (3.0, 3.1, 3.3), "random": (3.2, 3.15, 3.6)}
+    losses |= {"grown": (2.9, 2.95, 3.3), "inheritune": (2.9, 2.95, 3.3)}
+    records = [made_up(seed, **{run: of[seed] for run, of in losses.items()}) for seed in range(3)]
+    rows = summary.make_rows(records, ORDER)
+    tested = summary.add_p_values(rows, {})
+    found = {row["run"]: row for row in rows}
+    assert len(tested) == 3
+    p_values = sorted(gap["p"] for gap in tested)
+    assert sorted(gap["p_holm"] for gap in tested)[0] == pytest.approx(min(1.0, 3 * p_values[0]))
+    for one, other in (
+        (found["reference"]["to_random"], found["random"]["to_reference"]),
+        (found["grown"]["to_reference"], found["inheritune"]["to_reference"]),
+        (found["grown"]["to_random"], found["inheritune"]["to_random"]),
+    ):
+        assert (one["p"], one["p_holm"]) == (other["p"], other["p_holm"])
+
+
+def test_a_new_arm_leaves_the_seeds_valid_and_is_said_to_be_not_run(summary):
+    """The reported seeds, without the reference that was trained on."""
+    experiment = load_experiment(str(EVIDENCE / "cpu.yaml"))
+    records, partial = summary.read_records(experiment, EVIDENCE / "cpu")
+    assert len(records) >= 3 and not partial
+    for record in records:
+        record["models"] = [one for one in record["models"] if one["run"] != "reference_longer"]
+    rows = summary.make_rows(records, experiment.runs)
+    notes = summary.make_notes(experiment, records, rows, {}, [], "origin")
+    assert notes[-2:] == ["Not run: the reference trained on.", "origin"]
+    assert experiment.run("reference_longer").init.inherit.blocks(12) == [*range(12)]
+
+
 def test_what_a_seed_ended_with_has_a_row_of_its_own(summary):
     """One seed needed a second stage, whose row is that seed's alone; "as grown" is both seeds', with all
     stages counted."""
@@ -342,7 +375,12 @@ def test_what_is_reported_is_what_the_seeds_say(scale, summary, monkeypatch):
     tested = summary.add_p_values(rows, gaps)
     assert written(gaps) == written(said["beside_inheritune"])
     survive = sum(gap["p_holm"] < summary.LEVEL for gap in tested)
-    assert f"{survive} after the correction" in (folder / "table.md").read_text()
+    below = sum(gap["p"] < summary.LEVEL for gap in tested)
+    counts = f"{len(tested)} comparisons", f"{below} are below 0.05", f"{survive} after the correction"
+    assert all(count in (folder / "table.md").read_text() for count in counts)
+    if scale == "cpu":
+        page = (REPOSITORY / "docs" / "evidence.md").read_text()
+        assert f"of {counts[0]} {counts[1]}, and {counts[2]}" in page
     assert written(rows) == written(said["rows"]) and summary.list_depths(records) == said["depths"]
     table = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| ")]
     assert [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1:]] == [

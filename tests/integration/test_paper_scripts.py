@@ -96,10 +96,9 @@ def test_a_second_call_only_draws():
     assert "==" not in said and said.startswith("REHEARSAL, not a result.")
 
 
-@pytest.mark.slow
-def test_submitted_jobs_wait_for_what_they_need(tmp_path, monkeypatch):
-    """`SUBMIT=1` on a login node whose sbatch only writes down what it is given (Slurm itself:
-    test_slurm_growth.py)."""
+@pytest.fixture
+def login_node(tmp_path, monkeypatch):
+    """A login node whose sbatch only writes down what it is given (Slurm itself: test_slurm_growth.py)."""
     sbatch = (
         f'[ -z "$REFUSE" ] || case "$*" in *grow*) echo "sbatch: error: no" >&2; exit 1; esac\n'
         f'n=$(($(cat {tmp_path}/calls 2> /dev/null | wc -l) + 101)); echo "$@" >> {tmp_path}/calls; echo $n'
@@ -110,10 +109,21 @@ def test_submitted_jobs_wait_for_what_they_need(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("INHERITUNE_ROOT", str(tmp_path / "root"))
     monkeypatch.setenv("SUBMIT", "1")
-    assert "When these jobs are done, run this again" in rehearse("table7_xl_downstream")
-    lines = (tmp_path / "calls").read_text().splitlines(keepends=True)
+    return tmp_path
+
+
+def read_calls(login_node: Path) -> list[tuple[list[str], str]]:
+    """(what a job waits for, its script and arguments) of each call of sbatch."""
+    lines = (login_node / "calls").read_text().splitlines()
     calls = [(re.findall(r"--dependency=(\S+)", line), line.partition("/slurm/")[2]) for line in lines]
-    assert [(waits, job.removesuffix(" --parsable\n")) for waits, job in calls] == [
+    return [(waits, job.removesuffix(" --parsable")) for waits, job in calls]
+
+
+@pytest.mark.slow
+def test_submitted_jobs_wait_for_what_they_need(login_node, monkeypatch):
+    """`SUBMIT=1` of a paper's table."""
+    assert "When these jobs are done, run this again" in rehearse("table7_xl_downstream")
+    assert read_calls(login_node) == [
         ([], "prepare.sh gpt2_xl_owt"),
         (["afterok:101"], "train.sh gpt2_xl_owt reference --seed 0"),
         (["afterok:101,afterok:102"], "grow.sh gpt2_xl_owt inheritune --seed 0"),
@@ -123,11 +133,11 @@ def test_submitted_jobs_wait_for_what_they_need(tmp_path, monkeypatch):
         (["afterany:104"], "evaluate.sh gpt2_xl_owt --run inheritune_everything/stage1 --seed 0"),
     ]
     # the first refused submission ends it: what would wait for the job must not start at once
-    (tmp_path / "calls").unlink()
+    (login_node / "calls").unlink()
     monkeypatch.setenv("REFUSE", "1")
     command = ["bash", REPOSITORY / "recipes" / "table7_xl_downstream.sh"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and len((tmp_path / "calls").read_text().splitlines()) == 2
+    assert done.returncode == 1 and len((login_node / "calls").read_text().splitlines()) == 2
     assert "sbatch refused the job: no\nqueued so far: 101 102 (scancel 101 102 " in done.stderr
 
 
@@ -151,6 +161,56 @@ def test_on_a_login_node_nothing_is_trained_and_the_sites_folder_is_looked_at(tm
     assert done.returncode == 0 and list((tmp_path / "scratch" / "inheritune").rglob("table5.md")), (
         done.stdout + done.stderr
     )
+
+
+@pytest.mark.slow
+def test_the_claim_from_nothing_to_its_verdict():
+    """Two seeds of its four runs, the references' attention, and the rule over them."""
+    said = rehearse("claim")
+    assert "REHEARSAL, not a result." in said and said.count("\n== train") == 2 == said.count("\n== analyze")
+    experiment = load_experiment("claim/gpt2_small")
+    verdict = read_json(RunDir.of(experiment, "reference").path.parent.parent / "claim.json")
+    assert verdict["rehearsal"] and verdict["seeds"] == [0, 1] and verdict["meaning"] in said
+    losses = [
+        {
+            run: RunDir.of(experiment, run, seed).read_results()["validation"]["mean"]
+            for run in experiment.runs
+        }
+        for seed in (0, 1)
+    ]
+    for one in verdict["comparisons"]:
+        assert one["gaps"] == pytest.approx([of["inheritune"] - of[one["other"]] for of in losses])
+    runs = {run: RunDir.of(experiment, run) for run in experiment.runs}
+    reference, longer = weights(runs["reference"].final), weights(runs["reference_longer"].init)
+    assert same(longer, reference) == set(reference)  # trained on: nothing cut, nothing fresh
+    assert copied_from(weights(runs["inheritune"].init), reference) == [0, 1]
+    assert "==" not in rehearse("claim")  # the second call only judges
+
+
+@pytest.mark.slow
+def test_the_claims_jobs_wait_for_their_reference(login_node, monkeypatch):
+    """Four runs of each seed; all but the reference wait for it."""
+    monkeypatch.setenv("SEEDS", "3 4")
+    assert rehearse("claim").count("When these jobs are done, run this again") == 2
+    calls = read_calls(login_node)
+    jobs = [job.replace("claim/gpt2_small", "NAME") for _, job in calls]
+    prepare, first = (jobs.index(job) for job in ("prepare.sh NAME", "train.sh NAME reference --seed 3"))
+    assert calls[prepare][0] == [] and calls[first][0] == [f"afterok:{101 + prepare}"]
+    for job in ("train.sh NAME reference_longer", "train.sh NAME inheritune", "analyze.sh reference NAME"):
+        waits = calls[jobs.index(f"{job} --seed 3")][0]
+        assert waits == [f"afterok:{101 + prepare},afterok:{101 + first}"], job
+    assert sum("train.sh" in job for job in jobs) == 8
+
+
+@pytest.mark.parametrize(
+    "wrong, why", [({"SEEDS": "one"}, "whole numbers"), ({"PLAN": "1", "PRICE": "H100=x"}, "is a number")]
+)
+def test_wrong_settings_of_the_claim_are_refused(wrong, why):
+    words = [wrong["PRICE"]] if "PRICE" in wrong else []
+    command = ["bash", REPOSITORY / "recipes" / "claim.sh", *words]
+    environment = {**os.environ, **FORKS.on_path(anyway=True), **wrong}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2 and why in done.stderr and not done.stdout
 
 
 @pytest.mark.drill

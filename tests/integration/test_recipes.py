@@ -20,6 +20,7 @@ from inheritune.data.tokenizer import check_vocabulary
 from inheritune.engines.deepspeed_json import load_deepspeed_json
 from inheritune.models.networks import build_config, build_model, count_parameters
 from inheritune.models.surgery import cut_config, halve_config
+from inheritune.planning.plan import plan_experiment
 
 # experiment: (row of table_model_configs.csv, batch in tokens, steps, first learning rate)
 TRAINED = {
@@ -136,7 +137,7 @@ def test_batch_steps_and_rate_are_the_papers(name):
     assert (train.weight_decay, train.clip, train.schedule) == (0.1, 1.0, "cosine")
     assert train.warmup_steps == (2000 if name.startswith("gpt2") else 1000)
     assert train.precision == "bf16_autocast" and load_deepspeed_json(train.deepspeed)
-    changed = {run: spec.train for run, spec in experiment.runs.items() if spec.train}
+    changed = {run: spec.train for run, spec in experiment.runs.items() if spec.train and run not in CONTROLS}
     if name.endswith("_owt"):
         small = ROUNDS[name][-1]
         expected = {f"random_{small}_200k": {"steps": 200_000}}
@@ -144,6 +145,16 @@ def test_batch_steps_and_rate_are_the_papers(name):
         assert experiment.runs[f"random_{small}"].layers == small
 
 
+CONTROLS = (
+    "reference_longer",
+    "random_longer",
+    "distilled",
+    "influence",
+    "reference_clip",
+    "inheritune_clip",
+)
+CONTROLS += ("reference_394k", "inheritune_394k")
+"""Runs that the paper does not have."""
 MEDIUM_CHANGES = {
     **dict.fromkeys(("kd_random", "kd_teacher", "kd_teacher_12"), {"steps": 50_000, "min_lr": 3e-5}),
     **dict.fromkeys(
@@ -271,6 +282,60 @@ def test_stages_begin_with_the_papers_rounds(name):
             and experiment.runs[run].grow.from_ == "reference"
         )
         assert experiment.reference_of(experiment.runs[run]) == "reference"
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_every_claim_has_its_controls(name):
+    """The reference trained on, random at the FLOPs of reference and Inheritune, distilled, chosen layers."""
+    experiment, small = load_experiment(name), ROUNDS[name][-1]
+    runs, full = experiment.runs, experiment.model.layers
+    longer = runs["reference_longer"].init.inherit
+    assert longer.source == "reference" and longer.blocks(full) == [*range(full)] and len(longer.parts) == 5
+    assert experiment.train_of(runs["reference_longer"]) == experiment.train
+    first = runs["inheritune"].init.inherit.model_copy(update={"layers": f"0:{small}"})
+    assert runs["distilled"].init.inherit == first and runs["distilled"].distil.teacher == "reference"
+    assert runs["influence"].init.inherit == first.model_copy(update={"layers": f"auto:{small}:influence"})
+    flops = {facts["run"]: facts["flops"] for facts in plan_experiment(experiment) if not facts["stage"]}
+    sources = [source for source, _ in runs["random_longer"].sources()]
+    assert sources == (
+        ["random_16"] if "fineweb" in name else []
+    )  # whose text ends before so long a schedule
+    spent = flops["random_longer"] + sum(flops[source] for source in sources)
+    wanted = flops["reference"] + flops["influence"]
+    assert spent / wanted == pytest.approx(0.91 if name == "gpt2_large_fineweb" else 1.0, abs=0.004)
+    assert experiment.reference_of(runs["random_longer"]) == "reference"
+    assert experiment.layers_of(runs["random_longer"]) == small == experiment.layers_of(runs["influence"])
+    shown = {row.run for row in experiment.paper}
+    assert set(CONTROLS) & set(runs) <= shown
+
+
+CLIPS = {"gpt2_large_owt": 1 / 64, "gpt2_xl_owt": 1 / 64, "gpt2_small_owt": 1 / 8, "gpt2_medium_owt": 1 / 8}
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_the_authors_clip_and_batch_have_a_reference_and_a_cut_of_it(name):
+    experiment = load_experiment(name)
+    variants = {"clip": {"clip": CLIPS.get(name, 1 / 10)}}  # the FineWeb code adds up 10 micro-batches
+    if name == "gpt2_large_owt":
+        variants["394k"] = {"batch_tokens": 393_216}
+    for ending, train in variants.items():
+        full, cut = (experiment.runs[f"{run}_{ending}"] for run in ("reference", "inheritune"))
+        assert full.train == cut.train == train and full.init.random and full.compare == "reference"
+        assert experiment.layers_of(full) == experiment.model.layers
+        start = experiment.runs["distilled"].init.inherit
+        assert cut.init.inherit == start.model_copy(update={"source": f"reference_{ending}"})
+        assert experiment.reference_of(cut) == f"reference_{ending}"
+
+
+def test_the_low_data_controls_have_one_epoch():
+    experiment = load_experiment("openllama_3b_1b")
+    thirteen = experiment.runs["one_epoch"].init.inherit
+    for run, layers in (("reference_longer", 26), ("random_13", 13), ("distilled", 13), ("influence", 13)):
+        spec = experiment.runs[run]
+        assert experiment.layers_of(spec) == layers and spec.train == {"steps": 7_500}
+        assert spec.init.random or spec.init.inherit.source == thirteen.source
+    assert len(experiment.runs["reference_longer"].init.inherit.parts) == 5
+    assert experiment.runs["distilled"].distil.teacher == thirteen.source
 
 
 def test_a_public_start_needs_no_trained_reference():

@@ -208,11 +208,12 @@ def test_baselines_of_baselines_wait(slurm, own_root):  # noqa: F811
     """Each other run is a task of one array."""
     script = REPOSITORY / "slurm" / "gpt2_medium_baselines.sh"
     printed = slurm.run("bash", script, "--", "--hold")
-    first, stacking, long = re.findall(r"^submitted job (\d+)$", printed, re.MULTILINE)
+    first, *behind = re.findall(r"^submitted job (\d+)$", printed, re.MULTILINE)
     names = list_baselines(load_experiment("gpt2_medium_owt"))
     number = {name: position for position, name in enumerate(names, 1)}
     waits = {"stacking": "stacking_half", "inheritune_18_200k_50k": "reference_200k_50k"}
-    for job, (run, source) in zip((stacking, long), waits.items(), strict=True):
+    waits["inheritune_clip"] = "reference_clip"
+    for job, (run, source) in zip(behind, waits.items(), strict=True):
         (record,) = slurm.records(job)
         assert record["ArrayTaskId"] == str(number[run])
         assert record["Dependency"].startswith(f"afterok:{first}_{number[source]}(")

@@ -392,7 +392,11 @@ def test_baselines_that_start_from_baselines_wait():
     loaded = load_experiment("gpt2_medium_owt")
     names = list_baselines(loaded)
     waiting = {names[n - 1]: [names[s - 1] for s in sources] for n, sources in list_waiting(loaded).items()}
-    assert waiting == {"stacking": ["stacking_half"], "inheritune_18_200k_50k": ["reference_200k_50k"]}
+    assert waiting == {
+        "stacking": ["stacking_half"],
+        "inheritune_18_200k_50k": ["reference_200k_50k"],
+        "inheritune_clip": ["reference_clip"],
+    }
 
 
 def test_the_jobs_of_an_item_wait_for_what_they_need():
@@ -418,6 +422,10 @@ def test_the_jobs_of_an_item_wait_for_what_they_need():
     # with the GPUs of the paper's jobs, also in the line to paste
     assert [job.request.job.gpus for job in planned] == [0, 16, 16, 1, 1]
     assert make_again(planned[1].request, {}).startswith("GPUS=16 bash ")
+    alone = [
+        job.request.job.gpus for job in plan_jobs(steps, seed=2, gpus=1)
+    ]  # what trains, as the claim's jobs
+    assert alone == [0, 1, 1, 1, 1]
 
 
 # --- how a job ends -----------------------------------------------------------------------------------------
