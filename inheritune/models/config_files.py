@@ -99,6 +99,8 @@ RENAMED = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor"
 """Families whose keys transformers 4 calls by other names."""
 EXACT_SCALING = {"olmo": ["factor"], "olmo2": ["factor"], "phi3": ["short_factor", "long_factor"]}
 """Families for which transformers 4 refuses a `rope_scaling` with keys other than `type` and these."""
+OLDER_TYPES = {"default", "linear", "dynamic", "yarn", "longrope", "llama3"}
+"""Types of positions that transformers 4.57 has. A family with another one, as Gemma 4, is newer."""
 OLDER_KEYS = {
     "torch_dtype",
     "rope_theta",
@@ -116,8 +118,8 @@ def add_older_keys(described: dict) -> dict:
     """Return `described`, a config as transformers 5 writes it, with the keys that transformers 4 reads.
 
     transformers 5 reads them too, and prefers `rope_scaling` to all of `rope_parameters`, so the two must
-    agree. Where each type of layer has its own positions, transformers 4 has keys for those of full attention
-    and for the frequency of sliding attention."""
+    agree; positions that transformers 4 lacks are not described to it. Where each type of layer has its own,
+    transformers 4 has keys for those of full attention and for the frequency of sliding attention."""
     described = _drop_type(described)
     rope = described.get("rope_parameters") or {}
     older = {"torch_dtype": described["dtype"]} if described.get("dtype") else {}
@@ -125,6 +127,9 @@ def add_older_keys(described: dict) -> dict:
         if sliding := rope.get("sliding_attention"):
             older["rope_local_base_freq"] = sliding["rope_theta"]
         rope = rope["full_attention"] or {}
+    if rope.get("rope_type", "default") not in OLDER_TYPES:
+        rope = {}
+        older.pop("rope_local_base_freq", None)
     if described.get("num_local_experts") and _counts_experts_otherwise(described["model_type"]):
         older["num_experts"] = described["num_local_experts"]
     names = RENAMED.get(described["model_type"], {})

@@ -40,6 +40,11 @@ LEADING = {
 }
 """Config keys that count the first blocks of a kind -> the list that rules instead where there is one, and
 the name of that kind in it."""
+FIRST_EXPERTS, LAST_EXPERTS = "moe_layer_start_index", "moe_layer_end_index"
+"""Config keys of the first and the last block with experts (Ernie 4.5)."""
+EMBEDDED_WIDTH = "hidden_size_per_layer_input"
+"""Config key of a width, above 0 where one tensor has an embedding of each token for each block (Gemma 3n,
+the small models of Gemma 4)."""
 OF_TOKENS = ("_token_id", "_token_ids")
 """Ends of the keys of lists that have nothing to do with blocks."""
 OWN_INDEX = {"layer_idx", "layer_id", "layer_number", "layer_index"}
@@ -57,6 +62,11 @@ def cut_config(config: "PreTrainedConfig", layers: Layers) -> "PreTrainedConfig"
     last = getattr(config, table.layers) - 1
     kept = [min(i, last) if layer is None else layer for i, layer in enumerate(layers)]
     is_whole = kept == list(range(last + 1))
+    if raw.get(EMBEDDED_WIDTH) and not is_whole:
+        raise UserError(
+            f"a {config.model_type} with {EMBEDDED_WIDTH} above 0 cannot be cut: it has an embedding of each "
+            f"token for each layer, all in one tensor; take a model without it"
+        )
     for key, value in raw.items():
         if key in INDEXES and isinstance(value, list | tuple):
             raw[key] = [i for i, layer in enumerate(kept) if layer in value]
@@ -72,6 +82,7 @@ def cut_config(config: "PreTrainedConfig", layers: Layers) -> "PreTrainedConfig"
             )
     _cut_sparse_step(raw, kept)
     _cut_counts(raw, kept)
+    _cut_expert_range(raw, kept)
     if raw.get("attention_types") and raw.get("attention_layers"):  # GPT-Neo states them twice
         raw["attention_types"] = [[raw["attention_layers"], 1]]
     try:
@@ -91,6 +102,18 @@ def _cut_sparse_step(raw: dict[str, Any], kept: Sequence[int]) -> None:
         dense = [i for i, layer in enumerate(kept) if (layer + 1) % step]
         raw["mlp_only_layers"] = sorted({*raw["mlp_only_layers"], *dense})
         raw["decoder_sparse_step"] = 1
+
+
+def _cut_expert_range(raw: dict[str, Any], kept: Sequence[int]) -> None:
+    """Name the first and the last block with experts anew.
+
+    Where each so many blocks have experts, or those of `kept` do not follow each other, `check_blocks` finds
+    that a block has changed its kind."""
+    first, end = raw.get(FIRST_EXPERTS), raw.get(LAST_EXPERTS)
+    if not isinstance(first, int) or not isinstance(end, int) or raw.get("moe_layer_interval", 1) != 1:
+        return
+    sparse = [i for i, layer in enumerate(kept) if first <= layer <= end]
+    raw[FIRST_EXPERTS], raw[LAST_EXPERTS] = (sparse[0], sparse[-1]) if sparse else (len(kept), len(kept))
 
 
 def _cut_counts(raw: dict[str, Any], kept: Sequence[int]) -> None:

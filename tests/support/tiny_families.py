@@ -61,6 +61,9 @@ LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 LATENT = {"num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8}
 LATENT |= {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
 HEADS = {**LLAMA, "head_dim": 8}
+GEMMA4 = {"global_head_dim": 8, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+GEMMA4 |= {"layer_types": ["sliding_attention"] * 3 + ["full_attention"] * 2}  # the last one has to be full
+ERNIE = {"moe_num_shared_experts": 1, "moe_layer_start_index": 2}
 
 # Families that are cut only, in both versions of transformers. Of the table:
 FURTHER = {
@@ -70,6 +73,7 @@ FURTHER = {
     "deepseek_v2": {**LLAMA, **LATENT, **GROUPS},
     "deepseek_v3": {**LLAMA, **LATENT, **GROUPS},
     "ernie4_5": LLAMA,
+    "ernie4_5_moe": {**LLAMA, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 12, **ERNIE},
     "exaone4": {**LLAMA, **WINDOWS, "sliding_window_pattern": 4},
     "glm": HEADS,
     "glm4": HEADS,
@@ -98,6 +102,7 @@ AUTOMATIC = {
     "exaone_moe": {**HEADS, **EXPERTS, **WINDOWS},
     "falcon_mamba": {"hidden_size": 32, "num_hidden_layers": 5},
     "flex_olmo": {**LLAMA, "num_experts": 4, "num_experts_per_tok": 2},
+    "gemma4_text": {**HEADS, **WINDOWS, **GEMMA4},
     "gpt_neo": {**WIDTHS, "attention_types": [[["global", "local"], 2], [["global"], 1]], "window_size": 4},
     "gptj": {**GPT2, "rotary_dim": 4},
     "granitemoe": {**LLAMA, **LOCAL},

@@ -38,13 +38,14 @@ def config_of(kind: str, layers: int = 4):
 
 
 def random_model(config, seed: int = 1) -> torch.nn.Module:
-    """A model of `config` in evaluation mode whose every tensor differs from every fresh one (frozen biases
-    stay zero)."""
+    """A model of `config` in evaluation mode whose every tensor differs from every fresh one (GPT-2's frozen
+    biases stay zero)."""
     model = networks.build_model(config, "eager").eval()
     for name, tensor in networks.list_saved_tensors(model).items():
         values = torch.randn(tensor.shape, generator=initialization.make_generator(seed, name)) * 0.3
-        is_frozen = isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad
-        tensor.data.copy_(torch.zeros_like(values) if is_frozen else values)
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        is_zero = config.model_type == "gpt2" and is_parameter and not tensor.requires_grad
+        tensor.data.copy_(torch.zeros_like(values) if is_zero else values)
     return model
 
 
