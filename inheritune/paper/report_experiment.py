@@ -261,7 +261,14 @@ def make_model_section(label: str, rows: list[dict]) -> Section:
     charts = [draw_costs(rows)] if known else []
     charts += [draw_head_ranks(rows), *draw_maps(rows)]
     notes = [] if known else ["The cost of layers was not measured (analyze without --ranks-only does)."]
-    if not any(row["kind"] == "map" for row in rows):
+    maps = [row for row in rows if row["kind"] == "map"]
+    if maps:
+        n_tokens = len(maps[0]["mean"])
+        notes.append(
+            f"Attention maps: causal, mean of {maps[0]['sequences']} sequences, the first {n_tokens} tokens, "
+            f"on a logarithmic scale."
+        )
+    else:
         notes.append("No attention map was kept (analyze --maps layer:head).")
     if suggestion := rows[-1].get("reason"):
         notes.insert(0, suggestion[:1].upper() + suggestion[1:] + ".")

@@ -121,3 +121,12 @@ def test_the_page_follows_a_change_to_dark(page, browser):
 
     WebDriverWait(browser.driver, 30).until(lambda _: browser.run(color) != light)
     assert browser.console() == []
+
+
+def test_a_wide_table_scrolls_under_the_names_of_its_rows(evidence, browser):
+    browser.open(evidence, PHONE_WIDTH)
+    place = "return document.querySelector('.table tbody th').getBoundingClientRect().left"
+    before = browser.run(place)
+    browser.run("document.querySelector('.table').scrollLeft = 250")
+    assert browser.run("return document.querySelector('.table').scrollLeft") == 250
+    assert browser.run(place) == before
