@@ -107,6 +107,8 @@ def judge(numbers: list[int]) -> None:
     compared = compare_seeds(seeds)
     asked, meaning = conclude([one["verdict"] for one in compared])
     meaning = meaning if len(seeds) > 1 else "Not decided: an interval over seeds takes two seeds or more."
+    if len(seeds) < len(numbers):
+        meaning = f"So far, with {len(seeds)} of {len(numbers)} seeds, which is no verdict: {meaning}"
     notes = [f"**{meaning}**", describe_lazy(experiment, seeds)]
     if len(seeds) > 1 and asked[-1] == UNDECIDED:
         notes.append(describe_more(compared[len(asked) - 1]))

@@ -133,13 +133,16 @@ def test_what_is_not_decided_and_what_is_missing_is_said(capsys):
     finish_seed(0, 3.0, 3.1, 2.9, 2.9)
     claim.main("judge", "0", "1")
     printed = capsys.readouterr().out
-    assert "Not decided: an interval over seeds takes two seeds" in printed
+    assert (
+        "So far, with 1 of 2 seeds, which is no verdict: Not decided: an interval over seeds takes" in printed
+    )
     assert "Not finished, and not counted: seeds 1." in printed and "nothing about these" in printed
     finish_seed(1, 3.0, 3.1, 2.9, 3.2)
     claim.main("judge", "0", "1")
     printed = capsys.readouterr().out
     needed = design.count_seeds(abs(0.01 - 0.05), float(np.std([-0.1, 0.2], ddof=1)))
-    assert f"as measured here, takes {needed} seeds" in printed and "Not finished" not in printed
+    assert f"as measured here, takes {needed} seeds" in printed
+    assert "Not finished" not in printed and "So far" not in printed
     finish_seed(1, 3.0, 3.1, 2.9, 3.2, data_fingerprint="other")
     with pytest.raises(UserError, match="mixes what does not compare"):
         claim.main("judge", "0", "1")
