@@ -6,7 +6,7 @@
 #   bash recipes/own_model.sh MODEL 'TEXT' [OUT.yaml]    MODEL: a folder, a GGUF file or a Hub id; TEXT: a glob, in quotes
 #   STEPS=      steps of each run (default: what fits the text)     PROCS=1     processes (ranks); on several GPUs one for each
 #   SEQUENCES=16   sequences that the layers are measured on
-# The same command resumes: a drafted experiment is kept, and finished steps are not done again.
+# The same command resumes: the experiment that it drafted is kept, and finished steps are not done again.
 set -euo pipefail
 if [ $# -lt 2 ] || [ $# -gt 3 ]; then
   sed -n '2,9p' "${BASH_SOURCE[0]}" >&2
@@ -23,7 +23,7 @@ setup_environment
 cd "$from"
 export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 
-[ -f "$out" ] || run_step init --model "$model" --text "$text" --out "$out" ${STEPS:+--steps "$STEPS"}
+run_step init --model "$model" --text "$text" --out "$out" ${STEPS:+--steps "$STEPS"}
 run_step check "$out"
 run_step plan "$out"
 run_step prepare "$out"
@@ -35,5 +35,8 @@ run_step train "$out" --run random,distilled,cost,influence,window --procs "${PR
 run_step table "$out"
 run_step figure "$out"
 exported=$name-small
-[ -f "$exported/config.json" ] || run_step export "$runs/inheritune" --to "$exported"
+# an export of earlier runs is refused by name
+if [ ! -f "$exported/config.json" ] || [ "$runs/inheritune/DONE" -nt "$exported/config.json" ]; then
+  run_step export "$runs/inheritune" --to "$exported"
+fi
 print_times

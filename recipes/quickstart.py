@@ -68,7 +68,9 @@ def list_phases(seed: int, procs: int, parallel: bool) -> list[list[list[Step]]]
         return Step(title, [words], share_s, folder[run], experiment.train_of(experiment.run(run)).steps)
 
     def analyze(model: Path) -> list[str]:
-        return ["analyze", "--model", str(model), "--data", EXPERIMENT, "--ranks-only"]
+        # whoever has measured the costs too keeps them
+        quick = [] if RunDir(model.parent).attention.is_file() else ["--ranks-only"]
+        return ["analyze", "--model", str(model), "--data", EXPERIMENT, *quick]
 
     grown = folder["inheritune"]
     grow = ["grow", EXPERIMENT, "--run", "inheritune", "--seed", str(seed), *alone]

@@ -127,6 +127,8 @@ def run_analyze(
     is_own = measured is not None and is_final and measured.path.resolve() == run.path
     if given or not is_own:  # a run's own analysis is renewed, where nothing else was asked for
         check_replaced(RunDir(folder), model, revision)
+    if not costs:
+        _check_no_costs(RunDir(folder), model)
     measure = partial(measure_model, model, tokens, sequences, length, seed, maps, revision=revision)
     rows = measure(progress=True, costs=costs, is_rehearsal=is_rehearsal)
     rows[0]["rehearsal"] = is_rehearsal
@@ -137,6 +139,20 @@ def run_analyze(
     write_jsonl(RunDir(folder).attention, rows)
     print(describe_rows(rows))
     return folder
+
+
+def _check_no_costs(folder: RunDir, model: str) -> None:
+    """Raise UserError if the analysis in `folder` has the costs of the layers, which take most of the time
+    and would be lost."""
+    try:
+        rows = folder.read_attention()
+    except UserError:  # damaged, or of other weights: it is to be renewed
+        return
+    if any("cost" in row for row in rows):
+        raise UserError(
+            f"{folder.attention} has the costs of the layers of {model}, which --ranks-only leaves out; "
+            f"do without it, or give another --out"
+        )
 
 
 def _has_data_of(run: RunDir, tokens: Tokens) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 
 from inheritune.config.paths import resolve_path
 from inheritune.data.chat_template import ChatText, read_chat_template
-from inheritune.data.tokenizer import Tokenizer
+from inheritune.data.tokenizer import PROBE, Tokenizer
 from inheritune.data.tokenizer_files import (
     TEMPLATES,
     TOKENIZER_PATTERNS,
@@ -134,6 +134,11 @@ def open_pretrained(name: str, revision: str | None) -> FastTokenizer:
         raise UserError(
             f"tokenizer '{name}' ({type(tokenizer).__name__}) has no 'fast' form (tokenizer.json); use one "
             f"that has one"
+        )
+    if len({*tokenizer.encode(PROBE, add_special_tokens=False)}) < 2:  # none, or only the unknown
+        raise UserError(
+            f"tokenizer '{name}' has no vocabulary (transformers makes an empty one without files); "
+            f"add tokenizer.json, or tokenizer.model, or vocab.json and merges.txt"
         )
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)

@@ -78,6 +78,11 @@ def table(item: str, seed: int = 0, rehearse: bool | None = None, missing: bool 
     if item in list_items():
         return _make_paper_table(item, seed, rehearse, missing)
     experiment = load_experiment(item, rehearse)
+    if missing:
+        raise UserError(
+            f"table: --missing is for an item of the paper; what {experiment.name} lacks is listed by: "
+            f"python -m inheritune status {experiment.given}"
+        )
     found = list_entries(experiment, seed)
     if not found or found[0].label != experiment.paper[0].label:
         first = experiment.paper[0].run

@@ -16,6 +16,7 @@ from inheritune.config import names
 from inheritune.config.experiment import Experiment
 from inheritune.config.layers import AUTO, RULES
 from inheritune.config.problems import parse_section
+from inheritune.config.reading import read_text
 from inheritune.config.schema import format_schema
 from inheritune.config.sections import Data
 from inheritune.config.source_shape import find_config, read_shape
@@ -29,7 +30,7 @@ from inheritune.files.rundir import get_seed_dir
 from inheritune.files.writing import write_text
 from inheritune.models.sizes import list_parameters
 from inheritune.models.sources import open_source
-from inheritune.planning.draft_file import format_file
+from inheritune.planning.draft_file import WRITTEN_BY, format_file
 from inheritune.planning.draft_sizes import Sizes, Text, choose_depths, choose_sizes
 from inheritune.planning.machine import Fit, Machine, find_machine, fit_settings
 
@@ -43,7 +44,13 @@ def draft(model: str, text: str, out: str, revision: str | None = None, steps: i
     """Write the experiment to `out`; returns what to do next.
 
     `model`: a folder, GGUF file or Hub id; `text`: a glob of documents; `steps`: of each run, in place of
-    what fits. Raises UserError, with nothing written, if one of them cannot be used, or `out` exists."""
+    what fits. A file that this command wrote is kept. Raises UserError, with nothing written, if one of them
+    cannot be used, or if another `out` exists."""
+    command = f"python -m inheritune init --model {shlex.quote(model)} --text {shlex.quote(text)}"
+    command += f" --revision {shlex.quote(revision)}" if revision else ""
+    command += f" --steps {steps}" if steps is not None else ""
+    if _was_written_by(command, resolve_output(out)):
+        return f"{out} is kept: this command wrote it"
     path = _check_out(out)
     check_absent(schema := path.with_name(f"{path.stem}.schema.json"))
     pattern = os.path.abspath(os.path.expanduser(os.path.expandvars(text)))
@@ -68,11 +75,18 @@ def draft(model: str, text: str, out: str, revision: str | None = None, steps: i
         raw["train"]["deepspeed"] = str(settings)
         write_text(settings, json.dumps(fit.settings, indent=2) + "\n")
     write_text(schema, format_schema())
-    command = f"python -m inheritune init --model {shlex.quote(model)} --text {shlex.quote(text)}"
     memory = f"{format_memory(fit.peak)} at the peak, as planned, on {machine.describe()}"
     memory += "" if fit.fits else ": too much"
     write_text(path, format_file(raw, shape, command, found, sizes, memory, out, schema.name))
     return _describe_next(out, found, sizes, machine, fit)
+
+
+def _was_written_by(command: str, path: Path) -> bool:
+    """Return whether the head of the file at `path` says that `command` wrote it, whatever was edited."""
+    try:
+        return path.is_file() and f"{WRITTEN_BY}{command}" in read_text(path).splitlines()[:5]
+    except UserError:  # no text
+        return False
 
 
 def _check_out(out: str) -> Path:

@@ -11,6 +11,10 @@ PLAIN = re.compile(r"[A-Za-z/][A-Za-z0-9_./-]*")
 NOT_TEXT = ("true", "false", "null", "yes", "no", "on", "off")
 
 
+WRITTEN_BY = "# Written by: "
+"""Before the command, in the head of the file."""
+
+
 def _format_value(value: Any) -> str:
     """Return a value in one line of YAML."""
     if isinstance(value, dict):
@@ -80,7 +84,7 @@ def format_file(
     given = shlex.quote(out)
     lines = [
         f"# yaml-language-server: $schema={schema}",
-        f"# Written by: {command}",
+        f"{WRITTEN_BY}{command}",
         f"# {n} layers are half of the model's. What each layer is worth, and another n, says:",
         f"#     python -m inheritune analyze --model reference --data {given}",
         f"about: {_format_value(raw['about'])}",

@@ -222,6 +222,8 @@ def test_an_analysis_is_of_the_weights_that_lie_beside_it(again):
     measure = ["--length", "16", "--sequences", "4"]
     run_verb("analyze", "--model", "other", "--data", path, *measure)
     kept = other.attention.read_bytes()
+    said = refused("analyze", "--model", "other", "--data", path, *measure, "--ranks-only")
+    assert "has the costs of the layers" in said and other.attention.read_bytes() == kept
     shutil.rmtree(other.final)
     shutil.copytree(run_of(path, "stacked").final, other.final)
     done = read_json(run_of(path, "stacked").done)

@@ -335,6 +335,26 @@ MISTAKES = {
 }
 
 
+def test_what_the_same_command_wrote_is_kept_and_what_another_wrote_is_refused(
+    written, source, tmp_path, capsys, monkeypatch
+):
+    """As recipes/own_model.sh calls it again: for another model the old experiment would be of no use."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(source, "llama")
+    shutil.copytree(source, "other")
+    words = ["init", "--text", "texts/*.txt", "--out", "mine.yaml"]
+    assert main([*words, "--model", "llama"]) == 0
+    edited = Path("mine.yaml").read_text() + "# edited\n"
+    Path("mine.yaml").write_text(edited)
+    capsys.readouterr()
+    assert main([*words, "--model", "llama"]) == 0
+    assert "mine.yaml is kept: this command wrote it" in capsys.readouterr().out
+    for other in (["--model", "other"], ["--model", "llama", "--steps", "7"]):
+        assert main([*words, *other]) == 2
+        assert "mine.yaml exists and is left as it is" in capsys.readouterr().err
+    assert Path("mine.yaml").read_text() == edited
+
+
 @pytest.mark.parametrize("case", MISTAKES)
 def test_init_refuses_in_one_sentence_and_writes_nothing(
     case, source, tmp_path, own_root, capsys, monkeypatch

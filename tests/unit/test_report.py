@@ -230,7 +230,7 @@ def test_a_growth_against_a_third_party_model(tmp_path):
     finish_run(experiment, "grown", 2.5, stage=1)
     page = read(report(path))
     words = " ".join(page.words.split())
-    assert page.row("public")[:5] == ["public", "4", "5.00M", "", "2.0000(1.9000 to 2.1000)"]
+    assert page.row("public")[:6] == ["public", "4", "5.00M", "", "", "2.0000(1.9000 to 2.1000)"]
     assert "With 2 of the reference's 4 layers, Inheritune was not compared with the reference" in words
     assert "grown, stage 1: not compared with the reference; noise unknown." in words
     assert "The growth is not finished." in words and "Not run yet." in words
@@ -338,7 +338,7 @@ def test_the_evidence():
     assert f"p {longer['p']:.2g}, corrected {longer['p_holm']:.2g}) above a random start with" in page.verdict
     rows = {row[0][0].text: row for row in page.sections[0].grid.rows}
     cells = [piece.text for cell in rows["half width"] for piece in cell]
-    assert "+0.2522 (+0.2369 to +0.2675); p 0.0002, 0.01" in cells
+    assert "+0.2522 (+0.2369 to +0.2675); p 0.0002, 0.0094" in cells
     names = {
         trace["name"]: trace for c in page.sections[1].charts for trace in c.figure["data"] if "name" in trace
     }

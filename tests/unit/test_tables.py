@@ -290,6 +290,13 @@ def test_an_experiments_table_has_the_cuts_cost_and_the_controls(capsys):
     assert "clip" not in outcome
 
 
+def test_what_is_missing_is_of_an_item_of_the_paper(capsys):
+    finish("quickstart", "reference", 2.65)
+    with pytest.raises(UserError, match="--missing is for an item .* python -m inheritune status quickstart"):
+        tables.table("quickstart", missing=True)
+    assert not capsys.readouterr().out
+
+
 def test_an_end_at_the_same_printed_digits_is_level():
     said = [experiment_table.describe_gap(gap) for gap in (0.00004, -0.00004, 0.00006, -0.05)]
     assert said == ["level with", "level with", "0.0001 above", "0.0500 below"]

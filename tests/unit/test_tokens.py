@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import experiment_dict, write_experiment, write_tokens
-from tiny_models import random_model
+from tiny_models import config_of, random_model
 from tiny_tokenizers import TEMPLATE, save_by_newest, write_chat_tokenizer
 from transformers import GPT2Config
 
@@ -302,6 +302,10 @@ def test_refusals(tmp_path):
     (tmp_path / "broken.model").write_bytes(b"no model")
     with pytest.raises(UserError, match="is not a sentencepiece model"):
         load_tokenizer(data(str(tmp_path / "broken.model")))
+    model = random_model(config_of("public"))
+    model.save_pretrained(tmp_path / "without files")  # transformers would make a tokenizer that gives no ids
+    with pytest.raises(UserError, match="without files' has no vocabulary .* add tokenizer.json"):
+        load_tokenizer(data(str(tmp_path / "without files")))
     check_vocabulary(50257, 50304, "recipe")
     with pytest.raises(
         UserError, match="recipe: the tokenizer has 50257 ids, the model's vocabulary only 50256"
