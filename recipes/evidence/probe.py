@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from tabulate import tabulate
 
-from inheritune.analysis.thresholds import MAIN_THRESHOLD
+from inheritune.analysis.thresholds import MAIN_THRESHOLD, NEAR_ONE
 from inheritune.config.experiment import load_experiment
 from inheritune.errors import UserError, suggest_name
 from inheritune.files.json_files import read_json, write_json
@@ -29,8 +29,6 @@ RESULTS = FILE.with_suffix("")
 TABLE = FILE.with_suffix(".md")
 SEED = 100
 """Seeds from 100 on choose a scale and are never reported as evidence."""
-LAZY = 1.5
-"""A layer whose MaxRank is below this counts as collapsed (hypothesis H1 of deep.yaml)."""
 log = logging.getLogger(__name__)
 
 
@@ -67,7 +65,9 @@ def run_probe(name: str, path: Path) -> None:
         measured[step] = {
             "max_rank": [layer["max_rank"][MAIN_THRESHOLD] for layer in layers],
             "avg_mass": [layer["avg_mass"][MAIN_THRESHOLD] for layer in layers],
+            "uniform": sum(layer["uniform"] for layer in layers),
             "cost": [layer.get("cost", {}).get("block") for layer in layers],
+            "little_use": len(folder.read_attention()[-1].get("little_use_layers", [])),
         }
     run = RunDir.of(experiment, "reference", SEED)
     provenance = read_json(run.provenance)["starts"][-1]
@@ -82,23 +82,32 @@ def run_probe(name: str, path: Path) -> None:
 
 
 def write_table(probes: dict[str, Any]) -> None:
-    """Write the table of all probes whose numbers are there."""
+    """Write the table of all probes: of each measured step, how far the attention has collapsed."""
+    heads = ["probe", "step", "validation loss", f"layers with MaxRank < {NEAR_ONE}", "near uniform"]
+    heads += ["lowest MaxRank", "highest AvgMass", "of little use"]
     rows = []
     for name in probes:
-        if not (RESULTS / f"{name}.json").is_file():
-            rows.append([name, "not run", *[""] * 4])
-            continue
-        facts = read_json(RESULTS / f"{name}.json")
+        file = RESULTS / f"{name}.json"
+        facts = read_json(file) if file.is_file() else {"attention": {"not run": None}}
         for step, found in facts["attention"].items():
-            ranks = found["max_rank"]
-            loss = f"{facts['loss']:.4f}" if step == list(facts["attention"])[-1] else ""
-            low = sum(rank < LAZY for rank in ranks)
-            mass = max(found["avg_mass"])
-            rows.append([name, step, loss, f"{low} of {len(ranks)}", f"{min(ranks):.2f}", f"{mass:.1f}"])
-    heads = ("probe", "step", "validation loss", f"layers with MaxRank < {LAZY}", "lowest MaxRank")
-    table = tabulate(rows, [*heads, "highest AvgMass"], tablefmt="github", disable_numparse=True)
+            rows.append([name, step, *(format_measured(facts, found) if found else [""] * 6)])
+    table = tabulate(rows, heads, tablefmt="github", disable_numparse=True)
     intro = f"# Probes\n\nMade by `python recipes/evidence/probe.py` from [{FILE.name}]({FILE.name}).\n\n"
     write_text(TABLE, f"{intro}{table}\n")
+
+
+def format_measured(facts: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """Return the cells of one measured step."""
+    ranks = found["max_rank"]
+    is_last = found["cost"][0] is not None  # costs are measured at the end
+    return [
+        f"{facts['loss']:.4f}" if is_last else "",
+        f"{sum(rank < NEAR_ONE for rank in ranks)} of {len(ranks)}",
+        f"{found['uniform']} of {len(ranks)}",
+        f"{min(ranks):.2f}",
+        f"{max(found['avg_mass']):.1f}",
+        f"{found['little_use']} of {len(ranks)}" if is_last else "",
+    ]
 
 
 def main(*names: str) -> None:
