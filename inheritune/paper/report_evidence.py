@@ -86,13 +86,15 @@ def _make_verdict(found: dict, rows: dict) -> str:
         words.append(
             f"It ends {describe_difference(longer)} a random start with the reference's steps added."
         )
-    tested = [
-        gap for row in found["rows"] for gap in (row["to_reference"], row["to_random"]) if gap and "p" in gap
-    ]
-    tested += [gap for gap in found["beside_inheritune"].values() if "p" in gap]
-    left = sum(gap["p_holm"] < 0.05 for gap in tested)
+    shown = [gap for row in found["rows"] for gap in (row["to_reference"], row["to_random"]) if gap]
+    tested = {  # a comparison that is shown twice, or in both directions, counts once
+        (abs(gap["mean"]), gap["p"]): gap["p_holm"]
+        for gap in (*shown, *found["beside_inheritune"].values())
+        if "p" in gap
+    }
     if tested:
-        words.append(f"Of all {len(tested)} differences, {left} are below 0.05 after Holm's correction.")
+        left = sum(p_holm < 0.05 for p_holm in tested.values())
+        words.append(f"Of all {len(tested)} comparisons, {left} are below 0.05 after Holm's correction.")
     return " ".join(words)
 
 

@@ -336,6 +336,12 @@ def test_the_evidence():
     assert f"{abs(ours['to_reference']['mean']):.4f} nats" in page.verdict
     longer = found["beside_inheritune"]["random_longer"]
     assert f"p {longer['p']:.2g}, corrected {longer['p_holm']:.2g}) above a random start with" in page.verdict
+    # a comparison that is shown twice is one
+    gaps = [row[key] for row in found["rows"] for key in ("to_reference", "to_random")]
+    gaps += found["beside_inheritune"].values()
+    pairs = {abs(gap["mean"]): gap["p_holm"] for gap in gaps if gap and "p" in gap}
+    left = sum(p_holm < 0.05 for p_holm in pairs.values())
+    assert f"Of all {len(pairs)} comparisons, {left} are below 0.05" in page.verdict
     rows = {row[0][0].text: row for row in page.sections[0].grid.rows}
     cells = [piece.text for cell in rows["half width"] for piece in cell]
     assert "+0.2522 (+0.2369 to +0.2675); p 0.0002, 0.0094" in cells
