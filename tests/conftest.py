@@ -65,6 +65,9 @@ LONGEST += [
     "damage",
     "record",
     "streams",
+    "third_party",
+    "own_model",
+    "stacking",
 ]
 
 
