@@ -2,6 +2,7 @@
 #   The caller defines `missing WHAT`, which prints one line for each thing that has to be run: verb, experiment, run, the lines it
 #   waits for, options. SEED and PROCS: seed of the runs, and processes to train with.
 # shellcheck shell=bash
+set -euo pipefail
 
 # Runs and data are where the scripts of slurm/ keep them.
 use_site_folders() {
