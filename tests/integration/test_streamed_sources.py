@@ -68,7 +68,7 @@ def write_tar(path: Path, texts: list[str]) -> Path:
                 "json": row,
                 "jsonl": row,
                 "md": text.encode(),
-                "bin": b"caf\xe9",
+                "bin": b"\xe9t\xe9",
             }
             for suffix, content in contents.items():
                 entry = tarfile.TarInfo(f"{number:06d}.{suffix}")
