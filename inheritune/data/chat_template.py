@@ -1,7 +1,6 @@
 """Chats as text: a list of messages, rendered by the chat template of the tokenizer."""
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -25,16 +24,39 @@ class ChatTemplate:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        spelled = json.dumps(messages, ensure_ascii=False)
-        if any(token in spelled for token in self.spelled):
+        if any(token in text for text in _list_texts(messages) for token in self.spelled):
             raise ValueError("chat that spells a special token")
         chat = [_drop_missing(message) for message in messages]
+        if any(isinstance(message, dict) and _is_empty(message) for message in chat):
+            raise ValueError("chat with a message that has no content")
         try:
             named: dict[str, Any] = {**self.special}
             rendered = render_jinja_template([chat], chat_template=self.template, **named)[0]
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
             raise ValueError("chat that the template refuses") from None
+        contents = [message.get("content") for message in chat if isinstance(message, dict)]
+        if any(isinstance(content, list | dict) and str(content) in rendered[0] for content in contents):
+            raise ValueError("chat whose content is a list, which the template prints as Python does")
         return ChatText(rendered[0])
+
+
+def _list_texts(value: Any) -> Iterator[str]:
+    """Yield every text in a chat, at any depth, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from value  # its keys
+        for inner in value.values():
+            yield from _list_texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _list_texts(inner)
+
+
+def _is_empty(message: dict) -> bool:
+    """Return whether a message has neither content nor anything else beside its role, such as tool calls.
+    Templates print None for it, or nothing."""
+    return message.get("content") is None and not message.keys() - {"role", "content"}
 
 
 def _drop_missing(message: Any) -> Any:

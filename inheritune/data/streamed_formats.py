@@ -120,6 +120,10 @@ def _open_stream(path: Path, suffix: str, key: str, cache: str) -> Any:
 def _read_tables(path: Path, tables: Iterable[Any], key: str) -> Iterator[bytes | None]:
     """Yield the raw documents in the column `key` of Arrow tables."""
     for table in tables:
+        if f"{key}.1" in table.schema.names and {".csv", ".tsv"} & {
+            *path.suffixes
+        }:  # pandas renames the second
+            raise UserError(f"{path} has two columns '{key}'; rename one of them")
         kind = find_column_kind(path, table.schema, key)
         yield from list_raw_values(table[key], kind, key)
 

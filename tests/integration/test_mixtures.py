@@ -167,7 +167,7 @@ def test_a_repeated_text_is_in_one_part_of_the_split_only(tmp_path):
 # --- chats --------------------------------------------------------------------------------------------------
 
 
-def test_chats_become_the_ids_of_the_chat_template(tmp_path):
+def test_chats_become_the_ids_of_the_chat_template(tmp_path, gpt2_bpe):
     from transformers import AutoTokenizer
 
     (tmp_path / "hf").mkdir()
@@ -177,7 +177,10 @@ def test_chats_become_the_ids_of_the_chat_template(tmp_path):
         for text in TEXTS[:40]
     ]
     spelled = [{"role": "user", "content": "<|end|>, as a text"}]
-    rows = [*chats, spelled, "no chat, <|end|>", [{"role": "user"}, 3], {"role": "user"}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+    empty = [{"role": "user", "content": None}]
+    refused = [{"role": "user", "content": "Hello"}, 3]
+    rows = [*chats, spelled, "no chat, <|end|>", refused, {"role": "user"}, parts, empty]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     pq.write_table(pa.table({"messages": chats}), tmp_path / "a.parquet")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -205,6 +208,8 @@ def test_chats_become_the_ids_of_the_chat_template(tmp_path):
             {
                 "chat that spells a special token": 1,
                 "chat that the template refuses": 1,
+                "chat whose content is a list, which the template prints as Python does": 1,
+                "chat with a message that has no content": 1,
                 "'messages' is not text": 1,
             }
             if tail

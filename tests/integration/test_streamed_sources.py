@@ -140,6 +140,7 @@ def test_bytes_of_an_archive_that_are_not_utf8_are_counted(tmp_path):
             r"jsonl\.text: the files .* are read as str",
         ),
         ({"files": ["longer.csv"]}, r"longer\.csv has rows with more fields than its header; quote"),
+        ({"files": ["twice.csv"]}, r"twice\.csv has two columns 'text'; rename one"),
         ({"files": ["comma.csv"]}, r"comma\.csv has rows with more fields than its header; quote"),
         (
             {"files": ["a.jsonl"], "text_key": "content"},
@@ -164,6 +165,7 @@ def test_what_is_refused_leaves_nothing(tmp_path, data, said):
     write_jsonl(tmp_path / "a.jsonl", TEXTS[:9])
     (tmp_path / "none.csv").write_text("text\n")
     (tmp_path / "longer.csv").write_text("id,text,lang\n" + "1,hello, you,en\n" * 9)
+    (tmp_path / "twice.csv").write_text("text,text\n" + "one,two\n" * 9)
     (tmp_path / "comma.csv").write_text("id,text,lang\n" + "1,hello,en,\n" * 9)
     (tmp_path / "damaged.csv").write_text('text\n"never closed\n')
     (tmp_path / "damaged.arrow").write_bytes((tmp_path / "a.arrow").read_bytes()[:300])
