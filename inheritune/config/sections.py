@@ -185,7 +185,7 @@ class Model(Strict):
         if not isinstance(raw, dict):
             return raw
         size, source = raw.get("size"), raw.get("from", raw.get("from_"))
-        if "from" in raw and not (isinstance(source, str) and source.strip()):
+        if source is not None and not (isinstance(source, str) and source.strip()):
             raise ValueError(f"from: {source!r} is neither a folder nor a Hub id (owner/name)")
         if source is None or size is not None:
             if not isinstance(size, str) or size not in MODEL_SIZES:

@@ -135,7 +135,7 @@ def open_pretrained(name: str, revision: str | None) -> FastTokenizer:
             f"tokenizer '{name}' ({type(tokenizer).__name__}) has no 'fast' form (tokenizer.json); use one "
             f"that has one"
         )
-    if len({*tokenizer.encode(PROBE, add_special_tokens=False)}) < 2:  # none, or only the unknown
+    if not tokenizer.encode(PROBE, add_special_tokens=False):
         raise UserError(
             f"tokenizer '{name}' has no vocabulary (transformers makes an empty one without files); "
             f"add tokenizer.json, or tokenizer.model, or vocab.json and merges.txt"

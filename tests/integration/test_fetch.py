@@ -200,6 +200,7 @@ def test_without_room_nothing_is_downloaded(request, tmp_path, files, disk):
     assert "the download of " in said and str(disk.path) in said and "HF_HOME" in said and not hub.taken
 
 
+@pytest.mark.slow
 def test_without_internet_or_with_a_wrong_name_it_is_one_sentence(request, tmp_path, files):
     hub = make_hub(request, files)
     variables = environment(hub, tmp_path)

@@ -33,6 +33,7 @@ def train(folder, stage: int, ranks: int) -> RunDir:
     return RunDir.of(load_experiment(path), "reference")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_weights_are_exported_while_others_are_fetched(tmp_path, monkeypatch, ranks):
     """Kept weights and final/, each written after a validation: the same as at ZeRO 1."""

@@ -264,6 +264,7 @@ def test_a_module_that_is_loaded_again_does_not_hide_the_environment(slurm, tmp_
     assert record["JobState"] == "COMPLETED" and "loads python/3.11" in slurm.log(job), slurm.logs()
 
 
+@pytest.mark.slow
 def test_a_controller_that_does_not_answer_is_asked_again(slurm, tmp_path):  # noqa: F811
     """Neither the start of a job nor its requeue fails for it."""
     (tmp_path / "bin").mkdir(), (tmp_path / "calls").mkdir()
@@ -301,6 +302,7 @@ def test_a_second_submission_is_told(slurm, tmp_path, capsys):  # noqa: F811
     assert slurm.submit(COUNTING, tmp_path / "a", 3, "--", "--hold", FORCE=1) != job
 
 
+@pytest.mark.slow
 def test_jobs_are_known_by_what_they_do(slurm, small, own_root, capsys):  # noqa: F811
     """queue, status, cancel and retry, and a job that will never start."""
     asked = [

@@ -1,6 +1,5 @@
 """A limit of open files, for a part of a test."""
 
-import gc
 import os
 import resource
 import tracemalloc  # noqa: F401 (pytest imports it when something is not closed, which may be within)
@@ -10,7 +9,6 @@ from contextlib import contextmanager
 @contextmanager
 def open_files_limited(more: int):
     """Allow as many open files as there are now, and `more`."""
-    gc.collect()
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     free = os.dup(0)
     os.close(free)

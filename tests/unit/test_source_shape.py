@@ -164,7 +164,7 @@ def test_a_rehearsal_of_any_family_is_small(tmp_path):
     assert small.model.from_ is None and (small.model.family, small.model.layers) == ("llama", 2)
 
 
-@pytest.mark.parametrize("wrong", [5, ["a"], None, " ", "a" * 300])
+@pytest.mark.parametrize("wrong", [5, ["a"], "", " ", "a" * 300])
 def test_a_source_that_is_no_name_is_refused(wrong, tmp_path, capsys):
     path = write_experiment(tmp_path, experiment_dict(model={"from": wrong}))
     assert main(["check", path]) == 2
