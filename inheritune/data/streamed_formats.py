@@ -7,7 +7,9 @@ time and parquet in the same time, with a seventh and half of its memory (benchm
 data set runs: the library's own builders read the files, and its decoders of archives load no pickles.
 """
 
+import csv
 import glob
+import gzip
 import json
 import tarfile
 import tempfile
@@ -39,6 +41,8 @@ def stream_documents(path: Path, suffix: str, key: str) -> Iterator[tuple[int, b
         _check_end(path, suffix)
     # the library makes a lock in its cache
     with _report_damage(path, suffix), tempfile.TemporaryDirectory() as cache:
+        if BUILDERS[suffix] == "csv":
+            _check_header(path, suffix, key)
         stream = _open_stream(path, suffix, key, cache)
         if BUILDERS[suffix] == "webdataset":
             yield from enumerate(_read_samples(path, stream, key), 1)
@@ -72,6 +76,20 @@ def _check_end(path: Path, suffix: str) -> None:
         raise EOFError(f"it has no end of {'an archive' if suffix == '.tar' else 'a stream'}")
 
 
+def _get_separator(suffix: str) -> str:
+    """Return what separates the fields of a CSV file."""
+    return "\t" if suffix == ".tsv" else ","
+
+
+def _check_header(path: Path, suffix: str, key: str) -> None:
+    """Raise UserError if the column `key` is there twice: pandas renames the second without a word."""
+    opened = gzip.open if suffix.endswith(".gz") else open
+    with opened(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
+        header = next(csv.reader(file, delimiter=_get_separator(suffix)), [])
+    if header.count(key) > 1:
+        raise UserError(f"{path} has two columns '{key}'; rename one of them")
+
+
 @contextmanager
 def _report_damage(path: Path, suffix: str) -> Iterator[None]:
     """Raise as a UserError what the libraries find wrong with a file."""
@@ -85,7 +103,15 @@ def _report_damage(path: Path, suffix: str) -> Iterator[None]:
             f"{path} has rows with more fields than its header; quote the texts that hold the separator, and "
             f"delete separators at the end of lines"
         ) from None
-    except (pa.ArrowInvalid, pa.ArrowTypeError, ValueError, tarfile.TarError, EOFError, OSError) as error:
+    except (
+        pa.ArrowInvalid,
+        pa.ArrowTypeError,
+        ValueError,
+        csv.Error,
+        tarfile.TarError,
+        EOFError,
+        OSError,
+    ) as error:
         if isinstance(error, OSError) and error.errno is not None:  # pyarrow's own have no number
             raise
         raise UserError(
@@ -106,7 +132,7 @@ def _open_stream(path: Path, suffix: str, key: str, cache: str) -> Any:
         warnings.filterwarnings("error", "Length of header", ParserWarning)
         # a text of digits stays a text, and so does "NA"
         options = {"converters": {key: str}, "keep_default_na": False, "index_col": False}
-        options["sep"] = "\t" if suffix == ".tsv" else ","
+        options["sep"] = _get_separator(suffix)
     return datasets.load_dataset(
         BUILDERS[suffix],
         data_files=[glob.escape(str(path))],
@@ -120,10 +146,6 @@ def _open_stream(path: Path, suffix: str, key: str, cache: str) -> Any:
 def _read_tables(path: Path, tables: Iterable[Any], key: str) -> Iterator[bytes | None]:
     """Yield the raw documents in the column `key` of Arrow tables."""
     for table in tables:
-        if f"{key}.1" in table.schema.names and {".csv", ".tsv"} & {
-            *path.suffixes
-        }:  # pandas renames the second
-            raise UserError(f"{path} has two columns '{key}'; rename one of them")
         kind = find_column_kind(path, table.schema, key)
         yield from list_raw_values(table[key], kind, key)
 

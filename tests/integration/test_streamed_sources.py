@@ -120,6 +120,12 @@ def test_streamed_formats_give_the_bytes_of_jsonl(tmp_path):
     assert sum(test.count(name) for name in test.groups[""]) == 9
 
 
+def test_a_column_whose_name_ends_as_a_renamed_one_does_is_no_second_one(tmp_path):
+    (tmp_path / "a.csv").write_text("text,text.1\n" + "".join(f"{letter},two\n" for letter in "abc" * 9))
+    chosen = Corpus(experiment(files=["a.csv"]).data, tmp_path)
+    assert sum(chosen.count(name) for name in chosen.groups[""]) == 27
+
+
 def test_bytes_of_an_archive_that_are_not_utf8_are_counted(tmp_path):
     write_tar(tmp_path / "a.tar", TEXTS[:9])
     with pytest.raises(UserError, match="no usable document .[0-9]+ not UTF-8"):
@@ -141,6 +147,7 @@ def test_bytes_of_an_archive_that_are_not_utf8_are_counted(tmp_path):
         ),
         ({"files": ["longer.csv"]}, r"longer\.csv has rows with more fields than its header; quote"),
         ({"files": ["twice.csv"]}, r"twice\.csv has two columns 'text'; rename one"),
+        ({"files": ["binary.csv"]}, r"binary\.csv is cut off, damaged or no csv file"),
         ({"files": ["comma.csv"]}, r"comma\.csv has rows with more fields than its header; quote"),
         (
             {"files": ["a.jsonl"], "text_key": "content"},
@@ -166,6 +173,7 @@ def test_what_is_refused_leaves_nothing(tmp_path, data, said):
     (tmp_path / "none.csv").write_text("text\n")
     (tmp_path / "longer.csv").write_text("id,text,lang\n" + "1,hello, you,en\n" * 9)
     (tmp_path / "twice.csv").write_text("text,text\n" + "one,two\n" * 9)
+    (tmp_path / "binary.csv").write_bytes(b"\x01" * 200_000)  # longer than a field may be
     (tmp_path / "comma.csv").write_text("id,text,lang\n" + "1,hello,en,\n" * 9)
     (tmp_path / "damaged.csv").write_text('text\n"never closed\n')
     (tmp_path / "damaged.arrow").write_bytes((tmp_path / "a.arrow").read_bytes()[:300])
