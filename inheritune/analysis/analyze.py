@@ -71,7 +71,7 @@ def check_replaced(folder: RunDir, model: str, revision: str | None) -> None:
                 )
         return
     try:
-        header, sealed = next(iter(folder.read_attention()), {}), is_sealed(folder.attention)
+        header, sealed = next(iter(folder.read_attention(to_renew=True)), {}), is_sealed(folder.attention)
     except UserError:  # damaged, or of another program
         header, sealed = {}, False
     if not sealed or header.get("kind") != "header" or not isinstance(header.get("model"), str):

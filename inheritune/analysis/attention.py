@@ -27,8 +27,7 @@ from inheritune.analysis.worth import measure_worth
 from inheritune.data.batches import Tokens
 from inheritune.data.tokenizer_comparison import has_same_ids, open_encoder
 from inheritune.errors import UserError
-from inheritune.files.markers import check_marked_folder
-from inheritune.models.choice import stamp_weights
+from inheritune.files.markers import check_marked_folder, stamp_weights
 from inheritune.models.downloads import download_model
 from inheritune.models.gguf_files import convert_gguf, find_gguf
 from inheritune.runtime.dist import get_device

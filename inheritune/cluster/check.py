@@ -17,6 +17,7 @@ from inheritune.evaluation.taskcode import refuse_task_code
 from inheritune.files.markers import is_prepared
 from inheritune.files.rundir import get_data_dir
 from inheritune.planning.workload import MFU, estimate_gpu_hours, list_models
+from inheritune.runs.chosen_blocks import check_choice
 from inheritune.runs.job import Job
 from inheritune.runs.shapes import check_sources
 
@@ -63,6 +64,7 @@ def check(
     needed = find_unfinished_source(loaded, spec, seed)
     if not data_ready or needed:
         raise UserError(_describe_missing(loaded, run, data_ready, needed, stage, seed))
+    check_choice(Job(loaded, run, seed, stage))
     print(f"{loaded.name}/{run}: what it starts from is there")
 
 

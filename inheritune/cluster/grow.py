@@ -47,6 +47,8 @@ def grow(
     check_sources(loaded, [run])
     if not folder.is_done():
         check_reference(loaded, reference, must_exist=True)
+        if (measured := RunDir.of(loaded, reference, seed)).is_evaluated():
+            measured.read_results()  # refused if the model has changed since
     _report_changes(Job(loaded, run, seed, stage=1), settings, depths)
     os.environ["INHERITUNE_STOP"] = str(folder.stop)  # the training of the reference obeys it too
     done_before: Action | None = None

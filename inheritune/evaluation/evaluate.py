@@ -25,7 +25,7 @@ from inheritune.evaluation.reference import describe_other_ids
 from inheritune.evaluation.taskcode import refuse_task_code
 from inheritune.files.json_files import read_json, write_json
 from inheritune.files.lock import Lock
-from inheritune.files.markers import hash_folder
+from inheritune.files.markers import hash_folder, stamp_weights
 from inheritune.files.outputs import check_new_file, resolve_output
 from inheritune.files.rundir import (
     WINDOW_LOSSES,
@@ -231,6 +231,7 @@ def _identify_weights(
         results["checkpoint"] = identity
     elif job and external:
         results.update(model=source.origin, weights=identity, run=job.name, seed=job.seed)
+        results["files"] = {} if source.revision else stamp_weights(source.origin)
     elif "model" in results:
         results["model"] = source.origin
     return identity

@@ -88,3 +88,12 @@ def read_marked_files(marker: Path) -> dict[str, dict]:
         }
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"{marker} is not a valid marker; restore it, or delete its folder") from None
+
+
+def stamp_weights(model: str | Path) -> dict[str, list[int]]:
+    """Return {name: [bytes, time of the last change in ns]} of a GGUF file, or of the weight files in a
+    folder; empty for a Hub id. Weights that are written anew have another stamp."""
+    folder = Path(model)
+    paths = [p for pattern in ("*.safetensors", "*.bin", "*.gguf") for p in sorted(folder.glob(pattern))]
+    paths = [folder] if folder.is_file() else paths
+    return {path.name: [(stat := path.stat()).st_size, stat.st_mtime_ns] for path in paths}

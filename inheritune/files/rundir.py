@@ -26,7 +26,7 @@ from inheritune.config.experiment import Experiment
 from inheritune.config.paths import RECIPES
 from inheritune.errors import UserError
 from inheritune.files.json_files import compute_seal, read_json, read_jsonl
-from inheritune.files.markers import COMPLETE, DONE, check_files, read_marked_files
+from inheritune.files.markers import COMPLETE, DONE, check_files, read_marked_files, stamp_weights
 from inheritune.files.storage import find_root, list_names
 
 WINDOW_LOSSES = "window_losses"
@@ -256,6 +256,7 @@ class RunDir:
         self._check_measured(results, self.results)
         if not to_renew:
             self._check_compared(results)
+            check_unchanged(results, self.results)
         check_files(self.path, results.get("record", {}) if self.is_done() else {})
         return results
 
@@ -285,15 +286,35 @@ class RunDir:
             f"{self.provenance} does not list the starts of its run: it is damaged; restore it, or delete it"
         )
 
-    def read_attention(self) -> list[dict]:
+    def read_attention(self, to_renew: bool = False) -> list[dict]:
         """Return the rows of attention.jsonl.
 
-        Raises UserError if they are not as written, or were measured on other weights."""
+        Raises UserError if they are not as written, or were measured on other weights. Of weights that no
+        run here trained, only unless `to_renew`."""
         rows = read_jsonl(self.attention)
         if not rows and self.attention.is_file():
             raise UserError(f"{self.attention} is empty; analyze the model again")
         self._check_measured(rows[0] if rows else {}, self.attention)
+        if rows and not to_renew and "weights" not in rows[0]:
+            check_unchanged(rows[0], self.attention)
         return rows
+
+
+def check_unchanged(facts: dict, file: Path) -> None:
+    """Raise UserError if the weights that `facts`, from `file`, were measured on were written anew since.
+
+    Their folder is not asked for where it is another machine's, or its weights are gone."""
+    now = stamp_weights(facts["model"]) if facts.get("files") else {}
+    if now and now != facts["files"]:
+        results = file.parent / "results.json"
+        run = read_json(results) if results.is_file() else {}
+        way = "analyze that model again"
+        if "run" in run:
+            verb = f"evaluate {_name_experiment(run)} --run {run['run']}"
+            verb = verb if file == results else f"analyze {run['run']} {_name_experiment(run)}"
+            way = f"measure again: python -m inheritune {verb}{format_seed_flag(run['seed'])}"
+        changed = f"the weights in {facts['model']} were rewritten"
+        raise UserError(f"{file} was measured before {changed}; {way}")
 
 
 def is_finished(experiment: Experiment, name: str, seed: int) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from inheritune.config.layers import AutoLayers
 from inheritune.errors import UserError
+from inheritune.files.markers import stamp_weights
 from inheritune.files.rundir import RunDir, get_analysis_dir, get_results_dir
 
 
@@ -76,7 +77,7 @@ def choose_layers(
             f"layers are to be chosen by {choice.rule}, but there is no analysis of {source} in "
             f"{candidates[0].path}; first: {command}"
         )
-    rows = found.read_attention()
+    rows = found.read_attention(to_renew=True)  # the stamp is compared below, with the command
     header = rows[0]
     n_layers = sum(row["kind"] == "layer" for row in rows)
     if "weights" not in header:  # else read_attention has compared the hash with the run's
@@ -93,12 +94,3 @@ def choose_layers(
         if choice.count > n_layers:
             raise  # another analysis would not help
         raise UserError(f"{found.attention}: {problem}; the command: {command}") from None
-
-
-def stamp_weights(model: str | Path) -> dict[str, list[int]]:
-    """Return {name: [bytes, time of the last change in ns]} of a GGUF file, or of the weight files in a
-    folder; empty for a Hub id. Weights that are written anew have another stamp."""
-    folder = Path(model)
-    paths = [p for pattern in ("*.safetensors", "*.bin", "*.gguf") for p in sorted(folder.glob(pattern))]
-    paths = [folder] if folder.is_file() else paths
-    return {path.name: [(stat := path.stat()).st_size, stat.st_mtime_ns] for path in paths}

@@ -2,19 +2,19 @@
 
 from pathlib import Path
 
-from inheritune.config.layers import AutoLayers, parse_auto, repeat_middle
-from inheritune.config.run import External, HalfWidth, Inherit, Stack
+from inheritune.config.layers import parse_auto, repeat_middle
+from inheritune.config.run import HalfWidth, Inherit, Stack
 from inheritune.data.batches import Tokens
 from inheritune.data.tokenizer_comparison import has_same_ids, open_encoder
 from inheritune.errors import UserError
 from inheritune.files import writing
 from inheritune.files.lock import Lock
 from inheritune.files.markers import INHERITED
-from inheritune.files.rundir import format_seed_flag, require_weights
-from inheritune.models.choice import choose_layers, format_analyze
+from inheritune.files.rundir import require_weights
 from inheritune.models.networks import build_config
 from inheritune.models.sources import open_source
 from inheritune.models.surgery import extend_model, halve_width, inherit, write_random
+from inheritune.runs.chosen_blocks import choose_blocks
 from inheritune.runs.job import Job
 from inheritune.runtime import signals
 
@@ -64,7 +64,7 @@ def _copy_blocks(job: Job, copied: Inherit | Stack, folder: Path) -> None:
     source, revision = find_source(job, copied.source, copied.revision)
     layers: str | list[int] = f"0:{job.depths()[job.stage - 1]}" if job.stage else copied.layers
     if choice := parse_auto(layers):
-        layers = _choose_blocks(job, copied, choice, source, revision)
+        layers = choose_blocks(job, copied, choice, source, revision)
     if isinstance(copied, Inherit):
         inherit(
             source,
@@ -79,22 +79,6 @@ def _copy_blocks(job: Job, copied: Inherit | Stack, folder: Path) -> None:
         )
     else:
         inherit(source, layers, folder, copied.parts, seed=job.seed, revision=revision, copies=2)
-
-
-def _choose_blocks(
-    job: Job, copied: Inherit | Stack, choice: AutoLayers, source: str, revision: str | None
-) -> list[int]:
-    """Return the blocks of `source` that `choice` keeps, by its analysis: its own, or that of a run of the
-    file which is the same third-party model."""
-    experiment = job.experiment
-    external = External(source=copied.source, revision=copied.revision)
-    same = [name for name, run in experiment.runs.items() if run.init.external == external]
-    known = [*same, *({copied.source} & experiment.runs.keys())]
-    data = experiment.given.removesuffix(" --rehearse")
-    command = format_analyze(known[0], data) if known else format_analyze(source, data, revision)
-    command = f"{'REHEARSE=1 ' if experiment.rehearsal else ''}{command}{format_seed_flag(job.seed)}"
-    folders = [job.sibling(name) for name in same]
-    return choose_layers(choice, source, revision, command, experiment.rehearsal, folders)
 
 
 def make_random_start(job: Job, layers: int) -> Path:

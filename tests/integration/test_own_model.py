@@ -32,11 +32,11 @@ from inheritune.planning.machine import ON_ONE_GPU, Machine, fit_settings
 TEXTS = sorted((REPOSITORY / "inheritune" / "config").glob("*.py"))
 
 
-def write_source(folder):
+def write_source(folder, seed=1):
     """A tiny Llama of 4 layers with a tokenizer of its own, as a pretrained model lies on a disk."""
     config = config_of("llama")
     config.vocab_size, config.max_position_embeddings = 320, 64
-    random_model(config).save_pretrained(folder)
+    random_model(config, seed).save_pretrained(folder)
     train_bpe("bpe:300", [path.read_text() for path in TEXTS], folder)
     return folder
 

@@ -1,6 +1,7 @@
 """A third-party model as a reference on several ranks, and on the Hub at a pinned revision."""
 
 import shutil
+from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
@@ -85,10 +86,12 @@ def test_a_pinned_source_on_the_hub_is_analyzed_chosen_from_and_grown(request, r
     # the model by its id, with the revision that the advice names; for a run, and for `inherit`
     flags = ("--model", "someone/tiny", "--revision", COMMIT)
     said = refused("train", without, "--run", "chosen", **offline)
+    assert said == refused("check", without, "--run", "chosen", **offline)
     assert f"first: python -m inheritune analyze {' '.join(flags)} --data {without}" in said
     run_verb("analyze", *flags, "--data", without, "--sequences", "4", "--length", "16", **offline)
     cut = ("inherit", "--source", "someone/tiny", "--revision", COMMIT, "--layers", "auto:2:influence")
     run_verb(*cut, "--out", tmp_path / "cut", **offline)
+    run_verb("check", without, "--run", "chosen", **offline)
     run_verb("train", without, "--run", "chosen", **offline)
     rows = get_analysis_dir("someone/tiny").read_attention()
     for start in (tmp_path / "cut", RunDir.of(load_experiment(without), "chosen").init):
@@ -105,6 +108,36 @@ def test_a_pinned_source_on_the_hub_is_analyzed_chosen_from_and_grown(request, r
     run_verb("grow", path, "--run", "grown", **offline)
     joined = read_json(RunDir.of(experiment, "grown").stage(2).init / "inherited.json")
     assert joined["layers"] == [0, 1, 2] and joined["reference"]["revision"] == COMMIT
+
+
+def test_its_numbers_are_those_of_the_weights_that_are_there(raw, tmp_path):
+    """Weights written anew under the same name, as by another export of the model: what was measured before
+    is no longer shown, compared with, or grown against. The command that the refusal names measures it
+    again."""
+    path = write_experiment(tmp_path, raw)
+    experiment = load_experiment(path)
+    public, source = RunDir.of(experiment, "public"), raw["model"]["from"]
+    run_verb("prepare", path)
+    run_verb("evaluate", path, "--run", "public")
+    run_verb("analyze", "public", path, "--sequences", "2", "--length", "8", "--ranks-only")
+    before = read_json(public.results)["validation"]["mean"]
+    run_verb("table", path)
+    shutil.rmtree(source)
+    write_source(Path(source), seed=5)
+    again = f"python -m inheritune evaluate {Path(path).name} --run public"
+    for call in (("table", path), ("report", path), ("grow", path, "--run", "grown")):
+        assert f"{public.results} was measured before the weights in {source} were rewritten" in (
+            said := refused(*call)
+        )
+        assert again in said
+    run_verb("evaluate", path, "--run", "public")
+    assert f"measure again: python -m inheritune analyze public {Path(path).name}" in refused("report", path)
+    assert read_json(public.results)["validation"]["mean"] != before
+    run_verb("analyze", "public", path, "--sequences", "2", "--length", "8", "--ranks-only")
+    for verb in ("table", "report"):
+        run_verb(verb, path)
+    (Path(source) / "model.safetensors").unlink()  # a laptop, to which no weights were copied
+    run_verb("table", path)
 
 
 def assert_chosen(start, rows) -> None:

@@ -154,11 +154,18 @@ def test_an_analysis_of_other_weights_is_refused(source, tmp_path, capsys):
     weights = next(source.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes())
     assert f"{source} has changed since {folder}" in refused(capsys, *words)
-    rows = RunDir(folder).read_attention()
+    assert f"measured before the weights in {source} were rewritten" in refused_by_reader(folder)
+    rows = RunDir(folder).read_attention(to_renew=True)
     rows[0]["model"] = "another"
     (folder / "attention.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "was measured on another model than" in refused(capsys, *words)
     assert not (tmp_path / "x").exists()
+
+
+def refused_by_reader(folder) -> str:
+    with pytest.raises(UserError) as refusal:
+        RunDir(folder).read_attention()
+    return str(refusal.value)
 
 
 def test_a_run_starts_from_chosen_blocks(source, tmp_path):
