@@ -133,7 +133,7 @@ def read_windows(tokens: Tokens, n_sequences: int, length: int, seed: int) -> to
             f"prepare more text"
         )
     starts = np.random.default_rng(seed).choice(available, size=n_sequences, replace=False) * length
-    return torch.from_numpy(np.stack([tokens.read(int(start), length) for start in starts]))
+    return torch.from_numpy(np.stack([tokens.read_window(int(start), length) for start in starts]))
 
 
 def measure_model(
@@ -187,6 +187,8 @@ def measure_model(
         "near_one": NEAR_ONE,
         "files": stamp_weights(model),
     }
+    if tokens.first_token is not None:
+        header["first_token"] = tokens.first_token
     uniform = measure_uniform(length)
     layers = [measured.layer_row(layer, uniform) for layer in range(n_layers)]
     more: list[dict] = []

@@ -53,6 +53,7 @@ def _shrink_data(data: Section) -> Section:
         "max_tokens": 1_500_000,
         "sequence_length": REHEARSAL_LENGTH,
         "sampling": data["sampling"],
+        "window_start": data["window_start"],
     }
 
 

@@ -111,6 +111,9 @@ class Data(Source):
     """Stop reading after about this many tokens (train and validation together)."""
     sequence_length: Length
     sampling: Annotated[str, Field(pattern=r"^(random_windows|one_pass|epochs:[1-9][0-9]{0,8})$")]
+    window_start: Literal["end_of_text"] | None = None
+    """The token in place of each window's first one, in training, validation and analysis, as models with a
+    beginning-of-text token read. By default the text's own."""
 
     @field_validator("name")
     @classmethod
@@ -135,7 +138,7 @@ class Data(Source):
         """Return the keys that decide the bytes of the shards: what the data hash covers.
 
         How windows are read from the shards is left out."""
-        keys = self.model_dump(mode="json", exclude={"sequence_length", "sampling"})
+        keys = self.model_dump(mode="json", exclude={"sequence_length", "sampling", "window_start"})
         # data that was prepared before these keys existed keeps its hash
         return {key: value for key, value in keys.items() if key not in LATER_KEYS or value}
 

@@ -45,6 +45,8 @@ class Tokens:
             sizes = {self.folder / shard["file"]: int(shard["tokens"]) * dtype.itemsize for shard in shards}
         except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
             raise UserError(f"{manifest} is damaged; delete it and run 'prepare' again") from None
+        self.first_token: int | None = None
+        """Token id in place of each window's first one (data.window_start); None: the text's own."""
         self._paths = list(sizes)
         self._shards: list[np.ndarray] = []
         for path, expected in sizes.items():
@@ -73,7 +75,13 @@ class Tokens:
         if split == "val":
             small = {shard["file"]: shard for shard in tokens.manifest["splits"]["val"]["shards"]}
         check_files(tokens.folder, small | tokens.manifest.get("tokenizer_files", {}))
-        return tokens
+        return tokens.begin_windows(experiment)
+
+    def begin_windows(self, experiment: Experiment) -> "Tokens":
+        """Begin each window as the experiment's data.window_start says. Returns itself."""
+        if experiment.data.window_start:
+            self.first_token = int(self.manifest["tokenizer"]["end_of_text"])
+        return self
 
     def read(self, start: int, count: int, out: np.ndarray | None = None) -> np.ndarray:
         """Return tokens [start, start + count) of the stream, across shard borders, in `out` if given.
@@ -90,6 +98,13 @@ class Tokens:
         if count and int(out.max()) >= self.vocab_size:
             raise self._make_vocabulary_error(start + int(out.argmax()), int(out.max()))
         return out
+
+    def read_window(self, start: int, count: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Return `read(start, count, out)`, with the first token as data.window_start says."""
+        window = self.read(start, count, out)
+        if self.first_token is not None:
+            window[0] = self.first_token
+        return window
 
     def _make_vocabulary_error(self, position: int, token: int) -> NodeError:
         """Return the error for a token id, at `position` of the stream, that the tokenizer does not have.
@@ -241,7 +256,7 @@ def read_share(order: Order, step: int, share: Share) -> tuple[np.ndarray, np.nd
     windows, weights = np.empty((*shape, order.length + 1), np.int64), np.zeros(shape, np.float32)
     rows = windows.reshape(-1, order.length + 1)
     for row, start in zip(rows, order.starts(step)[share.first :][: share.count].tolist(), strict=False):
-        order.tokens.read(start, order.length + 1, out=row)
+        order.tokens.read_window(start, order.length + 1, out=row)
     rows[share.count :] = rows[0]
     weights.reshape(-1)[: share.count] = 1.0
     return windows, weights

@@ -288,7 +288,9 @@ def _measure_losses(
     length = loaded.data.sequence_length
     starts = validate.final_windows(tokens, length, train.final_windows)
     losses = compute_losses(network, source, tokens, length, starts, train)
-    results.update(data_fingerprint=tokens.fingerprint, windows=validate.describe_windows(starts, length))
+    results.update(
+        data_fingerprint=tokens.fingerprint, windows=validate.describe_windows(tokens, starts, length)
+    )
     results.update(validation=compute_interval(losses))
     if job:
         results.update(compare_with_reference(job, losses, results))

@@ -46,7 +46,7 @@ class RunInputs:
         batch = train.batch_tokens // length
         order = Order(tokens, job.experiment.data.sampling, length, batch, job.seed)
         order.check_steps(train.steps)
-        val_tokens = Tokens(tokens.folder, "val")
+        val_tokens = Tokens(tokens.folder, "val").begin_windows(job.experiment)
         val_starts = validate.final_windows(val_tokens, length, train.final_windows)
         ceiling = deepspeed["train_micro_batch_size_per_gpu"]
         share = Share.of(batch, dist.get_rank(), dist.get_world_size(), ceiling)

@@ -39,7 +39,7 @@ def write_results(
         "train_flops": flops_per_token * train.steps * train.batch_tokens,
         "precision": train.precision,
         "data_fingerprint": inputs.tokens.fingerprint,
-        "windows": validate.describe_windows(inputs.val_starts, inputs.length),
+        "windows": validate.describe_windows(inputs.val_tokens, inputs.val_starts, inputs.length),
         "validation": compute_interval(losses),
         "memory": memory,
     }

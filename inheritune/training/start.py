@@ -148,7 +148,7 @@ def _check_reference(inputs: RunInputs) -> None:
     here = {
         "data_fingerprint": inputs.tokens.fingerprint,
         "precision": inputs.train.precision,
-        "windows": validate.describe_windows(inputs.val_starts, inputs.length),
+        "windows": validate.describe_windows(inputs.val_tokens, inputs.val_starts, inputs.length),
     }
     compare_with_reference(inputs.job, np.zeros(len(inputs.val_starts)), here)
 

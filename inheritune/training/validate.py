@@ -41,12 +41,12 @@ def final_windows(tokens: Tokens, length: int, count: int) -> np.ndarray:
     return (np.arange(n) * available // n) * length
 
 
-def describe_windows(starts: np.ndarray, length: int) -> str:
-    """Return what tells these windows (their first positions, their length in tokens) from others of the same
-    text. Losses are paired only window by window."""
-    return (
-        f"{len(starts)} of {length} tokens, {xxhash.xxh3_64_hexdigest(np.asarray(starts, '<i8').tobytes())}"
-    )
+def describe_windows(tokens: Tokens, starts: np.ndarray, length: int) -> str:
+    """Return what tells these windows (their first positions, their length in tokens, a start token) from
+    others of the same text. Losses are paired only window by window."""
+    begin = "" if tokens.first_token is None else f", beginning with token {tokens.first_token}"
+    positions = xxhash.xxh3_64_hexdigest(np.asarray(starts, "<i8").tobytes())
+    return f"{len(starts)} of {length} tokens, {positions}{begin}"
 
 
 def curve_windows(n_final: int, count: int) -> np.ndarray:
@@ -79,9 +79,9 @@ def window_losses(
     for turn in rounds:
         batch = turn * get_world_size() + get_rank()
         chosen = slice(min(batch, n_batches - 1) * EVAL_BATCH, (min(batch, n_batches - 1) + 1) * EVAL_BATCH)
-        windows = torch.from_numpy(np.stack([tokens.read(int(s), length + 1) for s in starts[chosen]])).to(
-            device
-        )
+        windows = torch.from_numpy(
+            np.stack([tokens.read_window(int(s), length + 1) for s in starts[chosen]])
+        ).to(device)
         logits = model(input_ids=windows[:, :-1], use_cache=False).logits  # (8, T, V)
         if batch < n_batches:
             means[chosen] = losses.token_losses(logits, windows[:, 1:]).double().mean(dim=1)

@@ -89,7 +89,14 @@ def test_growth_does_not_go_on_against_another_reference(again):
     assert gone in refused("train", path, "--run", "grown", "--stage", "2")
 
 
-@pytest.mark.parametrize("change", [{"data": {"sequence_length": 16}}, {"train": {"final_windows": 8}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data": {"sequence_length": 16}},
+        {"data": {"window_start": "end_of_text"}},
+        {"train": {"final_windows": 8}},
+    ],
+)
 def test_a_finished_run_is_measured_on_its_own_windows(again, change):
     path = again(**change)
     before = run_of(path, "other").results.read_bytes()
@@ -107,6 +114,12 @@ def test_a_run_on_other_windows_is_not_compared(again):
     said = refused("train", path, "--run", "new")
     assert "was measured with windows" in said and "of 32 tokens" in said and "of 16 tokens" in said
     assert not run_of(path, "new").experiment.exists()
+
+
+def test_a_run_whose_windows_begin_otherwise_is_not_compared(again):
+    runs = {"new": {"init": "random", "layers": 2, "compare": "reference"}}
+    said = refused("train", again(data={"window_start": "end_of_text"}, runs=runs), "--run", "new")
+    assert "was measured with windows" in said and "beginning with token" in said
 
 
 def test_older_results_name_no_windows_and_no_weights(again):
