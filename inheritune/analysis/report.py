@@ -97,10 +97,16 @@ def _describe_cuts(rows: list[dict]) -> list[str]:
     """Return the lines on the loss right after a cut, before any training."""
     found = {(row["n"], row["rule"]): row["loss"] for row in rows if row["kind"] == "cut"}
     names = "".join(f"  {name:>12}" for name in RULE_NAMES.values())
-    lines = ["loss right after a cut to n layers, by what is kept:", f"{'n':>5}{names}"]
+    lines = ["loss right after a cut to n layers, by what is kept:", f"{'n':>5}{names}"] if found else []
     for n in sorted({n for n, _ in found}):
         lines.append(f"{n:>5}" + "".join(f"  {found[n, rule]:>12.4f}" for rule in RULE_NAMES))
-    return lines if found else []
+    for row in (row for row in rows if row["kind"] == "without_lazy"):
+        names = ", ".join(str(layer + 1) for layer in row["layers"])
+        lines.append(
+            f"without all layers of MaxRank below {NEAR_ONE} ({names}): {row['loss']:.4f}, "
+            f"{row['loss'] - rows[0]['loss']:+.4f}"
+        )
+    return lines
 
 
 def _describe_choice(rows: list[dict]) -> list[str]:

@@ -24,12 +24,13 @@ def measure_worth(
 
     Where nothing can be measured, the header says why in `costs_missing`, and there are no more rows. Rows:
     `first` (the loss of the first n blocks, n = 0 to L), `window` (find_windows), `cut` (the loss with the
-    blocks that a rule keeps)."""
+    blocks that a rule keeps), `without_lazy` (the loss without all blocks of MaxRank below NEAR_ONE, if there
+    are some)."""
     meter = CostMeter(model, windows_NT, batch)
     if meter.missing:
         return {"costs_missing": {"all": meter.missing}}, []
     hidden = None if progress else True
-    total = meter.count_forwards(MAX_SIZES * len(RULES))
+    total = meter.count_forwards(MAX_SIZES * len(RULES) + 1)
     with tqdm(total=total, desc="costs", unit=" forwards", leave=False, disable=hidden) as bar:
         meter.advance = bar.update
         costs = meter.measure()
@@ -44,6 +45,9 @@ def measure_worth(
                 kept = pick_layers([*layers, *rows], AutoLayers(n, rule))
                 lost = round(meter.measure_cut(kept), 6)
                 rows.append({"kind": "cut", "n": n, "rule": rule, "layers": kept, "loss": lost})
+        if lazy := [row["layer"] for row in layers if row["near_lazy"]]:
+            lost = round(meter.measure_cut([row["layer"] for row in layers if not row["near_lazy"]]), 6)
+            rows.append({"kind": "without_lazy", "layers": lazy, "loss": lost})
     missing = {part: found for part, found in costs.missing.items() if found}
     return {"loss": round(loss, 6), "costs_missing": missing}, rows
 

@@ -13,11 +13,12 @@ from tiny_models import config_of, random_model
 from transformers import AutoModelForCausalLM
 
 from inheritune.analysis import attention, costs
-from inheritune.analysis.attention import measure_model
+from inheritune.analysis.attention import load_model, measure_model
 from inheritune.analysis.blocks import BlockRunner
 from inheritune.analysis.costs import CostMeter, find_windows
 from inheritune.analysis.layers import suggest_by_cost, summarize_model
 from inheritune.analysis.report import describe_rows
+from inheritune.analysis.worth import measure_worth
 from inheritune.config.layers import RULES, AutoLayers
 from inheritune.data.batches import Tokens
 from inheritune.errors import UserError
@@ -237,6 +238,23 @@ def test_the_loss_after_a_cut_is_that_of_the_cut_model(analyzed, data, tmp_path)
         assert row["loss"] == pytest.approx(loss, abs=1e-5)
     first = next(row["loss"] for row in rows if row["kind"] == "first")
     assert len(first) == 7 and first[6] == rows[0]["loss"]
+
+
+def test_all_lazy_layers_are_left_out_together(analyzed, data):
+    """Two layers that are marked as lazy, 2 and 5: the loss is that of the model without both."""
+    folder, rows = analyzed
+    assert not [row for row in rows if row["kind"] == "without_lazy"]  # none is lazy
+    model = load_model(str(folder))
+    ids = attention.read_windows(data, 5, LENGTH, seed=0)
+    layers = [row | {"near_lazy": row["layer"] in (1, 4)} for row in rows if row["kind"] == "layer"]
+    header, more = measure_worth(model, ids, 5, layers, progress=False)
+    row = next(row for row in more if row["kind"] == "without_lazy")
+    cut = without_block(without_block(model, 4), 1)
+    with torch.no_grad():
+        loss = cut(input_ids=ids, labels=ids, use_cache=False).loss.item()
+    assert row["layers"] == [1, 4] and row["loss"] == pytest.approx(loss, abs=1e-5)
+    said = describe_rows([rows[0] | header, *layers, *more, rows[-1]])
+    assert f"without all layers of MaxRank below 1.5 (2, 5): {row['loss']:.4f}" in said
 
 
 def test_rows_are_json_and_batches_do_not_matter(analyzed, data):
