@@ -4,7 +4,7 @@
 #   SEEDS="11 12 13"   three or more for an interval; finished results of other seeds are counted too
 #   ARMS=core          reference, random start (also with the reference's steps added), Inheritune, last half. Or all, or names
 #                      of runs: their numbers are added to the finished ones if the reference has the same bits
-#   SCALE=cpu          gpu: GPT-2 Small's shape on one GPU
+#   SCALE=cpu          gpu: GPT-2 Small's shape on one GPU. deep: 24 layers, with hypotheses about lazy layers, 34 core-hours
 #   BUDGET_HOURS=      save and stop after this many hours; the same command resumes (0.15 is 9 minutes)
 #   JOBS=              runs in parallel, one thread each; default: one per core, one on a GPU
 #   REHEARSE=1         takes minutes, is marked REHEARSAL and writes to runs/rehearsal
@@ -12,7 +12,7 @@ set -euo pipefail
 START=$(date +%s)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SCALE=${SCALE:-cpu} ARMS=${ARMS:-core} SEEDS=${SEEDS:-11 12 13} BUDGET_HOURS=${BUDGET_HOURS:-}
-[[ $SCALE = [cg]pu && $ARMS =~ ^[a-z0-9_\ ]+$ && $BUDGET_HOURS =~ ^([0-9]+(\.[0-9]*)?|\.[0-9]+)?$ && $SEEDS =~ ^[0-9\ ]+$ ]] || {
+[[ $SCALE =~ ^(cpu|gpu|deep)$ && $ARMS =~ ^[a-z0-9_\ ]+$ && $BUDGET_HOURS =~ ^([0-9]+(\.[0-9]*)?|\.[0-9]+)?$ && $SEEDS =~ ^[0-9\ ]+$ ]] || {
   sed -n '2,10p' recipes/evidence.sh >&2
   exit 2
 }
@@ -21,11 +21,11 @@ export EXPERIMENT=recipes/evidence/$SCALE.yaml
 # shellcheck source=recipes/setup.sh
 source recipes/setup.sh
 options=(--cpus-per-task="${JOBS:-4}" --time=04:00:00)
-[ "$SCALE" = cpu ] || options+=(--gpus=1)
+[ "$SCALE" != gpu ] || options+=(--gpus=1)
 [ "${REHEARSE:-0}" != 0 ] || refuse_login_node "${options[@]}"
 # shellcheck disable=SC2119 # no further requirements
 setup_environment
-if [ "$SCALE" = cpu ] || [ "${REHEARSE:-0}" != 0 ]; then
+if [ "$SCALE" != gpu ] || [ "${REHEARSE:-0}" != 0 ]; then
   JOBS=${JOBS:-$(nproc)} # before the next line: nproc reads OMP_NUM_THREADS
   export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 else
@@ -36,7 +36,7 @@ else
     exit 2
   }
 fi
-PYTHON_PACKAGES=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') # gpu.yaml reads its text there
+PYTHON_PACKAGES=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') # gpu.yaml and deep.yaml read their text there
 END=0
 [ -z "$BUDGET_HOURS" ] || END=$(python -c 'import sys; print(int(sys.argv[1]) + int(3600 * float(sys.argv[2])))' "$START" "$BUDGET_HOURS")
 export PYTHON_PACKAGES END

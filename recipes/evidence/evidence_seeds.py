@@ -161,7 +161,12 @@ def _add_attention(model: dict, experiment: Experiment, run: str, seed: int) -> 
             continue
         step = int(weights.partition("@")[2] or experiment.train_of(experiment.run(run)).steps)
         layers = [one for one in rows if one["kind"] == "layer"]
-        model.setdefault("attention", {})[str(step)] = {
+        found = model.setdefault("attention", {}).setdefault(str(step), {})
+        if all("cost" in layer for layer in layers):
+            found["cost"] = [layer["cost"]["block"] for layer in layers]
+        for row in (one for one in rows if one["kind"] == "without_lazy"):
+            found["without_lazy"] = row["loss"] - rows[0]["loss"]
+        found |= {
             "max_rank": [layer["max_rank"][MAIN_THRESHOLD] for layer in layers],
             "avg_mass": [layer["avg_mass"][MAIN_THRESHOLD] for layer in layers],
             "heads_near_1": sum(layer["heads_near_1"] for layer in layers),

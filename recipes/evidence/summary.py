@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+import hypotheses
 from evidence_plots import plot_attention, plot_curves, plot_worth
 from evidence_rows import (
     HEADERS,
@@ -73,7 +74,10 @@ def list_missing(experiment: Experiment, path: str, arms: str, seeds: list[int])
                 continue
             for weights in list_measured(experiment, name):
                 if not get_results_dir(find_weights(experiment, weights, seed)).attention.is_file():
-                    found.append((0, f"{seed} analyze --model {weights} --data {path} --ranks-only"))
+                    only = (
+                        "" if weights == "reference" else " --ranks-only"
+                    )  # what its layers cost, at the end
+                    found.append((0, f"{seed} analyze --model {weights} --data {path}{only}"))
     return [line for _, line in sorted(found, key=lambda one: -one[0])]
 
 
@@ -174,6 +178,8 @@ def summarize(experiment: Experiment, path: str, seeds: list[int]) -> None:
     gaps = compare_starts(records)
     origin = f"{describe_machines(made_by)}; {command}"
     notes = make_notes(experiment, records, rows, gaps, add_p_values(rows, gaps), origin)
+    judged = hypotheses.judge(records) if experiment.name == hypotheses.EXPERIMENT else []
+    notes = [*judged, *notes]
     if partial:
         notes.append(f"Not counted: seeds {', '.join(partial)}, which lack a core run.")
     title = f"{'REHEARSAL, not a result. ' if experiment.rehearsal else ''}{experiment.about}"
@@ -190,6 +196,7 @@ def summarize(experiment: Experiment, path: str, seeds: list[int]) -> None:
         "beside_inheritune": gaps,
         "depths": list_depths(records),
         "rank_worth": worth,
+        "hypotheses": judged,
     }
     write_json(folder / "evidence.json", evidence)
     print(f"table and plots: {folder}")

@@ -19,7 +19,8 @@ from inheritune.files.json_files import read_json, write_json
 from inheritune.files.rundir import get_data_dir
 
 EVIDENCE = REPOSITORY / "recipes" / "evidence"
-SCALES = ("cpu", "gpu")
+SCALES = ("cpu", "gpu", "deep")
+CORE = ("reference", "random", "random_longer", "reference_longer", "inheritune", "last_half")
 REPORTED = [scale for scale in SCALES if (EVIDENCE / scale / "evidence.json").is_file()]
 
 
@@ -28,9 +29,10 @@ def summary(monkeypatch):
     monkeypatch.syspath_prepend(str(EVIDENCE))
     import evidence_rows
     import evidence_seeds
+    import hypotheses
     import summary
 
-    return SimpleNamespace(**vars(evidence_seeds) | vars(evidence_rows) | vars(summary))
+    return SimpleNamespace(**vars(evidence_seeds) | vars(evidence_rows) | vars(summary) | vars(hypotheses))
 
 
 def written(value) -> str:
@@ -95,6 +97,82 @@ def test_the_script_in_small(own_root, summary):
     done = evidence(**small)
     assert done.returncode == 0 and "== " not in done.stdout  # nothing is run again
     assert before == {path: path.stat().st_mtime_ns for path in runs.rglob("DONE")}
+
+
+@pytest.mark.slow
+def test_the_deep_scale_in_small(own_root):
+    """One seed of the core arms, from the packages' text on: each hypothesis has its sentence, in the
+    table and in evidence.json, from costs that were measured. The rehearsal's few layers are none of them
+    lazy."""
+    done = evidence(REHEARSE="1", SCALE="deep", SEEDS="1")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    folder = own_root / "runs/rehearsal/evidence_deep"
+    found = read_json(folder / "evidence.json")
+    record = read_json(folder / "seeds/seed1.json")
+    reference = next(model for model in record["models"] if model["run"] == "reference")
+    last = max(reference["attention"].items(), key=lambda one: int(one[0]))[1]
+    assert len(last["cost"]) == len(last["max_rank"]) == reference["layers"]
+    first, conclusion, second, *third = found["hypotheses"]
+    assert first.startswith("H1 fails: 0 of 8 layers") and "cannot be tested at this scale" in conclusion
+    assert second.startswith("H2 fails: there is no lazy layer") and len(third) == 2
+    assert third[0].endswith(": not decided.") and third[1].endswith(": not run.")
+    assert all(said in (folder / "table.md").read_text() for said in found["hypotheses"])
+
+
+def lazy_record(seed: int, ranks, cost=None, removed=None, **losses) -> dict:
+    """A seed's record with the attention of its reference."""
+    record = made_up(seed, **{"reference": 3.0, "random": 3.2} | losses)
+    last = {"max_rank": ranks} | ({"cost": cost} if cost else {})
+    last |= {} if removed is None else {"without_lazy": removed}
+    record["models"][0]["attention"] = {"5": {"max_rank": [9.0] * len(ranks)}, "10": last}
+    return record
+
+
+RANKS = [9.0, 8.0, *[1.4, 1.3, 1.2, 1.1, 1.05, 1.0]]
+COST = [0.5, 0.4, 0.03, 0.02, 0.02, 0.01, 0.01, 0.0]
+
+
+@pytest.mark.parametrize(
+    "change, verdict",
+    [
+        ({}, "H2 holds: without all lazy layers the loss rises by 0.0400, 0.0500 nats"),
+        ({"removed": 0.06}, "H2 fails: without all lazy layers the loss rises by 0.0600, 0.0500 nats"),
+        ({"cost": COST[::-1]}, "H2 fails"),
+        ({"removed": None}, "H2 fails: there is no lazy layer to remove in each seed"),
+        ({"cost": None}, "H2 not decided: the cost of the layers was not measured"),
+        ({"ranks": [9.0, *RANKS[:2], *RANKS[3:]]}, "H1 fails: 5, 6 of 8 layers have MaxRank below 1.5"),
+    ],
+)
+def test_hypotheses_about_lazy_layers_are_judged_in_each_seed(change, verdict, summary):
+    plain = {"ranks": RANKS, "cost": COST, "removed": 0.04}
+    records = [lazy_record(1, **plain | change), lazy_record(2, **plain | {"removed": 0.05})]
+    said = summary.judge(records)
+    assert any(one.startswith(verdict) for one in said)
+    untestable = "So the claim about lazy layers cannot be tested at this scale."
+    assert (untestable in said) == verdict.startswith("H1 fails") == (not said[0].startswith("H1 holds: 6, "))
+
+
+@pytest.mark.parametrize(
+    "gaps, verdict",
+    [
+        ((0.001, 0.002, 0.003), ("holds", "holds")),
+        ((0.03, 0.031, 0.032), ("fails", "fails")),
+        ((-0.03, -0.031, -0.032), ("fails", "holds")),
+        ((-0.1, 0.0, 0.1), ("not decided", "not decided")),
+        ((0.001,), ("not decided", "not decided")),
+    ],
+)
+def test_starts_are_judged_by_their_intervals(gaps, verdict, summary):
+    """The last half is to be level with the random start; Inheritune is not to be above its control."""
+    records = []
+    for seed, gap in enumerate(gaps):
+        losses = {"last_half": 3.2 + gap, "reference_longer": 2.9, "inheritune__1": 2.9 + gap}
+        records.append(lazy_record(seed, RANKS, COST, 0.01, **losses))
+    last, ours = summary.judge(records)[-2:]
+    assert last.endswith(f": {verdict[0]}.") and ours.endswith(f": {verdict[1]}.")
+    for record in records:
+        record["models"] = [one for one in record["models"] if one["run"] != "reference_longer"]
+    assert summary.judge(records)[-1].endswith("less the reference trained on: not run.")
 
 
 @pytest.mark.parametrize(
@@ -346,11 +424,24 @@ def test_the_key_is_of_what_changes_a_number(summary, tmp_path):
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_scales_differ_in_size_only(scale):
-    """Both files have the same runs; the random start with the reference's steps added has them."""
-    ours, other = (load_experiment(str(EVIDENCE / f"{name}.yaml")) for name in (scale, "cpu"))
+def test_a_scale_has_what_is_compared(scale, monkeypatch):
+    """The arms that every seed has, all in the table. The random start with the reference's steps added has
+    them; the halves are halves, and keep what the paper keeps."""
+    monkeypatch.setenv("PYTHON_PACKAGES", "anywhere")
+    ours = load_experiment(str(EVIDENCE / f"{scale}.yaml"))
     assert ours.train_of(ours.run("random_longer")).steps == 2 * ours.train.steps
-    assert [row.run for row in ours.paper] == list(ours.runs) == list(other.runs)
+    assert [row.run for row in ours.paper] == list(ours.runs) and set(ours.runs) >= {*CORE}
+    depth = ours.model.layers
+    blocks = {name: ours.run(name).init.inherit.blocks(depth) for name in ("inheritune", "last_half")}
+    assert blocks == {"inheritune": [*range(depth // 2)], "last_half": [*range(depth // 2, depth)]}
+    assert ours.run("reference_longer").init.inherit.blocks(depth) == [*range(depth)]
+    assert ours.layers_of(ours.run("random")) == depth // 2 == ours.layers_of(ours.run("random_longer"))
+
+
+def test_the_gpu_scale_differs_in_size_only(monkeypatch):
+    monkeypatch.setenv("PYTHON_PACKAGES", "anywhere")
+    ours, other = (load_experiment(str(EVIDENCE / f"{name}.yaml")) for name in ("gpu", "cpu"))
+    assert list(ours.runs) == list(other.runs)
     assert all(
         ours.runs[n].init == other.runs[n].init and ours.runs[n].grow == other.runs[n].grow for n in ours.runs
     )
