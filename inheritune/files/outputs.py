@@ -1,6 +1,8 @@
 """Outputs that the user names (--out, --to): their paths, resolved and checked before any work starts."""
 
+import errno
 import os
+import tempfile
 from pathlib import Path
 
 from inheritune.errors import UserError
@@ -50,3 +52,10 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"{exists} is a file, so nothing can be written below it; give another path")
     if not os.access(exists, os.W_OK | os.X_OK):
         raise UserError(f"{exists} cannot be written to; give a path below a folder that you own")
+    try:  # /proc and the like let root in, and take no file
+        with tempfile.TemporaryFile(dir=exists):
+            pass
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EINVAL, errno.EACCES, errno.EPERM, errno.EOPNOTSUPP):
+            raise
+        raise UserError(f"{exists} takes no files ({error.strerror}); give another path") from None

@@ -27,6 +27,7 @@ from inheritune.config.paths import RECIPES
 from inheritune.errors import UserError
 from inheritune.files.json_files import compute_seal, read_json, read_jsonl
 from inheritune.files.markers import COMPLETE, DONE, check_files, read_marked_files, stamp_weights
+from inheritune.files.result_values import check_results
 from inheritune.files.storage import find_root, list_names
 
 WINDOW_LOSSES = "window_losses"
@@ -249,10 +250,7 @@ class RunDir:
         Raises UserError if the file, or the record behind its numbers, is not as the finished run left it.
         Raises it too if the reference has been trained anew since the comparison, unless `to_renew`."""
         results = read_json(self.results)
-        if not isinstance(results, dict):
-            raise UserError(
-                f"{self.results} holds a JSON {type(results).__name__} instead of results; restore it"
-            )
+        check_results(results, self.results, is_run=self.is_done() and not to_renew)
         self._check_measured(results, self.results)
         if not to_renew:
             self._check_compared(results)

@@ -11,6 +11,7 @@ from inheritune.config.experiment import Experiment
 from inheritune.config.reading import read_yaml
 from inheritune.config.sections import RESUMABLE_KEYS, Train
 from inheritune.errors import UserError
+from inheritune.files.json_files import read_json
 from inheritune.files.rundir import RunDir
 from inheritune.runs.job import Job
 
@@ -95,7 +96,13 @@ def check_kind(folder: RunDir, is_grown: bool) -> None:
 
 def check_own_run(run_dir: RunDir, job: Job) -> str:
     """Return `describe_change_since`; raise UserError if the finished run in `run_dir` is another one than
-    `job`: of another name or seed, as after its folder was copied, or of another model or start."""
+    `job`: of another name or seed, as after its folder or its results were copied, or of another model or
+    start."""
+    if not run_dir.experiment.is_file():
+        raise UserError(
+            f"{run_dir.path} has no experiment.yaml, which says what was trained there; restore it, or move "
+            f"the folder away and train the run"
+        )
     changes = find_changes_since(run_dir.experiment, job, job.settings, UNRESOLVED)
     for key, old, new in changes:
         if key in IDENTIFYING or any(key == shape or key.startswith(f"{shape}.") for shape in SHAPING):
@@ -103,4 +110,17 @@ def check_own_run(run_dir: RunDir, job: Job) -> str:
                 f"{run_dir.path} holds another run than {job.experiment.name} describes: its {key} is {old}, "
                 f"the experiment's is {new}; restore that value, or move the folder away and train the run"
             )
+    check_own_results(run_dir, job)
     return _describe(changes)
+
+
+def check_own_results(run_dir: RunDir, job: Job) -> None:
+    """Raise UserError if results.json in `run_dir` has another experiment, run, seed or stage than `job`."""
+    results = read_json(run_dir.results) if run_dir.results.is_file() else {}
+    own = {"experiment": job.experiment.name, "run": job.name, "seed": job.seed, "stage": job.stage}
+    for key, value in own.items():
+        if isinstance(results, dict) and results.get(key, value) != value:
+            raise UserError(
+                f"{run_dir.results} holds the results of another run: its {key} is {results[key]}, this "
+                f"run's is {value}; restore the file, or move the folder away and train the run"
+            )

@@ -2,6 +2,7 @@
 was."""
 
 import copy
+import json
 import re
 import shlex
 import shutil
@@ -55,6 +56,7 @@ def replace_reference(path: str) -> None:
     shutil.rmtree(old.path)
     shutil.copytree(new.path, old.path)
     old.experiment.write_text(new.experiment.read_text().replace("seed: 1", "seed: 0"))
+    write_json(old.results, read_json(new.results) | {"seed": 0})
 
 
 def test_a_table_does_not_show_a_difference_to_a_reference_that_is_gone(again):
@@ -293,3 +295,54 @@ def test_an_analysis_that_is_sent_into_a_run_is_not_taken_for_its_own(again, tmp
     said = refused("analyze", *measure, "--out", other.path)
     assert f"was measured on {other.final}, not on {stacked.final}" in said
     assert other.attention.read_bytes() == own
+
+
+def copy_results(path: str) -> None:
+    """The results of the run `other` in the folder of the reference, as a careless copy leaves them."""
+    mine, others = run_of(path, "reference"), run_of(path, "other")
+    for part in ("results.json", "metrics.jsonl", "DONE"):
+        shutil.copy(others.path / part, mine.path / part)
+    for part in ("validation", "final"):
+        shutil.rmtree(mine.path / part)
+        shutil.copytree(others.path / part, mine.path / part)
+
+
+@pytest.mark.parametrize("verb", ["table", "report", "figure", "evaluate"])
+def test_results_of_another_run_are_not_shown_as_a_runs_own(again, verb):
+    path = again()
+    copy_results(path)
+    words = ("--run", "reference", "--tasks", "none") if verb == "evaluate" else ()
+    said = refused(verb, path, *words)
+    assert f"{run_of(path, 'reference').results} holds the results of another run: its run is other" in said
+
+
+def test_a_finished_run_that_does_not_say_what_it_is_is_not_shown(again):
+    path = again()
+    run_of(path, "other").experiment.unlink()
+    for verb in ("table", "report"):
+        assert f"{run_of(path, 'other').path} has no experiment.yaml" in refused(verb, path)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"validation": None}, "validation: "),
+        ({"validation": {"mean": "5.1", "low": 5.0, "high": 5.2, "n": 4}}, "validation.mean: "),
+        ({"validation": {"mean": float("nan"), "low": 5.0, "high": 5.2, "n": 4}}, "validation.mean: "),
+        ({"validation": {"mean": float("inf"), "low": 5.0, "high": 5.2, "n": 4}}, "validation.mean: "),
+        ({"validation": {"mean": -3.0, "low": -4.0, "high": 5.2, "n": 4}}, "validation.mean: "),
+        ({"validation": {"mean": 5.1, "low": 5.2, "high": 5.0, "n": 4}}, "are not in this order"),
+        ({"layers": 0}, "layers: "),
+        ({"train_flops": "many"}, "train_flops: "),
+        ({"difference": {"mean": 1.0}}, "difference.low: "),
+    ],
+)
+def test_numbers_that_are_none_are_refused_by_name(again, change, said):
+    """A results.json that was edited by hand, without its seal: a sentence that names file and key."""
+    path = again()
+    file = run_of(path, "other").results
+    facts = {key: value for key, value in read_json(file).items() if key != "seal"} | change
+    file.write_text(json.dumps(facts))
+    for verb in ("table", "report"):
+        found = refused(verb, path)
+        assert f"{file} is not as it was written; restore it" in found and said in found

@@ -91,6 +91,14 @@ def test_disk_that_is_read_only(source, disk):
             pass
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc")
+@pytest.mark.parametrize("path", ["/proc/x.json", "/proc/sub/x.json", "/sys/x.json"])
+def test_a_folder_that_lets_in_and_takes_no_file_is_refused(path):
+    """os.access says yes to root."""
+    with pytest.raises(UserError, match="takes no files|cannot be written to"):
+        check_new_file(Path(path))
+
+
 def test_mount_point_is_refused(disk):
     disk.resize(1 << 20)
     with pytest.raises(UserError, match="is where a disk is mounted; give the name of a new folder in it"):

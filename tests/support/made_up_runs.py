@@ -2,10 +2,13 @@
 
 import json
 
+import yaml
+
 from inheritune.config.experiment import Experiment
 from inheritune.files.json_files import write_json
 from inheritune.files.rundir import RunDir
 from inheritune.files.writing import write_text
+from inheritune.runs.job import Job
 
 RUNS = {
     "reference": {"init": "random"},
@@ -87,10 +90,19 @@ def finish_run(
         results["difference"] = {"mean": gap, "low": gap - 0.004, "high": gap + 0.004, "n": 400}
         results |= {"compared_with": "reference", "paper_rule": gap <= 0}
     write_json(folder.results, results | more)
+    write_settings(experiment, run, folder, stage)
     write_record(folder, train.steps, loss, train.batch_tokens)
     write_json(folder.provenance, {"starts": [START]})
     write_json(folder.done, {"final": {}})
     return folder
+
+
+def write_settings(
+    experiment: Experiment, run: str, folder: RunDir, stage: int | None = None, seed: int = 0
+) -> None:
+    """experiment.yaml of a run: what was trained there."""
+    job = Job(experiment, run, seed, stage)
+    write_text(folder.experiment, yaml.safe_dump(job.resolved(job.settings), sort_keys=False))
 
 
 def write_record(folder: RunDir, steps: int, loss: float, batch: int = 640) -> None:

@@ -38,7 +38,10 @@ def grown(loss: float, rehearse=False) -> None:
 
 def paired(mean: float, half: float, to: str = "reference") -> dict:
     """What `compare_with_reference` leaves in results.json."""
-    return {"compared_with": to, "difference": {"mean": mean, "low": mean - half, "high": mean + half}}
+    return {
+        "compared_with": to,
+        "difference": {"mean": mean, "low": mean - half, "high": mean + half, "n": 400},
+    }
 
 
 def test_a_failed_claim_is_no_better_table(capsys):

@@ -75,7 +75,9 @@ def write_run(folder: RunDir, job: Job, layers: int) -> None:
     folder.path.mkdir(parents=True)
     folder.experiment.write_text(yaml.safe_dump(job.resolved(job.settings), sort_keys=False))
     gap = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 16}
-    results = {"layers": layers, "difference": gap, "paper_rule": False, "train_flops": 1.0}
+    results = {"run": job.name, "seed": job.seed, "stage": job.stage, "layers": layers, "parameters": 1000}
+    results |= {"steps": 6, "tokens": 3840, "train_flops": 1.0, "difference": gap, "paper_rule": False}
+    results["validation"] = {"mean": 5.0, "low": 4.9, "high": 5.1, "n": 16}
     write_json(folder.results, results)
     write_json(folder.done, {"final": {}})
 

@@ -12,6 +12,7 @@ import numpy as np
 import paper_index
 import pytest
 from conftest import experiment_dict, run_verb, write_experiment
+from made_up_runs import write_settings
 from matplotlib.figure import Figure
 
 from inheritune.config.experiment import load_experiment
@@ -51,7 +52,7 @@ def finish(
     folder = folder.stage(stage) if stage else folder
     train = loaded.train_of(loaded.runs[run])
     results = {
-        "experiment": experiment,
+        "experiment": loaded.name,
         "rehearsal": rehearse,
         "run": run,
         "stage": stage,
@@ -69,6 +70,7 @@ def finish(
     points = [(step, loss + 1 - step / train.steps) for step in (0, train.steps // 2, train.steps)]
     rows = [{"step": step, "tokens": step * train.batch_tokens, "val_loss": value} for step, value in points]
     write_text(folder.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+    write_settings(loaded, run, folder, stage, seed)
     write_json(folder.done, {"final": {}})
     return folder
 
@@ -268,7 +270,7 @@ def test_weights_kept_on_the_way_have_their_share_of_the_cost(capsys):
 def test_an_experiments_table_has_the_cuts_cost_and_the_controls(capsys):
     """The loss before the first step. The reference trained on is compared with Inheritune as the random
     starts are; the reference of a variant is not."""
-    gap = {"mean": 0.005, "low": 0.002, "high": 0.008}
+    gap = {"mean": 0.005, "low": 0.002, "high": 0.008, "n": 400}
     for run, loss in (("reference", 2.65), ("random_18", 2.80), ("reference_longer", 2.55)):
         finish("gpt2_large_owt", run, loss)
     finish("gpt2_large_owt", "reference_clip", 2.60)
@@ -442,17 +444,21 @@ def labelled(tmp_path, words: list[str], name: str = "nasty") -> str:
     raw["runs"] = {f"run{n}": {"init": "random"} for n in range(len(words))}
     path = write_experiment(tmp_path, raw, name)
     for n in range(len(words)):
-        folder = RunDir.of(load_experiment(path), f"run{n}")
+        experiment = load_experiment(path)
+        folder = RunDir.of(experiment, f"run{n}")
+        write_settings(experiment, f"run{n}", folder)
         values = {"mean": 2.0 + n, "low": 1.9 + n, "high": 2.1 + n, "n": 16}
         results = {
             "run": f"run{n}",
+            "seed": 0,
             "layers": 4,
             "parameters": 1000,
             "steps": 6,
             "tokens": 3840,
             "train_flops": 1e9,
         }
-        results |= {"data_fingerprint": "x", "validation": values, "difference": {**values, "mean": -n}}
+        results |= {"data_fingerprint": "x", "validation": values}
+        results["difference"] = {"mean": -n, "low": -n - 0.1, "high": 0.1 - n, "n": 16}
         write_json(folder.results, results | {"rehearsal": False})
         write_text(folder.metrics, json.dumps({"step": 6, "tokens": 3840, "val_loss": 2.0 + n}) + "\n")
         write_json(folder.done, {"final": {}})
@@ -523,7 +529,7 @@ def test_words_are_no_formula_in_csv_and_numbers_stay_numbers(nasty):
     assert labels[:5] == ["'=cmd|' /C calc'!A0", "'+1+cmd", "'-x", "'@x", "a | b"]
     assert labels[6] == "two lines three" and labels[8] == "'=x" and len(rows) == len(WORDS)
     gap = [row["difference to the reference (95% interval)"] for row in rows]
-    assert gap[1].startswith("-1.0000 (+2.9000 to ") and gap[0].startswith("+0.0000 (+1.9000")
+    assert gap[1] == "-1.0000 (-1.1000 to -0.9000)" and gap[0] == "+0.0000 (-0.1000 to +0.1000)"
     assert [escape.escape_csv(number) for number in (-1.5, "-1.5", "+3e-4", "-1,234.5", "+12.5%", None)] == [
         -1.5,
         "-1.5",
