@@ -139,7 +139,7 @@ def _begin(request: Request, context: JobContext) -> list[str]:
         )
         return ["reported=1", "exit 0"]
     _describe_start(request, context, given, shown)
-    _check_array(context, shown)
+    _check_array(request, context, shown)
     context.write()
     chosen, context = _choose_run(_choose_part(request, context), context)
     if chosen is None:
@@ -207,12 +207,12 @@ def _describe_start(request: Request, context: JobContext, given: Allocation, sh
         )
 
 
-def _check_array(context: JobContext, shown: str) -> None:
+def _check_array(request: Request, context: JobContext, shown: str) -> None:
     """Raise UserError for a task that must not run: of an array that `check_tasks` refuses, or that was
     stopped."""
     if not context.array:
         return
-    check_tasks(os.environ, shown, context.slots)
+    check_tasks(os.environ, shown, request.shares_run)
     if not context.slots:
         return
     with suppress(OSError):
@@ -220,15 +220,15 @@ def _check_array(context: JobContext, shown: str) -> None:
         raise UserError(f"this array was stopped: {why}")
 
 
-def check_tasks(environment: Mapping[str, str], shown: str, slots: bool) -> None:
-    """Raise UserError in each task of an array that has index 0, or, with `slots`, whose tasks would work on
-    one run at the same time.
+def check_tasks(environment: Mapping[str, str], shown: str, shares_run: bool) -> None:
+    """Raise UserError in each task of an array that has index 0, or, with `shares_run`, whose tasks would
+    work on one run at the same time.
 
     Plain sbatch queues such arrays. `shown` is the task in `scontrol show job`."""
     if "0" in (environment.get("SLURM_ARRAY_TASK_MIN"), environment.get("SLURM_ARRAY_TASK_ID")):
         raise UserError("the array has index 0, and its tasks count from 1 here; submit it with --array=1-N")
     is_alone = environment.get("SLURM_ARRAY_TASK_COUNT", "1") == "1"
-    if slots and not is_alone and not re.search(r"\bArrayTaskThrottle=1\b", shown):
+    if shares_run and not is_alone and not re.search(r"\bArrayTaskThrottle=1\b", shown):
         raise UserError(
             "the tasks of this array would work on one run at the same time; submit it with --array=1-N%1"
         )

@@ -14,7 +14,14 @@ from inheritune.config.paths import REPOSITORY, find_checkout
 from inheritune.errors import UserError
 from inheritune.files.rundir import get_seed_dir
 from inheritune.submit.preflight import check_folders, check_request, describe_cost
-from inheritune.submit.request import Request, describe_job, format_local, make_again, read_request
+from inheritune.submit.request import (
+    Request,
+    describe_job,
+    format_local,
+    make_again,
+    read_option,
+    read_request,
+)
 from inheritune.submit.runs import list_runs, list_waiting
 from inheritune.submit.sbatch import Submission, is_rehearsal, list_indices, make_submission
 from inheritune.submit.site import Site, read_site
@@ -68,7 +75,8 @@ def submit_request(request: Request, site: Site, environment: Mapping[str, str])
     runs: list[str] = []
     if request.kind.array == "runs" and loaded and "run" not in request.values:
         runs = list_runs(loaded, request.job.verb)
-    is_whole = request.job.verb == "baselines" and not environment.get("ARRAY")
+    own_array = environment.get("ARRAY") or read_option(request.options, "--array", "-a")
+    is_whole = request.job.verb == "baselines" and not own_array
     if is_whole and loaded and (waiting := list_waiting(loaded)):
         return _submit_in_order(request, loaded, site, environment, waiting)
     submission = make_submission(request, site, environment, len(runs) or 1)
