@@ -24,6 +24,7 @@ from inheritune.submit.slurm_commands import (
     rewrite_dependency,
     strip_options,
 )
+from inheritune.submit.snapshot_uses import mark_use
 
 SIGNALLED = 128 + signal.SIGUSR1
 STOPPED_CODE = 3
@@ -237,6 +238,8 @@ def _resubmit(context: JobContext) -> int:
         said = " ".join(done.stderr.split())
         return fail_job(context, 1, f"the job could neither be requeued nor submitted again ({said})")
     job = done.stdout.strip().partition(";")[0]
+    with suppress(OSError):
+        mark_use(new.code, job)
     write_record(job, new)
     _carry_stalls(context, job)
     context.say(f"this site does not requeue; job {job} goes on after this one")

@@ -95,6 +95,13 @@ def rewrite_dependency(dependency: str, job: str, task: str, new: str) -> str:
     return re.sub(r"\([^)]*\)", "", changed)
 
 
+def read_cluster() -> str:
+    """Return the name of this Slurm cluster; empty where its controller does not answer."""
+    shown = ask_slurm("scontrol", "show", "config", tries=1) or ""
+    match = re.search(r"^ClusterName\s*=\s*(\S+)", shown, re.MULTILINE)
+    return match[1] if match else ""
+
+
 def is_alive() -> bool:
     """Return whether this machine belongs to a Slurm cluster whose controller answers."""
     return ask_slurm("sinfo", "-h", tries=1) is not None

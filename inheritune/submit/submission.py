@@ -9,6 +9,7 @@ from pathlib import Path
 
 from inheritune.cluster.job_records import Key, Record, make_keys, read_keys, write_record
 from inheritune.cluster.slurm_queue import QueuedJob, read_queue
+from inheritune.config import names
 from inheritune.config.experiment import Experiment
 from inheritune.config.paths import REPOSITORY, find_checkout
 from inheritune.errors import UserError
@@ -26,7 +27,8 @@ from inheritune.submit.runs import list_runs, list_waiting
 from inheritune.submit.sbatch import Submission, is_rehearsal, list_indices, make_submission
 from inheritune.submit.site import Site, read_site
 from inheritune.submit.slurm_commands import ask_slurm, is_alive, strip_options
-from inheritune.submit.snapshot import list_own_files, make_snapshot
+from inheritune.submit.snapshot import list_code, list_own_files, make_snapshot
+from inheritune.submit.snapshot_uses import drop_use, mark_use, remove_unused
 
 REPLAYED = (
     "REHEARSE",
@@ -177,18 +179,24 @@ def queue_job(
     if "no_snapshot" not in request.switches:
         submission, record = _use_snapshot(submission, record, own)
     print(submission.line(site))
-    job = send(submission.words(), record, site, environment)
+    try:
+        job = send(submission.words(), record, site, environment)
+    except UserError:
+        drop_use(record.code)
+        raise
     _print_queued(job, submission, keys, site)
+    if removed := remove_unused(record.code):
+        print(f"removed {removed} snapshot(s) of runs/{names.CODE} that no job can run any more")
     return Queued(job)
 
 
 def _use_snapshot(submission: Submission, record: Record, own: Iterable[Path]) -> tuple[Submission, Record]:
     """Return both with the command that runs a snapshot of the checkout and of the files `own`, where its
     script is in the snapshot."""
-    code = make_snapshot(own)
     script = Path(submission.command[1])
-    if not script.is_relative_to(REPOSITORY) or not (code / script.relative_to(REPOSITORY)).is_file():
+    if not script.is_relative_to(REPOSITORY) or script.relative_to(REPOSITORY) not in list_code():
         return submission, record
+    code = make_snapshot(own)
     command = ("bash", str(code / script.relative_to(REPOSITORY)), *submission.command[2:])
     return replace(submission, command=command), replace(record, command=command, code=str(code))
 
@@ -207,8 +215,9 @@ def send(words: list[str], record: Record, site: Site, environment: Mapping[str,
     if done.returncode:
         said = " ".join(done.stderr.split()) or f"it ended with code {done.returncode}"
         raise UserError(f"sbatch refused the job: {said.removeprefix('sbatch: error: ')}")
-    job = done.stdout.strip().splitlines()[-1].partition(";")[0]
+    job, _, cluster = done.stdout.strip().splitlines()[-1].partition(";")
     try:
+        mark_use(record.code, job, cluster)
         write_record(job, record)
     except (OSError, UserError) as error:
         ask_slurm("scancel", job, tries=1)

@@ -377,6 +377,75 @@ def test_in_an_allocation_a_dry_run_is_dry_and_index_0_is_refused(slurm, small, 
     assert "did you mean '--seed'?" in (own_root.parent / "mistake").read_text()
 
 
+def test_tasks_that_would_work_on_one_run_at_once_do_not(slurm, small, own_root):  # noqa: F811
+    """Plain sbatch queues such an array, and both tasks start. `submit` refuses it: unit/test_submit.py."""
+    for script, run in (("grow", "grown"), ("train", "reference")):
+        log = own_root.parent / f"{script}-%a"
+        command = ["sbatch", "--parsable", "--array=1-2", "-o", log, REPOSITORY / "slurm" / f"{script}.sh"]
+        job = slurm.run(*command, small, run)
+        slurm.wait(job)
+        ended = states(slurm, job)
+        assert ended["1"] == "FAILED" and set(ended.values()) <= {"FAILED", "CANCELLED"}
+        logs = [path.read_text() for path in own_root.parent.glob(f"{script}-?")]
+        for text in logs:
+            last = text.splitlines()[-1]
+            assert "FAILED (code 2): the tasks of this array would work on one run at the same time" in last
+            assert "submit it with --array=1-N%1; fix that, then submit again: bash " in last
+        assert logs and not (own_root / "runs" / "small").exists()
+
+
+def edit(path: str) -> str:
+    """Change an experiment, so that its next submission runs another snapshot; its path."""
+    Path(path).write_text(f"{Path(path).read_text()}# edited\n")
+    return path
+
+
+def test_snapshots_go_when_no_job_can_run_them(slurm, small, own_root, capsys):  # noqa: F811
+    code = own_root / "runs" / "code"
+
+    def ask(*words) -> tuple[str, str]:
+        """(job, name of its snapshot)"""
+        submit("train", [edit(small), *words, "--", "--hold", "--dependency=singleton"])
+        job = re.search(r"^submitted job (\d+)$", capsys.readouterr().out, re.MULTILINE)[1]
+        return job, next(code.glob(f"*.used-lab.{job}")).name.partition(".")[0]
+
+    with slurm.login(FORCE="1"):
+        queued, first = ask("reference")
+        over, second = ask("reference")
+        gone, third = ask("reference")
+        _, fourth = ask("reference")
+        cancel(over), cancel(gone)  # Slurm knows them for a while, and would requeue them
+        ask("reference")
+        snapshots = {first, second, third, fourth}
+        assert {path.name for path in code.iterdir() if path.is_dir()} > snapshots
+        # as when it has forgotten a job; another cluster's queue, and a submission's intention, are unknown
+        (code / f"{third}.used-lab.{gone}").rename(code / f"{third}.used-lab.999999")
+        (code / f"{second}.used-lab.{over}").rename(code / f"{second}.used-elsewhere.{over}")
+        (code / f"{first}.used-lab.999998").touch()
+        (code / f"{fourth}.used-login+7").touch()
+        submit("train", [edit(small), "reference", "--", "--hold"])
+        assert "removed 1 snapshot(s) of runs/code that no job can run any more" in capsys.readouterr().out
+        assert {path.name for path in code.iterdir() if path.is_dir()} > snapshots - {third}
+        assert not list(code.glob(f"{third}*")) and (code / f"{first}.used-lab.{queued}").is_file()
+        assert not (code / f"{first}.used-lab.999998").exists()
+        # one that was refused marks nothing
+        with pytest.raises(UserError, match="sbatch refused the job"):
+            submit("train", [edit(small), "reference", "--", "--partition=nowhere"])
+        assert len(list(code.glob("*.used-login+*"))) == len(list(code.glob("*+*"))) == 1
+
+
+@pytest.mark.slow
+def test_a_job_that_goes_on_in_another_keeps_its_snapshot(slurm, small, own_root):  # noqa: F811
+    job = slurm.submit(REPOSITORY / "slurm" / "train.sh", small, "reference", GPUS=1, SITE_REQUEUE="no")
+    (mark,) = (own_root / "runs" / "code").glob(f"*.used-lab.{job}")
+    slurm.wait_for_log(job, "restart 0 on")
+    slurm.ask_to_stop(job)
+    slurm.wait(job)
+    then = re.search(r"does not requeue; job (\d+) goes on", slurm.log(job))[1]
+    assert mark.with_name(f"{mark.name.partition('.')[0]}.used-lab.{then}").is_file(), slurm.logs()
+    slurm.run("scancel", then)
+
+
 @pytest.mark.parametrize("gpus", [4, 0])
 def test_rehearsal_asks_for_no_gpu(gpus, tmp_path):
     with cluster(LAB_GPUS=gpus) as here:
