@@ -109,6 +109,8 @@ def make_shape(
     """Return what the job asks for. Raises UserError for GPUs that the site lacks or that no nodes share
     equally."""
     gpus = _read_count(environment, "GPUS", request.job.gpus)
+    if request.kind.single:  # one process: it could not use more
+        gpus = min(gpus, request.job.gpus)
     array = choose_array(request, environment, n_runs)
     if rehearsal or gpus == 0:
         tasks = _read_count(environment, "TASKS", 1 if request.kind.single else 2)

@@ -229,6 +229,13 @@ def test_the_users_own_options_are_read_in_each_spelling():
     assert tasks.shape.array == "2,3" and tasks.log.endswith("/%x-%A_%a.out")
 
 
+def test_a_total_of_gpus_is_for_jobs_that_train():
+    """GPUS=8 of a table of the paper, which also prepares and evaluates."""
+    assert "--gpus-per-node=8 " in line("train", "small", "reference", GPUS=8)
+    assert "--gpus-per-node=1 " in line("evaluate", "small", GPUS=8)
+    assert "gpus" not in line("prepare", "small", GPUS=8) and "gpus" not in line("evaluate", "small", GPUS=0)
+
+
 def test_other_arrays_are_accepted():
     assert "--array=1-5 " in line("baselines", "small")
     assert "--array" not in line("evaluate", "small", "--run", "reference")
