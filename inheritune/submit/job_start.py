@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from inheritune.cluster.job_records import Record, make_keys, read_record, write_record
 from inheritune.config.experiment import load_experiment
@@ -31,7 +30,7 @@ from inheritune.submit.request import (
     read_request,
 )
 from inheritune.submit.runs import is_finished, list_runs
-from inheritune.submit.site import DEFAULT_LEAD_S
+from inheritune.submit.site import DEFAULT_LEAD_S, find_image
 from inheritune.submit.slurm_commands import ask_slurm, get_this_job, list_node_gpus, read_fields
 from inheritune.training.provenance import git_commit
 
@@ -313,27 +312,3 @@ def _list_exports(
         if interface
         else exports
     )
-
-
-def find_image(environment: Mapping[str, str]) -> str:
-    """Return what starts a command in the site's image; empty without one.
-
-    Raises UserError for paths with blanks, a missing image, and a host's Python that lacks what decides."""
-    image = environment.get("SITE_APPTAINER", "")
-    if not image:
-        return ""
-    root, home = str(find_root()), environment.get("HF_HOME", "")
-    if re.search(r"\s", image + root + home + str(REPOSITORY)):
-        raise UserError(
-            "with an Apptainer image its path, INHERITUNE_ROOT, HF_HOME and the repository's path may "
-            "hold no spaces"
-        )
-    if not Path(image).is_file():
-        top = shlex.quote(str(find_checkout()))
-        build = f"cd {top} && apptainer build {shlex.quote(image)} slurm/inheritune.def"
-        raise UserError(f"SITE_APPTAINER is {image}, which does not exist; make it with: {build}")
-    for folder in filter(None, (root, home)):
-        Path(folder).mkdir(parents=True, exist_ok=True)  # what does not exist cannot be bound
-    places = list(dict.fromkeys(filter(None, (str(REPOSITORY), str(find_checkout()), root, home))))
-    binds = " ".join(f"--bind {place}" for place in places)
-    return f"apptainer exec --nv --env PYTHONNOUSERSITE=1 {binds} {image}"

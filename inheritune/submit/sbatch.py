@@ -1,12 +1,12 @@
 """The sbatch command of a job: a pure function of the request, the site and the user's environment."""
 
 import os
-import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from inheritune.cluster.job_records import list_indices
 from inheritune.config import names
 from inheritune.errors import UserError
 from inheritune.submit.request import Request, drop_option, is_set, name_job, read_option
@@ -14,8 +14,6 @@ from inheritune.submit.site import Site, read_minutes
 from inheritune.submit.slurm_commands import count_gres
 
 REHEARSAL_TIME = "01:00:00"
-_TASKS = "[0-9]{1,7}(-[0-9]{1,7}(:[1-9][0-9]{0,6})?)?"
-ARRAY = re.compile(f"{_TASKS}(,{_TASKS})*(%[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -48,14 +46,32 @@ class Submission:
     command: tuple[str, ...]
     """What the job runs."""
 
-    def words(self) -> list[str]:
-        """Return the words of the command line."""
-        return ["sbatch", *self.options, "--wrap", f"exec {shlex.join(self.command)}"]
+    def words(self, code: str = "", again: str = "") -> list[str]:
+        """Return the words of the command line, for `wrap_command`."""
+        return ["sbatch", *self.options, "--wrap", wrap_command(self.command, code, again)]
 
     def line(self, site: Site) -> str:
         """Return the command as a line to paste, for a shell that may export sbatch's options."""
         unset = [word for name in site.exported for word in ("-u", name)]
         return shlex.join([*(["env", *unset] if unset else []), *self.words()])
+
+
+def wrap_command(command: tuple[str, ...], code: str = "", again: str = "") -> str:
+    """Return the shell code of a job that runs `command`.
+
+    If snapshot `code` has been removed, it says so with the line `again`, and cancels the array's other
+    tasks."""
+    run = f"exec {shlex.join(command)}"
+    if not code:
+        return run
+    job = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
+    cause = f"the snapshot {code}, which this job runs, was removed"
+    fail = (
+        'if [ -n "$SLURM_ARRAY_JOB_ID" ]; then scancel --state=PENDING "$SLURM_ARRAY_JOB_ID"; fi; '
+        f'scontrol update jobid="{job}" comment={shlex.quote(cause[:250])}; '
+        f'echo "job {job}:" {shlex.quote(f"FAILED (code 2): {cause}; submit again: {again}")}; exit 2'
+    )
+    return f"test -f {shlex.quote(command[1])} || {{ {fail}; }}; {run}"
 
 
 def is_rehearsal(request: Request, environment: Mapping[str, str]) -> bool:
@@ -188,18 +204,6 @@ def check_array(array: str | None, request: Request, site: Site) -> None:
         )
 
 
-def list_indices(tasks: str) -> list[int]:
-    """Return the sorted indices of an array such as 1-12%1 or 1,3,5-9:2. Raises UserError if it is none."""
-    found: set[int] = set()
-    for part in tasks.partition("%")[0].split(",") if ARRAY.fullmatch(tasks) else ():
-        span, _, step = part.partition(":")
-        first, _, last = span.partition("-")
-        found.update(range(int(first), int(last or first) + 1, int(step or 1)))
-    if not found:
-        raise UserError(f"ARRAY takes tasks such as 1-12%1 or 1,4,7, or no for a single job (got '{tasks}')")
-    return sorted(found)
-
-
 def check_option_shape(options: tuple[str, ...]) -> None:
     """Raise UserError for an option of the user's that gives nodes unequal numbers of GPUs."""
     if gpus := read_option(options, "--gpus", "-G"):
@@ -255,7 +259,7 @@ def _ask_for_time(site: Site, partition: str, rehearsal: bool, on_cpus: bool) ->
 def _read_count(environment: Mapping[str, str], name: str, default: int) -> int:
     """Return the whole number in a variable. Raises UserError for anything else."""
     text = environment.get(name) or str(default)
-    if not text.isdecimal() or (int(text) == 0 and name != "GPUS"):
+    if not (text.isascii() and text.isdecimal()) or (int(text) == 0 and name != "GPUS"):
         raise UserError(f"{name} takes a number of at least 1 (got '{text}')")
     return int(text)
 

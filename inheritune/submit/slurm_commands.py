@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 TRIES, WAIT_S = 12, 5
 """How often and at what distance a controller that does not answer is asked: it is restarted now and then."""
@@ -87,6 +87,15 @@ def find_dependents(text: str, job: str, task: str = "") -> list[tuple[str, str]
         if name.partition("_")[0] != job and re.search(rf":{job}(_\*|_{task or '[0-9]+'})?\(", dependency):
             found.append((name, dependency))
     return found
+
+
+def name_jobs(names: Iterable[str]) -> str:
+    """Return jobs for a sentence, in order; several tasks of an array as the array."""
+    tasks: dict[str, list[str]] = {}
+    for name in set(names):
+        tasks.setdefault(name.partition("_")[0], []).append(name)
+    found = [own[0] if len(own) == 1 else array for array, own in tasks.items()]
+    return ", ".join(sorted(found, key=lambda name: [int(number) for number in name.split("_")]))
 
 
 def rewrite_dependency(dependency: str, job: str, task: str, new: str) -> str:

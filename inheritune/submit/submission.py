@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from inheritune.cluster.job_records import Key, Record, make_keys, read_keys, write_record
+from inheritune.cluster.job_records import Key, Record, list_indices, make_keys, read_keys, write_record
 from inheritune.cluster.slurm_queue import QueuedJob, read_queue
 from inheritune.config import names
 from inheritune.config.experiment import Experiment
 from inheritune.config.paths import REPOSITORY, find_checkout
 from inheritune.errors import UserError
 from inheritune.files.rundir import get_seed_dir
-from inheritune.submit.preflight import check_folders, check_request, describe_cost
+from inheritune.submit.preflight import check_baselines, check_folders, check_request, describe_cost
 from inheritune.submit.request import (
     Request,
     describe_job,
@@ -24,8 +24,8 @@ from inheritune.submit.request import (
     read_request,
 )
 from inheritune.submit.runs import list_runs, list_waiting
-from inheritune.submit.sbatch import Submission, is_rehearsal, list_indices, make_submission
-from inheritune.submit.site import Site, read_site
+from inheritune.submit.sbatch import Submission, is_rehearsal, make_submission
+from inheritune.submit.site import Site, check_image, read_site
 from inheritune.submit.slurm_commands import ask_slurm, is_alive, strip_options
 from inheritune.submit.snapshot import list_code, list_own_files, make_snapshot
 from inheritune.submit.snapshot_uses import drop_use, mark_use, remove_unused
@@ -73,6 +73,7 @@ def submit_request(request: Request, site: Site, environment: Mapping[str, str])
     """Check a request and queue it: as one job, or where baselines wait for each other as several. Returns
     what was queued, or found in the queue."""
     rehearsal = is_rehearsal(request, environment)
+    check_image(site.values)
     loaded = check_request(request, rehearsal)
     runs: list[str] = []
     if request.kind.array == "runs" and loaded and "run" not in request.values:
@@ -84,6 +85,8 @@ def submit_request(request: Request, site: Site, environment: Mapping[str, str])
     submission = make_submission(request, site, environment, len(runs) or 1)
     print(describe_cost(request, loaded, submission.shape, site))
     keys, own = list_keys(request, rehearsal, runs, submission), list_own_files(request, loaded)
+    if request.job.verb == "baselines" and loaded:
+        check_baselines(request, loaded, [key.run for key in keys])
     return [queue_job(request, submission, site, environment, keys, own)]
 
 
@@ -97,6 +100,7 @@ def _submit_in_order(
     """Queue the baselines that start from others of them behind these, each in a job of its own, and all
     others as one array."""
     runs, rehearsal = list_runs(loaded, "baselines"), is_rehearsal(request, environment)
+    check_baselines(request, loaded, runs)
     alone = ",".join(str(n) for n in range(1, len(runs) + 1) if n not in waiting)
     submission = make_submission(request, site, environment, len(runs), alone)
     print(describe_cost(request, loaded, submission.shape, site))
@@ -129,9 +133,9 @@ def list_keys(request: Request, rehearsal: bool, runs: list[str], submission: Su
     return make_keys(verb, values["experiment"], chosen, **details)
 
 
-def find_queued(keys: tuple[Key, ...], queue: dict[str, QueuedJob] | None) -> tuple[QueuedJob, Key] | None:
+def find_queued(keys: tuple[Key, ...], queue: dict[str, QueuedJob]) -> tuple[QueuedJob, Key] | None:
     """Return the first queued job that does some of the same work, and which."""
-    for job in (queue or {}).values():
+    for job in queue.values():
         for other in read_keys(job.name, job.command):
             if found := next((key for key in keys if key.meets(other)), None):
                 return job, found
@@ -156,7 +160,8 @@ def queue_job(
         print(submission.line(site))
         print(f"dry run: nothing was submitted; its log would be {log}")
         return Queued("", False)
-    found = find_queued(keys, read_queue())
+    queue = {**(read_queue(everybody=True) or {}), **(read_queue() or {})}
+    found = find_queued(keys, queue)
     if found and environment.get("FORCE", "0") != "1":
         other, key = found
         print(
@@ -180,7 +185,7 @@ def queue_job(
         submission, record = _use_snapshot(submission, record, own)
     print(submission.line(site))
     try:
-        job = send(submission.words(), record, site, environment)
+        job = send(submission.words(record.code, record.again), record, site, environment)
     except UserError:
         drop_use(record.code)
         raise

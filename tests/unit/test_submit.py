@@ -42,6 +42,7 @@ from inheritune.submit.site import Site, adopt_folders, read_minutes
 from inheritune.submit.slurm_commands import (
     find_dependents,
     list_node_gpus,
+    name_jobs,
     read_fields,
     rewrite_dependency,
     strip_options,
@@ -414,6 +415,7 @@ def test_dependents_are_found_and_moved():
     assert [job for job, _ in find_dependents(QUEUED, "12")] == ["13", "14", "15"]
     assert [job for job, _ in find_dependents(QUEUED, "12", "4")] == ["13", "14", "15"]
     assert [job for job, _ in find_dependents(QUEUED, "9", "4")] == []
+    assert name_jobs(["13", "9", "11_10", "11_2", "12_3", "12_3"]) == "9, 11, 12_3, 13"
     both = find_dependents(QUEUED, "12")[1][1]
     assert rewrite_dependency(both, "12", "", "20") == "afterany:20,afterok:9_3"
 
@@ -429,6 +431,10 @@ def test_keys_tell_work_apart(own_root):
     write_record("12_3", record)
     found = read_record("12")
     assert found == replace(record, submitted=found.submitted) and read_keys("12_4", "") == (one,)
+    # a task of an array over runs does its own work only
+    keys = make_keys("baselines", "small", ["a", "b", "c"])
+    write_record("20", replace(record, options=("--array=1,3-4",), keys=keys))
+    assert read_keys("20_3", "") == (keys[1],) and read_keys("20", "") == keys == read_keys("20_2", "")
     # plain sbatch has no record before it starts
     command = f"{REPOSITORY}/slurm/gpt2_xl_stage1.sh --seed 3"
     assert read_keys("13", command) == make_keys("train", "gpt2_xl_owt", ["inheritune"], stage=1, seed=3)
