@@ -95,11 +95,13 @@ def _remove(code: Path, marks: set[str]) -> bool:
             if code.stat().st_uid != os.getuid():
                 return False
             code.rename(away)
-        if {name for name in list_names(code.parent) if name.startswith(code.name + USED)} != marks:
-            away.rename(code)
+        if {name for name in list_names(code.parent) if name.startswith(code.name + USED)} - marks:
+            with suppress(OSError):  # its new user may have made it again by now
+                away.rename(code)
+            shutil.rmtree(away, ignore_errors=True)
             return False
         for name in marks:
-            (code.parent / name).unlink()
+            (code.parent / name).unlink(missing_ok=True)  # another submission may remove the same
         shutil.rmtree(away)
         return True
     return False
