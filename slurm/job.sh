@@ -39,6 +39,7 @@ load_modules() {
 }
 
 load_software() {
+  step="the start"
   set +u # modules and conda's own scripts use variables that are not set
   if [ -n "$SITE_MODULES" ]; then
     step="module load $SITE_MODULES"
@@ -74,6 +75,11 @@ on_exit() {
   say "FAILED (code $status): $step failed on node $node, see above; when that is fixed, submit again: $INHERITUNE_AGAIN"
 }
 
+# On the login node: a module or conda environment of site.sh that does not load.
+on_login_exit() {
+  case $step in module* | conda*) echo "inheritune: $step failed on $(hostname), see above; correct slurm/site.sh; nothing was submitted" >&2 && exit 2 ;; esac
+}
+
 # Run "$@" (srun, or the program that starts it) to its end, then decide: finished, go on, or failed. Does not return.
 work() {
   local child status=0
@@ -100,6 +106,7 @@ run_job() {
   local lines script=${job_script:-$checkout/slurm/$1.sh}
   read_site
   if [ -z "${SLURM_JOB_ID:-}" ]; then
+    trap on_login_exit EXIT
     load_software # on this machine, which has internet: the job finds the environment ready
     exec "$host_python" -m inheritune submit "$@"
   fi
@@ -124,6 +131,7 @@ run_job() {
 # On a login node, without a job: compute nodes often have no internet.
 run_fetch() {
   read_site
+  trap on_login_exit EXIT
   load_software
   exec "$host_python" -m inheritune.submit.job fetch "$@"
 }

@@ -4,6 +4,7 @@ The queue knows a job by its name only. The record says which run it works on, s
 queued twice, and which options it was submitted with, so that it can be submitted again as it was."""
 
 import os
+import re
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -115,7 +116,7 @@ def read_keys(job: str, command: str) -> tuple[Key, ...]:
 
     A script of the paper that plain sbatch queued has no record before it starts."""
     if record := read_record(job):
-        return record.keys
+        return choose_keys(record, job)
     script, *words = command.split() or [""]
     spec = load_jobs().get(Path(script).stem)
     if (
@@ -127,3 +128,30 @@ def read_keys(job: str, command: str) -> tuple[Key, ...]:
         return ()
     seed = words[words.index("--seed") + 1] if "--seed" in words[:-1] else "0"
     return make_keys(spec.verb, spec.experiment, [spec.run], stage=spec.stage, seed=int(seed or 0))
+
+
+def choose_keys(record: Record, job: str) -> tuple[Key, ...]:
+    """Return what a job of this record does: of a task of an array over runs, its own work only."""
+    task = job.partition("_")[2]
+    arrays = [word.partition("=")[2] for word in record.options if word.startswith("--array=")]
+    if len(record.keys) > 1 and task.isdecimal() and arrays:
+        indices = list_indices(arrays[0])
+        if len(indices) == len(record.keys) and int(task) in indices:
+            return (record.keys[indices.index(int(task))],)
+    return record.keys
+
+
+_TASKS = "[0-9]{1,7}(-[0-9]{1,7}(:[1-9][0-9]{0,6})?)?"
+ARRAY = re.compile(f"{_TASKS}(,{_TASKS})*(%[0-9]+)?")
+
+
+def list_indices(tasks: str) -> list[int]:
+    """Return the sorted indices of an array such as 1-12%1 or 1,3,5-9:2. Raises UserError if it is none."""
+    found: set[int] = set()
+    for part in tasks.partition("%")[0].split(",") if ARRAY.fullmatch(tasks) else ():
+        span, _, step = part.partition(":")
+        first, _, last = span.partition("-")
+        found.update(range(int(first), int(last or first) + 1, int(step or 1)))
+    if not found:
+        raise UserError(f"ARRAY takes tasks such as 1-12%1 or 1,4,7, or no for a single job (got '{tasks}')")
+    return sorted(found)

@@ -8,14 +8,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from inheritune.cluster.job_records import Key, read_keys, read_record
+from inheritune.cluster.job_records import Key, Record, choose_keys, read_keys, read_record
 from inheritune.config import names
 from inheritune.files.storage import find_root, list_names
 
 STATE = "state"
 """File in the folder of a job that has started (submit/job_context.py)."""
 
-SQUEUE = ["squeue", "-h", "-r", "--me", "-o", "%i|%A|%T|%N|%r|%E|%o"]
+SQUEUE = ["squeue", "-h", "-r", "-o", "%i|%A|%T|%N|%r|%E|%o"]
 """Array tasks one by one: job (123_4), its own number, state, nodes, reason for waiting, dependency,
 command."""
 JOB_NAME = re.compile(r"[0-9]+(_[0-9]+)?")
@@ -58,16 +58,25 @@ def has_slurm(queue: dict[str, QueuedJob] | None) -> bool:
     return shutil.which("sbatch") is not None and queue is not None
 
 
-def read_queue() -> dict[str, QueuedJob] | None:
+def read_queue(everybody: bool = False) -> dict[str, QueuedJob] | None:
     """Return {number or name: job} of the user's jobs in the queue; None where there is no Slurm or it does
-    not answer."""
+    not answer.
+
+    `everybody`: also those of other users who work in the same $INHERITUNE_ROOT, where Slurm shows them."""
+    folder = find_root() / "runs" / names.JOBS
+    recorded = set(list_names(folder)) if everybody else set()
+    whose = ["-a"] if everybody else ["--me"]
     try:
-        done = subprocess.run(SQUEUE, capture_output=True, text=True, errors="replace", timeout=5, check=True)
+        done = subprocess.run(
+            [*SQUEUE, *whose], capture_output=True, text=True, errors="replace", timeout=5, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     found = {}
     for line in done.stdout.splitlines():
         name, number, state, nodes, reason, dependency, command = line.split("|", 6)
+        if everybody and name.partition("_")[0] not in recorded:
+            continue
         where = nodes or f"({reason})"
         job = QueuedJob(name, "", state, where, dependency.replace("(null)", ""), command)
         found[name] = found[number] = job
@@ -75,14 +84,22 @@ def read_queue() -> dict[str, QueuedJob] | None:
 
 
 def list_queued_work(queue: dict[str, QueuedJob] | None) -> list[tuple[Key, QueuedJob]]:
-    """Return (work, job) of the user's jobs in the queue; of an array only its first task."""
-    found: list[tuple[Key, QueuedJob]] = []
-    arrays = set()
+    """Return (work, job) of the user's jobs in the queue, those that run first. Tasks of an array that wait
+    for the same work are one."""
+    found: dict[tuple[Key, str], QueuedJob] = {}
+    records: dict[str, Record | None] = {}
     for name, job in (queue or {}).items():
-        if name == job.name and _name_array(name) not in arrays:
-            arrays.add(_name_array(name))
-            found += [(key, job) for key in read_keys(name, job.command)]
-    return found
+        if name != job.name:
+            continue
+        array = _name_array(name)
+        if array not in records:
+            records[array] = read_record(name)
+        record = records[array]
+        for key in choose_keys(record, name) if record else read_keys(name, job.command):
+            place = (key, name if job.state == "RUNNING" else array)
+            found.setdefault(place, job)
+    listed = [(key, job) for (key, _), job in found.items()]
+    return sorted(listed, key=lambda work: work[1].state != "RUNNING")
 
 
 def list_lost_work(queue: dict[str, QueuedJob] | None) -> list[tuple[Key, str]]:

@@ -44,7 +44,8 @@ STATUS_COLUMNS = (
 class Standing:
     """The state of a run, or of a stage of a grown run.
 
-    `state` is not started, queued, running, stopped, finished or failed; unknown if its files do not say."""
+    `state` is not started, queued, starting, running, stopped, finished or failed; unknown if its files do
+    not say."""
 
     label: str
     state: str = "not started"
@@ -164,7 +165,10 @@ def _fill_queue(view: View, name: str, found: Standing) -> None:
     job = view.find_queued("train", name)
     if found.state in ("running", "finished", "unknown"):
         return
-    if job and job.state != "RUNNING":
+    if job and job.state == "RUNNING":  # its program has not begun to write
+        found.queue, found.job = job.describe(), ""
+        found.state = "starting" if found.state == "not started" else found.state
+    elif job:
         found.queue, found.job = job.describe_waiting(), ""
         found.state = "queued" if found.state == "not started" else found.state
         if job.is_lost:

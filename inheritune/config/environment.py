@@ -9,7 +9,7 @@ import math
 import os
 from dataclasses import dataclass
 
-from inheritune.config.values import MEBIBYTES, MINUTES, SECONDS, STEPS_OR_NONE, Kind
+from inheritune.config.values import MEBIBYTES, MINUTES, RESTARTS, SECONDS, Kind
 from inheritune.errors import UserError
 
 
@@ -45,7 +45,7 @@ VARIABLES: dict[str, Variable] = {
     "TASKS": Variable("the tasks of a job on CPUs"),
     "ARRAY": Variable("the tasks of a job's array, or no"),
     "FORCE": Variable("1 to queue a job though one that does the same is queued", FLAG, 0),
-    "MAX_RESTARTS": Variable("how often a job may be restarted", STEPS_OR_NONE, 100),
+    "MAX_RESTARTS": Variable("how often a job may be restarted", RESTARTS, 100),
     "SITE_APPTAINER": Variable("the image in which a job's tasks run"),
     "SITE_INTERFACE": Variable("the network interface between the nodes"),
     "SITE_LEAD": Variable("the time between a job's signal and its time limit, as slurm/site.sh has it"),

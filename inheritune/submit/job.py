@@ -20,7 +20,8 @@ from inheritune.errors import UserError
 from inheritune.runtime import streams
 from inheritune.submit.job_context import read_context
 from inheritune.submit.job_end import end_job, fail_job
-from inheritune.submit.job_start import begin_job, find_image
+from inheritune.submit.job_start import begin_job
+from inheritune.submit.site import find_image
 
 
 def main(argv: list[str]) -> int:

@@ -5,7 +5,6 @@ still save, and takes a job whose step ends with 0 at preemption for finished.""
 
 import os
 import re
-import shlex
 import signal
 import subprocess
 import time
@@ -15,15 +14,17 @@ from dataclasses import dataclass, replace
 from inheritune.cluster.job_records import read_record, write_record
 from inheritune.config import environment
 from inheritune.submit.job_context import JobContext, read_context, set_comment
-from inheritune.submit.sbatch import replay_options
+from inheritune.submit.sbatch import replay_options, wrap_command
 from inheritune.submit.slurm_commands import (
     ask_slurm,
     find_dependents,
     list_pending,
+    name_jobs,
     read_fields,
     rewrite_dependency,
     strip_options,
 )
+from inheritune.submit.snapshot_uses import mark_use
 
 SIGNALLED = 128 + signal.SIGUSR1
 STOPPED_CODE = 3
@@ -230,13 +231,21 @@ def _resubmit(context: JobContext) -> int:
         return fail_job(context, 1, "the job could neither be requeued nor submitted again")
     options = replay_options(record.options, f"afterany:{context.job}", context.task, fields["StdOut"])
     new = replace(record, options=tuple(options), restarts=context.restarts + 1, submitted="")
-    words = ["sbatch", "--parsable", *options, "--wrap", f"exec {shlex.join(record.command)}"]
+    words = [
+        "sbatch",
+        "--parsable",
+        *options,
+        "--wrap",
+        wrap_command(record.command, record.code, record.again),
+    ]
     shown = strip_options(os.environ) | {"INHERITUNE_SUBMITTED": "1"}
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=shown)
     if done.returncode:
         said = " ".join(done.stderr.split())
         return fail_job(context, 1, f"the job could neither be requeued nor submitted again ({said})")
     job = done.stdout.strip().partition(";")[0]
+    with suppress(OSError):
+        mark_use(new.code, job)
     write_record(job, new)
     _carry_stalls(context, job)
     context.say(f"this site does not requeue; job {job} goes on after this one")
@@ -317,7 +326,7 @@ def _describe_dependents(context: JobContext) -> str:
     queued = list_pending(tries=1) or ""
     own, task = context.job.partition("_")[::2]
     waiting = find_dependents(queued, own, "" if context.slots else task)
-    found = sorted({job for job, dependency in waiting if "afterok" in dependency})
+    found = [job for job, dependency in waiting if "afterok" in dependency]
     if not found:
         return ""
-    return f"; job(s) {', '.join(found)} waited for its success and will not start"
+    return f"; job(s) {name_jobs(found)} waited for its success and will not start"

@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from inheritune.cluster.job_records import Record, make_keys, read_record, write_record
 from inheritune.config.experiment import load_experiment
@@ -31,7 +30,7 @@ from inheritune.submit.request import (
     read_request,
 )
 from inheritune.submit.runs import is_finished, list_runs
-from inheritune.submit.site import DEFAULT_LEAD_S
+from inheritune.submit.site import DEFAULT_LEAD_S, find_image
 from inheritune.submit.slurm_commands import ask_slurm, get_this_job, list_node_gpus, read_fields
 from inheritune.training.provenance import git_commit
 
@@ -139,7 +138,7 @@ def _begin(request: Request, context: JobContext) -> list[str]:
         )
         return ["reported=1", "exit 0"]
     _describe_start(request, context, given, shown)
-    _check_array(context, shown)
+    _check_array(request, context, shown)
     context.write()
     chosen, context = _choose_run(_choose_part(request, context), context)
     if chosen is None:
@@ -207,12 +206,12 @@ def _describe_start(request: Request, context: JobContext, given: Allocation, sh
         )
 
 
-def _check_array(context: JobContext, shown: str) -> None:
+def _check_array(request: Request, context: JobContext, shown: str) -> None:
     """Raise UserError for a task that must not run: of an array that `check_tasks` refuses, or that was
     stopped."""
     if not context.array:
         return
-    check_tasks(os.environ, shown, context.slots)
+    check_tasks(os.environ, shown, request.shares_run)
     if not context.slots:
         return
     with suppress(OSError):
@@ -220,15 +219,15 @@ def _check_array(context: JobContext, shown: str) -> None:
         raise UserError(f"this array was stopped: {why}")
 
 
-def check_tasks(environment: Mapping[str, str], shown: str, slots: bool) -> None:
-    """Raise UserError in each task of an array that has index 0, or, with `slots`, whose tasks would work on
-    one run at the same time.
+def check_tasks(environment: Mapping[str, str], shown: str, shares_run: bool) -> None:
+    """Raise UserError in each task of an array that has index 0, or, with `shares_run`, whose tasks would
+    work on one run at the same time.
 
     Plain sbatch queues such arrays. `shown` is the task in `scontrol show job`."""
     if "0" in (environment.get("SLURM_ARRAY_TASK_MIN"), environment.get("SLURM_ARRAY_TASK_ID")):
         raise UserError("the array has index 0, and its tasks count from 1 here; submit it with --array=1-N")
     is_alone = environment.get("SLURM_ARRAY_TASK_COUNT", "1") == "1"
-    if slots and not is_alone and not re.search(r"\bArrayTaskThrottle=1\b", shown):
+    if shares_run and not is_alone and not re.search(r"\bArrayTaskThrottle=1\b", shown):
         raise UserError(
             "the tasks of this array would work on one run at the same time; submit it with --array=1-N%1"
         )
@@ -313,27 +312,3 @@ def _list_exports(
         if interface
         else exports
     )
-
-
-def find_image(environment: Mapping[str, str]) -> str:
-    """Return what starts a command in the site's image; empty without one.
-
-    Raises UserError for paths with blanks, a missing image, and a host's Python that lacks what decides."""
-    image = environment.get("SITE_APPTAINER", "")
-    if not image:
-        return ""
-    root, home = str(find_root()), environment.get("HF_HOME", "")
-    if re.search(r"\s", image + root + home + str(REPOSITORY)):
-        raise UserError(
-            "with an Apptainer image its path, INHERITUNE_ROOT, HF_HOME and the repository's path may "
-            "hold no spaces"
-        )
-    if not Path(image).is_file():
-        top = shlex.quote(str(find_checkout()))
-        build = f"cd {top} && apptainer build {shlex.quote(image)} slurm/inheritune.def"
-        raise UserError(f"SITE_APPTAINER is {image}, which does not exist; make it with: {build}")
-    for folder in filter(None, (root, home)):
-        Path(folder).mkdir(parents=True, exist_ok=True)  # what does not exist cannot be bound
-    places = list(dict.fromkeys(filter(None, (str(REPOSITORY), str(find_checkout()), root, home))))
-    binds = " ".join(f"--bind {place}" for place in places)
-    return f"apptainer exec --nv --env PYTHONNOUSERSITE=1 {binds} {image}"

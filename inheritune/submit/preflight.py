@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from inheritune.cluster.check import check
+from inheritune.cluster.planner import find_unfinished_source
 from inheritune.config import names
 from inheritune.config.experiment import Experiment, load_experiment
 from inheritune.config.jobs import TRAINING
@@ -69,6 +70,27 @@ def _check_measured(request: Request, loaded: Experiment) -> None:
                 require_weights(loaded, run, request.seed)
     if not is_prepared(get_data_dir(loaded)):
         check(name, next(iter(loaded.runs)), rehearse=loaded.rehearsal)  # which says how to prepare it
+
+
+def check_baselines(request: Request, loaded: Experiment, runs: list[str]) -> None:
+    """Raise UserError if the tasks of an array over `runs` could not start, unless the job waits for another:
+    the data is not prepared, or some start from a run that none of the baselines makes."""
+    own = list_baselines(loaded)
+    if request.waits:
+        return
+    with _report_missing(request), redirect_stdout(StringIO()):
+        if not is_prepared(get_data_dir(loaded)):
+            check(request.values["experiment"], runs[0], rehearse=loaded.rehearsal, seed=request.seed)
+        needed = {run: find_unfinished_source(loaded, loaded.run(run), request.seed) for run in runs}
+        lacking = {run: source for run, source in needed.items() if source and source not in own}
+        if lacking:
+            run, source = next(iter(lacking.items()))
+            free = ",".join(str(n) for n, other in enumerate(own, 1) if other in runs and not needed[other])
+            others = f", or submit those that need nothing: ARRAY={free}" if free else ""
+            raise UserError(
+                f"{len(lacking)} of these runs cannot start: '{run}' needs '{source}', which is not trained; "
+                f"train it first, wait for its job with -- --dependency=afterok:JOB{others}"
+            )
 
 
 def _check_run(request: Request, loaded: Experiment, run: str) -> None:

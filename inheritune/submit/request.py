@@ -1,7 +1,7 @@
 """What the user asks for: a job of slurm/jobs.yaml, its arguments, and sbatch options after two dashes."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +12,13 @@ from inheritune.errors import UserError, suggest_name
 SWITCHES = ("dry_run", "no_snapshot", "rehearse", "help")
 """Flags without a value that are about submitting, not about the verb."""
 VERB_SWITCHES = ("allow_task_code",)
+# fmt: off
+VALUED = (
+    "--array", "-a", "--dependency", "-d", "--output", "-o", "--job-name", "-J", "--time", "-t",
+    "--begin", "-b", "--nodes", "-N", "--gpus-per-node", "--gpus", "-G",
+)
+# fmt: on
+"""Options of sbatch that are read here. Each has a value, which may be a word of its own."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,13 @@ class Request:
     @property
     def waits(self) -> bool:
         """Whether the job waits for another, which may make what this one lacks."""
-        return any(word.startswith(("--dependency", "-d")) for word in self.options)
+        return bool(read_option(self.options, "--dependency", "-d"))
+
+    @property
+    def shares_run(self) -> bool:
+        """Whether the tasks of an array would all work on the same run, data or model."""
+        is_over_runs = self.kind.array == "runs" and "run" not in self.values
+        return not (is_over_runs or "parts" in self.values)
 
     def flags(self, *left_out: str) -> list[str]:
         """Return the flags of the verb as words, in the order of its table."""
@@ -238,18 +251,31 @@ def is_set(environment: Mapping[str, str], name: str) -> bool:
     return environment.get(name, "0") not in ("", "0")
 
 
-def drop_option(options: tuple[str, ...], *names: str) -> list[str]:
-    """Return sbatch's `options` without those called `names`, each as --name=value or as two words."""
-    found, skip = [], False
-    for word in options:
-        name, equals, _ = word.partition("=")
-        if skip:
-            skip = False
-        elif name in names:
-            skip = not equals
-        else:
-            found.append(word)
-    return found
+def read_option(options: Sequence[str], *names: str) -> str:
+    """Return the value of the last of sbatch's `options` called `names`; empty if there is none."""
+    found = [value for name, value, _ in _split_options(options) if name in names]
+    return found[-1] if found else ""
+
+
+def drop_option(options: Sequence[str], *names: str) -> list[str]:
+    """Return sbatch's `options` without those called `names`."""
+    kept = [words for name, _, words in _split_options(options) if name not in names]
+    return [word for words in kept for word in words]
+
+
+def _split_options(options: Sequence[str]) -> Iterator[tuple[str, str, Sequence[str]]]:
+    """Yield (name, value, its words) of each of sbatch's options: --name=value, --name value, -n value or
+    -nvalue. The value of an option that is not in VALUED, in a word of its own, is an option for itself."""
+    position = 0
+    while position < len(options):
+        word = options[position]
+        name, equals, value = word.partition("=")
+        if not word.startswith("--"):
+            name, value = word[:2], word[2:]
+            equals = value
+        size = 2 if name in VALUED and not equals and position + 1 < len(options) else 1
+        yield name, value if size == 1 else options[position + 1], options[position : position + size]
+        position += size
 
 
 def make_command(request: Request) -> list[str]:

@@ -1,18 +1,19 @@
 """The sbatch command of a job: a pure function of the request, the site and the user's environment."""
 
-import re
+import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from inheritune.cluster.job_records import list_indices
 from inheritune.config import names
 from inheritune.errors import UserError
-from inheritune.submit.request import Request, drop_option, is_set, name_job
+from inheritune.submit.request import Request, drop_option, is_set, name_job, read_option
 from inheritune.submit.site import Site, read_minutes
+from inheritune.submit.slurm_commands import count_gres
 
 REHEARSAL_TIME = "01:00:00"
-ARRAY = re.compile(r"([0-9]+(-[0-9]+(:[0-9]+)?)?)(,[0-9]+(-[0-9]+(:[0-9]+)?)?)*(%[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,32 @@ class Submission:
     command: tuple[str, ...]
     """What the job runs."""
 
-    def words(self) -> list[str]:
-        """Return the words of the command line."""
-        return ["sbatch", *self.options, "--wrap", f"exec {shlex.join(self.command)}"]
+    def words(self, code: str = "", again: str = "") -> list[str]:
+        """Return the words of the command line, for `wrap_command`."""
+        return ["sbatch", *self.options, "--wrap", wrap_command(self.command, code, again)]
 
     def line(self, site: Site) -> str:
         """Return the command as a line to paste, for a shell that may export sbatch's options."""
         unset = [word for name in site.exported for word in ("-u", name)]
         return shlex.join([*(["env", *unset] if unset else []), *self.words()])
+
+
+def wrap_command(command: tuple[str, ...], code: str = "", again: str = "") -> str:
+    """Return the shell code of a job that runs `command`.
+
+    If snapshot `code` has been removed, it says so with the line `again`, and cancels the array's other
+    tasks."""
+    run = f"exec {shlex.join(command)}"
+    if not code:
+        return run
+    job = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
+    cause = f"the snapshot {code}, which this job runs, was removed"
+    fail = (
+        'if [ -n "$SLURM_ARRAY_JOB_ID" ]; then scancel --state=PENDING "$SLURM_ARRAY_JOB_ID"; fi; '
+        f'scontrol update jobid="{job}" comment={shlex.quote(cause[:250])}; '
+        f'echo "job {job}:" {shlex.quote(f"FAILED (code 2): {cause}; submit again: {again}")}; exit 2'
+    )
+    return f"test -f {shlex.quote(command[1])} || {{ {fail}; }}; {run}"
 
 
 def is_rehearsal(request: Request, environment: Mapping[str, str]) -> bool:
@@ -69,13 +88,14 @@ def make_submission(
     UserError for a shape that cannot be had or would fail."""
     rehearsal = is_rehearsal(request, environment)
     shape = make_shape(request, site, environment, rehearsal, n_runs)
-    if array is not None:
-        shape = replace(shape, array=array)
+    shape = replace(shape, array=array or read_option(request.options, "--array", "-a") or shape.array)
     check_array(shape.array, request, site)
     words = (*request.words, *(["--rehearse"] if "rehearse" in request.switches else []))
     name = name_job(Path(request.script), request.words, rehearsal)
     pattern = "%x-%A_%a.out" if shape.array else "%x-%j.out"
     log = f"{site.root}/runs/{names.LOGS}/{pattern}"
+    own_name = read_option(request.options, "--job-name", "-J")
+    own_log = os.path.abspath(read_option(request.options, "--output", "-o") or log)
     on_cpus = rehearsal or not shape.gpus
     partition, constraint = _choose_partition(site, on_cpus)
     options = [f"--job-name={name}", *_ask_for_size(shape, site)]
@@ -95,7 +115,8 @@ def make_submission(
     options += request.options
     check_time(options, site)
     check_option_shape(request.options)
-    return Submission(name, shape, tuple(options), log, ("bash", request.script, *words))
+    shape = _adopt_size(shape, request.options)
+    return Submission(own_name or name, shape, tuple(options), own_log, ("bash", request.script, *words))
 
 
 def make_shape(
@@ -104,6 +125,8 @@ def make_shape(
     """Return what the job asks for. Raises UserError for GPUs that the site lacks or that no nodes share
     equally."""
     gpus = _read_count(environment, "GPUS", request.job.gpus)
+    if request.kind.single:  # one process: it could not use more
+        gpus = min(gpus, request.job.gpus)
     array = choose_array(request, environment, n_runs)
     if rehearsal or gpus == 0:
         tasks = _read_count(environment, "TASKS", 1 if request.kind.single else 2)
@@ -137,6 +160,15 @@ def make_shape(
     return Shape(gpus, nodes, gpus, 0, array)
 
 
+def _adopt_size(shape: Shape, options: tuple[str, ...]) -> Shape:
+    """Return the shape of a job with GPUs whose nodes, or GPUs of each, the user's own options change."""
+    nodes, each = read_option(options, "--nodes", "-N"), read_option(options, "--gpus-per-node")
+    if not shape.gpus or not (nodes or each):
+        return shape
+    wanted = int(nodes) if nodes.isdecimal() and int(nodes) else shape.nodes
+    return replace(shape, nodes=wanted, gpus=wanted * (count_gres(f"gpu:{each}") or shape.gpus_per_node))
+
+
 def choose_array(request: Request, environment: Mapping[str, str], n_runs: int) -> str | None:
     """Return the tasks of the job's array; None for a single job."""
     given, usual = environment.get("ARRAY"), request.kind.array
@@ -150,57 +182,44 @@ def choose_array(request: Request, environment: Mapping[str, str], n_runs: int) 
 
 
 def check_array(array: str | None, request: Request, site: Site) -> None:
-    """Raise UserError for an array, here or among the user's options, that would go wrong."""
-    given = [word.partition("=")[2] for word in request.options if word.startswith("--array=")]
-    for tasks in [*([array] if array else []), *given]:
-        indices = list_indices(tasks)
-        if indices[0] == 0:
-            raise UserError(
-                f"the array {tasks} has index 0, and the tasks of an array count from 1 here; use ARRAY=1-N"
-            )
-        if request.kind.slots and len(indices) > 1 and not tasks.endswith("%1"):
-            raise UserError(
-                f"the tasks of {tasks} would work on one run at the same time; let one run after the other, "
-                f"with ARRAY={tasks.partition('%')[0]}%1"
-            )
-        if site.max_array_size and indices[-1] >= site.max_array_size:
-            longest = f"ARRAY=1-{site.max_array_size - 1}"
-            advice = f"use {longest}%1" if request.kind.slots else f"submit {longest}, then the others"
-            raise UserError(
-                f"the array {tasks} is longer than this cluster allows (MaxArraySize={site.max_array_size}); "
-                f"{advice}"
-            )
-
-
-def list_indices(tasks: str) -> list[int]:
-    """Return the sorted indices of an array such as 1-12%1 or 1,3,5-9:2. Raises UserError if it is none."""
-    if not ARRAY.fullmatch(tasks):
-        raise UserError(f"ARRAY takes tasks such as 1-12%1 or 1,4,7, or no for a single job (got '{tasks}')")
-    found: set[int] = set()
-    for part in tasks.partition("%")[0].split(","):
-        span, _, step = part.partition(":")
-        first, _, last = span.partition("-")
-        found.update(range(int(first), int(last or first) + 1, int(step or 1)))
-    return sorted(found) or [0]
+    """Raise UserError for an array that would go wrong."""
+    if array is None:
+        return
+    indices = list_indices(array)
+    if indices[0] == 0:
+        raise UserError(
+            f"the array {array} has index 0, and the tasks of an array count from 1 here; use ARRAY=1-N"
+        )
+    if request.shares_run and len(indices) > 1 and not array.endswith("%1"):
+        raise UserError(
+            f"the tasks of {array} would work on one run at the same time; let one run after the other, "
+            f"with ARRAY={array.partition('%')[0]}%1"
+        )
+    if site.max_array_size and indices[-1] >= site.max_array_size:
+        longest = f"ARRAY=1-{site.max_array_size - 1}"
+        advice = f"use {longest}%1" if request.kind.slots else f"submit {longest}, then the others"
+        raise UserError(
+            f"the array {array} is longer than this cluster allows (MaxArraySize={site.max_array_size}); "
+            f"{advice}"
+        )
 
 
 def check_option_shape(options: tuple[str, ...]) -> None:
     """Raise UserError for an option of the user's that gives nodes unequal numbers of GPUs."""
-    for word in options:
-        if re.match(r"(--gpus|-G)(=|$)", word):
-            raise UserError(
-                f"{word} lets Slurm give the nodes unequal numbers of GPUs; ask for a total with GPUS=N "
-                "before the command, or for --nodes=N --gpus-per-node=G"
-            )
+    if gpus := read_option(options, "--gpus", "-G"):
+        raise UserError(
+            f"--gpus={gpus} lets Slurm give the nodes unequal numbers of GPUs; ask for a total with GPUS=N "
+            "before the command, or for --nodes=N --gpus-per-node=G"
+        )
 
 
 def check_time(options: list[str], site: Site) -> None:
     """Raise UserError if the signal to save would come at or before the start of a job."""
-    times = [word.partition("=")[2] for word in options if word.startswith("--time=")]
-    minutes = read_minutes(times[-1]) if times else None
+    time = read_option(options, "--time", "-t")
+    minutes = read_minutes(time)
     if minutes and site.lead_s >= minutes * 60:
         raise UserError(
-            f"SITE_LEAD={site.lead_s} seconds is not less than the time limit {times[-1]}, so the job "
+            f"SITE_LEAD={site.lead_s} seconds is not less than the time limit {time}, so the job "
             "would save and stop as soon as it starts; lower SITE_LEAD or raise SITE_TIME"
         )
 
@@ -240,7 +259,7 @@ def _ask_for_time(site: Site, partition: str, rehearsal: bool, on_cpus: bool) ->
 def _read_count(environment: Mapping[str, str], name: str, default: int) -> int:
     """Return the whole number in a variable. Raises UserError for anything else."""
     text = environment.get(name) or str(default)
-    if not text.isdecimal() or (int(text) == 0 and name != "GPUS"):
+    if not (text.isascii() and text.isdecimal()) or (int(text) == 0 and name != "GPUS"):
         raise UserError(f"{name} takes a number of at least 1 (got '{text}')")
     return int(text)
 
@@ -249,10 +268,10 @@ def replay_options(
     options: tuple[str, ...], dependency: str = "", task: str = "", log: str = ""
 ) -> list[str]:
     """Return the options of a recorded submission for a job that continues it: all that was asked for, with
-    another dependency, task of the array and log."""
-    kept = drop_option(
-        options, "--dependency", "-d", *(["--array"] if task else []), *(["--output"] if log else [])
-    )
+    another dependency, task of the array and log, and without the time at which the first was to begin."""
+    dropped = ["--dependency", "-d", "--begin", "-b"]
+    dropped += [*(["--array", "-a"] if task else []), *(["--output", "-o"] if log else [])]
+    kept = drop_option(options, *dropped)
     kept = [word for word in kept if word not in ("--hold", "-H")]
     new = {"dependency": dependency, "array": task, "output": log}
     return kept + [f"--{key}={value}" for key, value in new.items() if value]

@@ -2,13 +2,16 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from inheritune.config.paths import REPOSITORY
+from inheritune.config.paths import REPOSITORY, find_checkout
 from inheritune.errors import UserError
+from inheritune.files.storage import find_root
 from inheritune.submit.slurm_commands import ask_slurm, count_gres
 
 SITE_FILE = REPOSITORY / "slurm" / "site.sh"
@@ -116,3 +119,33 @@ def read_minutes(text: str) -> float | None:
     if len(numbers) == 3:
         return numbers[0] * 60 + numbers[1] + numbers[2] / 60
     return numbers[0] + (numbers[1] / 60 if len(numbers) == 2 else 0)
+
+
+def check_image(environment: Mapping[str, str]) -> None:
+    """Raise UserError for a site's image that is missing, and for paths with blanks beside it."""
+    image, root = environment.get("SITE_APPTAINER", ""), str(find_root())
+    if image and re.search(r"\s", image + root + environment.get("HF_HOME", "") + str(REPOSITORY)):
+        raise UserError(
+            "with an Apptainer image its path, INHERITUNE_ROOT, HF_HOME and the repository's path may "
+            "hold no spaces"
+        )
+    if image and not Path(image).is_file():
+        top = shlex.quote(str(find_checkout()))
+        build = f"cd {top} && apptainer build {shlex.quote(image)} slurm/inheritune.def"
+        raise UserError(f"SITE_APPTAINER is {image}, which does not exist; make it with: {build}")
+
+
+def find_image(environment: Mapping[str, str]) -> str:
+    """Return what starts a command in the site's image; empty without one.
+
+    Raises UserError as `check_image` does."""
+    check_image(environment)
+    image = environment.get("SITE_APPTAINER", "")
+    if not image:
+        return ""
+    root, home = str(find_root()), environment.get("HF_HOME", "")
+    for folder in filter(None, (root, home)):
+        Path(folder).mkdir(parents=True, exist_ok=True)  # what does not exist cannot be bound
+    places = list(dict.fromkeys(filter(None, (str(REPOSITORY), str(find_checkout()), root, home))))
+    binds = " ".join(f"--bind {place}" for place in places)
+    return f"apptainer exec --nv --env PYTHONNOUSERSITE=1 {binds} {image}"

@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 TRIES, WAIT_S = 12, 5
 """How often and at what distance a controller that does not answer is asked: it is restarted now and then."""
@@ -89,10 +89,26 @@ def find_dependents(text: str, job: str, task: str = "") -> list[tuple[str, str]
     return found
 
 
+def name_jobs(names: Iterable[str]) -> str:
+    """Return jobs for a sentence, in order; several tasks of an array as the array."""
+    tasks: dict[str, list[str]] = {}
+    for name in set(names):
+        tasks.setdefault(name.partition("_")[0], []).append(name)
+    found = [own[0] if len(own) == 1 else array for array, own in tasks.items()]
+    return ", ".join(sorted(found, key=lambda name: [int(number) for number in name.split("_")]))
+
+
 def rewrite_dependency(dependency: str, job: str, task: str, new: str) -> str:
     """Return a dependency, as squeue prints it, for scontrol, with `new` in place of `job` (or its task)."""
     changed = re.sub(rf":{job}(_\*|_{task or '[0-9]+'})?\(", f":{new}(", dependency)
     return re.sub(r"\([^)]*\)", "", changed)
+
+
+def read_cluster() -> str:
+    """Return the name of this Slurm cluster; empty where its controller does not answer."""
+    shown = ask_slurm("scontrol", "show", "config", tries=1) or ""
+    match = re.search(r"^ClusterName\s*=\s*(\S+)", shown, re.MULTILINE)
+    return match[1] if match else ""
 
 
 def is_alive() -> bool:

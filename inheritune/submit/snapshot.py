@@ -3,7 +3,8 @@
     runs/code/<hash of its content>/{inheritune, recipes, ds_configs, slurm, requirements.txt, pyproject.toml}
     runs/code/<hash of its content>/own/   the user's files that the job names, each under its whole path
 
-Jobs of the same code share one. COMMIT in it names the commit it was made from."""
+Jobs of the same code share one. COMMIT in it names the commit it was made from. snapshot_uses.py removes old
+ones."""
 
 import os
 import shutil
@@ -18,6 +19,7 @@ from inheritune.config.jobs import TRAINING
 from inheritune.config.paths import COMMIT, OWN, REPOSITORY, resolve_path
 from inheritune.files.storage import explain_disk_error, find_root
 from inheritune.submit.request import Request
+from inheritune.submit.snapshot_uses import announce_use, drop_use
 from inheritune.training.provenance import git_commit
 
 FOLDERS = ("inheritune", "recipes", "ds_configs", "slurm")
@@ -51,7 +53,7 @@ def list_own_files(request: Request, loaded: Experiment | None) -> list[Path]:
 
 def make_snapshot(own: Iterable[Path] = ()) -> Path:
     """Return the folder with a copy of the code, and of the files `own`, as they are now; made unless an
-    equal one exists.
+    equal one exists. It has the mark of this process, until a job's or `drop_use` takes its place.
 
     Raises UserError, and leaves nothing, where the disk is full."""
     files, hasher = {path: REPOSITORY / path for path in list_code()}, xxhash.xxh3_128()
@@ -62,16 +64,18 @@ def make_snapshot(own: Iterable[Path] = ()) -> Path:
     commit = git_commit() or "unknown"
     hasher.update(commit.encode())
     target = find_root() / "runs" / names.CODE / hasher.hexdigest()[:16]
-    if (target / COMMIT).is_file():
-        return target
     copy = target.with_name(f"{target.name}{names.TEMPORARY}-{os.getpid()}")
     try:
+        announce_use(target)  # first: nobody removes what is found here
+        if (target / COMMIT).is_file():
+            return target
         for file, source in files.items():
             (copy / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, copy / file)
         (copy / COMMIT).write_text(f"{commit}\n", encoding="utf-8")
     except BaseException as error:
         shutil.rmtree(copy, ignore_errors=True)
+        drop_use(target)
         if isinstance(error, OSError):
             raise explain_disk_error(error, target) from error
         raise

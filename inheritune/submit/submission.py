@@ -7,19 +7,28 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from inheritune.cluster.job_records import Key, Record, make_keys, read_keys, write_record
+from inheritune.cluster.job_records import Key, Record, list_indices, make_keys, read_keys, write_record
 from inheritune.cluster.slurm_queue import QueuedJob, read_queue
+from inheritune.config import names
 from inheritune.config.experiment import Experiment
 from inheritune.config.paths import REPOSITORY, find_checkout
 from inheritune.errors import UserError
 from inheritune.files.rundir import get_seed_dir
-from inheritune.submit.preflight import check_folders, check_request, describe_cost
-from inheritune.submit.request import Request, describe_job, format_local, make_again, read_request
+from inheritune.submit.preflight import check_baselines, check_folders, check_request, describe_cost
+from inheritune.submit.request import (
+    Request,
+    describe_job,
+    format_local,
+    make_again,
+    read_option,
+    read_request,
+)
 from inheritune.submit.runs import list_runs, list_waiting
-from inheritune.submit.sbatch import Submission, is_rehearsal, list_indices, make_submission
-from inheritune.submit.site import Site, read_site
+from inheritune.submit.sbatch import Submission, is_rehearsal, make_submission
+from inheritune.submit.site import Site, check_image, read_site
 from inheritune.submit.slurm_commands import ask_slurm, is_alive, strip_options
-from inheritune.submit.snapshot import list_own_files, make_snapshot
+from inheritune.submit.snapshot import list_code, list_own_files, make_snapshot
+from inheritune.submit.snapshot_uses import drop_use, mark_use, remove_unused
 
 REPLAYED = (
     "REHEARSE",
@@ -64,16 +73,20 @@ def submit_request(request: Request, site: Site, environment: Mapping[str, str])
     """Check a request and queue it: as one job, or where baselines wait for each other as several. Returns
     what was queued, or found in the queue."""
     rehearsal = is_rehearsal(request, environment)
+    check_image(site.values)
     loaded = check_request(request, rehearsal)
     runs: list[str] = []
     if request.kind.array == "runs" and loaded and "run" not in request.values:
         runs = list_runs(loaded, request.job.verb)
-    is_whole = request.job.verb == "baselines" and not environment.get("ARRAY")
+    own_array = environment.get("ARRAY") or read_option(request.options, "--array", "-a")
+    is_whole = request.job.verb == "baselines" and not own_array
     if is_whole and loaded and (waiting := list_waiting(loaded)):
         return _submit_in_order(request, loaded, site, environment, waiting)
     submission = make_submission(request, site, environment, len(runs) or 1)
     print(describe_cost(request, loaded, submission.shape, site))
     keys, own = list_keys(request, rehearsal, runs, submission), list_own_files(request, loaded)
+    if request.job.verb == "baselines" and loaded:
+        check_baselines(request, loaded, [key.run for key in keys])
     return [queue_job(request, submission, site, environment, keys, own)]
 
 
@@ -87,6 +100,7 @@ def _submit_in_order(
     """Queue the baselines that start from others of them behind these, each in a job of its own, and all
     others as one array."""
     runs, rehearsal = list_runs(loaded, "baselines"), is_rehearsal(request, environment)
+    check_baselines(request, loaded, runs)
     alone = ",".join(str(n) for n in range(1, len(runs) + 1) if n not in waiting)
     submission = make_submission(request, site, environment, len(runs), alone)
     print(describe_cost(request, loaded, submission.shape, site))
@@ -119,9 +133,9 @@ def list_keys(request: Request, rehearsal: bool, runs: list[str], submission: Su
     return make_keys(verb, values["experiment"], chosen, **details)
 
 
-def find_queued(keys: tuple[Key, ...], queue: dict[str, QueuedJob] | None) -> tuple[QueuedJob, Key] | None:
+def find_queued(keys: tuple[Key, ...], queue: dict[str, QueuedJob]) -> tuple[QueuedJob, Key] | None:
     """Return the first queued job that does some of the same work, and which."""
-    for job in (queue or {}).values():
+    for job in queue.values():
         for other in read_keys(job.name, job.command):
             if found := next((key for key in keys if key.meets(other)), None):
                 return job, found
@@ -146,7 +160,8 @@ def queue_job(
         print(submission.line(site))
         print(f"dry run: nothing was submitted; its log would be {log}")
         return Queued("", False)
-    found = find_queued(keys, read_queue())
+    queue = {**(read_queue(everybody=True) or {}), **(read_queue() or {})}
+    found = find_queued(keys, queue)
     if found and environment.get("FORCE", "0") != "1":
         other, key = found
         print(
@@ -169,18 +184,24 @@ def queue_job(
     if "no_snapshot" not in request.switches:
         submission, record = _use_snapshot(submission, record, own)
     print(submission.line(site))
-    job = send(submission.words(), record, site, environment)
+    try:
+        job = send(submission.words(record.code, record.again), record, site, environment)
+    except UserError:
+        drop_use(record.code)
+        raise
     _print_queued(job, submission, keys, site)
+    if removed := remove_unused(record.code):
+        print(f"removed {removed} snapshot(s) of runs/{names.CODE} that no job can run any more")
     return Queued(job)
 
 
 def _use_snapshot(submission: Submission, record: Record, own: Iterable[Path]) -> tuple[Submission, Record]:
     """Return both with the command that runs a snapshot of the checkout and of the files `own`, where its
     script is in the snapshot."""
-    code = make_snapshot(own)
     script = Path(submission.command[1])
-    if not script.is_relative_to(REPOSITORY) or not (code / script.relative_to(REPOSITORY)).is_file():
+    if not script.is_relative_to(REPOSITORY) or script.relative_to(REPOSITORY) not in list_code():
         return submission, record
+    code = make_snapshot(own)
     command = ("bash", str(code / script.relative_to(REPOSITORY)), *submission.command[2:])
     return replace(submission, command=command), replace(record, command=command, code=str(code))
 
@@ -199,8 +220,9 @@ def send(words: list[str], record: Record, site: Site, environment: Mapping[str,
     if done.returncode:
         said = " ".join(done.stderr.split()) or f"it ended with code {done.returncode}"
         raise UserError(f"sbatch refused the job: {said.removeprefix('sbatch: error: ')}")
-    job = done.stdout.strip().splitlines()[-1].partition(";")[0]
+    job, _, cluster = done.stdout.strip().splitlines()[-1].partition(";")
     try:
+        mark_use(record.code, job, cluster)
         write_record(job, record)
     except (OSError, UserError) as error:
         ask_slurm("scancel", job, tries=1)

@@ -115,7 +115,7 @@ def login_node(tmp_path, monkeypatch):
 def read_calls(login_node: Path) -> list[tuple[list[str], str]]:
     """(what a job waits for, its script and arguments) of each call of sbatch."""
     lines = (login_node / "calls").read_text().splitlines()
-    calls = [(re.findall(r"--dependency=(\S+)", line), line.partition("/slurm/")[2]) for line in lines]
+    calls = [(re.findall(r"--dependency=(\S+)", line), line.rpartition("/slurm/")[2]) for line in lines]
     return [(waits, job.removesuffix(" --parsable")) for waits, job in calls]
 
 

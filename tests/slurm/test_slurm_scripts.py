@@ -23,6 +23,7 @@ from slurm_cluster import (  # noqa: F401
 )
 
 from inheritune.cli.verbs import Verbs
+from inheritune.cluster.job_records import Record, make_keys, write_record
 from inheritune.cluster.status import status
 from inheritune.config.experiment import load_experiment
 from inheritune.errors import UserError
@@ -204,10 +205,11 @@ def test_mistakes_at_submission_are_one_sentence(slurm, small, own_root):  # noq
     assert not slurm.run("squeue", "-h")
 
 
-def test_baselines_of_baselines_wait(slurm, own_root):  # noqa: F811
+def test_baselines_of_baselines_wait(slurm, own_root, capsys):  # noqa: F811
     """Each other run is a task of one array."""
     script = REPOSITORY / "slurm" / "gpt2_medium_baselines.sh"
-    printed = slurm.run("bash", script, "--", "--hold")
+    waiting = ["--", "--hold", "--dependency=singleton"]
+    printed = slurm.run("bash", script, *waiting)
     first, *behind = re.findall(r"^submitted job (\d+)$", printed, re.MULTILINE)
     names = list_baselines(load_experiment("gpt2_medium_owt"))
     number = {name: position for position, name in enumerate(names, 1)}
@@ -219,8 +221,31 @@ def test_baselines_of_baselines_wait(slurm, own_root):  # noqa: F811
         assert record["Dependency"].startswith(f"afterok:{first}_{number[source]}(")
     alone = sorted(int(line) for line in slurm.run("squeue", "-h", "-r", "-j", first, "-o", "%K").split())
     assert alone == sorted(set(number.values()) - {number[run] for run in waits})
-    assert f"not submitted: job {first}" in slurm.run("bash", script)
-    assert len(slurm.run("squeue", "-h", "-r").splitlines()) == len(names)
+    assert f"not submitted: job {first}" in slurm.run("bash", script, *waiting)
+    with slurm.login():  # of an array over runs, one task
+        status("gpt2_medium_owt")
+        told = capsys.readouterr().out
+        assert re.search(rf"^random_12 +queued .* {first}_{number['random_12']} held", told, re.MULTILINE)
+        cancel("gpt2_medium_owt", "stacking_half")
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.startswith(
+            f"cancelled job {first}_{number['stacking_half']} (PENDING: train gpt2_medium_owt/"
+        )
+        assert line.endswith(f"; job(s) {behind[0]}_{number['stacking']} waited for it")
+        assert len(slurm.run("squeue", "-h", "-r").splitlines()) == len(names) - 1
+        cancel("gpt2_medium_owt")
+        assert sorted(re.findall(r"cancelled job (\S+)", capsys.readouterr().out)) == [first, *behind]
+        slurm.wait(first, *behind)
+        # what it waited for is gone, and so is that reason to trust that it has what it needs
+        with pytest.raises(UserError, match="its data is not prepared"):
+            retry(behind[0])
+        assert "not queued any more; now it does not wait" in capsys.readouterr().out
+        retry(f"{first}_{number['random_12']}")
+    said = capsys.readouterr().out
+    assert f"--array={number['random_12']} " in said, said
+    slurm.run("scancel", re.search(r"^submitted job (\d+)$", said, re.MULTILINE)[1])
+    # nor is it queued without its data
+    assert "cannot start yet: its data is not prepared" in slurm.run("bash", script, check=False)
     assert f"--dependency=afterok:JOB_{number['stacking_half']} " in slurm.run("bash", script, "--dry-run")
 
 
@@ -377,6 +402,123 @@ def test_in_an_allocation_a_dry_run_is_dry_and_index_0_is_refused(slurm, small, 
     assert "did you mean '--seed'?" in (own_root.parent / "mistake").read_text()
 
 
+def test_tasks_that_would_work_on_one_run_at_once_do_not(slurm, small, own_root):  # noqa: F811
+    """Plain sbatch queues such an array, and both tasks start. `submit` refuses it: unit/test_submit.py."""
+    for script, run in (("grow", "grown"), ("train", "reference")):
+        log = own_root.parent / f"{script}-%a"
+        command = ["sbatch", "--parsable", "--array=1-2", "-o", log, REPOSITORY / "slurm" / f"{script}.sh"]
+        job = slurm.run(*command, small, run)
+        slurm.wait(job)
+        ended = states(slurm, job)
+        assert ended["1"] == "FAILED" and set(ended.values()) <= {"FAILED", "CANCELLED"}
+        logs = [path.read_text() for path in own_root.parent.glob(f"{script}-?")]
+        for text in logs:
+            last = text.splitlines()[-1]
+            assert "FAILED (code 2): the tasks of this array would work on one run at the same time" in last
+            assert "submit it with --array=1-N%1; fix that, then submit again: bash " in last
+        assert logs and not (own_root / "runs" / "small").exists()
+
+
+def edit(path: str) -> str:
+    """Change an experiment, so that its next submission runs another snapshot; its path."""
+    Path(path).write_text(f"{Path(path).read_text()}# edited\n")
+    return path
+
+
+def test_snapshots_go_when_no_job_can_run_them(slurm, small, own_root, capsys):  # noqa: F811
+    code = own_root / "runs" / "code"
+
+    def ask(*words) -> tuple[str, str]:
+        """(job, name of its snapshot)"""
+        submit("train", [edit(small), *words, "--", "--hold", "--dependency=singleton"])
+        job = re.search(r"^submitted job (\d+)$", capsys.readouterr().out, re.MULTILINE)[1]
+        return job, next(code.glob(f"*.used-lab.{job}")).name.partition(".")[0]
+
+    with slurm.login(FORCE="1"):
+        queued, first = ask("reference")
+        over, second = ask("reference")
+        gone, third = ask("reference")
+        _, fourth = ask("reference")
+        cancel(over), cancel(gone)  # Slurm knows them for a while, and would requeue them
+        ask("reference")
+        snapshots = {first, second, third, fourth}
+        assert {path.name for path in code.iterdir() if path.is_dir()} > snapshots
+        # as when it has forgotten a job; another cluster's queue, and a submission's intention, are unknown
+        (code / f"{third}.used-lab.{gone}").rename(code / f"{third}.used-lab.999999")
+        (code / f"{second}.used-lab.{over}").rename(code / f"{second}.used-elsewhere.{over}")
+        (code / f"{first}.used-lab.999998").touch()
+        (code / f"{fourth}.used-login+7").touch()
+        submit("train", [edit(small), "reference", "--", "--hold"])
+        assert "removed 1 snapshot(s) of runs/code that no job can run any more" in capsys.readouterr().out
+        assert {path.name for path in code.iterdir() if path.is_dir()} > snapshots - {third}
+        assert not list(code.glob(f"{third}*")) and (code / f"{first}.used-lab.{queued}").is_file()
+        assert not (code / f"{first}.used-lab.999998").exists()
+        # one that was refused marks nothing
+        with pytest.raises(UserError, match="sbatch refused the job"):
+            submit("train", [edit(small), "reference", "--", "--partition=nowhere"])
+        assert len(list(code.glob("*.used-login+*"))) == len(list(code.glob("*+*"))) == 1
+
+
+def test_a_job_whose_snapshot_was_removed_says_so(slurm, small, own_root):  # noqa: F811
+    words = ["grow", [small, "grown", "--", "--hold"]]
+    with slurm.login(ARRAY="1-3%1"):
+        submit(*words)
+    array = slurm.run("squeue", "-h", "-o", "%F").splitlines()[0]
+    (code,) = [path for path in (own_root / "runs" / "code").iterdir() if path.is_dir()]
+    shutil.rmtree(code)
+    slurm.run("scontrol", "release", array)
+    slurm.wait(array)
+    assert set(states(slurm, array).values()) == {"FAILED", "CANCELLED"}
+    last = slurm.log(f"{array}_1").splitlines()[-1]
+    cause = f"the snapshot {code}, which this job runs, was removed"
+    assert last.startswith(f"job {array}_1: FAILED (code 2): {cause}; submit again: ARRAY=1-3%1 bash ")
+    assert f"Comment={cause}" in slurm.run("scontrol", "show", "job", f"{array}_1")
+
+
+def test_what_the_site_file_names_must_exist_before_a_job_queues(slurm, small):  # noqa: F811
+    script = REPOSITORY / "slurm" / "train.sh"
+    for site, says in (
+        ({"SITE_MODULES": "nosuch"}, "inheritune: module load nosuch failed on "),
+        ({"SITE_CONDA": "nosuch"}, "inheritune: conda activate nosuch failed on "),
+        ({"SITE_APPTAINER": "/no/image"}, "inheritune: SITE_APPTAINER is /no/image, which does not exist"),
+    ):
+        said = slurm.run("bash", "-c", f"bash {script} {small} reference; echo code $?", **site)
+        *_, last, code = said.splitlines()
+        assert last.startswith(says) and code == "code 2", said
+    assert not slurm.run("squeue", "-h")
+
+
+def test_work_of_another_user_in_the_same_folder_is_not_queued_twice(slurm, small, own_root, capsys):  # noqa: F811
+    """And one whose program has not begun to write is starting."""
+    if os.geteuid():
+        pytest.skip("submitting for another user needs root")
+    sleep = ["--parsable", "-o", "/dev/null", "--wrap", "sleep 60"]
+    theirs = slurm.run("sbatch", "--uid=nobody", "--hold", *sleep)
+    mine = slurm.run("sbatch", *sleep)
+    for job, run in ((theirs, "grown"), (mine, "reference")):
+        keys = make_keys("train", small, [run])
+        write_record(job, Record("train", "train.sh", (small, run), (), ("bash",), "bash train.sh", keys))
+    slurm.until(lambda: slurm.records(mine)[0]["JobState"] == "RUNNING")
+    with slurm.login():
+        submit("grow", [small, "grown"])
+        assert f"not submitted: job {theirs} (PENDING) does this already" in capsys.readouterr().out
+        status(small)
+        assert re.search(rf"^reference +starting .* {mine} on 127", capsys.readouterr().out, re.MULTILINE)
+    slurm.run("scancel", theirs)
+
+
+@pytest.mark.slow
+def test_a_job_that_goes_on_in_another_keeps_its_snapshot(slurm, small, own_root):  # noqa: F811
+    job = slurm.submit(REPOSITORY / "slurm" / "train.sh", small, "reference", GPUS=1, SITE_REQUEUE="no")
+    (mark,) = (own_root / "runs" / "code").glob(f"*.used-lab.{job}")
+    slurm.wait_for_log(job, "restart 0 on")
+    slurm.ask_to_stop(job)
+    slurm.wait(job)
+    then = re.search(r"does not requeue; job (\d+) goes on", slurm.log(job))[1]
+    assert mark.with_name(f"{mark.name.partition('.')[0]}.used-lab.{then}").is_file(), slurm.logs()
+    slurm.run("scancel", then)
+
+
 @pytest.mark.parametrize("gpus", [4, 0])
 def test_rehearsal_asks_for_no_gpu(gpus, tmp_path):
     with cluster(LAB_GPUS=gpus) as here:
@@ -490,7 +632,12 @@ def test_what_waits_for_an_array_of_slots_waits_for_the_job_that_goes_on(slurm, 
 
 def test_a_refused_submission_of_baselines_fails(slurm, own_root):  # noqa: F811
     script = REPOSITORY / "slurm" / "gpt2_medium_baselines.sh"
-    printed = slurm.run("bash", "-c", f"bash {script} -- --partition=nowhere; echo ends with $?", check=False)
+    printed = slurm.run(
+        "bash",
+        "-c",
+        f"bash {script} -- --partition=nowhere --dependency=singleton; echo ends with $?",
+        check=False,
+    )
     assert (
         printed.endswith("ends with 2") and "invalid partition" in printed and "submitted job" not in printed
     )

@@ -11,6 +11,7 @@ from inheritune.engines.deepspeed_json import load_deepspeed_json
 from inheritune.errors import UserError
 from inheritune.submit.request import read_request
 from inheritune.submit.snapshot import list_code, list_own_files, make_snapshot
+from inheritune.submit.snapshot_uses import _remove, drop_use, mark_use
 
 
 def test_a_snapshot_is_the_code_as_it_was(own_root):
@@ -59,6 +60,17 @@ def test_a_snapshot_has_the_users_own_files(tmp_path, own_root, monkeypatch):
     assert paths.resolve_path(str(tmp_path)) == tmp_path  # a folder of which the snapshot has some files
     assert paths.resolve_path(f"{REPOSITORY}/ds_configs/cpu.json") == code / "ds_configs" / "cpu.json"
     assert paths.resolve_path("ds_configs/cpu.json") == code / "ds_configs" / "cpu.json"
+
+
+def test_a_snapshot_that_gets_another_user_stays(own_root):
+    """Between a submission's look at the marks and its removal of a snapshot, another may choose it."""
+    code = make_snapshot()
+    mark_use(str(code), "7", "lab")
+    (mark,) = code.parent.glob("*.used-*")
+    assert make_snapshot() == code  # marks it
+    assert not _remove(code, {mark.name}) and (code / "COMMIT").is_file() and mark.is_file()
+    drop_use(code)
+    assert _remove(code, {mark.name}) and not list(code.parent.iterdir())
 
 
 def test_a_full_disk_leaves_nothing_of_a_snapshot(disk, monkeypatch):

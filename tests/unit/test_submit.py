@@ -28,13 +28,21 @@ from inheritune.submit.job_start import _choose_part, check_tasks
 from inheritune.submit.paper_jobs import format_dependency, plan_jobs
 from inheritune.submit.preflight import check_request, describe_cost
 from inheritune.submit.recovery import describe_options
-from inheritune.submit.request import describe_job, make_again, make_command, read_request
+from inheritune.submit.request import (
+    describe_job,
+    drop_option,
+    make_again,
+    make_command,
+    read_option,
+    read_request,
+)
 from inheritune.submit.runs import list_baselines, list_waiting
 from inheritune.submit.sbatch import list_indices, make_submission, replay_options
 from inheritune.submit.site import Site, adopt_folders, read_minutes
 from inheritune.submit.slurm_commands import (
     find_dependents,
     list_node_gpus,
+    name_jobs,
     read_fields,
     rewrite_dependency,
     strip_options,
@@ -175,6 +183,12 @@ def test_a_mistake_in_the_words_is_one_sentence(job, words, says):
         ([], {"GPUS": "two"}, {}, "GPUS takes a number of at least 1 (got 'two')"),
         ([], {}, {"GPUS_PER_NODE": ""}, "sinfo shows no GPU; set SITE_PARTITION or SITE_GPUS_PER_NODE"),
         ([], {}, {"LEAD": 3600, "TIME": "01:00:00"}, "SITE_LEAD=3600 seconds is not less than the time"),
+        (["--", "-t", "4"], {}, {}, "SITE_LEAD=300 seconds is not less than the time limit 4"),
+        (["--", "-G3"], {}, {}, "--gpus=3 lets Slurm give the nodes unequal numbers of GPUs"),
+        (["--", "-a", "1-3"], {}, {}, "on one run at the same time"),
+        ([], {"ARRAY": "1-4:0"}, {}, "ARRAY takes tasks such as 1-12%1"),
+        ([], {"ARRAY": "4-1%1"}, {}, "ARRAY takes tasks such as 1-12%1"),
+        ([], {"ARRAY": "1-99999999999%1"}, {}, "ARRAY takes tasks such as 1-12%1"),
         (["--", "--time=4"], {}, {}, "SITE_LEAD=300 seconds is not less than the time limit 4"),
         ([], {}, {"LEAD": "5m"}, "SITE_LEAD must be a whole number (got '5m')"),
         (["--", "--gpus=3"], {}, {}, "--gpus=3 lets Slurm give the nodes unequal numbers of GPUs"),
@@ -188,6 +202,39 @@ def test_a_mistake_in_the_words_is_one_sentence(job, words, says):
 )
 def test_a_shape_that_would_fail_is_refused(words, environment, site, says):
     assert says in refusal("grow", "small", "grown", *words, site=site_with(**site), **environment)
+
+
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [
+        ("train", ["small", "reference"]),
+        ("evaluate", ["small", "--run", "reference"]),
+        ("analyze", ["gpt2", "small"]),
+        ("prepare", ["small"]),
+    ],
+)
+def test_no_array_works_on_one_run_at_once(job, words):
+    assert "on one run at the same time" in refusal(job, *words, "--", "--array=1-2")
+    assert "--array=1-2%1 " in line(job, *words, "--", "--array=1-2%1")
+
+
+def test_the_users_own_options_are_read_in_each_spelling():
+    for words in (["--array=2-3%1"], ["--array", "2-3%1"], ["-a", "2-3%1"], ["-a2-3%1"]):
+        options = ["--hold", *words, "--nice=7"]
+        assert read_option(options, "--array", "-a") == "2-3%1"
+        assert drop_option(options, "--array", "-a") == ["--hold", "--nice=7"]
+    words = ["small", "grown", "--", "-J", "mine", "-o", "/logs/%x-%j", "-N", "3", "--gpus-per-node=h200:2"]
+    asked = make_submission(read_request("grow", words), SITE, {})
+    assert (asked.name, asked.log, asked.shape.gpus, asked.shape.nodes) == ("mine", "/logs/%x-%j", 6, 3)
+    tasks = make_submission(read_request("evaluate", ["small", "--", "--array", "2,3"]), SITE, {}, 5)
+    assert tasks.shape.array == "2,3" and tasks.log.endswith("/%x-%A_%a.out")
+
+
+def test_a_total_of_gpus_is_for_jobs_that_train():
+    """GPUS=8 of a table of the paper, which also prepares and evaluates."""
+    assert "--gpus-per-node=8 " in line("train", "small", "reference", GPUS=8)
+    assert "--gpus-per-node=1 " in line("evaluate", "small", GPUS=8)
+    assert "gpus" not in line("prepare", "small", GPUS=8) and "gpus" not in line("evaluate", "small", GPUS=0)
 
 
 def test_other_arrays_are_accepted():
@@ -286,10 +333,11 @@ def test_a_line_to_paste_keeps_the_shape():
 def test_a_resubmission_asks_for_all_that_was_asked_for():
     asked = ["--mail-user=me", "--mail-type=ALL", "--exclude=n1", "--nodelist=n2", "--exclusive", "--nice=7"]
     asked += ["--comment=mine", "--time=7", "--reservation=r"]
-    words = ["a", "b", "--", *asked, "--dependency=afterok:7", "--hold"]
+    words = ["a", "b", "--", *asked, "--dependency=afterok:7", "--hold", "-b", "20:00"]
     options = make_submission(read_request("train", words), SITE, {}).options
     new = replay_options(options, "afterany:9", log="/log")
     assert set(asked) < set(new) and "--hold" not in new and "--dependency=afterok:7" not in new
+    assert "20:00" not in new  # it would wait for the evening after
     assert new[-2:] == ["--dependency=afterany:9", "--output=/log"] and new.count("--output=/log") == 1
     array = make_submission(read_request("grow", ["a", "b"]), SITE, {}).options
     assert replay_options(array, "afterany:9_12", "12").count("--array=12") == 1
@@ -367,6 +415,7 @@ def test_dependents_are_found_and_moved():
     assert [job for job, _ in find_dependents(QUEUED, "12")] == ["13", "14", "15"]
     assert [job for job, _ in find_dependents(QUEUED, "12", "4")] == ["13", "14", "15"]
     assert [job for job, _ in find_dependents(QUEUED, "9", "4")] == []
+    assert name_jobs(["13", "9", "11_10", "11_2", "12_3", "12_3"]) == "9, 11, 12_3, 13"
     both = find_dependents(QUEUED, "12")[1][1]
     assert rewrite_dependency(both, "12", "", "20") == "afterany:20,afterok:9_3"
 
@@ -382,6 +431,10 @@ def test_keys_tell_work_apart(own_root):
     write_record("12_3", record)
     found = read_record("12")
     assert found == replace(record, submitted=found.submitted) and read_keys("12_4", "") == (one,)
+    # a task of an array over runs does its own work only
+    keys = make_keys("baselines", "small", ["a", "b", "c"])
+    write_record("20", replace(record, options=("--array=1,3-4",), keys=keys))
+    assert read_keys("20_3", "") == (keys[1],) and read_keys("20", "") == keys == read_keys("20_2", "")
     # plain sbatch has no record before it starts
     command = f"{REPOSITORY}/slurm/gpt2_xl_stage1.sh --seed 3"
     assert read_keys("13", command) == make_keys("train", "gpt2_xl_owt", ["inheritune"], stage=1, seed=3)
