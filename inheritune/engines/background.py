@@ -36,7 +36,8 @@ _numbers = itertools.count()  # of saves, in the same order on all ranks
 
 def saves_in_background(settings: dict) -> bool:
     """Return whether training continues while a checkpoint is written: as the DeepSpeed JSON has it, by
-    default on GPUs. On CPUs the copy and the thread take the memory and the cores that train."""
+    default on GPUs. On CPUs the thread takes the cores that train and the copy their memory, to save
+    fractions of a second, and a kill may cost two intervals of checkpoints instead of one."""
     default = get_device().type == "cuda"
     return bool(settings.get("inheritune", {}).get("background_saves", default))
 
