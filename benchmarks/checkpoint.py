@@ -3,12 +3,17 @@ of the same engine.
 
 DeepSpeed flushes nothing, ours every file before its marker, so DeepSpeed's save is there also with a flush
 of each file. The limits are a plain write of as many bytes to the same disk, and that with a flush.
+
+The last case trains through saves in the background, beside saves that training waits for.
 """
 
+import itertools
 import json
 import os
 import shutil
+import time
 from pathlib import Path
+from statistics import mean, median
 
 from harness import Case, Goal, clock, main, over, run, values
 
@@ -23,8 +28,6 @@ def setup(work: dict, folder: Path) -> None:
 
 def engine_of(work: dict, folder: Path):
     """(engine after one step on a few tokens, its DeepSpeed settings): masters and moments are there."""
-    import torch
-
     from inheritune.config.sections import Train
     from inheritune.engines.engine import start_engine
     from inheritune.models.sources import open_source
@@ -35,10 +38,16 @@ def engine_of(work: dict, folder: Path):
     settings = {"zero_optimization": work["zero"]}
     train = Train(steps=10, batch_tokens=8 * work["ranks"], lr=1e-4, warmup_steps=0, precision="fp32")
     engine = start_engine(source.config, source, settings, train, 1, 1)
-    ids = torch.arange(8, device=dist.get_device())[None]
+    step(engine, 8)
+    return engine, settings
+
+
+def step(engine, tokens: int) -> None:
+    import torch
+
+    ids = torch.arange(tokens, device=engine.device)[None]
     engine.backward(engine(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).mean())
     engine.step()
-    return engine, settings
 
 
 def empty(folder: Path) -> Path:
@@ -69,6 +78,54 @@ def ours(work: dict, folder: Path) -> dict:
     )
     dist.leave_group()
     return measured | {"gb": sum(file.stat().st_size for file in files) / 1e9}
+
+
+def train_through_saves(work: dict, folder: Path) -> dict:
+    """Steps right after a save in the background, after one that training waits for, and without one, in
+    turns in this process: each round has all three, so its ratios compare one moment of a machine that others
+    use too."""
+    from inheritune.engines import background, checkpoint
+    from inheritune.files.rundir import RunDir
+    from inheritune.runtime import dist
+
+    engine, settings = engine_of(work, folder)
+    run_dir, numbers = RunDir(empty(folder)), itertools.count(1)
+    ways = {"background": background.Saves(True), "waits": background.Saves(False), "none": None}
+
+    def train(saves) -> tuple[float, float, list[float]]:
+        """-> (seconds of the steps and the save, seconds for which it held training up, seconds of each step
+        during it, or of all steps without one)"""
+        begun, during = time.perf_counter(), []
+        if saves is not None:
+            checkpoint.save_checkpoint(engine, run_dir, {"step": next(numbers)}, settings, 1, {}, saves)
+        held = time.perf_counter() - begun
+        for _ in range(work["steps"]):
+            start = time.perf_counter()
+            step(engine, work["tokens"])
+            if saves is None or saves._thread is not None:
+                during.append(time.perf_counter() - start)
+            if saves is not None:
+                saves.check()
+        if saves is not None:
+            saves.wait()
+        return time.perf_counter() - begun, held, during
+
+    for saves in ways.values():  # the first save in the background allocates the memory of its copies
+        train(saves)
+    rounds = []
+    with clock() as measured:
+        for number in range(work["rounds"]):
+            names = list(ways)[number % 3 :] + list(ways)[: number % 3]
+            rounds.append({name: train(ways[name]) for name in names})
+    dist.leave_group()
+    ratios = {
+        "over_waits": median(one["background"][0] / one["waits"][0] for one in rounds),
+        "over_none": median(one["background"][0] / one["none"][0] for one in rounds),
+        "waits_over_none": median(one["waits"][0] / one["none"][0] for one in rounds),
+        "step": median(mean(one["background"][2]) / mean(one["none"][2]) for one in rounds),
+    }
+    held = {f"held_{way}": median(one[way][1] for one in rounds) for way in ("background", "waits")}
+    return measured | ratios | held
 
 
 def deepspeed(work: dict, folder: Path, flush: bool = False) -> dict:
@@ -133,14 +190,50 @@ def case(name: str, model: dict, stage: int, ranks: int) -> Case:
     return Case(name, json.loads(json.dumps(work)), contestants, goals, setup, ranks=ranks)
 
 
+def training_case(name: str, model: dict, stage: int, ranks: int, **size: int) -> Case:
+    work = {"key": f"train_zero{stage}_{ranks}", "model": model, "zero": {"stage": stage}, "ranks": ranks}
+    ours = "ours"
+    goals = [
+        Goal(
+            "steps and a save in the background, over one that training waits for",
+            1.0,
+            values(ours, "over_waits"),
+        ),
+        Goal("the same, over no save", None, values(ours, "over_none")),
+        Goal("steps and a save that training waits for, over no save", None, values(ours, "waits_over_none")),
+        Goal("a step during a save in the background, over one without a save", None, values(ours, "step")),
+        Goal(
+            "seconds for which a save in the background holds training up",
+            None,
+            values(ours, "held_background"),
+        ),
+        Goal("seconds of a save that training waits for", None, values(ours, "held_waits")),
+    ]
+    contestants = {ours: train_through_saves}
+    return Case(name, json.loads(json.dumps(work | size)), contestants, goals, setup, ranks=ranks)
+
+
 def cases(size: str) -> list[Case]:
     if size == "small":
         toy = {"size": "gpt2_tiny", "layers": 2, "width": 64, "heads": 4, "positions": 64, "vocab_size": 512}
-        return [case("toy, ZeRO 1, one rank", toy, 1, 1), case("toy, ZeRO 3, two ranks", toy, 3, 2)]
+        return [
+            case("toy, ZeRO 1, one rank", toy, 1, 1),
+            case("toy, ZeRO 3, two ranks", toy, 3, 2),
+            training_case("toy, training", toy, 1, 1, tokens=64, steps=4, rounds=3),
+        ]
     small = {"size": "gpt2_small"}
+    middle = {
+        "size": "gpt2_tiny",
+        "layers": 6,
+        "width": 256,
+        "heads": 4,
+        "positions": 64,
+        "vocab_size": 8192,
+    }
     return [
         case("GPT-2 124M, ZeRO 1, one rank", small, 1, 1),
         case("GPT-2 124M, ZeRO 3, two ranks", small, 3, 2),
+        training_case("GPT-2 of 7M, training, one rank", middle, 1, 1, tokens=64, steps=4, rounds=9),
     ]
 
 

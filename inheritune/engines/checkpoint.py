@@ -5,18 +5,23 @@ Beside DeepSpeed's files a checkpoint holds the state of the run in one dict (`s
 and the random generators of each rank.
 """
 
+from __future__ import annotations
+
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from inheritune.config import environment
+from inheritune.engines.background import Saves
 from inheritune.engines.deepspeed_json import get_zero_stage
 from inheritune.engines.engine import drop_secondary_copies
-from inheritune.engines.failures import explain_write_error, raise_on_all_ranks
+from inheritune.engines.failures import Gather, explain_write_error, raise_on_all_ranks
 from inheritune.engines.generators import get_generator_file, read_generators, restore_generators
 from inheritune.engines.layout import describe_layout
 from inheritune.engines.sizes import count_checkpoint_bytes
@@ -33,7 +38,7 @@ from inheritune.files.writing import (
     sync_path,
 )
 from inheritune.models.torch_files import list_deepspeed_classes, load_skeleton
-from inheritune.runtime.dist import barrier, gather_objects, run_on_rank0
+from inheritune.runtime.dist import barrier, run_on_rank0
 from inheritune.runtime.log import logger
 from inheritune.runtime.ranks import get_rank, get_world_size
 
@@ -42,48 +47,73 @@ TAG = "deepspeed"
 
 
 def save_checkpoint(
-    engine: Any, run_dir: RunDir, state: dict, settings: dict, keep_last: int, run: dict
-) -> float:
+    engine: Any,
+    run_dir: RunDir,
+    state: dict,
+    settings: dict,
+    keep_last: int,
+    run: dict,
+    saves: Saves | None = None,
+) -> None:
     """Write a checkpoint of the run's `state`, at its step, on every rank; mark it complete, with the
-    description `run` (identity.describe_run); then delete all but the last `keep_last`. Return the seconds
-    taken.
+    description `run` (identity.describe_run); then delete all but the last `keep_last`.
 
-    No rank returns before the checkpoint is complete on all. Raises UserError if the disk is full; the
-    earlier checkpoints stay."""
+    Without `saves`, or if they are not in the background, no rank returns before the checkpoint is complete
+    on all. Otherwise this waits for the save before, copies the states, and returns; `saves` raises what
+    then fails. Raises UserError if the disk is full; the earlier checkpoints stay."""
+    saves = saves or Saves(in_background=False)
+    saves.wait()
     t0, step = time.perf_counter(), state["step"]
     target = run_dir.checkpoint(step)
     # named after this process: one that was taken for dead and still writes cannot write into it
     temporary = run_on_rank0(get_temporary_path, target)
     check_room(engine, run_dir)
     run_on_rank0(prepare_folders, temporary, target)
-    with _collecting_errors(engine) as (write, problems):
+    with _collecting_errors(engine, saves) as files:
         engine.save_checkpoint(str(temporary), tag=TAG, client_state={"run": dict(state)}, save_latest=False)
-        write(read_generators(), str(get_generator_file(temporary, get_rank())))
-    raise_on_all_ranks(explain_write_error(problems[0], target) if problems else None, temporary)
-    run_on_rank0(_add_readable_files, engine, run_dir, temporary)
+        files.write(read_generators(), str(get_generator_file(temporary, get_rank())))
+        if get_rank() == 0:
+            files.guard(_add_readable_files)(engine, run_dir, temporary)
+    shape = {"ranks": get_world_size(), "zero_stage": get_zero_stage(settings), **describe_layout(settings)}
+    marker = {"step": step, "run": run, **shape}
+    saves.run(partial(_finish, run_dir, temporary, files, marker, keep_last, t0))
+
+
+def _finish(
+    run_dir: RunDir, temporary: Path, files: _Files, marker: dict, keep_last: int, t0: float, gather: Gather
+) -> None:
+    """Write what is not written yet, flush and hash all files, a share of them on each rank, and publish the
+    checkpoint. Raises UserError on every rank if the disk is full; nothing is left then.
+
+    In a thread, so without a collective: `gather` is the only way to the other ranks."""
+    target = run_dir.checkpoint(marker["step"])
+    files.write_copies()
+    raise_on_all_ranks(files.explain_problem(target), temporary, gather)
     # folders too: they hold the files' names
     names = sorted(p.relative_to(temporary).as_posix() for p in temporary.rglob("*"))
     share = set(names[get_rank() :: get_world_size()])
-    raise_on_all_ranks(_flush_files(temporary, share, target), temporary)
-    hashes = gather_objects(hash_folder(temporary, only=share))
-    shape = {"ranks": get_world_size(), "zero_stage": get_zero_stage(settings), **describe_layout(settings)}
-    files = {name: facts for part in hashes for name, facts in part.items()}
-    marker = {"step": step, "run": run, **shape, "files": files}
-    run_on_rank0(_publish, run_dir, temporary, marker, keep_last)
-    seconds = time.perf_counter() - t0
-    logger.info("checkpoint of step %d written in %.1f s", step, seconds)
-    return seconds
+    hashes, problem = _flush_and_hash(temporary, share, target)
+    raise_on_all_ranks(problem, temporary, gather)
+    marker["files"] = {name: facts for part in gather(hashes) for name, facts in part.items()}
+    if get_rank() == 0:
+        try:
+            _publish(run_dir, temporary, marker, keep_last)
+            _report_time(marker["step"], time.perf_counter() - t0)
+        except Exception as error:
+            problem = error
+    raise_on_all_ranks(problem, gather=gather)
 
 
-def _flush_files(folder: Path, names: set[str], target: Path) -> Exception | None:
-    """Flush the files and folders `names` to the disk; return the error if it is full. Without this a node
-    that dies now could leave a marker beside files that only its memory had."""
+def _flush_and_hash(folder: Path, names: set[str], target: Path) -> tuple[dict[str, dict], Exception | None]:
+    """Flush the files and folders `names` to the disk; return the hashes of the files, and the error if the
+    disk is full or fails. Without the flush a node that dies now could leave a marker beside files that only
+    its memory had."""
     try:
         for name in names:
             sync_path(folder / name)
+        return hash_folder(folder, only=names), None
     except OSError as error:
-        return explain_disk_error(error, target)
-    return None
+        return {}, explain_disk_error(error, target)
 
 
 def _publish(run_dir: RunDir, temporary: Path, marker: dict, keep_last: int) -> None:
@@ -93,6 +123,20 @@ def _publish(run_dir: RunDir, temporary: Path, marker: dict, keep_last: int) -> 
     sync_path(target.parent)
     write_json(target / COMPLETE, marker)
     prune_checkpoints(run_dir, marker["step"], keep_last)
+
+
+def _report_time(step: int, seconds: float) -> None:
+    """Log how long a save took; warn if it may not fit between a job's signal and its time limit."""
+    logger.info("checkpoint of step %d written in %.1f s", step, seconds)
+    lead_s = environment.read_number("INHERITUNE_LEAD")
+    if lead_s is not None and seconds > lead_s / 3:  # one may be in the writing when the signal comes
+        logger.warning(
+            "saving took %.0f s of the %.0f s between the job's signal and its time limit: raise SITE_LEAD "
+            "in slurm/site.sh to %.0f or more, or the work since the last checkpoint may be lost",
+            seconds,
+            lead_s,
+            4 * seconds,
+        )
 
 
 def prune_checkpoints(run_dir: RunDir, newest: int, keep_last: int) -> None:
@@ -115,29 +159,67 @@ def _add_readable_files(engine: Any, run_dir: RunDir, folder: Path) -> None:
         shutil.copyfile(run_dir.metrics, folder / run_dir.metrics.name)
 
 
-@contextmanager
-def _collecting_errors(engine: Any) -> Iterator[tuple[Callable[..., Any], list[Exception]]]:
-    """Let DeepSpeed's writers collect their errors: if a rank left save_checkpoint early, on a full disk, the
-    others would wait in its barriers. Yields (write(state_dict, path), the list of errors)."""
-    problems: list[Exception] = []
+class _Files:
+    """The files that this rank writes of a checkpoint, at once or, from copies, later. Errors are collected:
+    if a rank left early, on a full disk, the others would wait for it."""
 
-    def guard(function: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self, writer: Callable[..., None], saves: Saves):
+        self._writer, self._saves = self.guard(writer), saves
+        self._copies: list[tuple[Any, str]] = []
+        self._problems: list[Exception] = []
+
+    def guard(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `function` with its errors collected."""
+
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
                 return function(*args, **kwargs)
             except (OSError, RuntimeError) as error:
-                problems.append(error)
+                self._problems.append(error)
 
         return call
 
+    def write(self, state_dict: Any, path: str) -> None:
+        """Write a file, or copy its content for `write_copies`."""
+        content = self._saves.copy(state_dict)
+        if content is None:
+            self._writer(state_dict, path)
+        else:
+            self._copies.append((content, path))
+
+    def write_copies(self) -> None:
+        """Write the files whose content was copied."""
+        with _without_crc32():
+            for content, path in self._copies:
+                self._writer(content, path)
+        self._copies.clear()
+
+    def explain_problem(self, target: Path) -> Exception | None:
+        """Return the first error of writing the checkpoint `target`."""
+        return explain_write_error(self._problems[0], target) if self._problems else None
+
+
+@contextmanager
+def _collecting_errors(engine: Any, saves: Saves) -> Iterator[_Files]:
+    """Let DeepSpeed write through _Files."""
     writer, script = engine.checkpoint_engine.save, engine._copy_recovery_script
-    crc32 = torch.serialization.get_crc32_options()
-    engine.checkpoint_engine.save, engine._copy_recovery_script = guard(writer), guard(script)
-    torch.serialization.set_crc32_options(False)  # torch never reads them, and the marker has better hashes
+    files = _Files(writer, saves)
+    engine.checkpoint_engine.save, engine._copy_recovery_script = files.write, files.guard(script)
     try:
-        yield engine.checkpoint_engine.save, problems
+        with _without_crc32():
+            yield files
     finally:
         engine.checkpoint_engine.save, engine._copy_recovery_script = writer, script
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    """Let torch.save compute no checksums: torch never reads them, and the marker has better hashes."""
+    crc32 = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
         torch.serialization.set_crc32_options(crc32)
 
 

@@ -25,7 +25,7 @@ from inheritune.config.values import Kind
 from inheritune.engines.deepspeed_keys import MICRO, find_refusals, valid_keys
 from inheritune.errors import UserError, suggest_name
 
-OWN_KEYS = ("activation_checkpointing", "compile")
+OWN_KEYS = ("activation_checkpointing", "compile", "background_saves")
 COMPILED_AT_3 = (
     "'inheritune.compile' compiles little at ZeRO 3: DeepSpeed's hooks, which gather the weights of each "
     "module, break the graph, and past torch's limit of compilations blocks run uncompiled; use ZeRO 0 to 2, "
@@ -135,7 +135,9 @@ def check_compile(settings: dict) -> list[Problem]:
 def _check_own_block(own: object) -> list[Problem]:
     """Return the problems of `own`, this repository's block of the JSON."""
     if not isinstance(own, dict):
-        sentence = f"'inheritune' must be an object with {' and '.join(OWN_KEYS)}, not {own!r}"
+        sentence = (
+            f"'inheritune' must be an object with {', '.join(OWN_KEYS[:-1])} and {OWN_KEYS[-1]}, not {own!r}"
+        )
         return [refuse("inheritune", sentence)]
     found = []
     for key, value in own.items():

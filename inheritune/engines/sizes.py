@@ -11,3 +11,9 @@ def count_checkpoint_bytes(trained: int, weights: int, stage: int) -> int:
     if stage == 0:
         return states + weights - 4 * trained
     return states + weights if stage < 3 else states
+
+
+def count_rank0_bytes(checkpoint: int, trained: int, ranks: int, stage: int) -> float:
+    """Return the bytes of a `checkpoint` that rank 0 writes. The weights are its own; the states of the
+    `trained` parameters are spread over the ranks, except at ZeRO 0."""
+    return checkpoint - (12 * trained * (1 - 1 / ranks) if stage else 0)

@@ -6,7 +6,7 @@ otherwise.
 """
 
 from inheritune.config.sections import Model, Train
-from inheritune.engines.sizes import count_checkpoint_bytes
+from inheritune.engines.sizes import count_checkpoint_bytes, count_rank0_bytes
 from inheritune.models.sizes import EVAL_BATCH, LOSS_CHUNK, list_parameters
 from inheritune.planning.activations import count_activations, get_element_sizes
 from inheritune.planning.states import (
@@ -31,7 +31,8 @@ GPUS_PER_HOST = 8
 def estimate_memory(
     model: Model, layers: int, settings: dict, train: Train, ranks: int, length: int, teacher: int = 0
 ) -> dict:
-    """Return the bytes of one GPU by `component` and by `phases`, of one `host`, and of a `checkpoint`.
+    """Return the bytes of one GPU by `component` and by `phases`, of one `host`, and of a `checkpoint`
+    and rank 0's part of it.
 
     The largest phase makes the `peak`. A teacher of `teacher` elements is whole and in fp32 on each GPU."""
     from inheritune.data.batches import Share
@@ -61,13 +62,16 @@ def estimate_memory(
     logits = _count_validation_logits(model, length, product_element)
     phases = _count_phases(setup, states, made, static, logits)
     worst = max(phases, key=lambda phase: phases[phase])
+    checkpoint = count_checkpoint_bytes(setup.trained, element * setup.whole, setup.stage)
+    rank0 = count_rank0_bytes(checkpoint, setup.trained, ranks, setup.stage)
     return {
         "component": _name_components(states, made, teacher),
         "phases": phases,
         "peak_phase": worst,
         "peak": (phases[worst] + FRAMEWORK) * (1 + FRAGMENTATION),
-        **_count_host_bytes(setup, host),
-        "checkpoint": count_checkpoint_bytes(setup.trained, element * setup.whole, setup.stage),
+        **_count_host_bytes(setup, host, rank0 if saves_in_background(settings) else 0),
+        "checkpoint": checkpoint,
+        "rank0": rank0,
         "weights_file": 4 * setup.whole,
     }
 
@@ -116,14 +120,23 @@ def _name_components(states: States, made: dict[str, float], teacher: int) -> di
     }
 
 
-def _count_host_bytes(setup: Setup, host: HostStates) -> dict[str, float]:
-    """Return the bytes {host, pinned} of all ranks of one host."""
+def saves_in_background(settings: dict) -> bool:
+    """Return whether GPUs train on while a checkpoint is written (engines/background.py, without torch)."""
+    return settings.get("inheritune", {}).get("background_saves", True)
+
+
+def _count_host_bytes(setup: Setup, host: HostStates, rank0: float) -> dict[str, float]:
+    """Return the bytes {host, pinned} of all ranks of one host. Saves in the background keep {copies} of
+    them: those of the first host, where rank 0 copies `rank0` bytes."""
     on_host = min(setup.ranks, GPUS_PER_HOST)
+    others = 12 * setup.trained / setup.ranks if setup.stage else 0
+    copies = rank0 + (on_host - 1) * others if rank0 else 0
     # Below ZeRO 3 each process builds its whole model on the host, before the GPU gets it.
     starting = 0 if setup.stage == 3 else 4 * setup.whole
     return {
-        "host": on_host * (PROCESS + max(starting, host.moved)),
-        "pinned": on_host * host.pinned,
+        "host": on_host * (PROCESS + max(starting, host.moved)) + copies,
+        "pinned": on_host * host.pinned + copies,
+        "copies": copies,
     }
 
 

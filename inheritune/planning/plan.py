@@ -13,9 +13,10 @@ from inheritune.errors import UserError, suggest_name
 from inheritune.files.rundir import RunDir
 from inheritune.models.sizes import FORWARD_SHARE, count_trained_elements, predict_flops_per_token
 from inheritune.planning.measured import compare_measured
-from inheritune.planning.memory import estimate_disk, estimate_memory
+from inheritune.planning.memory import estimate_disk, estimate_memory, saves_in_background
 from inheritune.planning.proposals import apply_change, get_value, propose_changes
 from inheritune.planning.report import describe_plan, format_comparison, format_plans
+from inheritune.planning.saving import estimate_saving
 from inheritune.planning.workload import (
     MFU,
     count_teacher_elements,
@@ -156,6 +157,8 @@ def plan_model(
         "fits": planned["peak"] <= room,
         **planned,
     }
+    interval_s = facts["hours"] * 3600 / train.steps * train.checkpoint_every
+    facts |= estimate_saving(planned, saves_in_background(settings), interval_s)
     return facts if facts["fits"] else facts | _find_change(settings, room, plan_memory)
 
 

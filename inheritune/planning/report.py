@@ -3,6 +3,7 @@
 from inheritune.config.catalog import GPU_SPECS
 from inheritune.config.units import format_memory
 from inheritune.planning.memory import FRAGMENTATION, FRAMEWORK
+from inheritune.planning.saving import DISK_RATE
 
 HEADS = [
     "run",
@@ -78,8 +79,12 @@ def describe_plan(facts: dict) -> str:
         f"{format_memory(FRAMEWORK)} of CUDA and NCCL and {FRAGMENTATION:.0%} for the allocator (these "
         f"two are estimates)\n"
         f"  one host: {format_memory(facts['host'])} of memory, {format_memory(facts['pinned'])} of it "
-        f"pinned (up to twice that where torch rounds blocks up to powers of two); a checkpoint: "
-        f"{format_memory(facts['checkpoint'])}; the run's folder: {format_memory(facts['disk'])}"
+        f"pinned (up to twice that where torch rounds blocks up to powers of two), "
+        f"{format_memory(facts['copies'])} for copies of a checkpoint that is being written\n"
+        f"  a checkpoint: {format_memory(facts['checkpoint'])}, written in {facts['save_s']:.1f} s at "
+        f"{format_memory(DISK_RATE)}/s; training waits {facts['wait_s']:.1f} s for it, "
+        f"{facts['wait_share']:.1%} of the time (the rates are assumed); the run's folder: "
+        f"{format_memory(facts['disk'])}"
     )
 
 

@@ -10,13 +10,13 @@ import time
 import numpy as np
 import torch
 
-from inheritune.config import environment
 from inheritune.config.experiment import load_experiment
 from inheritune.data.batches import Tokens, check_some_shards, read_share
 from inheritune.data.corpus_changes import check_corpus
 from inheritune.data.tokenizer import check_vocabulary
 from inheritune.engines import checkpoint, dslint, weight_export
 from inheritune.engines.adamw import compute_gradient_norm, compute_learning_rate, set_learning_rate
+from inheritune.engines.background import Saves, saves_in_background
 from inheritune.engines.casts import keep_casts
 from inheritune.engines.deepspeed_json import load_deepspeed_json
 from inheritune.engines.engine import has_finite_weights, release_groups
@@ -169,8 +169,9 @@ class Trainer:
         self.inputs, self.job, self.train = inputs, inputs.job, inputs.train
         self.engine, self.config, self.teacher = started.engine, started.config, started.teacher
         self.lock, self.stops, self.clock, self.watch = lock, stops, clock, watch
+        self.saves = Saves(saves_in_background(inputs.deepspeed))
         self.saved_step = 0 if started.resumed_at is None else started.state.step
-        """Step of the newest checkpoint; 0 without one."""
+        """Step of the newest checkpoint, which `saves` may still be writing; 0 without one."""
         self.held: dict[str, int] = {}
         """Bytes that the engine holds at the last step (`count_held_bytes`)."""
         # DeepSpeed averages over ranks and accumulation steps; this makes it the mean over the step's real
@@ -191,9 +192,12 @@ class Trainer:
 
     def fit(self, state: TrainState) -> None:
         """Train from `state` to DONE. Raises Stopped, with everything saved, when asked to stop before."""
-        request = self._train_steps(state) or self._finish(state)
-        if request:
-            self._leave(state, request)
+        try:
+            request = self._train_steps(state) or self._finish(state)
+            if request:
+                self._leave(state, request)
+        finally:
+            self.saves.close()
 
     def _train_steps(self, state: TrainState) -> StopRequest | None:
         """Train up to the last step, or until asked to stop."""
@@ -281,6 +285,7 @@ class Trainer:
         step, train = state.step, self.train
         if request := self.stops.ask():
             return request
+        self.saves.check()
         if step % train.eval_every == 0 and state.evaluated < step < train.steps:
             if self._validate(state) is None:
                 return self.stops.latest
@@ -300,7 +305,7 @@ class Trainer:
             weight_export.export_weights(self.engine, folder, self.inputs.tokens.folder / "tokenizer", run)
 
     def _save(self, state: TrainState) -> None:
-        """Write a checkpoint. Raises UserError if another job has taken over the run."""
+        """Write a checkpoint, or begin to. Raises UserError if another job has taken over the run."""
         job, train = self.job, self.train
         if dist.run_on_rank0(self.lock.lost):
             raise UserError(
@@ -310,16 +315,21 @@ class Trainer:
         if self.metrics:
             self.metrics.sync()
         self.watch.at(f"saving after step {state.step}")
-        seconds = checkpoint.save_checkpoint(
+        checkpoint.save_checkpoint(
             self.engine,
             job.dir,
             state.to_dict(),
             self.inputs.deepspeed,
             train.keep_last,
             self.inputs.describe_run(),
+            self.saves,
         )
         self.saved_step = state.step
-        _check_lead(seconds)
+
+    def _await_save(self) -> None:
+        """Wait until the newest checkpoint is complete."""
+        self.watch.at(f"waiting for the checkpoint of step {self.saved_step}")
+        self.saves.wait()
 
     def _check_weights(self, step: int) -> None:
         """Raise UserError on every rank if a weight is not finite: such weights are never written."""
@@ -362,6 +372,7 @@ class Trainer:
         losses = self._validate(state, final=True)
         if losses is None:
             return self.stops.latest
+        self._await_save()
         weight_export.export_weights(self.engine, job.dir.final, self.inputs.tokens.folder / "tokenizer")
         memory = dist.gather_objects({**self.held, "peak": measure_peak_memory(self.inputs.device)})
         dist.run_on_rank0(write_results, self.inputs, self.config, losses, self.flops_per_token, memory)
@@ -376,6 +387,7 @@ class Trainer:
         job = self.job
         if state.step > self.saved_step:
             self._save(state)
+        self._await_save()
         if self.metrics:
             self.metrics.close()
         facts = {"step": state.step, "why": str(request), "time": time.time(), "node": get_node_name()}
@@ -384,17 +396,4 @@ class Trainer:
             f"{job.title()} stopped at step {state.step} of {self.train.steps} ({request}), all saved; the "
             f"same command resumes from there",
             again=request.may_restart,
-        )
-
-
-def _check_lead(seconds: float) -> None:
-    """Warn if a save of `seconds` may not fit between a job's signal and its time limit."""
-    lead_s = environment.read_number("INHERITUNE_LEAD")
-    if lead_s is not None and seconds > lead_s / 2:
-        logger.warning(
-            "saving took %.0f s of the %.0f s between the job's signal and its time limit: raise SITE_LEAD "
-            "in slurm/site.sh to %.0f or more, or the work since the last checkpoint may be lost",
-            seconds,
-            lead_s,
-            4 * seconds,
         )

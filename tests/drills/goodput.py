@@ -4,7 +4,7 @@
 
 A tiny run is asked to stop (SIGUSR1) each time it has done as many steps as the paper's XL does in two hours
 by `plan`, and is started again at once: on one rank, then on two (a resize). Its starts say themselves what
-they took, by part. With these parts, and the XL's checkpoint read and written at DISK bytes a second,
+they took, by part. With these parts, and the XL's checkpoint read and written at DISK_RATE bytes a second,
 arithmetic gives the goodput of the XL."""
 
 import argparse
@@ -28,9 +28,9 @@ from inheritune.config.experiment import load_experiment
 from inheritune.files.json_files import read_json, read_jsonl
 from inheritune.files.rundir import RunDir
 from inheritune.planning.plan import plan_experiment
+from inheritune.planning.saving import DISK_RATE
 
 PERIOD = 2 * 3600
-DISK = 1e9  # bytes a second of a shared disk that many nodes use
 # parts that grow with the model; the rest is as long as here
 BY_BYTES = ("hashes of checkpoints", "checkpoint")
 PASSES = ("hashes of the checkpoint", "reading it", "writing it")
@@ -108,7 +108,7 @@ def main() -> None:
         float(s) for s in re.findall(r"checkpoint of step \d+ written in ([0-9.]+) s", run.log.read_text())
     ]
     fixed = max(sum(seconds for part, seconds in parts.items() if part not in BY_BYTES) for parts in restarts)
-    by_bytes = dict.fromkeys(PASSES, xl["checkpoint"] / DISK)
+    by_bytes = dict.fromkeys(PASSES, xl["checkpoint"] / DISK_RATE)
     result = {
         "every": every,
         "compiled": options.compile,

@@ -73,6 +73,7 @@ CHANGES = {
     "checkpoint.parallel_write": {"checkpoint.parallel_write.pipeline_stage": True},
     "inheritune.activation_checkpointing": True,
     "inheritune.compile": True,
+    "inheritune.background_saves": True,
     "aio": {"aio.block_size": 1 << 16},
     "comms_logger": {"comms_logger.enabled": True},
     "csv_monitor": {"csv_monitor.enabled": False},

@@ -17,7 +17,7 @@ from inheritune.config.sections import Model, Train
 from inheritune.engines import dslint
 from inheritune.engines.deepspeed_json import load_deepspeed_json
 from inheritune.models import networks, sizes
-from inheritune.planning import activations, memory, proposals, states
+from inheritune.planning import activations, memory, proposals, saving, states
 from inheritune.planning import plan as planning
 from inheritune.training.losses import token_losses
 
@@ -288,10 +288,55 @@ def test_flash_attention_and_offload_save_what_they_should():
     here, there = (memory.estimate_memory(model, 24, its, train, 2, 1024) for its in (settings, away))
     assert (
         there["peak"] < here["peak"]
-        and there["pinned"] > 0 == here["pinned"]
+        and there["pinned"] > here["pinned"] == here["copies"] > 0
         and there["host"] > here["host"]
     )
     assert there["component"]["moments"] == there["component"]["masters"] == 0
+
+
+def test_a_save_of_xl_in_the_background_costs_below_half_a_percent():
+    """By hand: GPT-2 XL at ZeRO 2 on 8 GPUs, 16 bytes a parameter of which rank 0 writes 4 + 12 / 8."""
+    experiment = load_experiment("gpt2_xl_owt")
+    settings = load_deepspeed_json("ds_configs/zero2.json")
+
+    def facts(**own):
+        changed = settings | {"inheritune": own}
+        return planning.plan_model(experiment, "reference", None, 48, changed, 8, 80e9, "H100", 0.4)
+
+    default, waits = facts(), facts(background_saves=False)
+    n = default["parameters"]
+    assert default["checkpoint"] == pytest.approx(16 * n, rel=1e-3)
+    assert default["rank0"] == pytest.approx((4 + 12 / 8) * n, rel=1e-3)
+    interval_s = default["hours"] * 3600 / 100  # a checkpoint every 1,000 of 100,000 steps
+    copy_s, write_s = 5.5 * n / saving.COPY_RATE, 16 * n / saving.DISK_RATE
+    assert default["wait_share"] == pytest.approx(copy_s / (copy_s + interval_s), rel=1e-3) and copy_s < 1
+    assert waits["wait_share"] == pytest.approx(write_s / (write_s + interval_s), rel=1e-3)
+    assert default["wait_share"] < 0.005 < 0.05 < waits["wait_share"]
+    # the host that holds all eight ranks copies the whole checkpoint
+    assert default["copies"] == pytest.approx(default["checkpoint"]) and waits["copies"] == 0
+    for what in ("host", "pinned"):
+        assert default[what] - waits[what] == pytest.approx(default["copies"])
+
+
+def test_a_save_that_is_slower_than_the_steps_between_two_holds_training_up():
+    planned = {"checkpoint": 50e9, "rank0": 10e9}
+    assert saving.estimate_saving(planned, True, interval_s=49)["wait_s"] == 1 + 1
+    assert saving.estimate_saving(planned, True, interval_s=51)["wait_s"] == 1
+    assert saving.estimate_saving(planned, False, interval_s=50) == {
+        "save_s": 50,
+        "wait_s": 50,
+        "wait_share": 0.5,
+    }
+
+
+def test_the_first_host_of_several_copies_the_weights_and_its_share():
+    model = Model(size="gpt2_medium")
+    train = Train(steps=1, batch_tokens=65536, lr=1e-3, warmup_steps=0, precision="bf16_autocast")
+    for stage, weights in ((1, 1), (3, 0)):
+        settings = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": stage}}
+        planned = memory.estimate_memory(model, 24, settings, train, 16, 1024)
+        states = planned["checkpoint"] - weights * planned["weights_file"]
+        assert planned["copies"] == pytest.approx(weights * planned["weights_file"] + states / 2)
 
 
 # --- as a user meets it -------------------------------------------------------------------------------------
