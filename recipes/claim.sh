@@ -9,7 +9,7 @@
 #   SEEDS=       default: as many as the power computation asks for     PROCS=1   processes (ranks); one for each GPU
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[ $# = 0 ] || [ -n "${PLAN:-}" ] || { sed -n '2,10p' recipes/claim.sh >&2 && exit 2; }
+[ $# = 0 ] || [ "${PLAN:-0}" != 0 ] || { sed -n '2,10p' recipes/claim.sh >&2 && exit 2; }
 [[ ${SEEDS:-0} =~ ^[0-9\ ]+$ ]] || { echo "SEEDS are whole numbers, as in SEEDS=\"0 1 2\" (got '$SEEDS')" >&2 && exit 2; }
 [ "${REHEARSE:-0}" = 0 ] || export DS_ACCELERATOR=cpu
 
@@ -21,17 +21,17 @@ source recipes/setup.sh
 # shellcheck disable=SC2119 # no further requirements
 setup_environment
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-[ -z "${PLAN:-}" ] || exec python recipes/claim/design.py "$@"
+[ "${PLAN:-0}" = 0 ] || exec python recipes/claim/design.py "$@"
 if [ "${REHEARSE:-0}" != 0 ]; then SEEDS=${SEEDS:-0 1}; fi
 SEEDS=${SEEDS:-$(python recipes/claim/design.py seeds)}
 read -ra seeds <<< "$SEEDS"
 PROCS=${PROCS:-1}
 missing() { python recipes/claim/claim.py missing "$SEED"; }
 
-if [ -n "${SUBMIT:-}" ]; then
+if [ "${SUBMIT:-0}" != 0 ]; then
   exec python recipes/claim/claim.py submit "${seeds[@]}"
 fi
-if [ -z "${DRAW:-}" ]; then
+if [ "${DRAW:-0}" = 0 ]; then
   [ "${REHEARSE:-0}" != 0 ] || check_gpu
   for SEED in "${seeds[@]}"; do
     if [ "${REHEARSE:-0}" = 0 ] && on_login_node && [ -n "$(missing)" ]; then

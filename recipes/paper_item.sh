@@ -25,14 +25,14 @@ PROCS=${PROCS:-$(fitting_procs)}
 missing() { inheritune table "$1" --missing --seed "$SEED"; }
 
 for item in "$@"; do
-  if [ -n "${SUBMIT:-}" ] && [ "$item" != toy ]; then # which takes minutes on a CPU
+  if [ "${SUBMIT:-0}" != 0 ] && [ "$item" != toy ]; then # which takes minutes on a CPU
     listed=$(missing "$item")
     if [ -n "$listed" ]; then
       inheritune submit "$item" --seed "$SEED"
       continue
     fi
   fi
-  if [ -z "${DRAW:-}" ]; then
+  if [ "${DRAW:-0}" = 0 ]; then
     if [ "${REHEARSE:-0}" = 0 ] && on_login_node && [ "$item" != toy ] && [ -n "$(missing "$item")" ]; then
       echo "$item lacks runs, and this is a Slurm login node: SUBMIT=1 submits them as jobs, DRAW=1 draws what is there" >&2
       exit 2

@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 experiment=recipes/public/${1:-}.yaml
-if [ $# != 1 ] || [ ! -f "$experiment" ]; then
+if [ $# != 1 ] || [[ $1 = */* ]] || [ ! -f "$experiment" ]; then
   sed -n '2,7p' recipes/public.sh >&2
   exit 2
 fi

@@ -21,6 +21,7 @@ from pathlib import Path
 from tabulate import tabulate
 from tqdm import tqdm
 
+from inheritune.cli.scripts import read_variable, run_script
 from inheritune.config.experiment import load_experiment
 from inheritune.config.paths import REPOSITORY
 from inheritune.files.json_files import read_jsonl
@@ -301,6 +302,11 @@ def print_result(folder: Path) -> None:
     print("\n" + textwrap.fill(outcome, 98))
 
 
+def run(seed: str, procs: str = "") -> int:
+    """Run all steps for the variables SEED and PROCS. Raises UserError if one is no number."""
+    return main(read_variable("SEED", seed), read_variable("PROCS", procs) if procs else choose_procs())
+
+
 def main(seed: int, procs: int) -> int:
     """Run all steps. Returns the exit code."""
     started = time.monotonic()
@@ -335,4 +341,4 @@ def main(seed: int, procs: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else choose_procs()))
+    run_script(run, *sys.argv[1:])

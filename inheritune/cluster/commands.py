@@ -2,7 +2,7 @@
 
 from inheritune.config.experiment import Experiment
 from inheritune.config.jobs import format_shape
-from inheritune.files.rundir import format_seed_flag
+from inheritune.files.advice import format_seed_flag
 from inheritune.runtime import launcher
 
 

@@ -15,7 +15,6 @@ package hold a hash of themselves (json_files.py).
 import json
 import platform
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,10 @@ import xxhash
 
 from inheritune.config import names
 from inheritune.config.experiment import Experiment
-from inheritune.config.paths import RECIPES
 from inheritune.errors import UserError
+from inheritune.files.advice import check_unchanged, describe_other_origin, format_seed_flag, name_experiment
 from inheritune.files.json_files import compute_seal, read_json, read_jsonl
-from inheritune.files.markers import COMPLETE, DONE, check_files, read_marked_files, stamp_weights
+from inheritune.files.markers import COMPLETE, DONE, check_files, read_marked_files
 from inheritune.files.result_values import check_results
 from inheritune.files.storage import find_root, list_names
 
@@ -266,9 +265,12 @@ class RunDir:
             return
         if RunDir(seed_folder / name).identify_weights() not in (None, results["compared_weights"]):
             run = f"{results['run']}/stage{stage}" if stage else results["run"]
+            starts = self.read_starts() if self.provenance.is_file() else [{}]
+            if name in (starts[0].get("start_weights") or {}):
+                raise UserError(describe_other_origin(self.path.parent if stage else self.path, name))
             raise UserError(
                 f"{self.results} compares with weights of run '{name}', which has been made anew since; "
-                f"compare again: python -m inheritune evaluate {_name_experiment(results)} "
+                f"compare again: python -m inheritune evaluate {name_experiment(results)} "
                 f"--run {run}{format_seed_flag(results['seed'])}"
             )
 
@@ -296,23 +298,6 @@ class RunDir:
         if rows and not to_renew and "weights" not in rows[0]:
             check_unchanged(rows[0], self.attention)
         return rows
-
-
-def check_unchanged(facts: dict, file: Path) -> None:
-    """Raise UserError if the weights that `facts`, from `file`, were measured on were written anew since.
-
-    Their folder is not asked for where it is another machine's, or its weights are gone."""
-    now = stamp_weights(facts["model"]) if facts.get("files") else {}
-    if now and now != facts["files"]:
-        results = file.parent / "results.json"
-        run = read_json(results) if results.is_file() else {}
-        way = "analyze that model again"
-        if "run" in run:
-            verb = f"evaluate {_name_experiment(run)} --run {run['run']}"
-            verb = verb if file == results else f"analyze {run['run']} {_name_experiment(run)}"
-            way = f"measure again: python -m inheritune {verb}{format_seed_flag(run['seed'])}"
-        changed = f"the weights in {facts['model']} were rewritten"
-        raise UserError(f"{file} was measured before {changed}; {way}")
 
 
 def is_finished(experiment: Experiment, name: str, seed: int) -> bool:
@@ -367,19 +352,6 @@ def require_weights(experiment: Experiment, name: str, seed: int = 0) -> Path:
             f"python -m inheritune {verb} {experiment.given} --run {run}{format_seed_flag(seed)}"
         )
     return weights
-
-
-def format_seed_flag(seed: int) -> str:
-    """Return " --seed N" for a command line; empty for seed 0, the default."""
-    return f" --seed {seed}" if seed else ""
-
-
-def _name_experiment(results: dict) -> str:
-    """Return the words for a command line that name the experiment of `results`. A file outside recipes/ is
-    named as from its own folder: its path is not known here."""
-    name = results["experiment"]
-    word = name if (RECIPES / f"{name}.yaml").is_file() else shlex.quote(f"{name}.yaml")
-    return f"{word} --rehearse" if results.get("rehearsal") else word
 
 
 def get_results_dir(weights: Path) -> RunDir:

@@ -2,8 +2,9 @@
 
 from inheritune.config.layers import AutoLayers, parse_auto
 from inheritune.config.run import External, Inherit, Stack
+from inheritune.files.advice import format_seed_flag
 from inheritune.files.markers import INHERITED
-from inheritune.files.rundir import format_seed_flag, require_weights
+from inheritune.files.rundir import require_weights
 from inheritune.models.choice import choose_layers, format_analyze
 from inheritune.runs.job import Job
 

@@ -10,7 +10,8 @@ import math
 import numpy as np
 
 from inheritune.errors import UserError
-from inheritune.files.rundir import WINDOW_LOSSES, format_seed_flag, is_finished
+from inheritune.files.advice import format_seed_flag
+from inheritune.files.rundir import WINDOW_LOSSES, is_finished
 from inheritune.runs.job import Job
 
 Z95 = 1.959963984540054

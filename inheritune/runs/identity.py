@@ -14,6 +14,7 @@ from typing import Any
 from inheritune.config.layers import repeat_middle
 from inheritune.config.sections import Train
 from inheritune.errors import UserError
+from inheritune.files.advice import describe_other_origin
 from inheritune.files.json_files import read_json
 from inheritune.files.markers import COMPLETE
 from inheritune.files.rundir import find_weights, get_results_dir
@@ -109,10 +110,7 @@ def check_origin(job: Job, before: dict[str, str]) -> None:
     now = describe_origin(job)
     for name, weights in before.items():
         if now.get(name, weights) != weights:
-            raise UserError(
-                f"{job.root.path} was started from weights of run '{name}', which has been trained anew "
-                f"since; restore those, or move {job.root.path} away, so that it starts from the new ones"
-            )
+            raise UserError(describe_other_origin(job.root.path, name))
 
 
 def check_start_model(job: Job, config: Any, folder: Path) -> None:

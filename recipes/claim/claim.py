@@ -15,6 +15,7 @@ from design import NAME, count_seeds
 from evidence_rows import average_seeds, format_interval
 from rule import COMPARISONS, FEW_LAZY, LAZY_SHARE, UNDECIDED, conclude
 
+from inheritune.cli.scripts import run_script
 from inheritune.config.experiment import Experiment, load_experiment
 from inheritune.config.values import ARGUMENTS
 from inheritune.errors import UserError
@@ -164,8 +165,4 @@ def main(verb: str, *words: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:])
-    except UserError as error:
-        print(f"inheritune: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main, *sys.argv[1:])

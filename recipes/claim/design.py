@@ -17,6 +17,7 @@ from evidence_seeds import find_model, list_seed_files
 from rule import COMPARISONS, MARGIN
 from scipy import optimize, stats
 
+from inheritune.cli.scripts import run_script
 from inheritune.config.catalog import GPU_SPECS
 from inheritune.config.experiment import Experiment, load_experiment
 from inheritune.config.paths import RECIPES
@@ -206,8 +207,4 @@ def main(*words: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:])
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_script(main, *sys.argv[1:])

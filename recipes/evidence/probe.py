@@ -17,6 +17,7 @@ import yaml
 from tabulate import tabulate
 
 from inheritune.analysis.thresholds import MAIN_THRESHOLD, NEAR_ONE
+from inheritune.cli.scripts import run_script
 from inheritune.config.experiment import load_experiment
 from inheritune.errors import UserError, suggest_name
 from inheritune.files.json_files import read_json, write_json
@@ -122,8 +123,4 @@ def main(*names: str) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        main(*sys.argv[1:])
-    except UserError as problem:
-        print(problem, file=sys.stderr)
-        sys.exit(2)
+    run_script(main, *sys.argv[1:])

@@ -35,6 +35,7 @@ from evidence_seeds import (
     merge_records,
 )
 
+from inheritune.cli.scripts import run_script
 from inheritune.cluster.planner import find_unfinished_source
 from inheritune.config.experiment import Experiment, load_experiment
 from inheritune.errors import UserError
@@ -212,8 +213,4 @@ def main(verb: str, path: str, *rest: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:])
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_script(main, *sys.argv[1:])

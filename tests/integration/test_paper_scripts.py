@@ -156,7 +156,7 @@ def test_on_a_login_node_nothing_is_trained_and_the_sites_folder_is_looked_at(tm
     assert done.returncode == 2 and "SUBMIT=1 submits them as jobs" in done.stderr, done.stderr
     monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "DRAW": "1"}
+        command, capture_output=True, text=True, check=False, env={**os.environ, "DRAW": "1", "SUBMIT": "0"}
     )
     assert done.returncode == 0 and list((tmp_path / "scratch" / "inheritune").rglob("table5.md")), (
         done.stdout + done.stderr

@@ -33,6 +33,16 @@ def quickstart():
     return module
 
 
+@pytest.mark.parametrize("variable", ["SEED", "PROCS"])
+@pytest.mark.parametrize("value", ["x", "1.5", "-1"])
+def test_a_variable_that_is_no_number_is_told(variable, value):
+    words = [value] if variable == "SEED" else ["0", value]
+    command = [sys.executable, REPOSITORY / "recipes/quickstart.py", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith(f"inheritune: {variable} ") and done.stderr.endswith(f"(got '{value}')\n")
+
+
 def start(words: list[str], fork: bool = True, beside: list[str] | None = None) -> subprocess.Popen:
     """The script with a verb in place of its steps, and another one beside it; `fork` as on CPUs."""
     lanes = [("the only step", words), *([("another step", beside)] if beside else [])]
