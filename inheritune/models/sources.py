@@ -5,6 +5,7 @@ The formats have modules of their own: weight_files.py (safetensors), torch_file
 deepspeed_files.py (ZeRO). writer.py writes checkpoints.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +40,9 @@ from inheritune.models.weight_files import WEIGHTS, read_safetensors, read_weigh
 
 if TYPE_CHECKING:
     import torch
+
+MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt")
+"""Of the files of a published model that are read or copied."""
 
 
 class Source:
@@ -192,6 +196,7 @@ def open_source(
         refuse_revision(revision, folder)
     if check:
         markers.check_marked_folder(folder)
+    _refuse_broken_links(folder)
     kind, weights, config_path, stored = _read_any_kind(folder)
     _check_links(weights, stored)
     return Source(origin, commit, weights, config_path, kind, stored, plain)
@@ -246,6 +251,16 @@ def _read_tag(folder: Path, tag: Path) -> dict[str, Stored]:
         raise UserError(
             f"{tag} does not hold what DeepSpeed's engine saves ({what}); use another checkpoint"
         ) from None
+
+
+def _refuse_broken_links(folder: Path) -> None:
+    """Raise UserError for a link to a file that is gone, as where the Hub's cache was cleaned in part."""
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and not path.exists() and path.suffix in MODEL_SUFFIXES:
+            raise UserError(
+                f"{path} is a link to {os.readlink(path)}, which does not exist; restore it or download the "
+                f"model again"
+            )
 
 
 def _check_links(folder: Path, stored: dict[str, Stored]) -> None:

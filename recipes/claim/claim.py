@@ -151,8 +151,10 @@ def read_seeds(words: list[str]) -> list[int]:
     return seeds
 
 
-def main(verb: str, *words: str) -> None:
-    """Run `missing`, `submit` or `judge`."""
+def main(verb: str = "", *words: str) -> None:
+    """Run `missing`, `submit` or `judge`. Raises UserError for another verb."""
+    if verb not in ("missing", "submit", "judge"):
+        raise UserError(f"claim.py takes missing, submit or judge, and seeds (got '{verb}')")
     seeds = read_seeds(list(words))
     if verb == "judge":
         judge(seeds)

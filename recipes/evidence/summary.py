@@ -35,7 +35,7 @@ from evidence_seeds import (
     merge_records,
 )
 
-from inheritune.cli.scripts import run_script
+from inheritune.cli.scripts import read_variable, run_script
 from inheritune.cluster.planner import find_unfinished_source
 from inheritune.config.experiment import Experiment, load_experiment
 from inheritune.errors import UserError
@@ -203,13 +203,17 @@ def summarize(experiment: Experiment, path: str, seeds: list[int]) -> None:
     print(f"table and plots: {folder}")
 
 
-def main(verb: str, path: str, *rest: str) -> None:
-    """Run `missing` or `summary`."""
+def main(verb: str = "", path: str = "", *rest: str) -> None:
+    """Run `missing` or `summary`. Raises UserError for another verb and for seeds that are no numbers."""
+    arms, seeds = (rest[:1], rest[1:]) if verb == "missing" else ((), rest)
+    if verb not in ("missing", "summary") or not path or (verb == "missing" and not arms):
+        raise UserError("summary.py takes missing EXPERIMENT ARMS SEED ... or summary EXPERIMENT SEED ...")
     experiment = load_experiment(path)
+    numbers = [read_variable("SEED", seed) for seed in seeds]
     if verb == "missing":
-        print("\n".join(list_missing(experiment, path, rest[0], [int(seed) for seed in rest[1:]])))
+        print("\n".join(list_missing(experiment, path, arms[0], numbers)))
     else:
-        summarize(experiment, path, [int(seed) for seed in rest])
+        summarize(experiment, path, numbers)
 
 
 if __name__ == "__main__":

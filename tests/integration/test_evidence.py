@@ -5,6 +5,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -189,6 +190,27 @@ def test_starts_are_judged_by_their_intervals(gaps, verdict, summary):
 def test_wrong_settings_are_told_the_right_ones(wrong):
     done = evidence(**wrong)
     assert done.returncode == 2 and "ARMS=core" in done.stderr and not done.stdout
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("evidence/summary.py", "takes missing EXPERIMENT ARMS SEED"),
+        ("evidence/summary.py missing recipes/evidence/cpu.yaml", "takes missing EXPERIMENT ARMS SEED"),
+        (
+            "evidence/summary.py missing recipes/evidence/cpu.yaml core x",
+            "SEED takes a whole number (got 'x')",
+        ),
+        ("claim/claim.py", "takes missing, submit or judge"),
+        ("claim/claim.py sumbit 1", "takes missing, submit or judge, and seeds (got 'sumbit')"),
+    ],
+)
+def test_words_that_a_program_does_not_take_are_told(words, said):
+    """A mistyped verb of claim.py once submitted."""
+    program, *rest = words.split()
+    command = [sys.executable, REPOSITORY / "recipes" / program, *rest]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_the_gpu_scale_does_not_train_on_a_cpu():

@@ -528,6 +528,17 @@ def test_hub_id_from_the_cache_without_network(tmp_path, monkeypatch):
     assert all(torch.equal(source.tensor(name), tensor) for name, tensor in weights_of(model).items())
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_link_of_the_hubs_cache_to_a_file_that_is_gone_is_named(tmp_path, name):
+    """As after a part of blobs/ was deleted. It was once taken for shards without an index."""
+    snapshot = tmp_path / "models--someone--tiny" / "snapshots" / ("0" * 40)
+    save(random_model(config_of("public")), snapshot, "single")
+    (snapshot / name).unlink(missing_ok=True)
+    (snapshot / name).symlink_to("../../blobs/gone")
+    with pytest.raises(UserError, match=f"{name} is a link to ../../blobs/gone, which does not exist"):
+        open_source(snapshot)
+
+
 # --- the writer ---------------------------------------------------------------------------------------------
 
 
