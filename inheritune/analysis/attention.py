@@ -186,18 +186,16 @@ def measure_model(
         "etas": list(ETAS),
         "near_one": NEAR_ONE,
         "files": stamp_weights(model),
+        **({} if tokens.first_token is None else {"first_token": tokens.first_token}),
     }
-    if tokens.first_token is not None:
-        header["first_token"] = tokens.first_token
     uniform = measure_uniform(length)
     layers = [measured.layer_row(layer, uniform) for layer in range(n_layers)]
     more: list[dict] = []
     if costs:
         found, more = measure_worth(loaded, windows_NT, batch, layers, progress)
         header |= found
-    map_rows = measured.map_rows(min(MAP_SEQUENCES, n_sequences))
-    summary = summarize_model(layers, header.get("loss"))
-    return [header, *layers, *summarize_groups(layers), *more, *map_rows, summary]
+    more += [*measured.map_rows(min(MAP_SEQUENCES, n_sequences)), summarize_model(layers, header.get("loss"))]
+    return [header, *layers, *summarize_groups(layers), *more]
 
 
 def _convert_if_gguf(model: str) -> str:

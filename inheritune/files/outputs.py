@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from inheritune.errors import UserError
+from inheritune.files.storage import explain_disk_error
 
 
 def resolve_output(path: str | Path) -> Path:
@@ -56,6 +57,6 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=exists):
             pass
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.EINVAL, errno.EACCES, errno.EPERM, errno.EOPNOTSUPP):
-            raise
-        raise UserError(f"{exists} takes no files ({error.strerror}); give another path") from None
+        if error.errno in (errno.ENOENT, errno.EINVAL, errno.EOPNOTSUPP):
+            raise UserError(f"{exists} takes no files ({error.strerror}); give another path") from None
+        raise explain_disk_error(error, exists) from None

@@ -18,6 +18,7 @@ from conftest import REPOSITORY, experiment_dict, refused, run_verb, write_exper
 from fork_server import OFFLINE_FORKS
 from hub_server import Hub
 from lm_eval_command import lm_eval_command, lm_eval_results
+from made_up_runs import write_settings
 from tiny_models import random_model
 from tiny_tokenizers import write_chat_tokenizer
 from transformers import GPT2LMHeadModel
@@ -169,6 +170,7 @@ def test_stages_and_kept_weights_have_names_and_results_of_their_own(tmp_path, c
         shutil.copytree(checkpoint, run.stage(stage).final)
         write_json(run.stage(stage).done, {"final": {}})
         write_json(run.stage(stage).results, {})
+        write_settings(load_experiment(path), "grown", run.stage(stage), stage)
     write_json(run.done, {"stage": 2, "layers": 3})
     write_model(run.stage(1).kept(4), seed=2)
     run_verb("evaluate", path, "--run", "grown/stage1,grown,grown/stage1@4", "--tasks", "choice", **ALONE)
