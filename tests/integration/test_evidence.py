@@ -202,7 +202,7 @@ def test_wrong_settings_are_told_the_right_ones(wrong):
             "SEED takes a whole number (got 'x')",
         ),
         ("claim/claim.py", "takes missing, submit or judge"),
-        ("claim/claim.py sumbit 1", "takes missing, submit or judge, and seeds (got 'sumbit')"),
+        ("claim/claim.py bogus 1", "takes missing, submit or judge, and seeds (got 'bogus')"),
     ],
 )
 def test_words_that_a_program_does_not_take_are_told(words, said):
