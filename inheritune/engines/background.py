@@ -22,7 +22,6 @@ from typing import Any
 from inheritune.engines.failures import Gather
 from inheritune.engines.host_copies import HostCopies
 from inheritune.errors import UserError
-from inheritune.runtime.devices import get_device
 from inheritune.runtime.dist import gather_objects
 from inheritune.runtime.ranks import get_rank, get_world_size
 from inheritune.runtime.rendezvous import get_store
@@ -32,14 +31,6 @@ GRACE_S = 60.0
 """How long a thread waits for the other ranks once its own rank leaves because of an error."""
 
 _numbers = itertools.count()  # of saves, in the same order on all ranks
-
-
-def saves_in_background(settings: dict) -> bool:
-    """Return whether training continues while a checkpoint is written: as the DeepSpeed JSON has it, by
-    default on GPUs. On CPUs the thread takes the cores that train and the copy their memory, to save
-    fractions of a second, and a kill may cost two intervals of checkpoints instead of one."""
-    default = get_device().type == "cuda"
-    return bool(settings.get("inheritune", {}).get("background_saves", default))
 
 
 class Saves:

@@ -12,6 +12,13 @@ MICRO = "train_micro_batch_size_per_gpu"
 _PROBE = "no such key"
 
 
+def saves_in_background(settings: dict, on_gpus: bool) -> bool:
+    """Return whether training continues while a checkpoint is written: as the DeepSpeed JSON has it, by
+    default on GPUs. On CPUs the thread takes the cores that train and the copy their memory, to save
+    fractions of a second, and a kill may cost two intervals of checkpoints instead of one."""
+    return bool(settings.get("inheritune", {}).get("background_saves", on_gpus))
+
+
 class _WatchedDict(dict):
     """A block that records which of its keys are looked up."""
 

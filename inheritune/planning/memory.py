@@ -6,6 +6,7 @@ otherwise.
 """
 
 from inheritune.config.sections import Model, Train
+from inheritune.engines.deepspeed_keys import saves_in_background
 from inheritune.engines.sizes import count_checkpoint_bytes, count_rank0_bytes
 from inheritune.models.sizes import EVAL_BATCH, LOSS_CHUNK, list_parameters
 from inheritune.planning.activations import count_activations, get_element_sizes
@@ -69,7 +70,7 @@ def estimate_memory(
         "phases": phases,
         "peak_phase": worst,
         "peak": (phases[worst] + FRAMEWORK) * (1 + FRAGMENTATION),
-        **_count_host_bytes(setup, host, rank0 if saves_in_background(settings) else 0),
+        **_count_host_bytes(setup, host, rank0 if saves_in_background(settings, on_gpus=True) else 0),
         "checkpoint": checkpoint,
         "rank0": rank0,
         "weights_file": 4 * setup.whole,
@@ -118,11 +119,6 @@ def _name_components(states: States, made: dict[str, float], teacher: int) -> di
         "reduction": states.reduction,
         "optimizer step": states.step,
     }
-
-
-def saves_in_background(settings: dict) -> bool:
-    """Return whether GPUs train on while a checkpoint is written (engines/background.py, without torch)."""
-    return settings.get("inheritune", {}).get("background_saves", True)
 
 
 def _count_host_bytes(setup: Setup, host: HostStates, rank0: float) -> dict[str, float]:

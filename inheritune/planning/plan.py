@@ -9,11 +9,12 @@ from inheritune.config.catalog import GPU_SPECS
 from inheritune.config.experiment import Experiment, load_experiment
 from inheritune.config.run import Run
 from inheritune.config.values import ARGUMENTS
+from inheritune.engines.deepspeed_keys import saves_in_background
 from inheritune.errors import UserError, suggest_name
 from inheritune.files.rundir import RunDir
 from inheritune.models.sizes import FORWARD_SHARE, count_trained_elements, predict_flops_per_token
 from inheritune.planning.measured import compare_measured
-from inheritune.planning.memory import estimate_disk, estimate_memory, saves_in_background
+from inheritune.planning.memory import estimate_disk, estimate_memory
 from inheritune.planning.proposals import apply_change, get_value, propose_changes
 from inheritune.planning.report import describe_plan, format_comparison, format_plans
 from inheritune.planning.saving import estimate_saving
@@ -158,7 +159,7 @@ def plan_model(
         **planned,
     }
     interval_s = facts["hours"] * 3600 / train.steps * train.checkpoint_every
-    facts |= estimate_saving(planned, saves_in_background(settings), interval_s)
+    facts |= estimate_saving(planned, saves_in_background(settings, on_gpus=True), interval_s)
     return facts if facts["fits"] else facts | _find_change(settings, room, plan_memory)
 
 

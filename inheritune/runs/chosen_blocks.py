@@ -9,6 +9,18 @@ from inheritune.models.choice import choose_layers, format_analyze
 from inheritune.runs.job import Job
 
 
+def locate_source(job: Job, source: str, revision: str | None) -> tuple[str, str | None]:
+    """Return (path or id, revision) of a model that a run copies or learns from.
+
+    In a rehearsal a random model of its size, which may not be there yet, stands in for a public one. Raises
+    UserError if it is an unfinished run of the same file."""
+    if source in job.experiment.runs:
+        return str(require_weights(job.experiment, source, job.seed)), None
+    if job.experiment.rehearsal:
+        return str(job.root.seed_checkpoint(job.experiment.model.layers)), None
+    return source, revision
+
+
 def choose_blocks(
     job: Job, copied: Inherit | Stack, choice: AutoLayers, source: str, revision: str | None
 ) -> list[int]:
@@ -30,14 +42,10 @@ def choose_blocks(
 def check_choice(job: Job) -> None:
     """Raise UserError, with the command that makes it, if the job's start needs an analysis of its source
     that is not there. Its source, if that is a run, is finished."""
-    copied, experiment = job.run.init.copied, job.experiment
+    copied = job.run.init.copied
     choice = parse_auto(copied.layers) if isinstance(copied, Inherit | Stack) and not job.stage else None
     if choice is None or (job.dir.init / INHERITED).is_file():
         return
     assert isinstance(copied, Inherit | Stack)
-    source, revision = copied.source, copied.revision
-    if source in experiment.runs:
-        source, revision = str(require_weights(experiment, source, job.seed)), None
-    elif experiment.rehearsal:  # a random model stands in for the public one
-        source, revision = str(job.root.seed_checkpoint(experiment.model.layers)), None
+    source, revision = locate_source(job, copied.source, copied.revision)
     choose_blocks(job, copied, choice, source, revision)

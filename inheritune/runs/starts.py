@@ -10,11 +10,10 @@ from inheritune.errors import UserError
 from inheritune.files import writing
 from inheritune.files.lock import Lock
 from inheritune.files.markers import INHERITED
-from inheritune.files.rundir import require_weights
 from inheritune.models.networks import build_config
 from inheritune.models.sources import open_source
 from inheritune.models.surgery import extend_model, halve_width, inherit, write_random
-from inheritune.runs.chosen_blocks import choose_blocks
+from inheritune.runs.chosen_blocks import choose_blocks, locate_source
 from inheritune.runs.job import Job
 from inheritune.runtime import signals
 
@@ -92,13 +91,10 @@ def make_random_start(job: Job, layers: int) -> Path:
 
 
 def find_source(job: Job, source: str, revision: str | None) -> tuple[str, str | None]:
-    """Return (path or id, revision) of a model that a run copies or learns from. Raises UserError if it is an
-    unfinished run of the same file."""
-    if source in job.experiment.runs:
-        return str(require_weights(job.experiment, source, job.seed)), None
-    if job.experiment.rehearsal:  # a random model of the rehearsal's size replaces the public model
-        return str(make_random_start(job, job.experiment.model.layers)), None
-    return source, revision
+    """Return `locate_source`, and write the random model that it may name."""
+    if job.experiment.rehearsal and source not in job.experiment.runs:
+        make_random_start(job, job.experiment.model.layers)
+    return locate_source(job, source, revision)
 
 
 def find_foreign_tokenizer(job: Job, tokens: Tokens) -> str | None:

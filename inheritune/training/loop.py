@@ -16,9 +16,10 @@ from inheritune.data.corpus_changes import check_corpus
 from inheritune.data.tokenizer import check_vocabulary
 from inheritune.engines import checkpoint, dslint, weight_export
 from inheritune.engines.adamw import compute_gradient_norm, compute_learning_rate, set_learning_rate
-from inheritune.engines.background import Saves, saves_in_background
+from inheritune.engines.background import Saves
 from inheritune.engines.casts import keep_casts
 from inheritune.engines.deepspeed_json import load_deepspeed_json
+from inheritune.engines.deepspeed_keys import saves_in_background
 from inheritune.engines.engine import has_finite_weights, release_groups
 from inheritune.engines.memory import count_held_bytes, measure_peak_memory
 from inheritune.errors import Stopped, UserError
@@ -169,7 +170,7 @@ class Trainer:
         self.inputs, self.job, self.train = inputs, inputs.job, inputs.train
         self.engine, self.config, self.teacher = started.engine, started.config, started.teacher
         self.lock, self.stops, self.clock, self.watch = lock, stops, clock, watch
-        self.saves = Saves(saves_in_background(inputs.deepspeed))
+        self.saves = Saves(saves_in_background(inputs.deepspeed, inputs.device.type == "cuda"))
         self.saved_step = 0 if started.resumed_at is None else started.state.step
         """Step of the newest checkpoint, which `saves` may still be writing; 0 without one."""
         self.held: dict[str, int] = {}

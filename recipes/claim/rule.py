@@ -7,9 +7,10 @@ holds: so in at most 2.5% of all repetitions one of them is found to hold that d
 
 from dataclasses import dataclass
 
+from evidence_rows import FAILS, HOLDS, UNDECIDED, judge_interval
+
 MARGIN = 0.01
 """Nats within which Inheritune is level: the stop rule of growth (docs/paper.md)."""
-HOLDS, FAILS, UNDECIDED = "holds", "fails", "not decided"
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,7 @@ class Comparison:
 
     def judge(self, low: float | None, high: float | None) -> str:
         """Return the verdict on a difference with the 95% interval from `low` to `high` (None: one seed)."""
-        if low is None or high is None:
-            return UNDECIDED
-        if high <= self.limit:
-            return HOLDS
-        return FAILS if low > self.limit else UNDECIDED
+        return judge_interval(low, high, self.limit)
 
 
 COMPARISONS = (

@@ -27,6 +27,9 @@ HEADERS = (
     "with those it starts from",
 )
 
+HOLDS, FAILS, UNDECIDED = "holds", "fails", "not decided"
+"""Verdicts on a difference over seeds."""
+
 
 def average_seeds(values: list[float]) -> dict:
     """Return {mean, low, high, n}: the mean and its 95% interval, Student's t; no interval for one seed."""
@@ -38,6 +41,16 @@ def average_seeds(values: list[float]) -> dict:
         "high": None if half is None else mean + half,
         "n": n,
     }
+
+
+def judge_interval(low: float | None, high: float | None, most: float, least: float = -math.inf) -> str:
+    """Return whether a difference with the 95% interval from `low` to `high` (None: one seed) is between
+    `least` and `most`: it holds or fails where the whole interval says so."""
+    if low is None or high is None:
+        return UNDECIDED
+    if least <= low and high <= most:
+        return HOLDS
+    return FAILS if low > most or high < least else UNDECIDED
 
 
 def compute_p_value(gap: dict) -> float | None:

@@ -9,7 +9,17 @@ H3: a start from the last half ends within LAST_MARGIN of the random start, and 
 H2 and H3 are about lazy layers only if H1 holds: without them the claim cannot be tested at this scale.
 """
 
-from evidence_rows import average_seeds, format_interval, select_attention
+import math
+
+from evidence_rows import (
+    FAILS,
+    HOLDS,
+    UNDECIDED,
+    average_seeds,
+    format_interval,
+    judge_interval,
+    select_attention,
+)
 from evidence_seeds import find_model
 from scipy import stats
 
@@ -21,7 +31,6 @@ REMOVAL_COST = 0.05
 CORRELATION = 0.5
 LAST_MARGIN = 0.02
 MARGIN = 0.01
-HOLDS, FAILS, OPEN = "holds", "fails", "not decided"
 
 
 def judge(records: list[dict]) -> list[str]:
@@ -47,7 +56,7 @@ def _judge_removal(records: list[dict]) -> str:
     """Return the sentence on H2: what the lazy layers cost together, and whether rank goes with cost."""
     found = [select_attention(record) for record in records]
     if not all(one.get("cost") for one in found):
-        return f"H2 {OPEN}: the cost of the layers was not measured in each seed."
+        return f"H2 {UNDECIDED}: the cost of the layers was not measured in each seed."
     correlations = [float(stats.spearmanr(one["max_rank"], one["cost"]).statistic) for one in found]
     said = f"Spearman of MaxRank and cost {_join(f'{one:+.2f}' for one in correlations)}"
     removed = [one.get("without_lazy") for one in found]
@@ -83,13 +92,7 @@ def _describe_gap(what: str, gap: dict | None, margin: float, both: bool) -> str
     """Return the sentence on a difference: within `margin` (on `both` sides) or not, by its interval."""
     if gap is None:
         return f"{what}: not run."
-    low, high = gap["low"], gap["high"]
-    if low is None or high is None:
-        verdict = OPEN
-    elif high <= margin and (low >= -margin or not both):
-        verdict = HOLDS
-    else:
-        verdict = FAILS if low > margin or (both and high < -margin) else OPEN
+    verdict = judge_interval(gap["low"], gap["high"], margin, -margin if both else -math.inf)
     limit = f"within {margin} of each other" if both else f"at most {margin}"
     return f"{what}: {format_interval(gap, '+')} over {gap['n']} seeds, {limit}: {verdict}."
 

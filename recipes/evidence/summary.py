@@ -75,9 +75,8 @@ def list_missing(experiment: Experiment, path: str, arms: str, seeds: list[int])
                 continue
             for weights in list_measured(experiment, name):
                 if not get_results_dir(find_weights(experiment, weights, seed)).attention.is_file():
-                    only = (
-                        "" if weights == "reference" else " --ranks-only"
-                    )  # what its layers cost, at the end
+                    # what layers cost is measured of the reference, at its end
+                    only = "" if weights == "reference" else " --ranks-only"
                     found.append((0, f"{seed} analyze --model {weights} --data {path}{only}"))
     return [line for _, line in sorted(found, key=lambda one: -one[0])]
 
