@@ -5,13 +5,22 @@ from pathlib import Path
 
 import torch
 
+from inheritune.models.initialization import make_generator
 from inheritune.runtime.devices import get_device
-from inheritune.runtime.ranks import NodeError
+from inheritune.runtime.ranks import NodeError, get_rank
 
 
 def get_generator_file(folder: Path, rank: int) -> Path:
     """Return the file of `rank`'s generators in a checkpoint."""
     return folder / f"rng_{rank:05d}.pt"
+
+
+def seed_generators(seed: int) -> None:
+    """Set this rank's generators to a state that the run's seed and the rank determine.
+
+    torch gives each process another one. Nothing draws from them while there is no dropout, but the bytes of
+    a checkpoint hold them."""
+    torch.manual_seed(make_generator("rank", seed, get_rank()).initial_seed())
 
 
 def read_generators() -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ import yaml
 from inheritune.engines import checkpoint, resize
 from inheritune.engines.deepspeed_json import get_zero_stage
 from inheritune.engines.engine import start_engine
+from inheritune.engines.generators import seed_generators
 from inheritune.errors import Stopped, UserError
 from inheritune.files import writing
 from inheritune.files.json_files import read_json
@@ -89,6 +90,7 @@ def start_run(
     if foreign:
         logger.warning("%s", foreign)
 
+    seed_generators(job.seed)
     engine = _build_engine(inputs, source, resumed_at, is_resized)
     clock.end("engine")
     state = TrainState(data=inputs.tokens.fingerprint)

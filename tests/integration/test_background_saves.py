@@ -4,14 +4,17 @@ what it would be if training had waited."""
 import json
 
 import pytest
+import torch
 from conftest import run_verb
 from launching import launch_locally
 from test_stop import make as make_run
 from test_stop import record, start
 
 from inheritune.config.sections import Model
+from inheritune.engines.generators import get_generator_file
 from inheritune.files.json_files import read_json
 from inheritune.files.markers import COMPLETE, hash_folder
+from inheritune.models.initialization import make_generator
 from inheritune.models.networks import build_config
 from inheritune.models.surgery import write_random
 
@@ -51,6 +54,17 @@ def assert_equal(run, waited) -> None:
     last = (run.checkpoint(newest), waited.checkpoint(newest))
     new, old = ({n: f for n, f in hash_folder(c).items() if n != "metrics.jsonl"} for c in last)
     assert new == old and len(new) > 6, new
+
+
+@pytest.mark.slow
+def test_a_checkpoint_holds_the_generators_that_the_runs_seed_and_the_rank_determine(waited):
+    """Not those with which torch happened to start in these processes: the bytes of two runs would differ."""
+    saved = [
+        torch.load(get_generator_file(waited.checkpoint(waited.complete_checkpoints()[-1]), rank))["cpu"]
+        for rank in range(2)
+    ]
+    expected = [make_generator("rank", 0, rank).get_state() for rank in range(2)]
+    assert all(map(torch.equal, saved, expected)) and not torch.equal(*saved)
 
 
 @pytest.mark.slow
