@@ -25,7 +25,7 @@ from inheritune.config.values import Kind
 from inheritune.engines.deepspeed_keys import MICRO, find_refusals, valid_keys
 from inheritune.errors import UserError, suggest_name
 
-OWN_KEYS = ("activation_checkpointing", "compile", "background_saves")
+OWN_KEYS = ("activation_checkpointing", "compile", "background_saves", "gather_in_bf16")
 COMPILED_AT_3 = (
     "'inheritune.compile' compiles little at ZeRO 3: DeepSpeed's hooks, which gather the weights of each "
     "module, break the graph, and past torch's limit of compilations blocks run uncompiled; use ZeRO 0 to 2, "
@@ -88,7 +88,7 @@ def lint(settings: dict, model: Model, train: Train, ranks: int | None = None) -
     checks: tuple[Callable[[], list[Problem]], ...] = (
         lambda: check_form(settings),
         lambda: _check_keys({key: value for key, value in settings.items() if key != "inheritune"}),
-        lambda: _check_rules(values | {"train.precision": train.precision}),
+        lambda: _check_rules(flatten(settings) | {"train.precision": train.precision}),
         lambda: _check_ranks(values, ranks, model) if ranks else [],
         lambda: [refuse(key, sentence) for key, sentence in find_refusals(settings)],
     )

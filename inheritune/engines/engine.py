@@ -12,6 +12,7 @@ import torch
 from inheritune.config.sections import Train
 from inheritune.engines import adamw
 from inheritune.engines.deepspeed_json import get_zero_stage, make_deepspeed_config
+from inheritune.engines.gathers import gather_in_bf16
 from inheritune.models.architectures import find_architecture
 from inheritune.models.networks import (
     CAUSAL_ATTENTION,
@@ -57,6 +58,8 @@ def start_engine(
     groups = adamw.make_parameter_groups(model, train.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    if own.get("gather_in_bf16") and stage == 3 and train.precision == "bf16_autocast":
+        gather_in_bf16(engine)
     if getattr(engine.optimizer, "round_robin_gradients", False):
         adamw.link_masters(engine.optimizer)
     return engine

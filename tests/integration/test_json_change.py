@@ -74,6 +74,7 @@ CHANGES = {
     "inheritune.activation_checkpointing": True,
     "inheritune.compile": True,
     "inheritune.background_saves": True,
+    "inheritune.gather_in_bf16": True,
     "aio": {"aio.block_size": 1 << 16},
     "comms_logger": {"comms_logger.enabled": True},
     "csv_monitor": {"csv_monitor.enabled": False},

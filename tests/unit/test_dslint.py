@@ -172,6 +172,7 @@ def test_every_key_of_the_installed_deepspeed_has_a_verdict():
 def test_no_verdict_is_about_a_key_that_is_gone():
     # read elsewhere, by a group of ranks; the experiment's
     keys = known() | {"sequence_parallel_size", "train.precision"}
+    keys |= {f"inheritune.{key}" for key in dslint.OWN_KEYS}
     spoken = {*dslint.VERDICTS["experiment"], *dslint.VERDICTS["fine"], *dslint.VERDICTS["stages"]}
     spoken |= {
         key

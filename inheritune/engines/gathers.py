@@ -1,0 +1,37 @@
+"""ZeRO 3's gathers of weights in bf16, where autocast rounds them anyway.
+
+A rank holds fp32 parts of the weights, and each forward and backward gathers whole ones, 4 bytes a number.
+The first thing that autocast does with the weight of a linear layer is to round it to bf16. Rounded before
+the gather it is the same number in half the bytes. DeepSpeed has such gathers (`lower_precision_safe_modules`
+of `torch_autocast`), but it then sums the gradients over ranks in bf16 too, and the losses differ."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+
+
+def find_rounded_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Return the trained parameters of `model` that autocast rounds before anything else is done with them:
+    those of linear layers that no other module has too. (A class derived from Linear may do something else:
+    Falcon's adds its bias in fp32.)"""
+    from transformers.pytorch_utils import Conv1D
+
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    linear = [module for module in model.modules() if type(module) in (torch.nn.Linear, Conv1D)]
+    own = [p for module in linear for p in module.parameters(recurse=False) if owners[id(p)] == 1]
+    return [p for p in own if p.requires_grad]
+
+
+def gather_in_bf16(engine: Any) -> None:
+    """Let `engine`, at ZeRO 3 under autocast to bf16, gather the weights of linear layers in bf16, and sum
+    their gradients over ranks in fp32 as before. What is saved stays exact: DeepSpeed reads single weights
+    (`GatheredParameters`) in the type in which they are held."""
+    from deepspeed.runtime.torch_autocast import PARAM_COMM_DTYPE_ATTR_NAME
+
+    for parameter in find_rounded_parameters(engine.module):
+        setattr(parameter, PARAM_COMM_DTYPE_ATTR_NAME, torch.bfloat16)
+    # DeepSpeed would ask the parameter, and sum in bf16
+    engine.optimizer.get_param_comm_dtype = lambda parameter: torch.float32
