@@ -13,9 +13,10 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "evidence"))
-from evidence_seeds import find_model, list_seed_files
+from evidence_seeds import find_model
 from rule import COMPARISONS, MARGIN
 from scipy import optimize, stats
+from seed_files import read_seeds
 
 from inheritune.cli.scripts import run_script
 from inheritune.config.catalog import GPU_SPECS
@@ -23,7 +24,6 @@ from inheritune.config.experiment import Experiment, load_experiment
 from inheritune.config.paths import RECIPES
 from inheritune.config.sections import Model
 from inheritune.errors import UserError, suggest_name
-from inheritune.files.json_files import read_json
 from inheritune.models.sizes import count_trained_elements, predict_flops_per_token
 from inheritune.paper.published import load_curves, select_curve
 from inheritune.planning.plan import plan_experiment
@@ -48,7 +48,7 @@ def measure_spreads() -> dict[str, float]:
     """Return {comparison: standard deviation over the evidence's seeds of Inheritune less the control}.
 
     A control that the evidence has not run is left out."""
-    records = [read_json(path) for path in list_seed_files(RECIPES / "evidence" / "cpu")]
+    records = read_seeds(RECIPES / "evidence" / "cpu")
     found = {}
     for comparison in COMPARISONS:
         pairs = [(find_model(one, "inheritune", 1), find_model(one, comparison.other)) for one in records]

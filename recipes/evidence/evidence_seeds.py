@@ -1,9 +1,10 @@
 """The numbers of one seed of the evidence: collected from its finished runs, kept in seeds/seedN.json."""
 
-import re
 from pathlib import Path
 
-from inheritune.analysis.thresholds import MAIN_THRESHOLD
+from seed_files import read_seeds
+
+from inheritune.analysis.thresholds import MAIN_THRESHOLD, is_measured_as_usual
 from inheritune.cluster.planner import read_stages
 from inheritune.config.experiment import Experiment
 from inheritune.config.layers import parse_layers
@@ -33,16 +34,6 @@ def locate_results(experiment: Experiment, path: str) -> Path:
     if experiment.rehearsal:
         return find_root() / "runs/rehearsal" / experiment.name
     return Path(path).resolve().with_suffix("")
-
-
-def list_seed_files(folder: Path) -> list[Path]:
-    """Return the files of seeds in the order of their numbers, without files of other names, such as
-    seed1 (copy).json."""
-    found = {}
-    for file in (folder / "seeds").glob("seed*.json"):
-        if match := re.fullmatch(r"seed(0|[1-9][0-9]{0,9})\.json", file.name):
-            found[file] = int(match[1])
-    return sorted(found, key=lambda file: found[file])
 
 
 def read_fingerprint(experiment: Experiment) -> str:
@@ -76,7 +67,7 @@ def check_seeds(experiment: Experiment, path: str, seeds: list[int]) -> None:
             f"seeds {chose} chose the scale (recipes/evidence/README.md) and are not reported; take 2 to 99"
         )
     folder = locate_results(experiment, path)
-    records = [read_json(file) for file in list_seed_files(folder)]
+    records = read_seeds(folder, experiment.rehearsal)
     if seeds or not records:
         text = read_fingerprint(experiment)
     else:  # the files of the seeds alone
@@ -157,7 +148,7 @@ def _add_attention(model: dict, experiment: Experiment, run: str, seed: int) -> 
     """Add the attention measures of a run at each measured step to the numbers of its first model."""
     for weights in list_measured(experiment, run):
         rows = get_results_dir(find_weights(experiment, weights, seed)).read_attention()
-        if not rows:
+        if not is_measured_as_usual(rows):
             continue
         step = int(weights.partition("@")[2] or experiment.train_of(experiment.run(run)).steps)
         layers = [one for one in rows if one["kind"] == "layer"]

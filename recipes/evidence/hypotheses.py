@@ -10,6 +10,7 @@ H2 and H3 are about lazy layers only if H1 holds: without them the claim cannot 
 """
 
 import math
+import warnings
 
 from evidence_rows import (
     FAILS,
@@ -57,11 +58,14 @@ def _judge_removal(records: list[dict]) -> str:
     found = [select_attention(record) for record in records]
     if not all(one.get("cost") for one in found):
         return f"H2 {UNDECIDED}: the cost of the layers was not measured in each seed."
-    correlations = [float(stats.spearmanr(one["max_rank"], one["cost"]).statistic) for one in found]
+    with warnings.catch_warnings(action="ignore", category=stats.ConstantInputWarning):
+        correlations = [float(stats.spearmanr(one["max_rank"], one["cost"]).statistic) for one in found]
     said = f"Spearman of MaxRank and cost {_join(f'{one:+.2f}' for one in correlations)}"
     removed = [one.get("without_lazy") for one in found]
     if None in removed:
         return f"H2 {FAILS}: there is no lazy layer to remove in each seed; {said}."
+    if any(map(math.isnan, correlations)):
+        return f"H2 {UNDECIDED}: ranks or costs that are all the same have no correlation; {said}."
     holds = max(removed) <= REMOVAL_COST and min(correlations) >= CORRELATION
     rises = _join(f"{one:.4f}" for one in removed)
     return (

@@ -29,12 +29,13 @@ from evidence_seeds import (
     collect_seed,
     find_model,
     list_measured,
-    list_seed_files,
     locate_results,
     make_run_key,
     merge_records,
 )
+from seed_files import read_seeds
 
+from inheritune.analysis.thresholds import is_measured_as_usual
 from inheritune.cli.scripts import read_variable, run_script
 from inheritune.cluster.planner import find_unfinished_source
 from inheritune.config.experiment import Experiment, load_experiment
@@ -74,7 +75,8 @@ def list_missing(experiment: Experiment, path: str, arms: str, seeds: list[int])
                     found.append((cost, f"{seed} {'grow' if spec.grow else 'train'} {path} --run {name}"))
                 continue
             for weights in list_measured(experiment, name):
-                if not get_results_dir(find_weights(experiment, weights, seed)).attention.is_file():
+                rows = get_results_dir(find_weights(experiment, weights, seed)).read_attention()
+                if not is_measured_as_usual(rows):
                     # what layers cost is measured of the reference, at its end
                     only = "" if weights == "reference" else " --ranks-only"
                     found.append((0, f"{seed} analyze --model {weights} --data {path}{only}"))
@@ -93,7 +95,7 @@ def read_records(experiment: Experiment, folder: Path) -> tuple[list[dict], list
 
     Raises UserError if no record is complete."""
     keys = {name: make_run_key(run) for name, run in experiment.runs.items()}
-    records = [read_json(file) for file in list_seed_files(folder)]
+    records = read_seeds(folder, experiment.rehearsal)
     for record in records:
         record["models"] = [model for model in record["models"] if model["key"] == keys.get(model["run"])]
     partial = [str(record["seed"]) for record in records if not is_complete(record)]

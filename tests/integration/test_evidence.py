@@ -4,6 +4,7 @@ committed results against the seeds they come from, and the documents against th
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -31,9 +32,11 @@ def summary(monkeypatch):
     import evidence_rows
     import evidence_seeds
     import hypotheses
+    import seed_files
     import summary
 
-    return SimpleNamespace(**vars(evidence_seeds) | vars(evidence_rows) | vars(summary) | vars(hypotheses))
+    modules = (evidence_seeds, seed_files, evidence_rows, summary, hypotheses)
+    return SimpleNamespace(**{name: value for module in modules for name, value in vars(module).items()})
 
 
 def written(value) -> str:
@@ -141,6 +144,7 @@ COST = [0.5, 0.4, 0.03, 0.02, 0.02, 0.01, 0.01, 0.0]
         ({"cost": COST[::-1]}, "H2 fails"),
         ({"removed": None}, "H2 fails: there is no lazy layer to remove in each seed"),
         ({"cost": None}, "H2 not decided: the cost of the layers was not measured"),
+        ({"cost": [0.1] * len(COST)}, "H2 not decided: ranks or costs that are all the same have no"),
         ({"ranks": [9.0, *RANKS[:2], *RANKS[3:]]}, "H1 fails: 5, 6 of 8 layers have MaxRank below 1.5"),
     ],
 )
@@ -148,6 +152,7 @@ def test_hypotheses_about_lazy_layers_are_judged_in_each_seed(change, verdict, s
     plain = {"ranks": RANKS, "cost": COST, "removed": 0.04}
     records = [lazy_record(1, **plain | change), lazy_record(2, **plain | {"removed": 0.05})]
     said = summary.judge(records)
+    assert any(one.startswith(verdict[:9]) for one in summary.judge(records[::-1]))  # in any order
     assert any(one.startswith(verdict) for one in said)
     untestable = "So the claim about lazy layers cannot be tested at this scale."
     assert (untestable in said) == verdict.startswith("H1 fails") == (not said[0].startswith("H1 holds: 6, "))
@@ -419,13 +424,60 @@ def test_seeds_that_must_not_be_counted_are_refused_before_they_are_trained(
     manifest = get_data_dir(experiment) / "manifest.json"
     manifest.parent.mkdir(parents=True)
     write_json(manifest, {"fingerprint": "this text"})
-    ours = {"seed": 11, "key": summary.make_experiment_key(experiment), "text": "this text"}
+    ours = read_json(EVIDENCE / "cpu/seeds/seed11.json")
+    ours |= {"key": summary.make_experiment_key(experiment), "text": "this text"}
     write_json(tmp_path / "cpu/seeds/seed11.json", ours)
     assert "12 train" in summary.list_missing(experiment, str(path), "core", [12])[0]
     write_json(tmp_path / "cpu/seeds/seed11.json", {**ours, "text": "another text"})
     with pytest.raises(UserError, match=why):
         summary.list_missing(experiment, str(path), "core", seeds)
     assert "11 train" in summary.list_missing(experiment, str(path), "core", [11])[0]  # which it will replace
+
+
+def change(record: dict, keys: tuple, value) -> None:
+    """Set what `keys` lead to in a seed's record."""
+    *parents, last = keys
+    for key in parents:
+        record = record[key]
+    record[last] = value
+
+
+@pytest.mark.parametrize(
+    "keys, value, said",
+    [
+        (("seed",), 12, "has the numbers of seed 12; a seed counts once, so name the file seed12.json"),
+        (("seed",), "13", "seed: Input should be a valid integer (got '13')"),
+        (("rehearsal",), True, "is a rehearsal's, which is no result"),
+        (("models",), [], "models: List should have at least 1 item"),
+        (("models", 0, "loss", "mean"), float("nan"), "models.0.loss.mean: Input should be a finite number"),
+        (("models", 0, "loss", "mean"), "3.4", "models.0.loss.mean: Input should be a valid number"),
+        (
+            ("models", 0, "loss", "mean"),
+            -5.0,
+            "models.0.loss.mean: Input should be greater than or equal to 0",
+        ),
+        (("models", 0, "loss", "n"), 20, "'reference' in {file} has other validation windows (20) than in"),
+        (("models", 0, "layers"), 11, "'reference' in {file} has other layers (11) than in"),
+        (("models", 1, "curve"), [], "models.1.curve: List should have at least 2 items"),
+        (("models", 1, "curve"), [[0, 7.6], [3000, 3.5]], "has other steps of its curve ([0, 3000]) than in"),
+        (("models", 0, "attention"), {}, "has other steps of its attention ([]) than in"),
+        (("growth", "smallest", "stage"), 9, "growth.smallest.stage is 9, and its stages are [1, 2, 3]"),
+        (("models", 0, "weights"), None, "has the weights of"),
+    ],
+)
+def test_a_seeds_file_that_is_not_as_it_was_written_is_refused_by_name(keys, value, said, summary, tmp_path):
+    folder = tmp_path / "seeds"
+    shutil.copytree(EVIDENCE / "cpu" / "seeds", folder)
+    assert [record["seed"] for record in summary.read_seeds(tmp_path)] == [11, 12, 13]
+    record = read_json(folder / "seed13.json")
+    if keys[-1] == "weights":
+        value = read_json(folder / "seed11.json")["models"][0]["weights"]
+    change(record, keys, value)
+    file = folder / "seed13.json"
+    file.write_text(json.dumps({key: part for key, part in record.items() if key != "seal"}))
+    with pytest.raises(UserError) as refusal:
+        summary.read_seeds(tmp_path)
+    assert said.format(file=file) in str(refusal.value) and str(file) in str(refusal.value)
 
 
 def test_the_key_is_of_what_changes_a_number(summary, tmp_path):
