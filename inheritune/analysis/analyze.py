@@ -8,6 +8,7 @@ from pathlib import Path
 
 from inheritune.analysis.attention import measure_model
 from inheritune.analysis.report import describe_rows
+from inheritune.analysis.thresholds import LENGTH, SEQUENCES
 from inheritune.config import names
 from inheritune.config.experiment import Experiment, load_experiment
 from inheritune.config.paths import RECIPES
@@ -86,8 +87,8 @@ def run_analyze(
     model: str,
     data: str,
     out: str | None = None,
-    sequences: int = 100,
-    length: int = 100,
+    sequences: int = SEQUENCES,
+    length: int = LENGTH,
     seed: int = 0,
     maps: list[tuple[int, int]] | None = None,
     revision: str | None = None,

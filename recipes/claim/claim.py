@@ -11,10 +11,11 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "evidence"))
-from design import NAME, count_seeds
+from design import NAME, choose_seeds, count_seeds
 from evidence_rows import average_seeds, format_interval
 from rule import COMPARISONS, FEW_LAZY, LAZY_SHARE, UNDECIDED, conclude
 
+from inheritune.analysis.thresholds import LENGTH, SEQUENCES, is_measured_as_usual
 from inheritune.cli.scripts import run_script
 from inheritune.config.experiment import Experiment, load_experiment
 from inheritune.config.values import ARGUMENTS
@@ -50,8 +51,8 @@ def print_missing(seed: int) -> None:
 def collect_seed(experiment: Experiment, seed: int) -> dict | None:
     """Return {seed, cells: {run: its loss}, near_lazy} of a seed; None if it lacks a run.
 
-    near_lazy: how many layers of the reference are near rank 1, None if that was not measured. Raises
-    UserError if a folder holds another run than the experiment describes."""
+    near_lazy: how many layers of the reference are near rank 1, None if that was not measured, or not on as
+    much text as the paper's. Raises UserError if a folder holds another run than the experiment describes."""
     cells: dict[str, Cell] = {}
     for row in experiment.paper:
         folder = find_folder(experiment, Row(label=row.label, run=f"{NAME}/{row.run}"), seed)
@@ -59,7 +60,16 @@ def collect_seed(experiment: Experiment, seed: int) -> dict | None:
             return None
         cells[row.run] = measure_cell(folder.read_results(), "validation")
     rows = RunDir.of(experiment, "reference", seed).read_attention()
-    return {"seed": seed, "cells": cells, "near_lazy": len(rows[-1]["near_lazy_layers"]) if rows else None}
+    is_measured = is_measured_as_usual(rows)
+    near_lazy = len(rows[-1]["near_lazy_layers"]) if is_measured else None
+    return {"seed": seed, "cells": cells, "near_lazy": near_lazy}
+
+
+def list_left_out(experiment: Experiment, numbers: list[int]) -> list[int]:
+    """Return the seeds that are finished, and not among `numbers`."""
+    folders = RunDir.of(experiment, "inheritune", 0).path.parent.parent.glob("seed*")
+    seeds = sorted(int(name) for folder in folders if (name := folder.name.removeprefix("seed")).isdecimal())
+    return [seed for seed in seeds if seed not in numbers and collect_seed(experiment, seed)]
 
 
 def compare_seeds(seeds: list[dict]) -> list[dict]:
@@ -77,7 +87,10 @@ def describe_lazy(experiment: Experiment, seeds: list[dict]) -> str:
     """Return how many layers of the references are near rank 1, and what that means for the outcome."""
     counts = [seed["near_lazy"] for seed in seeds]
     if None in counts:
-        return "Whether the references have lazy layers was not measured in every seed."
+        return (
+            f"Whether the references have lazy layers was not measured in every seed on {SEQUENCES} "
+            f"sequences of {LENGTH} tokens."
+        )
     layers = experiment.model.layers
     text = f"Layers of the references near rank 1: {', '.join(map(str, counts))} of {layers}."
     return text if min(counts) >= LAZY_SHARE * layers else f"{text} {FEW_LAZY}"
@@ -108,14 +121,20 @@ def judge(numbers: list[int]) -> None:
     compared = compare_seeds(seeds)
     asked, meaning = conclude([one["verdict"] for one in compared])
     meaning = meaning if len(seeds) > 1 else "Not decided: an interval over seeds takes two seeds or more."
-    if len(seeds) < len(numbers):
-        meaning = f"So far, with {len(seeds)} of {len(numbers)} seeds, which is no verdict: {meaning}"
+    wanted = len(numbers) if experiment.rehearsal else max(len(numbers), choose_seeds())
+    if len(seeds) < wanted:
+        meaning = f"So far, with {len(seeds)} of {wanted} seeds, which is no verdict: {meaning}"
     notes = [f"**{meaning}**", describe_lazy(experiment, seeds)]
     if len(seeds) > 1 and asked[-1] == UNDECIDED:
         notes.append(describe_more(compared[len(asked) - 1]))
     if lacking := [str(number) for number, seed in found.items() if not seed]:
         notes.append(
             f"Not finished, and not counted: seeds {', '.join(lacking)}. The rule is for all of them."
+        )
+    if left_out := list_left_out(experiment, numbers):
+        notes.append(
+            f"Finished, and left out of this table: seeds {', '.join(map(str, left_out))}. A verdict over "
+            f"chosen seeds is none."
         )
     title = f"{'REHEARSAL, not a result. ' if experiment.rehearsal else ''}{experiment.about}"
     rows = [_make_row(one, place < len(asked)) for place, one in enumerate(compared)]

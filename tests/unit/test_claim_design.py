@@ -134,7 +134,7 @@ def test_what_is_not_decided_and_what_is_missing_is_said(capsys):
     claim.main("judge", "0", "1")
     printed = capsys.readouterr().out
     assert (
-        "So far, with 1 of 2 seeds, which is no verdict: Not decided: an interval over seeds takes" in printed
+        "So far, with 1 of 6 seeds, which is no verdict: Not decided: an interval over seeds takes" in printed
     )
     assert "Not finished, and not counted: seeds 1." in printed and "nothing about these" in printed
     finish_seed(1, 3.0, 3.1, 2.9, 3.2)
@@ -142,10 +142,42 @@ def test_what_is_not_decided_and_what_is_missing_is_said(capsys):
     printed = capsys.readouterr().out
     needed = design.count_seeds(abs(0.01 - 0.05), float(np.std([-0.1, 0.2], ddof=1)))
     assert f"as measured here, takes {needed} seeds" in printed
-    assert "Not finished" not in printed and "So far" not in printed
+    assert "Not finished" not in printed and "So far, with 2 of 6 seeds" in printed
     finish_seed(1, 3.0, 3.1, 2.9, 3.2, data_fingerprint="other")
     with pytest.raises(UserError, match="mixes what does not compare"):
         claim.main("judge", "0", "1")
+
+
+def test_a_verdict_over_chosen_seeds_says_so(capsys):
+    """Six are the rule's, and the one that was left out is named."""
+    for seed in range(7):
+        finish_seed(seed, 3.0 + 0.001 * seed, 3.1, 2.99 + 0.001 * seed, 2.95 if seed != 3 else 3.5)
+    claim.main("judge", "0", "1", "2", "4", "5", "6")
+    printed = capsys.readouterr().out
+    assert "**The claim holds in full" in printed and "So far" not in printed
+    assert "Finished, and left out of this table: seeds 3. A verdict over chosen seeds is none." in printed
+    claim.main("judge", *"0123456")
+    printed = capsys.readouterr().out
+    assert "left out" not in printed and "The claim holds in full" not in printed
+
+
+def test_ranks_of_other_lengths_are_not_counted(capsys):
+    """They are to be measured, and until then the outcome says nothing of lazy layers."""
+    for seed in range(2):
+        finish_seed(seed, 3.0, 3.1, 2.9, 2.9, lazy=3)
+    claim.main("judge", "0", "1")
+    assert "near rank 1: 3, 3 of 12." in capsys.readouterr().out
+    attention = RunDir.of(load_experiment(design.NAME), "reference", 1).attention
+    rows = [json.loads(line) for line in attention.read_text().splitlines()]
+    rows[0] |= {"sequences": 1, "length": 2}
+    write_text(attention, "".join(json.dumps(row) + "\n" for row in rows))
+    claim.main("judge", "0", "1")
+    printed = capsys.readouterr().out
+    assert "near rank 1" not in printed and "not measured in every seed on 100 sequences of 100" in printed
+    claim.main("missing", "0")
+    assert "analyze" not in capsys.readouterr().out
+    claim.main("missing", "1")
+    assert f"analyze {design.NAME} reference" in capsys.readouterr().out
 
 
 def test_wrong_words_are_refused():
