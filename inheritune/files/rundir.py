@@ -343,14 +343,23 @@ def find_weights(experiment: Experiment, name: str, seed: int = 0) -> Path | Non
 def require_weights(experiment: Experiment, name: str, seed: int = 0) -> Path:
     """Return the weights called `name`, as `find_weights` does.
 
-    Raises UserError, with the command to run first, if the run or stage is not finished."""
+    Raises UserError, with the command to run first, if the run or stage is not finished, and for a stage or
+    step that a finished run does not have."""
+    run, stage, step = parse_weights_name(name)
+    root = RunDir.of(experiment, run, seed)
+    title = f"run '{run}' of {experiment.name} (seed {seed})"
     if (weights := find_weights(experiment, name, seed)) is None:
-        run, *_ = parse_weights_name(name)
+        if root.is_done():
+            stages = ", ".join(map(str, root.stages())) or "none"
+            raise UserError(f"{title} is finished and has no stage {stage}; its stages are {stages}")
         verb = "grow" if experiment.run(run).grow else "train"
         raise UserError(
             f"run '{name}' of {experiment.name} (seed {seed}) is not finished; first: "
             f"python -m inheritune {verb} {experiment.given} --run {run}{format_seed_flag(seed)}"
         )
+    if step and not weights.is_dir():
+        kept = ", ".join(map(str, sorted(experiment.run(run).keep_at))) or "no step"
+        raise UserError(f"{title} keeps no weights of step {step}; its keep_at has {kept}")
     return weights
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from inheritune.config.experiment import Experiment
 from inheritune.errors import UserError
 from inheritune.files.escape import escape_markdown
-from inheritune.files.json_files import read_jsonl
+from inheritune.files.json_files import read_json, read_jsonl
 from inheritune.files.rundir import RunDir
 from inheritune.paper.table_cells import measure_cell, refuse_mixture
 from inheritune.paper.training_costs import find_step_at_loss, read_validation_curve
@@ -148,6 +148,7 @@ def describe_outcome(experiment: Experiment, found: list[TableEntry]) -> str:
     decision = folder.chosen().path if folder.is_done() else grown[-1].folder.path
     chosen = next(entry for entry in grown if entry.folder.path == decision)
     gap, margin = chosen.results.get("difference"), growths[grower].margin
+    ended_by = read_json(folder.done)["margin"] if folder.is_done() else margin
     mark = "REHEARSAL, not a result. " if experiment.rehearsal else ""
     size = f"{chosen.results['layers']} of the reference's {found[0].results['layers']} layers"
     if gap is None:
@@ -155,9 +156,11 @@ def describe_outcome(experiment: Experiment, found: list[TableEntry]) -> str:
     reached = "reaches" if gap["high"] <= margin else "does not reach"
     method = "gradual stacking" if growths[grower].from_ == "middle" else "Inheritune"
     text = (
-        f"{mark}With {size}, {method} {reached} the reference's validation loss: {gap['mean']:+.4f} nats "
-        f"({gap['low']:+.4f} to {gap['high']:+.4f})"
+        f"{mark}With {size}, {method} {reached} the reference's validation loss by the margin of {margin:g} "
+        f"nats: {gap['mean']:+.4f} nats ({gap['low']:+.4f} to {gap['high']:+.4f})"
     )
+    if ended_by != margin:
+        text += f", at the stage where growth ended by a margin of {ended_by:g}"
     for entry in found[1:]:
         if _is_control(experiment, entry.results["run"]):
             text += _compare_control(entry, chosen, margin)
@@ -190,5 +193,5 @@ def _compare_control(entry: TableEntry, chosen: TableEntry, margin: float) -> st
     shape = f"{entry.results['layers']} layers, {entry.results['steps']} steps"
     text = f"; the {escape_markdown(entry.label)} ({shape}) ends {describe_gap(gap)} it"
     if entry.results.get("difference", {"high": margin + 1})["high"] <= margin:
-        text += " and reaches the reference's loss too"
+        text += " and reaches the reference's loss by that margin too"
     return text

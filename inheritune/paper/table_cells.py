@@ -120,9 +120,9 @@ def average_noises(noises: Sequence[float | None]) -> float | None:
 def measure_cell(results: dict, metric: str) -> Cell:
     """Return our side of a cell from a results.json; an empty cell if the metric is missing."""
     if metric == "validation" and "validation" in results:
-        loss, data = results["validation"], f"the data {results['data_fingerprint']}"
+        loss = results["validation"]
         noise = (loss["high"] - loss["low"]) / 2 / Z95
-        return Cell(ours=loss["mean"], noise=noise, ours_n=loss["n"], measured=data)
+        return Cell(ours=loss["mean"], noise=noise, ours_n=loss["n"], measured=_describe_losses(results))
     found = find_score(results, metric) if metric.startswith("tasks.") else None
     if not found:
         return Cell()
@@ -133,6 +133,12 @@ def measure_cell(results: dict, metric: str) -> Cell:
         ours_n=found["n"],
         measured=f"version {found['version']} of task {found['task']} with {found['shots']} examples",
     )
+
+
+def _describe_losses(results: dict) -> str:
+    """Return what two runs must share for their validation losses to compare."""
+    keys = [key for key in ("precision", "windows") if key in results]  # older versions recorded no windows
+    return ", ".join([f"the data {results['data_fingerprint']}", *(f"{key} {results[key]}" for key in keys)])
 
 
 def is_accuracy(metric: str) -> bool:
@@ -148,17 +154,18 @@ def is_higher_better(column: Column) -> bool:
 def refuse_mixture(column: str, table: str, cells: list[tuple[str, Cell]]) -> None:
     """Check that all cells of a column are comparable. `cells` are (label of the row, cell).
 
-    Raises UserError if two cells were measured on different data or with different versions of a task."""
-    measured: dict[str, str] = {}
-    for label, cell in cells:
-        if cell.measured:
-            measured.setdefault(cell.measured, label)
-    if len(measured) > 1:
-        (one, first), (two, second), *_ = measured.items()
-        raise UserError(
-            f"column '{column}' of {table} mixes what does not compare: '{first}' was measured with {one}, "
-            f"'{second}' with {two}; evaluate one of them again"
-        )
+    Raises UserError if two cells were measured on different data or windows, or with different versions of a
+    task."""
+    first, one = "", ""
+    for second, cell in cells:
+        two = cell.measured
+        if not one.startswith(two) and not two.startswith(one):
+            raise UserError(
+                f"column '{column}' of {table} mixes what does not compare: '{first}' was measured with "
+                f"{one}, '{second}' with {two}; give both the same settings and evaluate one of them again"
+            )
+        if len(two) > len(one):
+            first, one = second, two
 
 
 def average_cells(cells: list[Cell]) -> Cell:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import experiment_dict, refused, run_verb, write_experiment, write_tokens
 
 from inheritune.config import names
@@ -189,6 +190,29 @@ def test_a_difference_to_another_run_than_the_tables_reference_names_it(again):
     assert f"| to other: {gap['mean']:+.4f} (" in row
     (row,) = [line for line in table.splitlines() if line.startswith("| other")]
     assert "to other" not in row and "to reference" not in row
+
+
+def test_weights_that_a_finished_run_does_not_have_are_told(again):
+    path = again()
+    said = refused("evaluate", path, "--run", "grown/stage9", "--tasks", "none")
+    assert "'grown' of small (seed 0) is finished and has no stage 9; its stages are 1, 2" in said
+    for name, kept in (("other@7", "no step"), ("reference@7", "3")):
+        said = refused("evaluate", path, "--run", name, "--tasks", "none")
+        assert "keeps no weights of step 7" in said and said.strip().endswith(f"its keep_at has {kept}")
+
+
+def test_rows_on_other_windows_share_no_table(again):
+    """Also those that are compared with nothing."""
+    fewer = {"init": "random", "layers": 2, "train": {"final_windows": 8}}
+    path = again(runs={"fewer": fewer})
+    raw = yaml.safe_load(Path(path).read_text())
+    raw["paper"].append({"run": "fewer", "label": "fewer"})
+    Path(path).write_text(yaml.safe_dump(raw))
+    run_verb("train", path, "--run", "fewer")
+    for verb in ("table", "report"):
+        said = refused(verb, path)
+        assert "'reference' was measured with" in said and "windows 16 of 32 tokens" in said
+        assert "'fewer' with" in said and "windows 8 of 32 tokens" in said and "the same settings" in said
 
 
 def test_a_run_that_was_copied_is_not_shown_as_another(again):

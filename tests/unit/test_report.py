@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import yaml
 from conftest import REPOSITORY, experiment_dict, write_experiment
 from made_up_runs import (
     RUNS,
@@ -118,12 +119,25 @@ def test_the_table_has_the_runs_numbers_and_says_what_is_missing(made):
     assert grown[6:] == ["-0.0200(-0.0240 to -0.0160)", "6", "100", "1.50e+15"]
     assert page.row("never run")[1] == "not run"
     words = " ".join(page.words.split())
-    assert "With 2 of the reference's 4 layers, Inheritune reaches the reference's validation loss" in words
+    assert (
+        "With 2 of the reference's 4 layers, Inheritune reaches the reference's validation loss by the "
+        "margin of 0.01 nats: -0.0200 nats" in words
+    )
     assert "never run: not run." in words
     assert f"{LABELS['random']}: not compared with the reference; noise unknown." in words
     assert "Growth of grown ended early; not run: stage 2: 3 layers; stage 3: 4 layers." in words
     assert "The growth ended at 2 layers, before its last stage (4 layers)" in words
     assert "One seed." in words and "REHEARSAL" not in words
+
+
+def test_a_margin_that_was_changed_after_the_growth_is_named(made):
+    path = Path(made[0])
+    raw = yaml.safe_load(path.read_text())
+    raw["runs"]["grown"]["grow"]["margin"] = -0.5
+    path.write_text(yaml.safe_dump(raw))
+    words = " ".join(read(report(str(path))).words.split())
+    assert "does not reach the reference's validation loss by the margin of -0.5 nats: -0.0200" in words
+    assert "-0.0160), at the stage where growth ended by a margin of 0.01" in words
 
 
 def test_the_charts_hold_the_records_points(made):
