@@ -6,7 +6,8 @@
 # Several clusters or partitions: SITE=name reads slurm/sites/name.sh first, whose values go before those of this file.
 if [ -n "${SITE:-}" ]; then
   _site_folder=$(cd "$(dirname "${BASH_SOURCE[0]:-$0}")" && pwd)/sites
-  if [ ! -f "$_site_folder/$SITE.sh" ]; then
+  # a path could lead back to this file
+  if [ "${SITE#*/}" != "$SITE" ] || [ ! -f "$_site_folder/$SITE.sh" ]; then
     echo "inheritune: SITE=$SITE names no file of $_site_folder ($(cd "$_site_folder" && echo *.sh)); copy example.sh to $SITE.sh there" >&2
     return 2
   fi

@@ -86,6 +86,7 @@ def make_submission(
 
     `n_runs` is the number of tasks of an array over runs, `array` other tasks than all of them. Raises
     UserError for a shape that cannot be had or would fail."""
+    site.check()
     rehearsal = is_rehearsal(request, environment)
     shape = make_shape(request, site, environment, rehearsal, n_runs)
     shape = replace(shape, array=array or read_option(request.options, "--array", "-a") or shape.array)

@@ -41,6 +41,23 @@ class Site:
             raise UserError(f"SITE_{name} must be a whole number (got '{text}'); change it in slurm/site.sh")
         return int(text)
 
+    def check(self) -> None:
+        """Raise UserError for a value that sbatch would refuse, or take for something else: a memory without
+        unit is in MB there."""
+        memory, time = self.get("MEM_PER_GPU"), self.get("TIME")
+        if memory and not re.fullmatch(r"[1-9][0-9]*[KMGT]", memory, re.IGNORECASE):
+            raise UserError(
+                f"SITE_MEM_PER_GPU takes a whole number with its unit, as in 60G (got '{memory}'); change it "
+                f"in slurm/site.sh"
+            )
+        is_endless = time.upper() in ("UNLIMITED", "INFINITE")
+        if time and not is_endless and not read_minutes(time):
+            raise UserError(
+                f"SITE_TIME takes minutes, hours:minutes:seconds or days-hours (got '{time}'); change it in "
+                f"slurm/site.sh"
+            )
+        self.count("CPUS_PER_GPU")
+
     @property
     def root(self) -> str:
         return self.values.get("INHERITUNE_ROOT") or str(REPOSITORY)

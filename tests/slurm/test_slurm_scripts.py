@@ -131,6 +131,7 @@ def test_site_file_serves_a_login_shell(slurm):  # noqa: F811
     profile = f"source {REPOSITORY}/slurm/site.sh; env"
     assert "SBATCH_PARTITION=gpu\n" in slurm.run("bash", "-c", profile, SITE="example")
     assert "SITE=nosuch names no file" in slurm.run("bash", "-c", profile, SITE="nosuch")
+    assert "SITE=../site names no file" in slurm.run("bash", "-c", profile, SITE="../site")  # itself
 
 
 def test_site_file_finds_the_partition_with_gpus(tmp_path):
