@@ -174,11 +174,14 @@ def find_model(record: dict, run: str, stage: int | None = None) -> dict | None:
 def merge_records(earlier: dict, now: dict) -> dict:
     """Return `now` with the runs of an earlier record of that seed that were not trained this time.
 
-    They are added if text and experiment are the same and the reference came out with the same bits. This
-    joins sittings on machines that share no disk."""
+    They are added if text and experiment are the same and the reference came out with the same bits: each
+    point of its curve and its interval over windows are equal in all digits. (`weights` also covers config
+    and tokenizer, which another version may write otherwise.) This joins sittings on machines that share no
+    disk."""
     ours, theirs = find_model(now, "reference"), find_model(earlier, "reference")
     alike = (earlier["key"], earlier["text"]) == (now["key"], now["text"])
-    if not (alike and ours and theirs and ours["weights"] == theirs.get("weights")):
+    measured = ("loss", "curve", "parameters", "steps")
+    if not (alike and ours and theirs and all(ours[key] == theirs.get(key) for key in measured)):
         return now
     trained = {model["run"] for model in now["models"]}
     kept = [model for model in earlier["models"] if model["run"] not in trained]

@@ -242,7 +242,6 @@ def test_runs_of_an_earlier_sitting_stay_beside_the_same_reference(summary):
     before, now = made_up(11, reference=3.0, random=3.2, grown__1=3.1), made_up(11, reference=3.0, random=3.3)
     for record in (before, now):
         record |= {"key": "a", "text": "b", "made_by": [{"commit": len(record["models"])}]}
-        record["models"] = [model | {"weights": model["run"]} for model in record["models"]]
     before["growth"] = {"grown": {"stage": 1}}
     both = summary.merge_records(before, now)
     assert [(m["run"], m["loss"]["mean"]) for m in both["models"]] == [
@@ -253,7 +252,7 @@ def test_runs_of_an_earlier_sitting_stay_beside_the_same_reference(summary):
     assert both["growth"] == before["growth"] and len(both["made_by"]) == 2
     for key in ("key", "text"):
         assert summary.merge_records(before | {key: "other"}, now) == now
-    before["models"][0]["weights"] = "other bits"
+    before["models"][0]["curve"][1][1] = 3.0000000000000004
     assert summary.merge_records(before, now) == now
 
 
