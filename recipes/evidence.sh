@@ -65,6 +65,7 @@ one() {
 }
 export -f limited one
 
+python recipes/evidence/summary.py check "$EXPERIMENT" "$ARMS"
 limited prepare "$EXPERIMENT"
 over() { [ "$END" != 0 ] && [ "$(date +%s)" -ge "$END" ]; }
 before='' listed=''

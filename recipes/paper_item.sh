@@ -8,7 +8,9 @@
 #   SEED=0 PROCS=2   seed of the runs; processes (ranks) to train with (on a single GPU 1)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[ $# -gt 0 ] || { echo "usage: bash recipes/paper_item.sh ITEM ..." >&2 && exit 2; }
+for item in "${@:--}"; do
+  case $item in -*) sed -n '2,8p' recipes/paper_item.sh >&2 && exit 2 ;; esac
+done
 SEED=${SEED:-0}
 [ "${REHEARSE:-0}" = 0 ] || export DS_ACCELERATOR=cpu
 

@@ -192,4 +192,6 @@ def main(target: Path = GOLDEN) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:2]))
+    if len(sys.argv) > 2 or any(word.startswith("-") for word in sys.argv[1:]):
+        raise SystemExit(f"usage: python tools/golden.py [FILE]\n\n{__doc__}")
+    main(*map(Path, sys.argv[1:]))

@@ -18,7 +18,8 @@ FILE = RECIPES / "README.md"
 
 def items_of(script: Path) -> list[Item]:
     """Return the items that the last line of a script names."""
-    names = script.read_text(encoding="utf-8").splitlines()[-1].partition('paper_item.sh" ')[2].split()
+    last = script.read_text(encoding="utf-8").splitlines()[-1]
+    names = last.partition('paper_item.sh" ')[2].removesuffix(' "$@"').split()
     return [load_item(name) for name in names]
 
 

@@ -276,15 +276,16 @@ class Verbs:
 
         print("\n".join(str(path) for path in figure(item, seed, rehearse)))
 
-    def report(self, item: str, seed: int = 0, rehearse: bool | None = None) -> None:
+    def report(self, item: str, seed: int = 0, rehearse: bool | None = None, out: str | None = None) -> None:
         """Write one HTML page of an experiment, or of a table or figure of the paper (table5).
 
         It opens from disk and needs no network: the verdict, the table, curves to zoom into, growth, rank,
         mass and cost per layer, what ran where. Numbers lead to the files that they were read from.
-        ITEM can also be the folder of the evidence: recipes/evidence/cpu."""
+        ITEM can also be the folder of the evidence: recipes/evidence/cpu. --out FILE.html writes the page
+        elsewhere, with links from there."""
         from inheritune.paper.report import report
 
-        print(report(item, seed, rehearse))
+        print(report(item, seed, rehearse, out))
 
     def export(self, folder: str, to: str, dtype: str | None = None) -> None:
         """Write a finished run (its FOLDER) as a portable checkpoint with tokenizer and model card.

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from inheritune.config.experiment import load_experiment
 from inheritune.config.paths import REPOSITORY
+from inheritune.errors import UserError
+from inheritune.files.outputs import check_new_file, resolve_output
 from inheritune.files.rundir import RunDir
 from inheritune.paper.items import list_items, load_experiments, load_item
 from inheritune.paper.report_evidence import build_evidence_page, is_evidence
@@ -18,21 +20,35 @@ from inheritune.paper.table_files import locate_results
 NAME = "report.html"
 
 
-def report(item: str, seed: int = 0, rehearse: bool | None = None) -> Path:
+MARK = '<meta name="generator" content="inheritune report">'
+"""What tells a report from other pages."""
+
+
+def report(item: str, seed: int = 0, rehearse: bool | None = None, out: str | None = None) -> Path:
     """Write the report of `item` and return its path.
 
     ITEM is an experiment (the page is written into the seed's folder), a table or figure of the paper (next
-    to the paper's tables) or the folder of the evidence's results (into it).
+    to the paper's tables) or the folder of the evidence's results (into it). `out` is another file.
 
-    Raises UserError if nothing has begun, a file is damaged, or plotly is not installed."""
+    Raises UserError if nothing has begun, a file is damaged, or plotly is not installed, and for an `out`
+    that is something else than a report."""
+    given = _check_out(out) if out else None
     if item in list_items():
         small = any(one.rehearsal for one in load_experiments(load_item(item), rehearse).values())
-        return write_page(
-            build_paper_page(item, seed, rehearse), locate_results(small, seed) / f"{item}.html"
-        )
+        path = locate_results(small, seed) / f"{item}.html"
+        return write_page(build_paper_page(item, seed, rehearse), given or path)
     for folder in (Path(item), REPOSITORY / item):
         if is_evidence(folder):
-            return write_page(build_evidence_page(folder), folder / NAME)
+            return write_page(build_evidence_page(folder), given or folder / NAME)
     experiment = load_experiment(item, rehearse)
     path = RunDir.of(experiment, NAME, seed).path
-    return write_page(build_experiment_page(experiment, seed), path)
+    return write_page(build_experiment_page(experiment, seed), given or path)
+
+
+def _check_out(out: str) -> Path:
+    """Return the file to write. Raises UserError if it cannot be written, or is no report."""
+    path = resolve_output(out)
+    check_new_file(path)
+    if path.exists() and MARK not in path.read_bytes()[:2000].decode(errors="replace"):
+        raise UserError(f"{path} is there and is no report; give another file, or delete it")
+    return path

@@ -205,11 +205,16 @@ def summarize(experiment: Experiment, path: str, seeds: list[int]) -> None:
 
 
 def main(verb: str = "", path: str = "", *rest: str) -> None:
-    """Run `missing` or `summary`. Raises UserError for another verb and for seeds that are no numbers."""
-    arms, seeds = (rest[:1], rest[1:]) if verb == "missing" else ((), rest)
-    if verb not in ("missing", "summary") or not path or (verb == "missing" and not arms):
+    """Run `missing` or `summary`. Raises UserError for another verb and for seeds that are no numbers.
+
+    `check` raises what `missing` does for unknown arms, without prepared text."""
+    arms, seeds = (rest[:1], rest[1:]) if verb in ("check", "missing") else ((), rest)
+    if verb not in ("check", "missing", "summary") or not path or (verb != "summary" and not arms):
         raise UserError("summary.py takes missing EXPERIMENT ARMS SEED ... or summary EXPERIMENT SEED ...")
     experiment = load_experiment(path)
+    if verb == "check":
+        select_runs(experiment, arms[0])
+        return
     numbers = [read_variable("SEED", seed) for seed in seeds]
     if verb == "missing":
         print("\n".join(list_missing(experiment, path, arms[0], numbers)))

@@ -197,6 +197,11 @@ def test_wrong_settings_are_told_the_right_ones(wrong):
     assert done.returncode == 2 and "ARMS=core" in done.stderr and not done.stdout
 
 
+def test_an_unknown_arm_is_told_before_the_text_is_prepared(tmp_path):
+    done = evidence(ARMS="stackin window_4", INHERITUNE_ROOT=tmp_path)
+    assert done.returncode == 2 and "did you mean 'stacking'" in done.stderr and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "words, said",
     [

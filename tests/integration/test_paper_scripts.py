@@ -57,6 +57,7 @@ def check_drawn(script: str) -> None:
         .read_text()
         .splitlines()[-1]
         .partition('paper_item.sh" ')[2]
+        .removesuffix(' "$@"')
         .split()
     ):
         item = load_item(name)

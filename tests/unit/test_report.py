@@ -130,6 +130,23 @@ def test_the_table_has_the_runs_numbers_and_says_what_is_missing(made):
     assert "One seed." in words and "REHEARSAL" not in words
 
 
+def test_a_report_goes_where_it_is_wanted(made, tmp_path):
+    """Over an older one, and over nothing else; links lead to the runs from there."""
+    out = tmp_path / "shared" / "page.html"
+    for _ in range(2):
+        assert report(made[0], out=str(out)) == out
+    page = read(out)
+    assert page.row("reference") == read(report(made[0])).row("reference")
+    links = [unquote(href) for href in re.findall(r'href="([^"#:]+)"', out.read_text())]
+    assert links and all((out.parent / link).exists() for link in links)
+    other = tmp_path / "mine.html"
+    other.write_text("<p>mine")
+    for path in (other, tmp_path):
+        with pytest.raises(UserError, match="is no report|is a folder"):
+            report(made[0], out=str(path))
+    assert other.read_text() == "<p>mine"
+
+
 def test_a_margin_that_was_changed_after_the_growth_is_named(made):
     path = Path(made[0])
     raw = yaml.safe_load(path.read_text())

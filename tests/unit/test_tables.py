@@ -849,9 +849,18 @@ def test_scripts_are_sound_and_cover_every_item():
     named = []
     for script in SCRIPTS:
         text = script.read_text()
-        named += text.splitlines()[-1].partition('paper_item.sh" ')[2].split()
+        last = text.splitlines()[-1]
+        assert last.endswith(' "$@"'), script  # what is not understood is not ignored
+        named += last.partition('paper_item.sh" ')[2].removesuffix(' "$@"').split()
         assert f"recipes/{script.name}" in text, script
     assert sorted(named) == sorted(list_items())
+    done = subprocess.run(
+        ["bash", RECIPES / "table6_model_configs.sh", "--seed", "3"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and "SEED=0 PROCS=2" in done.stderr and not done.stdout
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", "--exclude=SC1091", *SCRIPTS, RECIPES / "paper_item.sh"], check=True)
 
