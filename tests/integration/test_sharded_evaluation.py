@@ -1,6 +1,7 @@
 """Models that are evaluated in shards (ZeRO 3): the losses and scores of whole copies, in less memory."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,19 @@ from test_zero3 import ZERO
 from tiny_models import config_of, random_model
 
 from inheritune.config.experiment import load_experiment
+from inheritune.config.sections import Model
 from inheritune.files.json_files import read_json
 from inheritune.files.rundir import RunDir
+from inheritune.models import networks
 from inheritune.models.sources import open_source
 
 pytestmark = pytest.mark.slow
 
 WINDOWS = 19
 """Three batches: of two ranks one has two of them, the other one."""
+
+SIZES = {"layers": 24, "width": 512, "heads": 4, "positions": 32, "vocab_size": 320}
+"""303 MB of weights, of which a block has 13 MB."""
 
 
 def write_json(folder: Path, stage: int) -> Path:
@@ -85,34 +91,40 @@ def test_scores_in_shards_are_those_of_whole_copies(tmp_path, checkpoint):  # no
 
 
 def test_no_rank_holds_a_whole_copy(tmp_path):
+    """By how much the memory of each of two ranks rises, in whole copies."""
     settings = json.loads(write_json(tmp_path, 3).read_text())
-    sizes = {"layers": 8, "width": 256, "heads": 4}
-    path = write_lone_run(tmp_path, settings, model=sizes)
-    run = RunDir.of(load_experiment(path), "reference")
-    run_verb("train", path, "--run", "reference")
-    source = open_source(str(run.final))
+    runs = {}
+    for name, layers in (("little", 1), ("large", SIZES["layers"])):
+        config = networks.build_config(Model(size="gpt2_tiny", **SIZES), layers)
+        random_model(config).save_pretrained(tmp_path / name)
+        runs[name] = {"init": {"external": {"source": str(tmp_path / name)}}}
+    raw = yaml.safe_load(Path(write_lone_run(tmp_path, settings, model=SIZES)).read_text())
+    path = write_experiment(tmp_path, raw | {"runs": raw["runs"] | runs})
+    source = open_source(str(tmp_path / "large"))
     whole = 4 * sum(torch.Size(source.shape(name)).numel() for name in source.names())
     worker = str(REPOSITORY / "tests/support/evaluate_worker.py")
     peaks = {}
     for stage in (1, 3):
-        launch_locally([worker, path, str(tmp_path), str(write_json(tmp_path, stage))], 2)
+        words = [path, str(tmp_path), str(write_json(tmp_path, stage)), *runs]
+        launch_locally([worker, *words], 2)
         peaks[stage] = [int((tmp_path / f"zero{stage}_{rank}").read_text()) / whole for rank in range(2)]
-    print(whole, peaks)
-    assert min(peaks[1]) >= 1.0 and max(peaks[3]) < 0.8
+    assert min(peaks[1]) >= 1.0 and max(peaks[3]) < 0.8, peaks
 
 
 def test_a_copy_that_does_not_fit_is_refused_with_the_way_out(tmp_path, small):
-    """Before anything is read: a file of a terabyte, of which no byte is stored."""
-    folder = tmp_path / "huge"
-    config = config_of("llama")
-    config.vocab_size, config.max_position_embeddings, config.hidden_size = 320, 64, 24
-    config.intermediate_size = 1 << 32  # 3 x 24 x 2^32 elements in each of the layers
-    folder.mkdir()
+    """Before anything is read: two terabytes, of which no byte is stored."""
+    config, folder = config_of("llama", layers=300), tmp_path / "huge"
+    config.vocab_size, config.max_position_embeddings = 320, 64
+    config.hidden_size, config.intermediate_size, config.head_dim = 4096, 1 << 17, 1024
     config.save_pretrained(folder)
     write_sparse(folder / "model.safetensors", config)
-    said = refused("evaluate", small, "--model", folder, "--tasks", "none")
-    assert f"{folder} takes " in said and "as a whole fp32 copy on each rank" in said
-    assert "no number of ranks is enough" in said or "give --ds ds_configs/zero3.json" in said
+    command = ("evaluate", small, "--model", folder, "--tasks", "none")
+    said, sharded = refused(*command), refused(*command, "--ds", "ds_configs/zero3.json")
+    assert f"{folder} takes 1," in said and "GB as a whole fp32 copy on each rank, which has " in said
+    assert "give --ds ds_configs/zero3.json, which divides it over the ranks, and start " in said
+    assert "GB in shards on each rank" in sharded and "; start " in sharded
+    number = r"start (\d+) or more ranks with as much free memory each$"
+    assert re.findall(number, said) == re.findall(number, sharded) != []
 
 
 def write_sparse(path: Path, config) -> None:
