@@ -3,6 +3,7 @@
 Shards are ZeRO 3's: each forward gathers the weights of one layer after the other.
 """
 
+import gc
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,8 +82,11 @@ def check_room(source: Source, zero: dict | None, precision: str, length: int) -
 def _find_rooms() -> tuple[list[float], list[float]]:
     """Return, for each rank, the free bytes of (its device, its part of the host). Of the CPU both are the
     same."""
-    host, device = float(find_available_memory()), dist.get_device()
-    free = float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
+    gc.collect()  # the model that was measured before
+    host, device, free = float(find_available_memory()), dist.get_device(), None
+    if device.type == "cuda":  # torch reuses what it has reserved
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = float(torch.cuda.mem_get_info(device)[0] + unused)
     found = dist.gather_objects((socket.gethostname(), host, free))
     names = [name for name, _, _ in found]
     hosts = [own / names.count(name) for name, own, _ in found]
