@@ -38,7 +38,7 @@ def write_json(folder: Path, stage: int) -> Path:
 
 
 def write_llama(folder: Path) -> Path:
-    """A third party's Llama in two forms of norm and head that GPT-2 has not."""
+    """A third party's Llama whose head is not tied."""
     config = config_of("llama")
     config.vocab_size, config.max_position_embeddings = 320, 64
     random_model(config).save_pretrained(folder)
@@ -72,7 +72,6 @@ def test_losses_in_shards_are_those_of_whole_copies(tmp_path, precision):
         assert len(first) == (WINDOWS if name in folders else len(losses["own"][0]))
         for other in others:
             torch.testing.assert_close(torch.tensor(other), torch.tensor(first), rtol=0, atol=1e-6, msg=name)
-        print(precision, name, [other == first for other in others])
     run_verb("evaluate", path, "--run", "llama", procs=2)  # by the experiment's JSON
     assert read_json(runs["llama"].results)["window_losses"] == losses["llama"][3]
 
