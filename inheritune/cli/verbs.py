@@ -244,16 +244,19 @@ class Verbs:
         procs: int = 1,
         rehearse: bool | None = None,
         allow_task_code: bool | None = None,
+        ds: str | None = None,
     ) -> None:
         """Measure validation loss and lm-eval scores of a finished run, or of any checkpoint (--model).
 
         --run A,B/stage2,C@10000 measures several: runs, a stage of a grown one, weights kept at a step.
         --tasks a,b takes only these of the experiment's tasks, --tasks none only the loss. Each task is saved
         when it is done, and the same command continues. --allow-task-code lets the experiment's task files
-        run the code that they name."""
+        run the code that they name.
+        --ds FILE at ZeRO 3 divides the model over the processes, for one that does not fit as a whole; the
+        experiment's JSON, if it is at ZeRO 3, does so where there are several. Else each loads a copy."""
         from inheritune.evaluation.evaluate import evaluate
 
-        evaluate(experiment, run, model, tasks, seed, out, rehearse, bool(allow_task_code))
+        evaluate(experiment, run, model, tasks, seed, out, rehearse, bool(allow_task_code), ds)
 
     def table(
         self, item: str, seed: int = 0, rehearse: bool | None = None, missing: bool | None = None

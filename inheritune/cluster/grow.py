@@ -172,6 +172,7 @@ def _run_action(
         verb += ["--tasks", "none"]
     if action.verb == "train":
         verb += ["--stage", str(action.stage)] if action.stage else []
+    if action.verb in ("train", "evaluate"):
         verb += ["--ds", ds] if ds else []
     verb += ["--rehearse"] if rehearsal else []
     print(f"$ python -m inheritune {' '.join(verb)}", flush=True)

@@ -65,6 +65,41 @@ def start_engine(
     return engine
 
 
+WEIGHT_KEYS = (
+    "offload_param",
+    "overlap_comm",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_module_granularity_threshold",
+    "stage3_param_persistence_threshold",
+    "stage3_prefetch_bucket_size",
+)
+"""Keys of zero_optimization that say where weights are and when they are gathered. The others are about
+training, or would change the weights (`zero_quantized_weights`)."""
+
+
+def start_frozen_engine(hf_config: Any, weights: Source, zero: dict) -> Any:
+    """Build the model of `hf_config` in fp32 and in shards, filled from `weights`, without an optimizer.
+
+    `zero` is the zero_optimization of a JSON at ZeRO 3. A forward of the engine's `module` computes the bits
+    of a whole copy's. No rank ever holds the whole model."""
+    import deepspeed
+
+    # DeepSpeed's own linear function, which saves memory in backward, adds the bias in a step of its own
+    own = {"stage": 3, "memory_efficient_linear": False}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {key: zero[key] for key in WEIGHT_KEYS if key in zero} | own,
+        "timers": {"throughput": {"enabled": False}},
+    }
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        model: Any = build_model(hf_config)
+    fill_parameters(model, weights, stage=3)
+    model.requires_grad_(False)  # autocast would keep a rounded copy of each trained weight
+    engine, *_ = deepspeed.initialize(model=model.eval(), config=config)
+    return engine
+
+
 def drop_secondary_copies(engine: Any) -> None:
     """Delete the copies of the weights that ZeRO 3 keeps inside a node (`zero_hpz_partition_size`). After
     loading a checkpoint they still hold the earlier weights, and DeepSpeed 0.19.8 would train on them. The

@@ -26,6 +26,7 @@ from inheritune.config.paths import resolve_path
 from inheritune.config.sections import Evaluate, Task
 from inheritune.data.tokenizer import PROBE
 from inheritune.errors import UserError, is_machine_limit, suggest_name, summarize_error
+from inheritune.evaluation.even_forwards import EvenForwards
 from inheritune.evaluation.taskcode import TASK_FILES, guard_templates, refuse_task_code
 from inheritune.files.hub import translate_hub_errors
 from inheritune.runtime import dist
@@ -236,11 +237,16 @@ def open_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def wrap_model(model: torch.nn.Module, tokenizer: Any, batch: int, precision: str) -> Any:
+def wrap_model(
+    model: torch.nn.Module, tokenizer: Any, batch: int, precision: str, sharded: bool = False
+) -> Any:
     """Return lm-eval's model around `model`, with the ranks of this launch.
 
-    On its own lm-eval would need a launch by accelerate, and would load the model again."""
+    On its own lm-eval would need a launch by accelerate, and would load the model again. The ranks have
+    different requests; of a `sharded` model they run as many forwards as the one that has most."""
     from lm_eval.models.huggingface import HFLM
+
+    forwards = EvenForwards(model) if sharded else None
 
     class WrappedModel(HFLM):
         @property
@@ -252,9 +258,13 @@ def wrap_model(model: torch.nn.Module, tokenizer: Any, batch: int, precision: st
             return dist.get_world_size()
 
         def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+            if forwards:
+                forwards.wait()
             return torch.tensor(dist.gather_objects(tensor.tolist())).flatten()
 
         def barrier(self) -> None:
+            if forwards:
+                forwards.wait()
             dist.barrier()
 
         def _loglikelihood_tokens(

@@ -1,4 +1,4 @@
-"""`evaluate`: measure a finished run, or any checkpoint, with one copy of the model on each rank.
+"""`evaluate`: measure a finished run, or any checkpoint.
 
 The validation loss is measured on the experiment's fixed windows; downstream.py scores the experiment's
 downstream tasks.
@@ -20,7 +20,7 @@ from inheritune.data.tokenizer_comparison import encode_with, has_same_ids
 from inheritune.data.tokenizer_files import TOKENIZER_FILES
 from inheritune.engines.deepspeed_json import resolve_precision
 from inheritune.errors import Stopped, UserError
-from inheritune.evaluation import downstream
+from inheritune.evaluation import downstream, loading
 from inheritune.evaluation.reference import describe_other_ids
 from inheritune.evaluation.taskcode import refuse_task_code
 from inheritune.files.json_files import read_json, write_json
@@ -34,7 +34,7 @@ from inheritune.files.rundir import (
     parse_weights_name,
     require_weights,
 )
-from inheritune.models.networks import build_model, count_parameters, list_saved_tensors
+from inheritune.models.networks import count_parameters
 from inheritune.models.sources import Source, open_source
 from inheritune.runs.changes import check_own_run, describe_change_since, find_changes_since, find_job
 from inheritune.runs.comparison import compare_with_reference, compute_interval
@@ -55,6 +55,7 @@ def evaluate(
     out: str | None = None,
     rehearse: bool | None = None,
     allow_task_code: bool = False,
+    ds: str | None = None,
 ) -> None:
     """Measure `run` of `experiment`, or the checkpoint `model` (a folder or Hub id).
 
@@ -64,7 +65,8 @@ def evaluate(
 
     The experiment's downstream `tasks` ('a,b'; default all; 'none') are added one by one as each is scored. A
     task that already has a score for these weights is not scored again. Code that task files name is run only
-    with `allow_task_code`.
+    with `allow_task_code`. With a DeepSpeed JSON `ds` at ZeRO 3 the model is divided over the ranks
+    (loading.choose_shards).
 
     Raises UserError, before any work, for an `out` that is given with a run or holds anything but results of
     `model`."""
@@ -84,7 +86,7 @@ def evaluate(
     elif model is not None:
         found.append((None, *_open_checkpoint(model, out)))
     for job, source, target in found:
-        measure_checkpoint(loaded, chosen, job, source, target, allow_task_code)
+        measure_checkpoint(loaded, chosen, job, source, target, allow_task_code, ds)
 
 
 def _open_checkpoint(model: str, out: str | None) -> tuple[Source, Path | None]:
@@ -160,6 +162,7 @@ def measure_checkpoint(
     source: Source,
     target: Path | None,
     allow_code: bool = False,
+    ds: str | None = None,
 ) -> None:
     """Measure the validation loss and the `chosen` tasks of `source`, and write them to `target`.
 
@@ -172,6 +175,9 @@ def measure_checkpoint(
             logger.info("%s: %s", run_dir.path, note)
     tokens, foreign = Tokens.of(loaded, "val"), job is None or job.run.init.external is not None
     # All that can be refused comes before the work.
+    train = resolve_precision(loaded.train_of(job.run) if job else loaded.train, dist.get_device())
+    zero = loading.choose_shards(ds, train)
+    loading.check_room(source, zero, train.precision, loaded.data.sequence_length)
     if target:
         check_new_file(target)
     benchmarks = downstream.load_tasks(chosen, loaded.evaluate.task_files, allow_code)
@@ -189,23 +195,23 @@ def measure_checkpoint(
     has_ids = not (foreign and tokenizer) or has_same_ids(encode_with(tokenizer), tokens, loaded.data)
     if job and not has_ids and loaded.is_reference(job.name):
         raise UserError(describe_other_ids(loaded, job.name, source.origin))
-    train = resolve_precision(loaded.train_of(job.run) if job else loaded.train, dist.get_device())
     results.update(experiment=loaded.name, rehearsal=loaded.rehearsal, precision=train.precision)
     results.update(layers=source.config.num_hidden_layers, parameters=count_parameters(source.config))
-    network = load_weights(source)
-    if has_ids:
-        _measure_losses(network, loaded, job, source, tokens, train, results)
-    else:
-        logger.info(
-            "no validation loss: the tokenizer of %s is not that of the experiment's data", source.origin
-        )
-    if target:
-        dist.run_on_rank0(merge_results, target, results, identity)
-    if missing:
-        model = downstream.wrap_model(network, tokenizer, loaded.evaluate.batch, train.precision)
-        settings = {"precision": train.precision, "checkpoint": identity}
-        unscored = {name: chosen[name] for name in missing}
-        _score_tasks(model, unscored, benchmarks, settings, results, target)
+    with loading.load_model(source, zero) as network:
+        if has_ids:
+            _measure_losses(network, loaded, job, source, tokens, train, results)
+        else:
+            logger.info(
+                "no validation loss: the tokenizer of %s is not that of the experiment's data", source.origin
+            )
+        if target:
+            dist.run_on_rank0(merge_results, target, results, identity)
+        if missing:
+            batch, precision = loaded.evaluate.batch, train.precision
+            model = downstream.wrap_model(network, tokenizer, batch, precision, zero is not None)
+            settings = {"precision": precision, "checkpoint": identity}
+            unscored = {name: chosen[name] for name in missing}
+            _score_tasks(model, unscored, benchmarks, settings, results, target)
 
 
 def _read_earlier_results(job: Job | None, source: Source, target: Path | None) -> dict[str, Any]:
@@ -328,17 +334,6 @@ def _score_tasks(
             dt = time.monotonic() - start_time
             line = downstream.describe_scores(name, row, task)
             logger.info("%s (%d of %d, %.0f s)", line, number + 1, len(unscored), dt)
-
-
-def load_weights(source: Source) -> torch.nn.Module:
-    """Return the model of a checkpoint in fp32 and in evaluation mode, one copy on each rank's device.
-
-    Raises UserError for a weight that is nan or inf."""
-    model = build_model(source.config)
-    with torch.no_grad():
-        for name, tensor in list_saved_tensors(model).items():
-            tensor.copy_(source.finite_tensor(name))
-    return model.eval().to(dist.get_device())
 
 
 def compute_losses(

@@ -7,8 +7,12 @@ compares the two. A model described by `from` is counted there.
 
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 from inheritune.config.sections import Model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FORWARD_SHARE = 1 / 3
 """Of a training step's FLOPs those of its forward pass, which is all that a teacher computes."""
@@ -54,9 +58,15 @@ def list_parameters(model: Model, layers: int) -> list[Parameter]:
 @cache
 def _list_built_parameters(model: Model, layers: int) -> list[Parameter]:
     """Return `list_parameters` of a model whose shape is another model's, as transformers builds it."""
-    from inheritune.models.networks import build_config, build_meta_model, find_linear_weights
+    from inheritune.models.networks import build_config, build_meta_model
 
-    network = build_meta_model(build_config(model, layers))
+    return list_network_parameters(build_meta_model(build_config(model, layers)))
+
+
+def list_network_parameters(network: "PreTrainedModel") -> list[Parameter]:
+    """Return the parameters of a model that transformers built, in the model's order; a tied head once."""
+    from inheritune.models.networks import find_linear_weights
+
     decayed = {id(weight) for weight in find_linear_weights(network).values()}
     return [Parameter(p.numel(), p.requires_grad, id(p) in decayed) for p in network.parameters()]
 

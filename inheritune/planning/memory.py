@@ -8,13 +8,14 @@ otherwise.
 from inheritune.config.sections import Model, Train
 from inheritune.engines.deepspeed_keys import saves_in_background
 from inheritune.engines.sizes import count_checkpoint_bytes, count_rank0_bytes
-from inheritune.models.sizes import EVAL_BATCH, LOSS_CHUNK, list_parameters
+from inheritune.models.sizes import EVAL_BATCH, LOSS_CHUNK, Parameter, list_parameters
 from inheritune.planning.activations import count_activations, get_element_sizes
 from inheritune.planning.states import (
     ZERO_DEFAULTS,
     HostStates,
     Setup,
     States,
+    count_sharded_weights,
     count_states,
     offload_states,
     read_offloads,
@@ -60,7 +61,7 @@ def estimate_memory(
     if teacher:  # the divergence keeps two log-softmaxes in fp32, and makes a gradient of that size
         static += 4 * teacher + made["logits"]
         made["loss"] += 12 * made["logits"] / product_element
-    logits = _count_validation_logits(model, length, product_element)
+    logits = _count_validation_logits(model.vocab_size, length, product_element)
     phases = _count_phases(setup, states, made, static, logits)
     worst = max(phases, key=lambda phase: phases[phase])
     checkpoint = count_checkpoint_bytes(setup.trained, element * setup.whole, setup.stage)
@@ -77,9 +78,40 @@ def estimate_memory(
     }
 
 
-def _count_validation_logits(model: Model, length: int, product_element: int) -> float:
+def estimate_evaluation(
+    tensors: list[Parameter],
+    head: int,
+    vocab_size: int,
+    zero: dict | None,
+    precision: str,
+    ranks: int,
+    length: int,
+) -> float:
+    """Return the bytes that one rank holds at the peak of an evaluation of fp32 weights.
+
+    Without `zero` each rank has a whole copy, of which autocast rounds the matrices and, if it is tied, the
+    `head` (its elements, else 0). With it, a JSON's zero_optimization at ZeRO 3, each has a part."""
+    product_element = get_element_sizes(precision)[1]
+    logits = _count_validation_logits(vocab_size, length, product_element)
+    setup = Setup(
+        tensors=tensors,
+        zero={**ZERO_DEFAULTS, **(zero or {})},
+        ranks=ranks,
+        accumulates=False,
+        element=4,
+        optimizer_away=False,
+        weights_away=(zero or {}).get("offload_param", {}).get("device", "none") != "none",
+    )
+    if zero:
+        rounded = product_element * setup.largest if product_element < 4 else 0  # one matrix at a time
+        return sum(count_sharded_weights(setup)) + rounded + logits
+    matrices = sum(t.numel for t in tensors if t.decayed) + head
+    return 4 * setup.whole + (product_element * matrices if product_element < 4 else 0) + logits
+
+
+def _count_validation_logits(vocab_size: int, length: int, product_element: int) -> float:
     """Return the bytes of a validation batch's logits and of the chunk that the loss converts to fp32."""
-    logits = EVAL_BATCH * length * model.vocab_size
+    logits = EVAL_BATCH * length * vocab_size
     return logits * product_element + 8 * min(logits, LOSS_CHUNK)
 
 

@@ -194,24 +194,30 @@ def _count_sharded_optimizer(setup: Setup) -> States:
 def _count_sharded_weights(setup: Setup) -> States:
     """ZeRO 3: every rank holds a part of everything, and gathers weights where they are used."""
     zero, element = setup.zero, setup.element
-    gathers = setup.ranks > 1 or setup.weights_away  # one rank's part is the whole weight
-    persistent = zero["stage3_param_persistence_threshold"]
-    kept = sum(t.numel for t in setup.tensors if t.numel <= persistent) if gathers else 0
-    sharded = 0 if setup.weights_away else sum(-(-t.numel // setup.ranks) for t in setup.tensors)
-    weights = element * (kept + sharded) + _count_secondary_shards(setup, persistent)
-    at_once = max(zero["stage3_max_live_parameters"], setup.largest + zero["stage3_prefetch_bucket_size"])
+    weights, live = count_sharded_weights(setup)
     gradients = 4 * setup.part
     return States(
-        weights=weights,
+        weights=weights + _count_secondary_shards(setup, zero["stage3_param_persistence_threshold"]),
         masters=4 * setup.part,
         moments=8 * setup.part,
         gradients=gradients,
         buckets=element * zero["reduce_bucket_size"],
-        live=element * min(setup.whole - kept, at_once) if gathers else 0,
+        live=live,
         earlier_gradients=gradients,
         reduction=2 * element * min(zero["reduce_bucket_size"], setup.trained),
         step=4 * min(max(setup.parts), zero["sub_group_size"]),
     )
+
+
+def count_sharded_weights(setup: Setup) -> tuple[float, float]:
+    """Return the bytes of (the parts of the weights that a rank of ZeRO 3 holds, what it gathers at once)."""
+    zero, element = setup.zero, setup.element
+    gathers = setup.ranks > 1 or setup.weights_away  # one rank's part is the whole weight
+    persistent = zero["stage3_param_persistence_threshold"]
+    kept = sum(t.numel for t in setup.tensors if t.numel <= persistent) if gathers else 0
+    sharded = 0 if setup.weights_away else sum(-(-t.numel // setup.ranks) for t in setup.tensors)
+    at_once = max(zero["stage3_max_live_parameters"], setup.largest + zero["stage3_prefetch_bucket_size"])
+    return element * (kept + sharded), element * min(setup.whole - kept, at_once) if gathers else 0
 
 
 def _count_secondary_shards(setup: Setup, persistent: float) -> int:

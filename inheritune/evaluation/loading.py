@@ -1,0 +1,125 @@
+"""The model that is measured: a whole fp32 copy on each rank, or one model in shards over all of them.
+
+Shards are ZeRO 3's: each forward gathers the weights of one layer after the other.
+"""
+
+import gc
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from inheritune.config.sections import Train
+from inheritune.config.units import format_memory
+from inheritune.engines.deepspeed_json import get_zero_stage, load_deepspeed_json
+from inheritune.errors import UserError
+from inheritune.models.networks import build_meta_model, build_model, list_saved_tensors
+from inheritune.models.sizes import list_network_parameters
+from inheritune.models.sources import Source
+from inheritune.planning.memory import FRAGMENTATION, estimate_evaluation
+from inheritune.runtime import dist
+from inheritune.runtime.host_memory import find_available_memory
+from inheritune.runtime.log import logger
+
+SHARDING_JSON = "ds_configs/zero3.json"
+"""Named where a whole copy does not fit."""
+RANKS = [2**n for n in range(1, 11)]
+"""Numbers of ranks that are tried for a refusal's advice."""
+
+
+def choose_shards(ds: str | None, train: Train) -> dict | None:
+    """Return the zero_optimization by which the model is divided over the ranks, None for whole copies.
+
+    It is that of the JSON `ds` if that is at ZeRO 3. Without `ds` it is that of the experiment's, where
+    there are several ranks."""
+    if ds is None and dist.get_world_size() == 1:
+        return None
+    settings = load_deepspeed_json(ds or train.deepspeed)
+    return settings["zero_optimization"] if get_zero_stage(settings) == 3 else None
+
+
+def check_room(source: Source, zero: dict | None, precision: str, length: int) -> None:
+    """Raise UserError, on every rank, if the model of `source` does not fit into the memory that is free.
+
+    `zero` is that of `choose_shards`. Nothing is loaded."""
+    network: Any = build_meta_model(source.config)
+    tensors, config = list_network_parameters(network), source.config
+    head = network.get_output_embeddings().weight.numel() if config.tie_word_embeddings else 0
+    on_gpu = dist.get_device().type == "cuda"
+    margin = 1 + FRAGMENTATION if on_gpu else 1
+
+    def estimate(zero: dict | None, ranks: int) -> float:
+        return margin * estimate_evaluation(tensors, head, config.vocab_size, zero, precision, ranks, length)
+
+    rooms, hosts = _find_rooms()
+    needs = [(estimate(zero, len(rooms)), min(rooms), "its GPU" if on_gpu else "the host")]
+    if on_gpu and not zero:  # a copy is built on the host, before a GPU gets it
+        needs.append((4.0 * sum(t.numel for t in tensors), min(hosts), "the host"))
+    lacking = next(((need, room, where) for need, room, where in needs if need > room), None)
+    if lacking is None:
+        return
+    need, room, where = lacking
+    kind = "in shards" if zero else "as a whole fp32 copy"
+    what = (
+        f"{source.folder} takes {format_memory(need)} {kind} on each rank, which has {format_memory(room)} "
+        f"free on {where}"
+    )
+    tried = zero or load_deepspeed_json(SHARDING_JSON)["zero_optimization"]
+    enough = next(
+        (n for n in RANKS if n > len(rooms) * bool(zero) and estimate(tried, n) <= min(rooms)), None
+    )
+    if enough is None:
+        raise UserError(
+            f"{what}; no number of ranks is enough: lower stage3_max_live_parameters in a copy of "
+            f"{SHARDING_JSON} and give it as --ds, or use devices with more memory"
+        )
+    option = "" if zero else f"give --ds {SHARDING_JSON}, which divides it over the ranks, and "
+    raise UserError(f"{what}; {option}start {enough} or more ranks with as much free memory each")
+
+
+def _find_rooms() -> tuple[list[float], list[float]]:
+    """Return, for each rank, the free bytes of (its device, its part of the host). Of the CPU both are the
+    same."""
+    gc.collect()  # the model that was measured before
+    host, device, free = float(find_available_memory()), dist.get_device(), None
+    if device.type == "cuda":  # torch reuses what it has reserved
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = float(torch.cuda.mem_get_info(device)[0] + unused)
+    found = dist.gather_objects((socket.gethostname(), host, free))
+    names = [name for name, _, _ in found]
+    hosts = [own / names.count(name) for name, own, _ in found]
+    return [part if free is None else free for part, (_, _, free) in zip(hosts, found, strict=True)], hosts
+
+
+@contextmanager
+def load_model(source: Source, zero: dict | None) -> Iterator[torch.nn.Module]:
+    """Load the model of a checkpoint in fp32 and in evaluation mode: one copy on each rank's device, or in
+    shards by `zero`.
+
+    Raises UserError for a weight that is nan or inf."""
+    if zero is None:
+        yield load_weights(source)
+        return
+    from inheritune.engines.engine import has_finite_weights, start_frozen_engine
+
+    logger.info("the weights are divided over %d ranks (ZeRO 3)", dist.get_world_size())
+    engine = start_frozen_engine(source.config, source, zero)
+    try:
+        if not has_finite_weights(engine):
+            dist.run_on_rank0(source.check_finite)  # which names the tensor
+        yield engine.module
+    finally:
+        engine.destroy()
+
+
+def load_weights(source: Source) -> torch.nn.Module:
+    """Return the model of a checkpoint in fp32 and in evaluation mode, one copy on each rank's device.
+
+    Raises UserError for a weight that is nan or inf."""
+    model = build_model(source.config)
+    with torch.no_grad():
+        for name, tensor in list_saved_tensors(model).items():
+            tensor.copy_(source.finite_tensor(name))
+    return model.eval().to(dist.get_device())
