@@ -278,6 +278,11 @@ def _open_tokenizer(loaded: Experiment, source: Source, tokens: Tokens, foreign:
     tokenizer = downstream.open_tokenizer(source.folder)
     if tokenizer is None and foreign and loaded.rehearsal:
         return downstream.open_tokenizer(tokens.folder / "tokenizer")
+    if tokenizer is None and foreign:
+        logger.warning(
+            "%s holds no tokenizer: its token ids are taken to be those of the experiment's data",
+            source.origin,
+        )
     return tokenizer
 
 

@@ -4,7 +4,6 @@ Shards are ZeRO 3's: each forward gathers the weights of one layer after the oth
 """
 
 import gc
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from inheritune.config.sections import Train
 from inheritune.config.units import format_memory
 from inheritune.engines.deepspeed_json import get_zero_stage, load_deepspeed_json
 from inheritune.errors import UserError
+from inheritune.files.processes import get_node_name
 from inheritune.models.networks import build_meta_model, build_model, list_saved_tensors
 from inheritune.models.sizes import list_network_parameters
 from inheritune.models.sources import Source
@@ -87,7 +87,7 @@ def _find_rooms() -> tuple[list[float], list[float]]:
     if device.type == "cuda":  # torch reuses what it has reserved
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = float(torch.cuda.mem_get_info(device)[0] + unused)
-    found = dist.gather_objects((socket.gethostname(), host, free))
+    found = dist.gather_objects((get_node_name(), host, free))
     names = [name for name, _, _ in found]
     hosts = [own / names.count(name) for name, own, _ in found]
     return [part if free is None else free for part, (_, _, free) in zip(hosts, found, strict=True)], hosts

@@ -266,7 +266,8 @@ def test_what_cannot_be_scored_is_one_sentence(tmp_path, checkpoint):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (checkpoint / name).unlink()
     assert "holds no tokenizer, which the tasks need" in refused(*evaluate, "--tasks", "word", **ALONE)
-    run_verb(*evaluate, "--tasks", "none", **ALONE)
+    said = run_verb(*evaluate, "--tasks", "none", **ALONE).stdout
+    assert "holds no tokenizer: its token ids are taken to be those of the experiment's data" in said
 
 
 def test_fetch_takes_the_data_of_the_tasks_and_evaluate_needs_no_internet_afterwards(
