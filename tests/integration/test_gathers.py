@@ -91,7 +91,10 @@ def test_half_the_bytes_are_gathered_for_the_same_bits(tmp_path, monkeypatch, sh
             assert saved == 2 * gathered[name]["torch.bfloat16"] > left / 2, name
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *FURTHER, *AUTOMATIC])
+@pytest.mark.parametrize(
+    "family",
+    [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in (*FURTHER, *AUTOMATIC))],
+)
 def test_rounded_weights_change_no_bit_of_a_familys_logits_and_gradients(family):
     config = family_config(family)
     results = []
