@@ -13,16 +13,17 @@ from typing import Any
 import torch
 
 
-def find_rounded_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """Return the trained parameters of `model` that autocast rounds before anything else is done with them:
-    those of linear layers that no other module has too. (A class derived from Linear may do something else:
-    Falcon's adds its bias in fp32.)"""
+def find_rounded_weights(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Return the trained weights of `model` that autocast rounds before anything else is done with them:
+    those of linear layers that no other module has too.
+
+    Not the biases: the linear function that DeepSpeed puts in torch's place at ZeRO 3 adds them in fp32. Not
+    those of classes derived from Linear, which may do something else."""
     from transformers.pytorch_utils import Conv1D
 
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     linear = [module for module in model.modules() if type(module) in (torch.nn.Linear, Conv1D)]
-    own = [p for module in linear for p in module.parameters(recurse=False) if owners[id(p)] == 1]
-    return [p for p in own if p.requires_grad]
+    return [m.weight for m in linear if owners[id(m.weight)] == 1 and m.weight.requires_grad]
 
 
 def gather_in_bf16(engine: Any) -> None:
@@ -31,7 +32,7 @@ def gather_in_bf16(engine: Any) -> None:
     (`GatheredParameters`) in the type in which they are held."""
     from deepspeed.runtime.torch_autocast import PARAM_COMM_DTYPE_ATTR_NAME
 
-    for parameter in find_rounded_parameters(engine.module):
-        setattr(parameter, PARAM_COMM_DTYPE_ATTR_NAME, torch.bfloat16)
+    for weight in find_rounded_weights(engine.module):
+        setattr(weight, PARAM_COMM_DTYPE_ATTR_NAME, torch.bfloat16)
     # DeepSpeed would ask the parameter, and sum in bf16
     engine.optimizer.get_param_comm_dtype = lambda parameter: torch.float32

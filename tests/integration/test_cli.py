@@ -28,7 +28,7 @@ from inheritune.config.experiment import load_experiment
 from inheritune.files.rundir import get_data_dir
 
 ROOMS = """
-errors config files runtime data models runs engines training analysis evaluation planning paper cluster
+errors config files runtime data models runs engines training analysis planning evaluation paper cluster
 submit cli """.split()  # noqa: SIM905 - a list to read
 """A file imports from its own room and from those before it, nowhere else."""
 

@@ -178,7 +178,7 @@ def test_stages_and_kept_weights_have_names_and_results_of_their_own(tmp_path, c
     first, chosen, kept = (read_json(folder / "results.json") for folder in folders)
     assert first == chosen and scores(first) and first["validation"]["n"] == 16
     assert kept["validation"] != first["validation"] and identity_of(kept) != identity_of(first)
-    assert "run 'grown/stage3' of small (seed 0) is not finished" in refused(
+    assert "run 'grown' of small (seed 0) is finished and has no stage 3; its stages are 1, 2" in refused(
         "evaluate", path, "--run", "grown/stage3"
     )
     assert "has no run 'grwn'; did you mean 'grown'" in refused("evaluate", path, "--run", "grwn/stage1")

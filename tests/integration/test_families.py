@@ -23,7 +23,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImage
 from inheritune.config.experiment import load_experiment
 from inheritune.data.bpe_training import train_bpe
 from inheritune.errors import UserError
-from inheritune.evaluation.evaluate import load_weights
+from inheritune.evaluation.loading import load_weights
 from inheritune.files.json_files import read_json, write_json
 from inheritune.files.rundir import RunDir, get_data_dir
 from inheritune.models.architectures import find_architecture

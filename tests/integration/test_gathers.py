@@ -6,18 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import experiment_dict, write_experiment, write_tokens
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from launching import launch_locally
 from tiny_families import AUTOMATIC, FAMILIES, FURTHER, family_config
 
 from inheritune.config.experiment import load_experiment
 from inheritune.engines.checkpoint import TAG
-from inheritune.engines.gathers import find_rounded_parameters
+from inheritune.engines.gathers import find_rounded_weights
 from inheritune.files.json_files import read_json, read_jsonl
 from inheritune.files.markers import hash_folder
 from inheritune.files.rundir import RunDir, get_data_dir
 from inheritune.models.deepspeed_files import read_deepspeed
 from inheritune.models.extents import read_tensor
-from inheritune.models.networks import build_model, find_training_attention
+from inheritune.models.networks import build_model, clear_dropout, find_training_attention
 
 SHAPES = {
     "gpt2": {"size": "gpt2_tiny", "heads": 2},
@@ -95,8 +96,12 @@ def test_half_the_bytes_are_gathered_for_the_same_bits(tmp_path, monkeypatch, sh
     "family",
     [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in (*FURTHER, *AUTOMATIC))],
 )
-def test_rounded_weights_change_no_bit_of_a_familys_logits_and_gradients(family):
+@pytest.mark.parametrize("linear", [torch._C._nn.linear, zero3_linear_wrap], ids=["torch's", "DeepSpeed's"])
+def test_rounded_weights_change_no_bit_of_a_familys_logits_and_gradients(family, linear, monkeypatch):
+    """With torch's linear function, and with the one that DeepSpeed puts in its place at ZeRO 3."""
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
     config = family_config(family)
+    clear_dropout(config)  # as a run does
     results = []
     for is_rounded in (False, True):
         model = build_model(config, find_training_attention(config))
@@ -105,7 +110,7 @@ def test_rounded_weights_change_no_bit_of_a_familys_logits_and_gradients(family)
             for name, parameter in model.named_parameters():
                 mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
                 parameter.copy_(mean + 0.1 * torch.randn(parameter.shape, generator=generator))
-        chosen = find_rounded_parameters(model)
+        chosen = find_rounded_weights(model)
         for parameter in chosen if is_rounded else ():
             parameter.data = parameter.data.bfloat16()
         ids = torch.arange(24).view(2, 12) % 61

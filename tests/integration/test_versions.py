@@ -21,7 +21,7 @@ from inheritune.config.experiment import load_experiment
 from inheritune.data.bpe_training import train_bpe
 from inheritune.data.tokenizer import PROBE
 from inheritune.data.tokenizer_loading import load_tokenizer
-from inheritune.evaluation.evaluate import load_weights
+from inheritune.evaluation.loading import load_weights
 from inheritune.files.json_files import read_json, write_json
 from inheritune.files.rundir import RunDir, get_data_dir
 from inheritune.models.sources import open_source
