@@ -22,7 +22,7 @@ def find_rounded_weights(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     from transformers.pytorch_utils import Conv1D
 
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    linear = [module for module in model.modules() if type(module) in (torch.nn.Linear, Conv1D)]
+    linear: list[Any] = [m for m in model.modules() if type(m) in (torch.nn.Linear, Conv1D)]
     return [m.weight for m in linear if owners[id(m.weight)] == 1 and m.weight.requires_grad]
 
 
