@@ -100,7 +100,7 @@ def estimate_evaluation(
         accumulates=False,
         element=4,
         optimizer_away=False,
-        weights_away=(zero or {}).get("offload_param", {}).get("device", "none") != "none",
+        weights_away=((zero or {}).get("offload_param") or {}).get("device", "none") != "none",
     )
     if zero:
         rounded = product_element * setup.largest if product_element < 4 else 0  # one matrix at a time

@@ -53,8 +53,8 @@ class Site:
         is_endless = time.upper() in ("UNLIMITED", "INFINITE")
         if time and not is_endless and not read_minutes(time):
             raise UserError(
-                f"SITE_TIME takes minutes, hours:minutes:seconds or days-hours (got '{time}'); change it in "
-                f"slurm/site.sh"
+                f"SITE_TIME takes minutes, hours:minutes:seconds, days-hours or UNLIMITED (got '{time}'); "
+                f"change it in slurm/site.sh"
             )
         self.count("CPUS_PER_GPU")
 
