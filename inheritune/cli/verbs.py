@@ -36,18 +36,13 @@ class Verbs:
         --out writes it to a file. An editor with the YAML language server uses it where the first line of an
         experiment is: # yaml-language-server: $schema=FILE"""
         from inheritune.config.schema import format_schema, is_schema
-        from inheritune.files.outputs import check_new_file, resolve_output
+        from inheritune.files.outputs import resolve_replaceable
         from inheritune.files.writing import write_text
 
         if out is None:
             print(format_schema(), end="")
             return
-        check_new_file(path := resolve_output(out))
-        if path.exists() and not is_schema(path):
-            raise UserError(
-                f"{path} exists and is no schema; it is left as it is: give another --out, or delete it"
-            )
-        write_text(path, format_schema())
+        write_text(resolve_replaceable(out, "schema", is_schema), format_schema())
 
     def prepare(
         self,

@@ -3,6 +3,7 @@
 import errno
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from inheritune.errors import UserError
@@ -44,6 +45,19 @@ def check_new_file(file: Path) -> None:
     if file.is_dir():
         raise UserError(f"{file} is a folder; give the file to write, such as {file / 'results.json'}")
     check_writable(file.parent)
+
+
+def resolve_replaceable(path: str, what: str, is_own: Callable[[Path], bool]) -> Path:
+    """Return `path` resolved, a file that may be written over one of its kind: `what`, known by `is_own`.
+
+    Raises UserError if it is another file, or cannot be written."""
+    file = resolve_output(path)
+    check_new_file(file)
+    if file.exists() and not is_own(file):
+        raise UserError(
+            f"{file} exists and is no {what}; it is left as it is: give another --out, or delete it"
+        )
+    return file
 
 
 def check_writable(folder: Path) -> None:

@@ -7,21 +7,16 @@ from pathlib import Path
 
 from inheritune.config.experiment import load_experiment
 from inheritune.config.paths import REPOSITORY
-from inheritune.errors import UserError
-from inheritune.files.outputs import check_new_file, resolve_output
+from inheritune.files.outputs import resolve_replaceable
 from inheritune.files.rundir import RunDir
 from inheritune.paper.items import list_items, load_experiments, load_item
 from inheritune.paper.report_evidence import build_evidence_page, is_evidence
 from inheritune.paper.report_experiment import build_experiment_page
-from inheritune.paper.report_page import write_page
+from inheritune.paper.report_page import is_page, write_page
 from inheritune.paper.report_paper import build_paper_page
 from inheritune.paper.table_files import locate_results
 
 NAME = "report.html"
-
-
-MARK = '<meta name="generator" content="inheritune report">'
-"""What tells a report from other pages."""
 
 
 def report(item: str, seed: int = 0, rehearse: bool | None = None, out: str | None = None) -> Path:
@@ -32,7 +27,7 @@ def report(item: str, seed: int = 0, rehearse: bool | None = None, out: str | No
 
     Raises UserError if nothing has begun, a file is damaged, or plotly is not installed, and for an `out`
     that is something else than a report."""
-    given = _check_out(out) if out else None
+    given = resolve_replaceable(out, "report", is_page) if out else None
     if item in list_items():
         small = any(one.rehearsal for one in load_experiments(load_item(item), rehearse).values())
         path = locate_results(small, seed) / f"{item}.html"
@@ -43,12 +38,3 @@ def report(item: str, seed: int = 0, rehearse: bool | None = None, out: str | No
     experiment = load_experiment(item, rehearse)
     path = RunDir.of(experiment, NAME, seed).path
     return write_page(build_experiment_page(experiment, seed), given or path)
-
-
-def _check_out(out: str) -> Path:
-    """Return the file to write. Raises UserError if it cannot be written, or is no report."""
-    path = resolve_output(out)
-    check_new_file(path)
-    if path.exists() and MARK not in path.read_bytes()[:2000].decode(errors="replace"):
-        raise UserError(f"{path} is there and is no report; give another file, or delete it")
-    return path

@@ -19,6 +19,8 @@ from inheritune.files.writing import write_text
 from inheritune.paper.report_charts import Chart
 
 FOLDER = Path(__file__).resolve().parent
+GENERATOR = "inheritune report"
+"""Name of what wrote a page, in its head."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +119,15 @@ def write_page(page: Page, path: Path) -> Path:
     maker.filters["split_interval"] = split_interval
     maker.filters["finite"] = replace_non_finite
     style, script = ((FOLDER / f"report.{end}").read_text(encoding="utf-8") for end in ("css", "js"))
-    text = maker.get_template("report.html").render(page=page, style=style, script=script, plotly=program)
-    write_text(path, text)
+    parts = {"page": page, "style": style, "script": script, "plotly": program, "generator": GENERATOR}
+    write_text(path, maker.get_template("report.html").render(parts))
     return path
+
+
+def is_page(path: Path) -> bool:
+    """Return whether a file is a page that `write_page` wrote."""
+    with open(path, "rb") as file:
+        return f'content="{GENERATOR}"'.encode() in file.read(2000)
 
 
 def link_file(file: Path | None, folder: Path) -> str:

@@ -8,12 +8,13 @@ import torch
 from conftest import experiment_dict, write_experiment, write_tokens
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from launching import launch_locally
+from test_stop import record
 from tiny_families import AUTOMATIC, FAMILIES, FURTHER, family_config
 
 from inheritune.config.experiment import load_experiment
 from inheritune.engines.checkpoint import TAG
 from inheritune.engines.gathers import find_rounded_weights
-from inheritune.files.json_files import read_json, read_jsonl
+from inheritune.files.json_files import read_json
 from inheritune.files.markers import hash_folder
 from inheritune.files.rundir import RunDir, get_data_dir
 from inheritune.models.deepspeed_files import read_deepspeed
@@ -35,11 +36,6 @@ OTHERS = {
     "hierarchical": ({"zero_hpz_partition_size": 2}, {}),
 }
 """What is changed in zero_optimization, and in our own block."""
-
-
-def read_record(run: RunDir) -> list[dict]:
-    kept = ("step", "loss", "val_loss", "grad_norm", "lr", "tokens")
-    return [{key: row[key] for key in kept if key in row} for row in read_jsonl(run.metrics)]
 
 
 def train(folder: Path, shape: str, jsons: dict[str, tuple[dict, dict]]) -> tuple[dict[str, RunDir], dict]:
@@ -78,7 +74,7 @@ def test_half_the_bytes_are_gathered_for_the_same_bits(tmp_path, monkeypatch, sh
     runs, gathered = train(tmp_path, shape, jsons)
     for name, twin in twins.items():
         run, plain = runs[name], runs[twin]
-        assert len(read_record(run)) > 6 and read_record(run) == read_record(plain), name
+        assert len(record(run)) > 6 and record(run) == record(plain), name
         assert hash_folder(run.final) == hash_folder(plain.final), name
         newest = plain.complete_checkpoints()[-1]
         for what in ("master", "exp_avg", "exp_avg_sq"):
