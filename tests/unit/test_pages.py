@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 import computed_mfu
+import numpy as np
 from conftest import REPOSITORY
+from scipy import stats
 
 from inheritune.config.sections import Model
 from inheritune.models.sizes import count_matrix_elements
@@ -70,6 +72,17 @@ def test_numbers_of_the_evidence_page_are_those_of_its_json():
     assert f"These are 8 of the {len(made['rows'])} rows" in page
     slope = made["rank_worth"]["slope"]
     assert f"{slope['mean']:.3f} nats" in page and f"({slope['low']:.3f} to {slope['high']:+.3f})" in page
+
+
+def test_the_distance_to_the_reference_trained_on_is_that_of_the_seeds():
+    gaps = []
+    for file in sorted((REPOSITORY / "recipes/evidence/cpu/seeds").glob("seed*.json")):
+        models = {(m["run"], m["stage"]): m["loss"]["mean"] for m in json.loads(file.read_text())["models"]}
+        gaps.append(models["inheritune", 1] - models["reference_longer", None])
+    mean, half = np.mean(gaps), stats.t.ppf(0.975, len(gaps) - 1) * stats.sem(gaps)
+    page = " ".join((REPOSITORY / "docs" / "evidence.md").read_text(encoding="utf-8").split())
+    assert f"{mean:.3f} below Inheritune ({mean - half:.3f} to {mean + half:.3f} below)" in page
+    assert len(gaps) == 3 and min(gaps) >= 0.15 and "in each seed by 0.15 or more" in page
 
 
 def test_computed_mfu_is_current_and_begins_at_what_was_measured():

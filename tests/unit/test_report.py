@@ -375,7 +375,7 @@ def test_the_evidence():
     assert f"Of all {len(pairs)} comparisons, {left} are below 0.05" in page.verdict
     rows = {row[0][0].text: row for row in page.sections[0].grid.rows}
     cells = [piece.text for cell in rows["half width"] for piece in cell]
-    assert "+0.2522 (+0.2369 to +0.2675); p 0.0002, 0.0094" in cells
+    assert "+0.2522 (+0.2369 to +0.2675); p 0.0002, 0.0097" in cells
     names = {
         trace["name"]: trace for c in page.sections[1].charts for trace in c.figure["data"] if "name" in trace
     }
