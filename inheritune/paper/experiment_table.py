@@ -5,6 +5,8 @@ A grown run gives one row per stage.
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from inheritune.config.experiment import Experiment
 from inheritune.errors import UserError
 from inheritune.files.escape import escape_markdown
@@ -13,6 +15,7 @@ from inheritune.files.rundir import RunDir
 from inheritune.paper.table_cells import measure_cell, refuse_mixture
 from inheritune.paper.training_costs import find_step_at_loss, read_validation_curve
 from inheritune.runs.changes import check_own_run
+from inheritune.runs.comparison import compare_with_reference
 from inheritune.runs.job import Job
 
 RESULT_COLUMNS = (
@@ -59,8 +62,9 @@ def list_entries(experiment: Experiment, seed: int = 0) -> list[TableEntry]:
             if folder.is_evaluated():
                 found.append(TableEntry(row.label, folder, folder.read_results(), 0.0))
         elif folder.is_done():
-            note = check_own_run(folder, Job(experiment, row.run, seed))
-            results = folder.read_results()
+            job = Job(experiment, row.run, seed)
+            note = check_own_run(folder, job)
+            results = _pair_results(folder, job)
             found.append(TableEntry(row.label, folder, results, results.get("train_flops", 0.0), note))
     losses = [(entry.label, measure_cell(entry.results, "validation")) for entry in found]
     refuse_mixture("validation loss", f"the table of {experiment.name}", losses)
@@ -78,12 +82,25 @@ def _list_stages(label: str, folder: RunDir, job: Job) -> list[TableEntry]:
     found: list[TableEntry] = []
     number, flops = 1, 0.0
     while folder.stage(number).is_done():
-        note = check_own_run(folder.stage(number), replace(job, stage=number))
-        results = folder.stage(number).read_results()
+        stage = replace(job, stage=number)
+        note = check_own_run(folder.stage(number), stage)
+        results = _pair_results(folder.stage(number), stage)
         flops += results["train_flops"]
         found.append(TableEntry(f"{label}, stage {number}", folder.stage(number), results, flops, note))
         number += 1
     return found
+
+
+def _pair_results(folder: RunDir, job: Job) -> dict:
+    """Return the results of a finished run with its difference to the reference, computed from the losses of
+    both by window where the reference was finished after the run.
+
+    Raises UserError if these two were measured on other data, windows or precision."""
+    results = folder.read_results()
+    file = folder.losses(results.get("steps") or 0)
+    if results.get("difference") or not file.is_file():
+        return results
+    return results | compare_with_reference(job, np.load(file), results)
 
 
 def make_rows(found: list[TableEntry]) -> list[list[str]]:

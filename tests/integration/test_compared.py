@@ -192,6 +192,23 @@ def test_a_difference_to_another_run_than_the_tables_reference_names_it(again):
     assert "to other" not in row and "to reference" not in row
 
 
+def test_a_run_finished_before_its_reference_is_compared_in_the_table(again):
+    path = again()
+    reference, aside = run_of(path, "reference").path, run_of(path, "aside").path
+    known = run_of(path, "other").read_results()
+    reference.rename(aside)
+    shutil.rmtree(run_of(path, "other").path)
+    run_verb("train", path, "--run", "other")  # the reference is not there yet
+    assert "difference" not in run_of(path, "other").read_results()
+    aside.rename(reference)
+    for verb in ("table", "report"):
+        shown = run_verb(verb, path).stdout
+        text = shown if verb == "table" else run_of(path, "report.html").path.read_text()
+        text = text.replace("<small>", " ")
+        assert f"{known['difference']['mean']:+.4f} ({known['difference']['low']:+.4f} to" in text
+        assert "noise unknown" not in text
+
+
 def test_weights_that_a_finished_run_does_not_have_are_told(again):
     path = again()
     said = refused("evaluate", path, "--run", "grown/stage9", "--tasks", "none")
