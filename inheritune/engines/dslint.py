@@ -99,6 +99,29 @@ def lint(settings: dict, model: Model, train: Train, ranks: int | None = None) -
     return found
 
 
+def check_at_start(
+    path: str | Path, settings: dict, model: Model, train: Train, ranks: int | None
+) -> list[str]:
+    """Return the warnings of `lint`. Raises UserError for its refusals, and if this machine, which is about
+    to run the JSON, cannot build what DeepSpeed needs for offloading to a disk."""
+    warnings = check_problems(path, lint(settings, model, train, ranks))
+    values = flatten(settings)
+    for block in OFFLOADED_BYTES:
+        key = f"zero_optimization.{block}.device"
+        if values.get(key) == "nvme" and not _has_disk_reader():
+            raise UserError(
+                f"{path}: '{key}' = nvme: DeepSpeed's asynchronous disk reader (async_io) cannot be compiled "
+                f"here; install libaio with its headers (libaio-dev), g++ and ninja, or write cpu"
+            )
+    return warnings
+
+
+def _has_disk_reader() -> bool:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return AsyncIOBuilder().is_compatible(verbose=False)
+
+
 def refuse(key: str, sentence: str) -> Problem:
     """Return the problem of a JSON that must not be used."""
     return Problem(key, "refuse", sentence)

@@ -176,7 +176,7 @@ def measure_checkpoint(
     tokens, foreign = Tokens.of(loaded, "val"), job is None or job.run.init.external is not None
     # All that can be refused comes before the work.
     train = resolve_precision(loaded.train_of(job.run) if job else loaded.train, dist.get_device())
-    zero = loading.choose_shards(ds, train)
+    zero = loading.choose_shards(ds, loaded.model, train)
     loading.check_room(source, zero, train.precision, loaded.data.sequence_length)
     if target:
         check_new_file(target)

@@ -6,11 +6,12 @@ Shards are ZeRO 3's: each forward gathers the weights of one layer after the oth
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import le
 from typing import Any
 
 import torch
 
-from inheritune.config.sections import Train
+from inheritune.config.sections import Model, Train
 from inheritune.config.units import format_memory
 from inheritune.engines.deepspeed_json import get_zero_stage, load_deepspeed_json
 from inheritune.errors import UserError
@@ -29,15 +30,23 @@ RANKS = [2**n for n in range(1, 11)]
 """Numbers of ranks that are tried for a refusal's advice."""
 
 
-def choose_shards(ds: str | None, train: Train) -> dict | None:
+def choose_shards(ds: str | None, model: Model, train: Train) -> dict | None:
     """Return the zero_optimization by which the model is divided over the ranks, None for whole copies.
 
     It is that of the JSON `ds` if that is at ZeRO 3. Without `ds` it is that of the experiment's, where
-    there are several ranks."""
-    if ds is None and dist.get_world_size() == 1:
+    there are several ranks. Raises UserError for a JSON with which training of the experiment's `model` would
+    be refused."""
+    ranks = dist.get_world_size()
+    if ds is None and ranks == 1:
         return None
-    settings = load_deepspeed_json(ds or train.deepspeed)
-    return settings["zero_optimization"] if get_zero_stage(settings) == 3 else None
+    path = ds or train.deepspeed
+    settings = load_deepspeed_json(path)
+    if get_zero_stage(settings) != 3:
+        return None
+    from inheritune.engines import dslint
+
+    dslint.check_at_start(path, settings, model, train, ranks)
+    return settings["zero_optimization"]
 
 
 def check_room(source: Source, zero: dict | None, precision: str, length: int) -> None:
@@ -48,16 +57,16 @@ def check_room(source: Source, zero: dict | None, precision: str, length: int) -
     tensors, config = list_network_parameters(network), source.config
     head = network.get_output_embeddings().weight.numel() if config.tie_word_embeddings else 0
     on_gpu = dist.get_device().type == "cuda"
-    margin = 1 + FRAGMENTATION if on_gpu else 1
 
-    def estimate(zero: dict | None, ranks: int) -> float:
-        return margin * estimate_evaluation(tensors, head, config.vocab_size, zero, precision, ranks, length)
+    def estimate(zero: dict | None, ranks: int) -> list[float]:
+        device, host = estimate_evaluation(tensors, head, config.vocab_size, zero, precision, ranks, length)
+        return [(1 + FRAGMENTATION) * device, host] if on_gpu else [device + host * bool(zero)]
 
     rooms, hosts = _find_rooms()
-    needs = [(estimate(zero, len(rooms)), min(rooms), "its GPU" if on_gpu else "the host")]
-    if on_gpu and not zero:  # a copy is built on the host, before a GPU gets it
-        needs.append((4.0 * sum(t.numel for t in tensors), min(hosts), "the host"))
-    lacking = next(((need, room, where) for need, room, where in needs if need > room), None)
+    free = [min(rooms), min(hosts)]  # those of a CPU are the same
+    places = ["its GPU", "the host"] if on_gpu else ["the host"]
+    needs = estimate(zero, len(rooms))
+    lacking = next((found for found in zip(needs, free, places, strict=False) if found[0] > found[1]), None)
     if lacking is None:
         return
     need, room, where = lacking
@@ -67,9 +76,8 @@ def check_room(source: Source, zero: dict | None, precision: str, length: int) -
         f"free on {where}"
     )
     tried = zero or load_deepspeed_json(SHARDING_JSON)["zero_optimization"]
-    enough = next(
-        (n for n in RANKS if n > len(rooms) * bool(zero) and estimate(tried, n) <= min(rooms)), None
-    )
+    more = [ranks for ranks in RANKS if ranks > len(rooms) * bool(zero)]
+    enough = next((n for n in more if all(map(le, estimate(tried, n), free))), None)
     if enough is None:
         raise UserError(
             f"{what}; no number of ranks is enough: lower stage3_max_live_parameters in a copy of "

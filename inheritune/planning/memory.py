@@ -86,13 +86,16 @@ def estimate_evaluation(
     precision: str,
     ranks: int,
     length: int,
-) -> float:
-    """Return the bytes that one rank holds at the peak of an evaluation of fp32 weights.
+) -> tuple[float, float]:
+    """Return the bytes that one rank holds on (its device, its host) at the peak of an evaluation of fp32
+    weights.
 
-    Without `zero` each rank has a whole copy, of which autocast rounds the matrices and, if it is tied, the
-    `head` (its elements, else 0). With it, a JSON's zero_optimization at ZeRO 3, each has a part."""
+    Without `zero` each rank has a whole copy, built on the host before the device gets it, of which autocast
+    rounds the matrices and, if it is tied, the `head` (its elements, else 0). With it, a JSON's
+    zero_optimization at ZeRO 3, each has a part, which `offload_param` keeps on the host."""
     product_element = get_element_sizes(precision)[1]
     logits = _count_validation_logits(vocab_size, length, product_element)
+    kept_by = ((zero or {}).get("offload_param") or {}).get("device", "none")
     setup = Setup(
         tensors=tensors,
         zero={**ZERO_DEFAULTS, **(zero or {})},
@@ -100,13 +103,14 @@ def estimate_evaluation(
         accumulates=False,
         element=4,
         optimizer_away=False,
-        weights_away=((zero or {}).get("offload_param") or {}).get("device", "none") != "none",
+        weights_away=kept_by != "none",
     )
     if zero:
         rounded = product_element * setup.largest if product_element < 4 else 0  # one matrix at a time
-        return sum(count_sharded_weights(setup)) + rounded + logits
+        return sum(count_sharded_weights(setup)) + rounded + logits, 4.0 * setup.part * (kept_by == "cpu")
     matrices = sum(t.numel for t in tensors if t.decayed) + head
-    return 4 * setup.whole + (product_element * matrices if product_element < 4 else 0) + logits
+    rounded = product_element * matrices if product_element < 4 else 0
+    return 4 * setup.whole + rounded + logits, 4.0 * setup.whole
 
 
 def _count_validation_logits(vocab_size: int, length: int, product_element: int) -> float:

@@ -110,8 +110,8 @@ def train_job(job: Job, ds: str | None = None) -> None:
     tokens = _open_tokens(job)
     logger.info("%s", checked)
     inputs = RunInputs.of(job, deepspeed, tokens)
-    findings = dslint.lint(deepspeed, job.experiment.model, inputs.train, dist.get_world_size())
-    for warning in dslint.check_problems(path, findings):
+    ranks = dist.get_world_size()
+    for warning in dslint.check_at_start(path, deepspeed, job.experiment.model, inputs.train, ranks):
         if dist.get_rank() == 0:
             logger.warning("%s", warning)
     clock.end("data")

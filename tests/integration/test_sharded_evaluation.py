@@ -124,6 +124,39 @@ def test_a_copy_that_does_not_fit_is_refused_with_the_way_out(tmp_path, small):
     assert "GB in shards on each rank" in sharded and "; start " in sharded
     number = r"start (\d+) or more ranks with as much free memory each$"
     assert re.findall(number, said) == re.findall(number, sharded) != []
+    away = refused(*command, "--ds", "ds_configs/zero3_offload_all.json")  # the weights are on the host then
+    assert "GB in shards on each rank" in away and re.findall(number, away) == re.findall(number, said)
+
+
+@pytest.mark.parametrize(
+    ("offload", "said"),
+    [
+        ("cpu", "zero_optimization.offload_param"),
+        ({"device": "cpu", "foo": 1}, "unknown key 'foo' in 'zero_optimization.offload_param'"),
+        ({"device": "nvme"}, "'zero_optimization.offload_param.nvme_path' is missing"),
+    ],
+)
+def test_a_json_that_cannot_be_worked_with_is_refused(tmp_path, small, offload, said):
+    path = tmp_path / "bad.json"
+    zero = {"stage": 3, "offload_param": offload}
+    path.write_text(json.dumps({"train_micro_batch_size_per_gpu": 5, "zero_optimization": zero}))
+    folder = write_llama(tmp_path / "llama")
+    assert said in refused("evaluate", small, "--model", folder, "--tasks", "none", "--ds", path)
+
+
+def test_a_disk_that_deepspeed_cannot_read_here_is_refused(tmp_path):
+    """Nothing of the run is written."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("libaio is installed, so DeepSpeed can compile its disk reader")
+    away = {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": str(tmp_path), "pin_memory": False}}
+    path = write_lone_run(tmp_path, {"train_micro_batch_size_per_gpu": 5, "zero_optimization": away})
+    command = ("evaluate", path, "--model", write_llama(tmp_path / "llama"), "--tasks", "none")
+    said = refused(*command, "--ds", tmp_path / "ds.json")
+    for words in (said, refused("train", path, "--run", "reference")):
+        assert "(async_io) cannot be compiled here; install libaio" in words, words
+    assert not RunDir.of(load_experiment(path), "reference").experiment.exists()
 
 
 def write_sparse(path: Path, config) -> None:
