@@ -72,9 +72,15 @@ def list_entries(experiment: Experiment, seed: int = 0) -> list[TableEntry]:
 
 
 def list_notes(found: list[TableEntry]) -> list[str]:
-    """Return a sentence for each row whose run was trained under other settings than the experiment has
-    now."""
-    return [f"note: {entry.folder.path}: {entry.note}" for entry in found if entry.note]
+    """Return a sentence for each row whose run was trained under other settings than the experiment has now,
+    or whose loss was measured in another precision than that of the first row."""
+    notes = [f"note: {entry.folder.path}: {entry.note}" for entry in found if entry.note]
+    first, *others = [(entry.label, entry.results.get("precision")) for entry in found] or [("", None)]
+    return notes + [
+        f"note: the loss of '{label}' was measured in {precision}, that of '{first[0]}' in {first[1]}"
+        for label, precision in others
+        if precision and first[1] and precision != first[1]
+    ]
 
 
 def _list_stages(label: str, folder: RunDir, job: Job) -> list[TableEntry]:

@@ -136,9 +136,10 @@ def measure_cell(results: dict, metric: str) -> Cell:
 
 
 def _describe_losses(results: dict) -> str:
-    """Return what two runs must share for their validation losses to compare."""
-    keys = [key for key in ("precision", "windows") if key in results]  # older versions recorded no windows
-    return ", ".join([f"the data {results['data_fingerprint']}", *(f"{key} {results[key]}" for key in keys)])
+    """Return what two runs must share for their validation losses to compare. A precision is a setting that
+    experiments compare."""
+    windows = [f"windows {results['windows']}"] if "windows" in results else []  # older versions had none
+    return ", ".join([f"the data {results['data_fingerprint']}", *windows])
 
 
 def is_accuracy(metric: str) -> bool:

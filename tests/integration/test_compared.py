@@ -2,6 +2,7 @@
 was."""
 
 import copy
+import html
 import json
 import re
 import shlex
@@ -230,6 +231,20 @@ def test_rows_on_other_windows_share_no_table(again):
         said = refused(verb, path)
         assert "'reference' was measured with" in said and "windows 16 of 32 tokens" in said
         assert "'fewer' with" in said and "windows 8 of 32 tokens" in said and "the same settings" in said
+
+
+@pytest.mark.parametrize("verb", ["table", "report"])
+def test_a_row_in_another_precision_is_named(again, verb):
+    """An experiment may compare precisions: recipes/openllama_3b_1b.yaml does."""
+    path = again(runs={"rounded": {"init": "random", "layers": 2, "train": {"precision": "bf16"}}})
+    raw = yaml.safe_load(Path(path).read_text())
+    raw["paper"].append({"run": "rounded", "label": "rounded"})
+    Path(path).write_text(yaml.safe_dump(raw))
+    run_verb("train", path, "--run", "rounded")
+    said = run_verb(verb, path).stdout
+    text = said if verb == "table" else (run_of(path, "rounded").path.parent / "report.html").read_text()
+    sentence = "the loss of 'rounded' was measured in bf16, that of 'reference' in fp32"
+    assert sentence in html.unescape(text) and "the loss of 'other'" not in html.unescape(text)
 
 
 def test_a_run_that_was_copied_is_not_shown_as_another(again):
