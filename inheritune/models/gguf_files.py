@@ -13,8 +13,12 @@ from inheritune.files.json_files import write_json
 from inheritune.files.markers import COMPLETE, hash_file, hash_folder
 from inheritune.files.storage import find_root
 from inheritune.files.writing import replace_atomically
+from inheritune.models.gguf_tokenizers import mend_splitting
 from inheritune.models.weight_files import WEIGHTS
 from inheritune.runtime.log import logger
+
+FORM = 2
+"""The form of the conversions. Those of form 1 had tokenizers that split text as transformers does."""
 
 
 def find_gguf(path: Path) -> Path | None:
@@ -37,13 +41,13 @@ def convert_gguf(file: Path) -> Path:
 
     It is made once for each content. Raises UserError without the package `gguf`, and if transformers cannot
     read the file."""
-    folder = find_root() / "data" / "gguf" / f"{file.stem}-{hash_file(file)[:16]}"
+    folder = find_root() / "data" / "gguf" / f"{file.stem}-{hash_file(file)[:16]}-{FORM}"
     if (folder / COMPLETE).is_file():
         return folder
     if find_spec("gguf") is None:
         raise UserError(f"{file} is a GGUF file, which needs the package gguf: pip install gguf")
     logger.info("%s: dequantizing to fp32, into %s", file, folder)
-    model, tokenizer = _read(file)
+    model, tokenizer = read_gguf(file)
     with replace_atomically(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -51,8 +55,9 @@ def convert_gguf(file: Path) -> Path:
     return folder
 
 
-def _read(file: Path) -> tuple[Any, Any]:
-    """Return (model, tokenizer) of a GGUF file. Raises UserError if transformers cannot read it."""
+def read_gguf(file: Path) -> tuple[Any, Any]:
+    """Return (model, tokenizer) of a GGUF file, the weights in fp32. Raises UserError if transformers cannot
+    read it as the model that it is."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -76,7 +81,7 @@ def _read(file: Path) -> tuple[Any, Any]:
             f"{file} lacks the tensors {', '.join(sorted(report['missing_keys'])[:3])}, as transformers "
             f"reads it; use the safetensors of this model"
         )
-    _check_all_is_read(file, model)
+    _check_all_is_read(file, model, tokenizer)
     vars(model.config).pop("quantization_config", None)
     return model, tokenizer
 
@@ -91,9 +96,10 @@ HARMLESS = {
 """Settings of a GGUF model that follow from its tensors' shapes, or that every decoder has."""
 
 
-def _check_all_is_read(file: Path, model: Any) -> None:
+def _check_all_is_read(file: Path, model: Any, tokenizer: Any) -> None:
     """Raise UserError if the file holds tensors or settings of the model that transformers passed over, such
-    as the frequencies of Llama 3.1's rotary embedding: the model would be another one."""
+    as the frequencies of Llama 3.1's rotary embedding: the model would be another one. What was passed over
+    of the tokenizer is made up for."""
     from gguf import GGUFReader
 
     reader = GGUFReader(file)
@@ -102,6 +108,7 @@ def _check_all_is_read(file: Path, model: Any) -> None:
             f"{file} holds {unread}, which transformers does not read: the model would be another one; use "
             f"the safetensors of this model"
         )
+    mend_splitting(reader, tokenizer, file)
 
 
 def _find_unread_setting(reader: Any, config: Any) -> str | None:

@@ -5,7 +5,8 @@ import pytest
 import torch
 from conftest import write_tokens
 from tiny_models import random_model
-from transformers import LlamaConfig
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoTokenizer, LlamaConfig
 
 from inheritune.analysis.attention import measure_model
 from inheritune.data.batches import Tokens
@@ -18,11 +19,13 @@ LETTERS = [chr(97 + i) for i in range(26)]
 TOKENS = ["<|endoftext|>", *LETTERS, "ab", "cd"]
 
 
-def write_gguf(path, more=lambda writer: None) -> torch.nn.Module:
+def write_gguf(
+    path, more=lambda writer: None, tokens=TOKENS, merges=("a b", "c d"), pre="gpt-2"
+) -> torch.nn.Module:
     """Write a random model as GGUF, its matrices in the format Q8_0, and what `more` adds; return it."""
     gguf = pytest.importorskip("gguf")
     config = LlamaConfig(
-        vocab_size=len(TOKENS),
+        vocab_size=len(tokens),
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=5,
@@ -40,11 +43,11 @@ def write_gguf(path, more=lambda writer: None) -> torch.nn.Module:
     writer.add_head_count_kv(1)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_dimension_count(32)
-    writer.add_vocab_size(len(TOKENS))
+    writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(TOKENS)
-    writer.add_token_merges(["a b", "c d"])
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_merges(list(merges))
     writer.add_eos_token_id(0)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
@@ -105,6 +108,45 @@ def test_what_would_be_passed_over_is_refused(tmp_path, own_root, more, named):
     with pytest.raises(UserError, match=f"holds the {named}, which transformers does not read"):
         inherit(str(tmp_path / "m.gguf"), "0:2", str(tmp_path / "cut"))
     assert not (tmp_path / "cut").exists()
+
+
+TEXT = "It's 1234.\n\n1. a\t\t7"
+PIECES = {
+    "gpt-2": "It|'s| 1234|.|\n|\n|1|.| a|\t|\t|7",
+    "smollm": "It|'s| |1|2|3|4|.|\n\n|1|.| a|\t\t|7",
+    "qwen2": "It|'s| |1|2|3|4|.\n\n|1|.| a|\t|\t|7",
+    "llama-bpe": "It|'s| |123|4|.\n\n|1|.| a|\t|\t|7",
+}
+"""What each way of splitting makes of TEXT, by hand."""
+
+
+def write_bytes_model(path, pre: str) -> None:
+    """Write a model whose tokenizer has every byte and splits text as `pre`; "cab" is a token of no merge."""
+    tokens = ["<|endoftext|>", *sorted(ByteLevel.alphabet()), "ab", "cab"]
+    write_gguf(path, tokens=tokens, merges=["a b"], pre=pre)
+
+
+@pytest.mark.parametrize("pre", PIECES)
+def test_a_tokenizer_splits_text_as_the_file_says(tmp_path, own_root, pre):
+    """Numbers once got ids that SmolLM2 had never seen: transformers does not know its splitting."""
+    write_bytes_model(tmp_path / "m.gguf", pre)
+    inherit(str(tmp_path / "m.gguf"), "0:2", str(tmp_path / "cut"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "cut")
+    pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(TEXT)
+    assert [TEXT[begin:end] for _, (begin, end) in pieces] == PIECES[pre].split("|")
+    assert tokenizer.decode(tokenizer(TEXT)["input_ids"], clean_up_tokenization_spaces=False) == TEXT
+    assert len(tokenizer("cab")["input_ids"]) == (1 if pre == "llama-bpe" else 2)
+
+
+def test_a_splitting_that_is_not_known_is_refused(tmp_path, own_root, caplog):
+    write_bytes_model(tmp_path / "m.gguf", "viking")
+    with pytest.raises(
+        UserError, match=r"splits text as 'viking' \(tokenizer.ggml.pre\), which is not known"
+    ):
+        inherit(str(tmp_path / "m.gguf"), "0:2", str(tmp_path / "cut"))
+    write_bytes_model(tmp_path / "m.gguf", "default")
+    inherit(str(tmp_path / "m.gguf"), "0:2", str(tmp_path / "cut"))
+    assert "does not say how its tokenizer splits text" in caplog.text
 
 
 def test_what_changes_nothing_is_no_reason_to_refuse(tmp_path, own_root):
