@@ -13,6 +13,7 @@ from inheritune.config import names
 from inheritune.config.experiment import Experiment, load_experiment
 from inheritune.config.paths import RECIPES
 from inheritune.config.reading import read_yaml
+from inheritune.config.source_shape import find_commit
 from inheritune.data.batches import Tokens
 from inheritune.errors import UserError
 from inheritune.files.json_files import is_sealed, read_json, write_jsonl
@@ -29,6 +30,7 @@ from inheritune.files.rundir import (
 from inheritune.models.choice import is_same_model
 from inheritune.models.networks import build_config
 from inheritune.models.surgery import write_random
+from inheritune.runs.pins import pin_revision
 
 
 def find_run(model: str, experiment: Experiment, seed: int = 0) -> tuple[str, str | None, Path] | None:
@@ -52,7 +54,7 @@ def find_run(model: str, experiment: Experiment, seed: int = 0) -> tuple[str, st
         weights = folder.seed_checkpoint(owned.model.layers)
         write_random(build_config(owned.model, owned.model.layers), weights, seed)
     elif external:
-        weights, revision = external.source, external.revision
+        weights, revision = external.source, pin_revision(owned, external.source, external.revision)
     else:
         finished = require_weights(owned, model.removeprefix(f"{owner}/"), seed)
         weights, folder = finished, get_results_dir(finished)
@@ -77,8 +79,9 @@ def check_replaced(folder: RunDir, model: str, revision: str | None) -> None:
         header, sealed = {}, False
     if not sealed or header.get("kind") != "header" or not isinstance(header.get("model"), str):
         raise UserError(f"{folder.attention} is not as analyze leaves it, {kept}")
-    if not is_same_model(header["model"], model) or header.get("revision") != revision:
-        both = ((header["model"], header.get("revision")), (model, revision))
+    commit = find_commit(model, revision)
+    if not is_same_model(header["model"], model) or header.get("revision") != commit:
+        both = ((header["model"], header.get("revision")), (model, commit))
         of, asked = (f"{name}@{at}" if at else name for name, at in both)
         raise UserError(f"{folder.attention} was measured on {of}, not on {asked}, {kept}")
 

@@ -24,6 +24,7 @@ from inheritune.analysis.layers import summarize_groups, summarize_layer, summar
 from inheritune.analysis.measures import approximate_rank, column_mass, measure_uniform
 from inheritune.analysis.thresholds import ETAS, NEAR_ONE, TAUS
 from inheritune.analysis.worth import measure_worth
+from inheritune.config.source_shape import find_commit
 from inheritune.data.batches import Tokens
 from inheritune.data.tokenizer_comparison import has_same_ids, open_encoder
 from inheritune.errors import UserError
@@ -174,7 +175,7 @@ def measure_model(
     header = {
         "kind": "header",
         "model": str(model),
-        "revision": revision,
+        "revision": find_commit(model, revision),
         "model_type": config.model_type,
         "layers": n_layers,
         "heads": n_heads,

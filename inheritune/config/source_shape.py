@@ -127,6 +127,18 @@ def find_config(source: str, revision: str | None = None, may_download: bool = T
         ) from None
 
 
+def find_commit(source: str, revision: str | None = None) -> str | None:
+    """Return the commit of a Hub id at `revision` (None: as the cache's main is now); None for a folder or a
+    file, and for a model that is not to be had."""
+    if resolve_path(source).exists():
+        return None
+    try:
+        folder = find_config(source, revision).parent
+    except UserError:
+        return revision
+    return folder.name if folder.parent.name == "snapshots" else revision
+
+
 def _find_in_folder(folder: Path, revision: str | None) -> Path:
     """Return config.json in `folder`. Raises UserError if it has none."""
     refuse_revision(revision, folder)

@@ -40,6 +40,7 @@ from inheritune.runs.changes import check_own_run, describe_change_since, find_c
 from inheritune.runs.comparison import compare_with_reference, compute_interval
 from inheritune.runs.identity import check_origin
 from inheritune.runs.job import Job
+from inheritune.runs.pins import pin_revision
 from inheritune.runs.starts import make_random_start
 from inheritune.runtime import dist, signals
 from inheritune.runtime.log import logger, set_up_logging
@@ -124,7 +125,8 @@ def open_weights(experiment: Experiment, name: str, seed: int) -> tuple[Job, Sou
     if external and experiment.rehearsal:  # the public model does not have the rehearsal's size
         return job, open_source(make_random_start(job, experiment.model.layers)), job.dir.results
     if external:
-        return job, open_source(external.source, external.revision), job.dir.results
+        commit = pin_revision(experiment, external.source, external.revision)
+        return job, open_source(external.source, commit), job.dir.results
     weights = require_weights(experiment, name, seed)
     run_dir = RunDir(weights.parent)
     own = find_job(experiment, job.name, seed, run_dir)
@@ -136,7 +138,7 @@ def open_weights(experiment: Experiment, name: str, seed: int) -> tuple[Job, Sou
 
 def check_reference(run_dir: RunDir, job: Job) -> None:
     """Raise UserError if the run in `run_dir` was started from weights of its reference, and the reference
-    has been trained anew since: the two would no longer be an original and its cut."""
+    has other weights by now: the two would no longer be an original and its cut."""
     name = job.experiment.reference_of(job.run)
     if name and run_dir.provenance.is_file():
         before = run_dir.read_starts()[0].get("start_weights") or {}

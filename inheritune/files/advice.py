@@ -42,6 +42,6 @@ def check_unchanged(facts: dict, file: Path) -> None:
 def describe_other_origin(path: Path, source: str) -> str:
     """Return the sentence on the run in `path`, whose start came from other weights than `source` has."""
     return (
-        f"{path} was started from weights of run '{source}', which has been trained anew since; restore "
+        f"{path} was started from weights of run '{source}', which has other weights by now; restore "
         f"those, or move {path} away, so that it starts from the new ones"
     )

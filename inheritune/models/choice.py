@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from inheritune.config.layers import AutoLayers
+from inheritune.config.source_shape import find_commit
 from inheritune.errors import UserError
 from inheritune.files.markers import stamp_weights
 from inheritune.files.rundir import RunDir, get_analysis_dir, get_results_dir
@@ -81,9 +82,11 @@ def choose_layers(
     header = rows[0]
     n_layers = sum(row["kind"] == "layer" for row in rows)
     if "weights" not in header:  # else read_attention has compared the hash with the run's
-        if not is_same_model(header.get("model", ""), source) or header.get("revision") != revision:
+        commit = find_commit(source, revision)
+        if not is_same_model(header.get("model", ""), source) or header.get("revision") != commit:
+            at = f" at {commit}" if commit else ""
             raise UserError(
-                f"{found.attention} was measured on another model than {source}; move it away, then run: "
+                f"{found.attention} was measured on another model than {source}{at}; move it away, then run: "
                 f"{command}"
             )
         if header.get("files") != stamp_weights(source):

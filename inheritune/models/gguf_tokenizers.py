@@ -7,8 +7,6 @@ names, and splits as GPT-2 for the others: SmolLM2 would get other ids for numbe
 from pathlib import Path
 from typing import Any
 
-from tokenizers import pre_tokenizers
-
 from inheritune.errors import UserError
 from inheritune.runtime.log import logger
 
@@ -29,6 +27,8 @@ def mend_splitting(reader: Any, tokenizer: Any, file: Path) -> None:
     found = {key: field.contents() if field is not None else "" for key, field in fields.items()}
     if found["model"] != "gpt2":
         return
+    from tokenizers import pre_tokenizers
+
     name, backend = found["pre"], tokenizer.backend_tokenizer
     if name in ("", "default"):
         logger.warning(

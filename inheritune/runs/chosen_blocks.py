@@ -7,10 +7,11 @@ from inheritune.files.markers import INHERITED
 from inheritune.files.rundir import require_weights
 from inheritune.models.choice import choose_layers, format_analyze
 from inheritune.runs.job import Job
+from inheritune.runs.pins import pin_revision
 
 
 def locate_source(job: Job, source: str, revision: str | None) -> tuple[str, str | None]:
-    """Return (path or id, revision) of a model that a run copies or learns from.
+    """Return (path or id, commit) of a model that a run copies or learns from.
 
     In a rehearsal a random model of its size, which may not be there yet, stands in for a public one. Raises
     UserError if it is an unfinished run of the same file."""
@@ -18,7 +19,7 @@ def locate_source(job: Job, source: str, revision: str | None) -> tuple[str, str
         return str(require_weights(job.experiment, source, job.seed)), None
     if job.experiment.rehearsal:
         return str(job.root.seed_checkpoint(job.experiment.model.layers)), None
-    return source, revision
+    return source, pin_revision(job.experiment, source, revision)
 
 
 def choose_blocks(

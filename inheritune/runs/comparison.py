@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from inheritune.errors import UserError
-from inheritune.files.advice import format_seed_flag
+from inheritune.files.advice import check_unchanged, format_seed_flag
 from inheritune.files.rundir import WINDOW_LOSSES, is_finished
 from inheritune.runs.job import Job
 
@@ -43,13 +43,16 @@ def compare_with_reference(job: Job, losses: np.ndarray, results: dict) -> dict:
 
     `paper_rule` is the paper's own rule: the last value is at or below the reference's last.
 
-    Raises UserError if the two were measured on other data, windows or precision."""
+    Raises UserError if the two were measured on other data, windows or precision, and if the weights of a
+    third-party reference were written anew since."""
     name = job.experiment.reference_of(job.run)
     if not name or not is_finished(job.experiment, name, job.seed):
         return {}
     is_external = job.experiment.run(name).init.external is not None
     reference = job.sibling(name) if is_external else job.sibling(name).chosen()
     measured = reference.read_results(to_renew=True)
+    if is_external:
+        check_unchanged(measured, reference.results)
     for key in ("data_fingerprint", "precision", "windows"):
         if measured.get(key, results[key]) != results[key]:  # older versions did not record the windows
             again = f"python -m inheritune evaluate {job.experiment.given} --run {name}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from inheritune.config.layers import repeat_middle
+from inheritune.config.run import External
 from inheritune.config.sections import Train
 from inheritune.errors import UserError
 from inheritune.files.advice import describe_other_origin
@@ -89,9 +90,13 @@ def check_first_stage(job: Job, train: Train) -> None:
 
 def describe_origin(job: Job) -> dict[str, str]:
     """Return {run: hash of its weights} of the finished runs of the same file that the job's start is copied
-    from."""
+    from, and of evaluated ones that are the same third-party model."""
     origin: dict[str, str] = {}
     copied = job.run.init.copied
+    same = External(source=copied.source, revision=copied.revision) if copied else None
+    for name, run in job.experiment.runs.items():
+        if same and run.init.external == same and (known := job.sibling(name).identify_weights()):
+            origin[name] = known
     if copied and copied.source in job.experiment.runs:
         weights = find_weights(job.experiment, copied.source, job.seed)
         if weights is not None:

@@ -84,7 +84,7 @@ def test_growth_does_not_go_on_against_another_reference(again):
     for gone in (grown.done, grown.stage(2).path):
         shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
     replace_reference(path)
-    gone = f"{grown.path} was started from weights of run 'reference', which has been trained anew since"
+    gone = f"{grown.path} was started from weights of run 'reference', which has other weights by now"
     said = refused("grow", path, "--run", "grown")
     assert gone in said and "compare again" not in said  # which cannot make it a cut of the new one
     # stage 1 still comes from the old one: it is no cut of the new one, and is not grown further
@@ -282,7 +282,7 @@ def test_a_stage_is_not_compared_with_a_reference_that_it_was_not_cut_from(again
     path = again()
     replace_reference(path)
     said = refused("evaluate", path, "--run", "grown/stage1", "--tasks", "none")
-    assert "was started from weights of run 'reference', which has been trained anew since" in said
+    assert "was started from weights of run 'reference', which has other weights by now" in said
     run_verb("evaluate", path, "--run", "other", "--tasks", "none")  # from random: it has no origin
 
 

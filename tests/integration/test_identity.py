@@ -140,7 +140,7 @@ def test_a_run_whose_source_was_trained_anew_is_refused(again):
     shutil.rmtree(reference.path)
     shutil.copytree(RunDir.of(load_experiment(path), "reference", 1).path, reference.path)
     said = refused("train", path, "--run", "cut")
-    assert "was started from weights of run 'reference', which has been trained anew since" in said
+    assert "was started from weights of run 'reference', which has other weights by now" in said
     cut.path.rename(cut.path.parent / "moved.away")
     run_verb("train", path, "--run", "cut")
 

@@ -1,5 +1,6 @@
 """A third-party model as a reference on several ranks, and on the Hub at a pinned revision."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from inheritune.engines.deepspeed_json import load_deepspeed_json
 from inheritune.files.json_files import read_json, read_jsonl
 from inheritune.files.rundir import RunDir, get_analysis_dir
 from inheritune.models.choice import pick_layers
+from inheritune.runs.pins import locate_pins
 
 pytestmark = pytest.mark.slow
 
@@ -140,6 +142,90 @@ def test_its_numbers_are_those_of_the_weights_that_are_there(raw, tmp_path):
         run_verb(verb, path)
     (Path(source) / "model.safetensors").unlink()  # a laptop, to which no weights were copied
     run_verb("table", path)
+
+
+OLD, NEW = "a" * 40, "b" * 40
+"""Two commits of someone/moving."""
+
+
+@pytest.fixture
+def moving(raw, tmp_path, monkeypatch):
+    """A Hub's cache with two commits of a model, and an experiment that gives no revision of it; what moves
+    the branch main to one of them."""
+    cache = tmp_path / "home" / "hub" / "models--someone--moving"
+    for seed, commit in enumerate((OLD, NEW), 1):
+        write_source(cache / "snapshots" / commit, seed)
+    (cache / "refs").mkdir()
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    raw = json.loads(json.dumps(raw).replace(raw["model"]["from"], "someone/moving"))
+    raw["runs"]["grown"]["grow"]["max_layers"] = 2
+    return raw, (cache / "refs" / "main").write_text
+
+
+def grow_further(raw: dict, tmp_path) -> str:
+    """Let the experiment have another stage, as if the growth had been killed before it; its path."""
+    raw["runs"]["grown"]["grow"]["max_layers"] = 3
+    path = write_experiment(tmp_path, raw)
+    RunDir.of(load_experiment(path), "grown").done.unlink()
+    return path
+
+
+def test_a_branch_that_moves_does_not_mix_two_models(moving, tmp_path):
+    """The experiment stays with the commit of its first use, for all that it reads of the model."""
+    raw, move_main = moving
+    move_main(OLD)
+    path = write_experiment(tmp_path, raw)
+    run_verb("prepare", path)
+    run_verb("grow", path, "--run", "grown")
+    move_main(NEW)
+    path = grow_further(raw, tmp_path)
+    run_verb("grow", path, "--run", "grown")
+    run_verb("evaluate", path, "--run", "public", "--tasks", "none")
+    run_verb("analyze", "public", path, "--sequences", "2", "--length", "8", "--ranks-only")
+    run = {name: RunDir.of(load_experiment(path), name) for name in ("public", "grown")}
+    starts = [read_json(run["grown"].stage(number).init / "inherited.json") for number in (1, 2)]
+    assert [start["revision"] for start in starts] == [OLD, OLD]
+    assert run["public"].read_results()["weights"] == OLD
+    assert run["public"].read_attention()[0]["revision"] == OLD
+    assert read_json(locate_pins(load_experiment(path))) == {"someone/moving": OLD}
+    run_verb("table", path)
+
+
+def test_an_analysis_of_another_commit_chooses_no_layers(moving, tmp_path):
+    raw, move_main = moving
+    path = write_experiment(tmp_path, raw)
+    move_main(OLD)
+    run_verb("prepare", path)
+    measured = ("analyze", "--model", "someone/moving", "--data", path, "--sequences", "4", "--length", "16")
+    run_verb(*measured)
+    cut = ("inherit", "--source", "someone/moving", "--layers", "auto:2:influence", "--out", tmp_path / "cut")
+    move_main(NEW)
+    said = refused(*cut)
+    assert f"was measured on another model than someone/moving at {NEW}; move it away" in said
+    assert f"not on someone/moving@{NEW}, and is left as it is" in refused(*measured)
+    run_verb(*cut, "--revision", OLD)  # the commit that main was
+    assert read_json(tmp_path / "cut" / "inherited.json")["revision"] == OLD
+
+
+def test_stages_are_cut_from_one_model(raw, tmp_path):
+    """A folder that is written anew between two stages; then the reference is measured again, as advised."""
+    raw["runs"]["grown"]["grow"]["max_layers"] = 2
+    path = write_experiment(tmp_path, raw)
+    run_verb("prepare", path)
+    run_verb("grow", path, "--run", "grown")
+    source = raw["model"]["from"]
+    shutil.rmtree(source)
+    write_source(Path(source), seed=5)
+    measure = ("evaluate", path, "--run", "grown/stage1", "--tasks", "none")
+    assert f"was measured before the weights in {source} were rewritten" in refused(*measure)
+    run_verb("evaluate", path, "--run", "public", "--tasks", "none")
+    other = "was started from weights of run 'public', which has other weights by now"
+    assert other in refused(*measure)
+    assert other in refused("grow", grow_further(raw, tmp_path), "--run", "grown")
+    assert not RunDir.of(load_experiment(path), "grown").stage(2).init.exists()
 
 
 def assert_chosen(start, rows) -> None:

@@ -1,0 +1,45 @@
+"""The commits at which an experiment reads models of the Hub for which its file gives no revision.
+
+The branch main of a model may move between two runs, or between two stages of one. Their starts would be of
+two models then, and the reference of a third. So the commit of the first use is recorded beside the runs.
+"""
+
+from pathlib import Path
+
+from inheritune.config.experiment import Experiment
+from inheritune.config.source_shape import find_commit
+from inheritune.files.json_files import read_json, write_json
+from inheritune.files.lock import Lock
+from inheritune.files.rundir import get_seed_dir
+from inheritune.runtime import signals
+from inheritune.runtime.log import logger
+
+
+def locate_pins(experiment: Experiment) -> Path:
+    """Return the file {Hub id: commit} of an experiment."""
+    return get_seed_dir(experiment.name, 0, experiment.rehearsal).parent / "revisions.json"
+
+
+def pin_revision(experiment: Experiment, source: str, revision: str | None) -> str | None:
+    """Return the commit of the model `source` for all runs of `experiment`: `revision`, if the experiment
+    gives that, else the one of the first use.
+
+    None for a folder or a file, and in a rehearsal, where random models stand in."""
+    if revision or experiment.rehearsal:
+        return revision
+    file = locate_pins(experiment)
+    if known := _read_pins(file).get(source):
+        return known
+    commit = find_commit(source)
+    if commit is None:
+        return None
+    with Lock(file, signals.get_stop_signal):
+        pins = _read_pins(file)
+        if source not in pins:
+            write_json(file, pins | {source: commit})
+            logger.info("%s is read at commit %s in all runs of this experiment (%s)", source, commit, file)
+        return pins.get(source, commit)
+
+
+def _read_pins(file: Path) -> dict[str, str]:
+    return read_json(file) if file.is_file() else {}
