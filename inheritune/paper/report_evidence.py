@@ -20,6 +20,11 @@ from inheritune.paper.report_runs import list_files, shorten_commit
 RECORD = "evidence.json"
 CORE = ("reference", "random", "random_longer", "inheritune", "last_half")
 """Runs of the first chart of losses; the others follow."""
+CONTROLS = {
+    "random_longer": "a random start with the reference's steps added",
+    "reference_longer": "the reference trained on for as many steps",
+}
+"""Runs that have had what Inheritune and its reference have had, which the verdict compares with it."""
 MEASURES = {"max_rank": "MaxRank", "avg_mass": "AvgMass"}
 
 
@@ -76,16 +81,14 @@ def _open_table(file: Path) -> Path:
 def _make_verdict(found: dict, rows: dict) -> str:
     """Return the outcome in sentences: Inheritune's first stage against the reference and its controls."""
     ours, reference = rows["inheritune", 1], rows["reference", None]
-    longer = found["beside_inheritune"].get("random_longer")
     to_reference, to_random = (describe_difference(ours[key]) for key in ("to_reference", "to_random"))
     words = [
         f"With {_join(ours['layers'])} of {_join(reference['layers'])} layers, Inheritune ends "
         f"{to_reference} the reference and {to_random} a random start of its size."
     ]
-    if longer:
-        words.append(
-            f"It ends {describe_difference(longer)} a random start with the reference's steps added."
-        )
+    for run, name in CONTROLS.items():
+        if gap := found["beside_inheritune"].get(run):
+            words.append(f"It ends {describe_difference(gap)} {name}.")
     shown = [gap for row in found["rows"] for gap in (row["to_reference"], row["to_random"]) if gap]
     tested = {  # a comparison that is shown twice, or in both directions, counts once
         (abs(gap["mean"]), gap["p"]): gap["p_holm"]

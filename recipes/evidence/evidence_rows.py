@@ -176,14 +176,14 @@ def _make_row(label: str, found: list[tuple[dict, dict]], stages: list[list[dict
 def compare_starts(records: list[dict]) -> dict:
     """Return {run: the loss of Inheritune's first stage minus that of the run, over seeds}.
 
-    The runs are the other starts of the same size (of a grown run its first stage). The random start with as
-    many steps has a column in the table."""
+    The runs are the other starts of the same size (of a grown run its first stage), and the reference trained
+    on. The random start with as many steps has a column in the table."""
     gaps: dict[str, list[float]] = {}
     for record in records:
         ours = find_model(record, "inheritune", 1)
         for model in record["models"]:
-            alike = model["layers"] == ours["layers"] and model["stage"] in (None, 1)
-            if alike and model["run"] not in ("inheritune", "random"):
+            alike = model["layers"] == ours["layers"] or model["run"] == "reference_longer"
+            if alike and model["stage"] in (None, 1) and model["run"] not in ("inheritune", "random"):
                 gaps.setdefault(model["run"], []).append(ours["loss"]["mean"] - model["loss"]["mean"])
     return {run: average_seeds(values) for run, values in gaps.items()}
 

@@ -155,7 +155,7 @@ def make_notes(
     others = "; ".join(
         f"{labels[run]} {format_difference(gaps[run])}" for run in reversed(labels) if run in gaps
     )
-    notes.append(f"Inheritune, stage 1, less others of its size: {others}.")
+    notes.append(f"Inheritune, stage 1, less others of its size and the reference trained on: {others}.")
     if lacking := [row.label for row in experiment.paper if row.run not in labels]:
         notes.append(f"Not run: {'; '.join(lacking)}.")
     return [*notes, origin]

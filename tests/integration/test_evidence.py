@@ -397,7 +397,7 @@ def test_what_a_seed_ended_with_has_a_row_of_its_own(summary):
     assert rows["grown", 2]["tokens_to_random"] == [500]
 
 
-def test_inheritune_is_set_beside_all_others_of_its_size(summary):
+def test_inheritune_is_set_beside_its_size_and_the_reference_trained_on(summary):
     """Of a grown run its first stage; the random start of as many steps has a column of its own."""
     records = [
         made_up(s, reference=3.0, random=3.2, other=s, grown__1=3.1, grown__2=2.9, inheritune__1=2.5)
@@ -405,9 +405,15 @@ def test_inheritune_is_set_beside_all_others_of_its_size(summary):
     ]
     for record in records:
         record["models"][0]["layers"] = 4
-    records[1]["models"].pop(-3)  # one seed has not grown
+        record["models"] += made_up(record["seed"], reference_longer=2.25)["models"]
+        record["models"][-1]["layers"] = 4
+    records[1]["models"].pop(3)  # one seed has not grown
     gaps = {run: (gap["mean"], gap["n"]) for run, gap in summary.compare_starts(records).items()}
-    assert gaps == {"other": (-0.5, 2), "grown": (pytest.approx(-0.6), 1)}
+    assert gaps == {
+        "other": (-0.5, 2),
+        "grown": (pytest.approx(-0.6), 1),
+        "reference_longer": (pytest.approx(0.25), 2),
+    }
 
 
 def test_a_loss_that_is_not_reached_has_no_tokens(summary):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import computed_mfu
 import numpy as np
+import pytest
 from conftest import REPOSITORY
 from scipy import stats
 
@@ -81,7 +82,19 @@ def test_the_distance_to_the_reference_trained_on_is_that_of_the_seeds():
         gaps.append(models["inheritune", 1] - models["reference_longer", None])
     mean, half = np.mean(gaps), stats.t.ppf(0.975, len(gaps) - 1) * stats.sem(gaps)
     page = " ".join((REPOSITORY / "docs" / "evidence.md").read_text(encoding="utf-8").split())
-    assert f"{mean:.3f} below Inheritune ({mean - half:.3f} to {mean + half:.3f} below)" in page
+    made = json.loads((REPOSITORY / "recipes/evidence/cpu/evidence.json").read_text(encoding="utf-8"))
+    gap = made["beside_inheritune"]["reference_longer"]
+    assert (gap["mean"], gap["low"]) == pytest.approx((mean, mean - half))
+    ends, p = (
+        f"{mean - half:.3f} to {mean + half:.3f} below",
+        f"p {gap['p']:.3f}, corrected {gap['p_holm']:.2f}",
+    )
+    assert f"{mean:.3f} below Inheritune ({ends}; {p})" in page
+    flops = {(row["run"], row["stage"]): row["flops_with_sources"] for row in made["rows"]}
+    spent = [
+        f"{flops[key]:.1e}".replace("e+", "e") for key in (("reference_longer", None), ("inheritune", 1))
+    ]
+    assert f"{spent[0]} FLOPs with its source, Inheritune {spent[1]}" in page
     assert len(gaps) == 3 and min(gaps) >= 0.15 and "in each seed by 0.15 or more" in page
 
 
