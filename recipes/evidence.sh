@@ -12,7 +12,7 @@ set -euo pipefail
 START=$(date +%s)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SCALE=${SCALE:-cpu} ARMS=${ARMS:-core} SEEDS=${SEEDS:-11 12 13} BUDGET_HOURS=${BUDGET_HOURS:-}
-[[ $SCALE =~ ^(cpu|gpu|deep)$ && $ARMS =~ ^[a-z0-9_\ ]+$ && $BUDGET_HOURS =~ ^([0-9]+(\.[0-9]*)?|\.[0-9]+)?$ && $SEEDS =~ ^[0-9\ ]+$ ]] || {
+[[ $SCALE =~ ^(cpu|gpu|deep)$ && $ARMS =~ ^[a-z0-9_\ ]+$ && $BUDGET_HOURS =~ ^([0-9]+(\.[0-9]*)?|\.[0-9]+)?$ && $SEEDS =~ ^[0-9\ ]+$ && ${JOBS:-1} =~ ^[1-9][0-9]*$ ]] || {
   sed -n '2,10p' recipes/evidence.sh >&2
   exit 2
 }

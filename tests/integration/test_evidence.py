@@ -190,6 +190,7 @@ def test_starts_are_judged_by_their_intervals(gaps, verdict, summary):
         {"SEEDS": "a"},
         {"BUDGET_HOURS": "1h"},
         {"BUDGET_HOURS": "."},
+        {"JOBS": "0"},
     ],
 )
 def test_wrong_settings_are_told_the_right_ones(wrong):
