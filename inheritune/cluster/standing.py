@@ -19,6 +19,7 @@ from inheritune.cluster.slurm_queue import (
 from inheritune.config.experiment import Experiment
 from inheritune.config.run import Run
 from inheritune.errors import NoAccess, UserError
+from inheritune.files.advice import check_unchanged
 from inheritune.files.json_files import read_json
 from inheritune.files.lock import Lock, describe_holder, find_lock_holders
 from inheritune.files.markers import is_prepared
@@ -154,6 +155,8 @@ def list_standings(view: View, name: str, run: Run) -> list[Standing]:
             is_reference = view.experiment.is_reference(name)
             done = folder.is_evaluated() if is_reference else folder.results.is_file()
             found.state = "finished" if done else "not started"
+            if done:
+                check_unchanged(read_json(folder.results), folder.results)
         return [found]
     standings = _list_trained(view, name, run)
     _fill_queue(view, name, standings[0])

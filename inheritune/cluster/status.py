@@ -31,7 +31,7 @@ def status(experiment: str, seed: int = 0, rehearse: bool | None = None) -> None
         cells += [standing.cells() for standing in standings]
         errors = list(dict.fromkeys(error for standing in standings for error in standing.errors))
         command = find_next_command(view, name, run, standings[0].state)
-        finished |= {name} if standings[0].state == "finished" else set()
+        finished |= {name} if standings[0].state == "finished" and not errors else set()
         if errors or command:
             remarks.append(f"{name}: " + "; ".join(errors + ([f"next: {command}"] if command else [])))
     mark = "REHEARSAL " if loaded.rehearsal else ""

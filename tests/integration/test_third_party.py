@@ -134,7 +134,10 @@ def test_its_numbers_are_those_of_the_weights_that_are_there(raw, tmp_path):
             said := refused(*call)
         )
         assert again in said
+    seen = run_verb("status", path).stdout
+    assert again in seen and "all that is finished" not in seen
     run_verb("evaluate", path, "--run", "public")
+    assert "all that is finished" in run_verb("status", path).stdout
     assert f"measure again: python -m inheritune analyze public {Path(path).name}" in refused("report", path)
     assert read_json(public.results)["validation"]["mean"] != before
     run_verb("analyze", "public", path, "--sequences", "2", "--length", "8", "--ranks-only")
