@@ -21,7 +21,7 @@ from inheritune.config.experiment import Experiment, load_experiment
 from inheritune.config.values import ARGUMENTS
 from inheritune.errors import UserError
 from inheritune.files.json_files import write_json
-from inheritune.files.rundir import RunDir
+from inheritune.files.rundir import RunDir, is_finished
 from inheritune.paper.items import Column, Item, Panel, Row
 from inheritune.paper.measured import find_folder
 from inheritune.paper.prerequisites import list_missing, make_disk_check
@@ -66,10 +66,13 @@ def collect_seed(experiment: Experiment, seed: int) -> dict | None:
 
 
 def list_left_out(experiment: Experiment, numbers: list[int]) -> list[int]:
-    """Return the seeds that are finished, and not among `numbers`."""
+    """Return the seeds whose runs are all finished, and that are not among `numbers`. Their results are not
+    read, so that no fault in them stops the verdict over others."""
     folders = RunDir.of(experiment, "inheritune", 0).path.parent.parent.glob("seed*")
     seeds = sorted(int(name) for folder in folders if (name := folder.name.removeprefix("seed")).isdecimal())
-    return [seed for seed in seeds if seed not in numbers and collect_seed(experiment, seed)]
+    runs = [row.run for row in experiment.paper]
+    others = (seed for seed in seeds if seed not in numbers)
+    return [seed for seed in others if all(is_finished(experiment, run, seed) for run in runs)]
 
 
 def compare_seeds(seeds: list[dict]) -> list[dict]:
@@ -134,7 +137,7 @@ def judge(numbers: list[int]) -> None:
     if left_out := list_left_out(experiment, numbers):
         notes.append(
             f"Finished, and left out of this table: seeds {', '.join(map(str, left_out))}. A verdict over "
-            f"chosen seeds is none."
+            f"chosen seeds is not a verdict."
         )
     title = f"{'REHEARSAL, not a result. ' if experiment.rehearsal else ''}{experiment.about}"
     rows = [_make_row(one, place < len(asked)) for place, one in enumerate(compared)]
