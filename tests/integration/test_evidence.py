@@ -445,6 +445,29 @@ def test_seeds_that_must_not_be_counted_are_refused_before_they_are_trained(
     assert "11 train" in summary.list_missing(experiment, str(path), "core", [11])[0]  # which it will replace
 
 
+def test_a_seed_that_is_not_analyzed_yet_is_not_counted(summary, tmp_path):
+    """It does not stand in the way of the others. One that was measured otherwise is refused, before its
+    file is written."""
+    experiment = load_experiment(str(EVIDENCE / "cpu.yaml"))
+    folder = tmp_path / "seeds"
+    shutil.copytree(EVIDENCE / "cpu" / "seeds", folder)
+    file = folder / "seed13.json"
+    record = read_json(file)
+    del record["models"][0]["attention"]
+    write_json(file, record)
+    records, partial = summary.read_records(experiment, tmp_path)
+    assert [one["seed"] for one in records] == [11, 12] and partial == ["13"]
+    change(record, ("models", 0, "attention"), LAST)
+    with pytest.raises(UserError, match=r"has other steps of its attention \(\[3000\]\) than in"):
+        summary.read_seeds(tmp_path, now={file: record})
+    assert "attention" not in read_json(file)["models"][0]
+
+
+MEASURED = {"max_rank": [1.0], "avg_mass": [1.0], "heads_near_1": 0, "suggested": 1}
+LAST = {"3000": MEASURED}
+"""The attention of the end alone."""
+
+
 def change(record: dict, keys: tuple, value) -> None:
     """Set what `keys` lead to in a seed's record."""
     *parents, last = keys
@@ -471,7 +494,7 @@ def change(record: dict, keys: tuple, value) -> None:
         (("models", 0, "layers"), 11, "'reference' in {file} has other layers (11) than in"),
         (("models", 1, "curve"), [], "models.1.curve: List should have at least 2 items"),
         (("models", 1, "curve"), [[0, 7.6], [3000, 3.5]], "has other steps of its curve ([0, 3000]) than in"),
-        (("models", 0, "attention"), {}, "has other steps of its attention ([]) than in"),
+        (("models", 0, "attention"), LAST, "has other steps of its attention ([3000]) than in"),
         (("growth", "smallest", "stage"), 9, "growth.smallest.stage is 9, and its stages are [1, 2, 3]"),
         (("models", 0, "weights"), None, "has the weights of"),
     ],
