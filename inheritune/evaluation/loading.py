@@ -112,7 +112,8 @@ def load_model(source: Source, zero: dict | None) -> Iterator[torch.nn.Module]:
         return
     from inheritune.engines.engine import has_finite_weights, start_frozen_engine
 
-    logger.info("the weights are divided over %d ranks (ZeRO 3)", dist.get_world_size())
+    ranks = dist.get_world_size()
+    logger.info("the weights are in shards by ZeRO 3, over %d rank%s", ranks, "s" * (ranks > 1))
     engine = start_frozen_engine(source.config, source, zero)
     try:
         if not has_finite_weights(engine):
