@@ -30,6 +30,7 @@ from inheritune.files.outputs import check_new_file, resolve_output
 from inheritune.files.rundir import (
     WINDOW_LOSSES,
     RunDir,
+    check_has_parts,
     get_results_dir,
     parse_weights_name,
     require_weights,
@@ -120,6 +121,7 @@ def open_weights(experiment: Experiment, name: str, seed: int) -> tuple[Job, Sou
     """Return the job, weights and results.json of the weights called `name`.
 
     Raises UserError if they do not exist."""
+    check_has_parts(experiment, name)
     job = Job(experiment, parse_weights_name(name)[0], seed)
     external = job.run.init.external
     if external and experiment.rehearsal:  # the public model does not have the rehearsal's size
