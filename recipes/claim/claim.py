@@ -15,7 +15,7 @@ from design import NAME, choose_seeds, count_seeds
 from evidence_rows import average_seeds, format_interval
 from rule import COMPARISONS, FEW_LAZY, LAZY_SHARE, UNDECIDED, conclude
 
-from inheritune.analysis.thresholds import LENGTH, SEQUENCES, is_measured_as_usual
+from inheritune.analysis.thresholds import LENGTH, SEQUENCES, has_papers_length
 from inheritune.cli.scripts import run_script
 from inheritune.config.experiment import Experiment, load_experiment
 from inheritune.config.values import ARGUMENTS
@@ -60,7 +60,7 @@ def collect_seed(experiment: Experiment, seed: int) -> dict | None:
             return None
         cells[row.run] = measure_cell(folder.read_results(), "validation")
     rows = RunDir.of(experiment, "reference", seed).read_attention()
-    is_measured = is_measured_as_usual(rows)
+    is_measured = has_papers_length(rows)
     near_lazy = len(rows[-1]["near_lazy_layers"]) if is_measured else None
     return {"seed": seed, "cells": cells, "near_lazy": near_lazy}
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from seed_files import read_seeds
 
-from inheritune.analysis.thresholds import MAIN_THRESHOLD, is_measured_as_usual
+from inheritune.analysis.thresholds import MAIN_THRESHOLD, has_papers_length
 from inheritune.cluster.planner import read_stages
 from inheritune.config.experiment import Experiment
 from inheritune.config.layers import parse_layers
@@ -151,7 +151,7 @@ def _add_attention(model: dict, experiment: Experiment, run: str, seed: int) -> 
         weights: get_results_dir(find_weights(experiment, weights, seed)).read_attention()
         for weights in list_measured(experiment, run)
     }
-    if not all(map(is_measured_as_usual, measured.values())):
+    if not all(map(has_papers_length, measured.values())):
         return
     for weights, rows in measured.items():
         step = int(weights.partition("@")[2] or experiment.train_of(experiment.run(run)).steps)

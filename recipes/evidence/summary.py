@@ -35,7 +35,7 @@ from evidence_seeds import (
 )
 from seed_files import read_seeds
 
-from inheritune.analysis.thresholds import is_measured_as_usual
+from inheritune.analysis.thresholds import has_papers_length
 from inheritune.cli.scripts import read_variable, run_script
 from inheritune.cluster.planner import find_unfinished_source
 from inheritune.config.experiment import Experiment, load_experiment
@@ -76,7 +76,7 @@ def list_missing(experiment: Experiment, path: str, arms: str, seeds: list[int])
                 continue
             for weights in list_measured(experiment, name):
                 rows = get_results_dir(find_weights(experiment, weights, seed)).read_attention()
-                if not is_measured_as_usual(rows):
+                if not has_papers_length(rows):
                     # what layers cost is measured of the reference, at its end
                     only = "" if weights == "reference" else " --ranks-only"
                     found.append((0, f"{seed} analyze --model {weights} --data {path}{only}"))
