@@ -16,7 +16,7 @@ from inheritune.config.units import format_memory
 from inheritune.engines.deepspeed_json import get_zero_stage, load_deepspeed_json
 from inheritune.errors import UserError
 from inheritune.files.processes import get_node_name
-from inheritune.models.networks import build_meta_model, build_model, list_saved_tensors
+from inheritune.models.networks import build_model, list_saved_tensors
 from inheritune.models.sizes import list_network_parameters
 from inheritune.models.sources import Source
 from inheritune.planning.memory import FRAGMENTATION, estimate_evaluation
@@ -49,11 +49,11 @@ def choose_shards(ds: str | None, model: Model, train: Train) -> dict | None:
     return settings["zero_optimization"]
 
 
-def check_room(source: Source, zero: dict | None, precision: str, length: int) -> None:
+def check_room(source: Source, network: Any, zero: dict | None, precision: str, length: int) -> None:
     """Raise UserError, on every rank, if the model of `source` does not fit into the memory that is free.
 
-    `zero` is that of `choose_shards`. Nothing is loaded."""
-    network: Any = build_meta_model(source.config)
+    `network` is that model without weights (build_meta_model), `zero` that of `choose_shards`. Nothing is
+    loaded."""
     tensors, config = list_network_parameters(network), source.config
     head = network.get_output_embeddings().weight.numel() if config.tie_word_embeddings else 0
     on_gpu = dist.get_device().type == "cuda"

@@ -137,6 +137,17 @@ def test_a_copy_that_does_not_fit_is_refused_with_the_way_out(tmp_path, small):
     assert "GB in shards on each rank" in away and re.findall(number, away) == re.findall(number, said)
 
 
+def test_what_does_not_fit_the_data_is_refused_before_weights_are_read(tmp_path, small):
+    """Those of the model are damaged, which is found only while they are read."""
+    config = config_of("llama")
+    config.vocab_size, config.max_position_embeddings = 320, 16
+    model = random_model(config)
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    model.save_pretrained(tmp_path / "short")
+    said = refused("evaluate", small, "--model", tmp_path / "short", "--tasks", "none")
+    assert "is beyond the 16 positions of" in said
+
+
 @pytest.mark.parametrize(
     ("offload", "said"),
     [
