@@ -26,6 +26,10 @@ PROCS=${PROCS:-$(fitting_procs)}
 # One line for each thing that has to be run: verb, experiment, run, the lines it waits for, options.
 missing() { inheritune table "$1" --missing --seed "$SEED"; }
 
+for item in "$@"; do # an unknown one is refused before anything is run
+  missing "$item" > /dev/null
+done
+
 for item in "$@"; do
   if [ "${SUBMIT:-0}" != 0 ] && [ "$item" != toy ]; then # which takes minutes on a CPU
     listed=$(missing "$item")

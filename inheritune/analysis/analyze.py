@@ -21,6 +21,7 @@ from inheritune.files.markers import is_prepared
 from inheritune.files.outputs import check_writable, resolve_output
 from inheritune.files.rundir import (
     RunDir,
+    check_has_parts,
     find_measured_run,
     get_analysis_dir,
     get_results_dir,
@@ -47,6 +48,8 @@ def find_run(model: str, experiment: Experiment, seed: int = 0) -> tuple[str, st
     owned = load_experiment(owner, experiment.rehearsal) if owner else experiment
     if run not in owned.runs:
         return None
+    within = model.removeprefix(f"{owner}/")
+    check_has_parts(owned, within)
     folder, external = RunDir.of(owned, run, seed), owned.runs[run].init.external
     weights: str | Path
     revision = None
@@ -56,7 +59,7 @@ def find_run(model: str, experiment: Experiment, seed: int = 0) -> tuple[str, st
     elif external:
         weights, revision = external.source, pin_revision(owned, external.source, external.revision)
     else:
-        finished = require_weights(owned, model.removeprefix(f"{owner}/"), seed)
+        finished = require_weights(owned, within, seed)
         weights, folder = finished, get_results_dir(finished)
     return str(weights), revision, folder.path / f"on_{experiment.name}" if owner else folder.path
 

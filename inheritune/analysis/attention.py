@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from inheritune.analysis.layers import summarize_groups, summarize_layer, summarize_model
 from inheritune.analysis.measures import approximate_rank, column_mass, measure_uniform
-from inheritune.analysis.thresholds import ETAS, NEAR_ONE, TAUS
+from inheritune.analysis.thresholds import ETAS, LENGTH, NEAR_ONE, SEQUENCES, TAUS
 from inheritune.analysis.worth import measure_worth
 from inheritune.config.source_shape import find_commit
 from inheritune.data.batches import Tokens
@@ -140,8 +140,8 @@ def read_windows(tokens: Tokens, n_sequences: int, length: int, seed: int) -> to
 def measure_model(
     model: str,
     tokens: Tokens,
-    n_sequences: int = 100,
-    length: int = 100,
+    n_sequences: int = SEQUENCES,
+    length: int = LENGTH,
     seed: int = 0,
     maps: list[tuple[int, int]] | None = None,
     batch: int = 20,

@@ -19,9 +19,9 @@ LITTLE_USE = 0.01
 """A block is of little use if the loss without it is higher by less than this share of the loss."""
 
 
-def is_measured_as_usual(rows: list[dict]) -> bool:
-    """Return whether the rows of an attention.jsonl were measured on as much text as the paper's numbers. A
-    rehearsal's, which is no result, may be measured on less."""
+def has_papers_length(rows: list[dict]) -> bool:
+    """Return whether the rows of an attention.jsonl were measured on as many sequences and tokens as the
+    paper's numbers. A rehearsal's, which is no result, may be measured on less."""
     if not rows:
         return False
     header = rows[0]

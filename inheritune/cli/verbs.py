@@ -1,5 +1,6 @@
 """The verbs, as python-fire calls them. A verb returns nothing, because Fire prints what it returns."""
 
+from inheritune.analysis.thresholds import LENGTH, SEQUENCES
 from inheritune.config import values
 from inheritune.errors import UserError
 
@@ -139,8 +140,8 @@ class Verbs:
         model: str,
         data: str,
         out: str | None = None,
-        sequences: int = 100,
-        length: int = 100,
+        sequences: int = SEQUENCES,
+        length: int = LENGTH,
         seed: int = 0,
         maps: str | None = None,
         ranks_only: bool | None = None,

@@ -7,7 +7,7 @@ the mathematics of a run are here; those of memory and speed are in ds_configs/ 
 """
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -183,16 +183,19 @@ def is_path(name: str) -> bool:
     return str(name).endswith((".yaml", ".yml"))
 
 
-def load_experiment(name: str, rehearse: bool | None = None) -> Experiment:
+def load_experiment(name: str, rehearse: bool | None = None, others: Sequence[str] = ()) -> Experiment:
     """Return the experiment in recipes/<name>.yaml, or in the YAML file at path `name`.
 
     A job reads the copy that was made when it was submitted. `rehearse`: shrink it to a rehearsal (None: if
-    REHEARSE=1). Raises UserError with every problem of the file in one message."""
+    REHEARSE=1). `others`: what the caller takes besides experiments, for the sentence that refuses a name.
+    Raises UserError with every problem of the file in one message."""
     path = Path(name) if is_path(name) else RECIPES / f"{name}.yaml"
     path = find_copy(path) or path
     if not path.is_file():
         known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
-        raise UserError(f"no experiment '{name}' ({path} is missing); {suggest_name(name, known)}")
+        raise UserError(
+            f"no experiment '{name}' ({path} is missing); {suggest_name(name, [*known, *others])}"
+        )
     raw = read_yaml(path)
     raw.setdefault("name", path.stem)
     experiment = parse_section(Experiment, raw, str(path))

@@ -30,11 +30,12 @@ from inheritune.files.outputs import check_new_file, resolve_output
 from inheritune.files.rundir import (
     WINDOW_LOSSES,
     RunDir,
+    check_has_parts,
     get_results_dir,
     parse_weights_name,
     require_weights,
 )
-from inheritune.models.networks import count_parameters
+from inheritune.models.networks import build_meta_model, count_trained
 from inheritune.models.sources import Source, open_source
 from inheritune.runs.changes import check_own_run, describe_change_since, find_changes_since, find_job
 from inheritune.runs.comparison import compare_with_reference, compute_interval
@@ -120,6 +121,7 @@ def open_weights(experiment: Experiment, name: str, seed: int) -> tuple[Job, Sou
     """Return the job, weights and results.json of the weights called `name`.
 
     Raises UserError if they do not exist."""
+    check_has_parts(experiment, name)
     job = Job(experiment, parse_weights_name(name)[0], seed)
     external = job.run.init.external
     if external and experiment.rehearsal:  # the public model does not have the rehearsal's size
@@ -179,7 +181,8 @@ def measure_checkpoint(
     # All that can be refused comes before the work.
     train = resolve_precision(loaded.train_of(job.run) if job else loaded.train, dist.get_device())
     zero = loading.choose_shards(ds, loaded.model, train)
-    loading.check_room(source, zero, train.precision, loaded.data.sequence_length)
+    shape = build_meta_model(source.config)
+    loading.check_room(source, shape, zero, train.precision, loaded.data.sequence_length)
     if target:
         check_new_file(target)
     benchmarks = downstream.load_tasks(chosen, loaded.evaluate.task_files, allow_code)
@@ -188,17 +191,14 @@ def measure_checkpoint(
     missing = downstream.list_unscored(chosen, benchmarks, results, identity)
     if scored := [name for name in chosen if name not in missing]:
         logger.info("already scored, and kept: %s", ", ".join(scored))
-    tokenizer = _open_tokenizer(loaded, source, tokens, foreign) if chosen or foreign else None
-    if tokenizer is None and chosen:
-        raise UserError(
-            f"{source.folder} holds no tokenizer, which the tasks need; put its files there, or give --tasks "
-            f"none"
-        )
+    tokenizer = _open_tokenizer(loaded, source, tokens, foreign, bool(chosen)) if chosen or foreign else None
     has_ids = not (foreign and tokenizer) or has_same_ids(encode_with(tokenizer), tokens, loaded.data)
     if job and not has_ids and loaded.is_reference(job.name):
         raise UserError(describe_other_ids(loaded, job.name, source.origin))
+    if has_ids:
+        check_fits(source, tokens, loaded.data.sequence_length)
     results.update(experiment=loaded.name, rehearsal=loaded.rehearsal, precision=train.precision)
-    results.update(layers=source.config.num_hidden_layers, parameters=count_parameters(source.config))
+    results.update(layers=source.config.num_hidden_layers, parameters=count_trained(shape))
     with loading.load_model(source, zero) as network:
         if has_ids:
             _measure_losses(network, loaded, job, source, tokens, train, results)
@@ -273,13 +273,20 @@ def merge_results(target: Path, results: dict[str, Any], identity: str | None, s
         write_json(target, results)
 
 
-def _open_tokenizer(loaded: Experiment, source: Source, tokens: Tokens, foreign: bool) -> Any:
+def _open_tokenizer(
+    loaded: Experiment, source: Source, tokens: Tokens, foreign: bool, has_tasks: bool
+) -> Any:
     """Return the checkpoint's tokenizer, or None.
 
-    In a rehearsal a checkpoint from elsewhere without one is measured with the tokenizer of the data."""
+    In a rehearsal a checkpoint from elsewhere without one is measured with the tokenizer of the data. Raises
+    UserError if tasks need one that is not there."""
     tokenizer = downstream.open_tokenizer(source.folder)
     if tokenizer is None and foreign and loaded.rehearsal:
-        return downstream.open_tokenizer(tokens.folder / "tokenizer")
+        tokenizer = downstream.open_tokenizer(tokens.folder / "tokenizer")
+    if tokenizer is None and has_tasks:
+        raise UserError(
+            f"{source.folder} holds no tokenizer, which the tasks need; put it there or give --tasks none"
+        )
     if tokenizer is None and foreign:
         logger.warning(
             "%s holds no tokenizer: its token ids are taken to be those of the experiment's data",
@@ -343,19 +350,22 @@ def _score_tasks(
             logger.info("%s (%d of %d, %.0f s)", line, number + 1, len(unscored), dt)
 
 
-def compute_losses(
-    model: torch.nn.Module, source: Source, tokens: Tokens, length: int, starts: np.ndarray, train: Train
-) -> np.ndarray:
-    """Return the validation losses of `source`, loaded as `model`, at the windows `starts` (n,).
-
-    They are (n,) float64. Raises UserError if the data's vocabulary or windows do not fit the model, and if
-    a loss is not finite."""
+def check_fits(source: Source, tokens: Tokens, length: int) -> None:
+    """Raise UserError if the data's vocabulary or windows of `length` tokens do not fit the model."""
     check_vocabulary(tokens.vocab_size, source.config.vocab_size, str(source.folder))
     positions = getattr(source.config, "max_position_embeddings", length)
     if length > positions:
         raise UserError(
             f"data.sequence_length ({length}) is beyond the {positions} positions of {source.folder}"
         )
+
+
+def compute_losses(
+    model: torch.nn.Module, source: Source, tokens: Tokens, length: int, starts: np.ndarray, train: Train
+) -> np.ndarray:
+    """Return the validation losses of `source`, loaded as `model`, at the windows `starts` (n,).
+
+    They are (n,) float64. Raises UserError if a loss is not finite."""
     device = dist.get_device()
     with torch.autocast(device.type, torch.bfloat16, enabled=train.precision != "fp32"):
         losses = validate.window_losses(model, tokens, length, starts, device)

@@ -16,7 +16,7 @@ from inheritune.config.units import format_memory
 from inheritune.engines.deepspeed_json import get_zero_stage, load_deepspeed_json
 from inheritune.errors import UserError
 from inheritune.files.processes import get_node_name
-from inheritune.models.networks import build_meta_model, build_model, list_saved_tensors
+from inheritune.models.networks import build_model, list_saved_tensors
 from inheritune.models.sizes import list_network_parameters
 from inheritune.models.sources import Source
 from inheritune.planning.memory import FRAGMENTATION, estimate_evaluation
@@ -49,18 +49,18 @@ def choose_shards(ds: str | None, model: Model, train: Train) -> dict | None:
     return settings["zero_optimization"]
 
 
-def check_room(source: Source, zero: dict | None, precision: str, length: int) -> None:
+def check_room(source: Source, network: Any, zero: dict | None, precision: str, length: int) -> None:
     """Raise UserError, on every rank, if the model of `source` does not fit into the memory that is free.
 
-    `zero` is that of `choose_shards`. Nothing is loaded."""
-    network: Any = build_meta_model(source.config)
+    `network` is that model without weights (build_meta_model), `zero` that of `choose_shards`. Nothing is
+    loaded."""
     tensors, config = list_network_parameters(network), source.config
     head = network.get_output_embeddings().weight.numel() if config.tie_word_embeddings else 0
     on_gpu = dist.get_device().type == "cuda"
 
-    def estimate(zero: dict | None, ranks: int) -> list[float]:
-        device, host = estimate_evaluation(tensors, head, config.vocab_size, zero, precision, ranks, length)
-        return [(1 + FRAGMENTATION) * device, host] if on_gpu else [device + host * bool(zero)]
+    def estimate(shards: dict | None, ranks: int) -> list[float]:
+        device, host = estimate_evaluation(tensors, head, config.vocab_size, shards, precision, ranks, length)
+        return [(1 + FRAGMENTATION) * device, host] if on_gpu else [device + host * (shards is not None)]
 
     rooms, hosts = _find_rooms()
     free = [min(rooms), min(hosts)]  # those of a CPU are the same
@@ -70,25 +70,25 @@ def check_room(source: Source, zero: dict | None, precision: str, length: int) -
     if lacking is None:
         return
     need, room, where = lacking
-    kind = "in shards" if zero else "as a whole fp32 copy"
+    kind = "in shards" if zero is not None else "as a whole fp32 copy"
     what = (
-        f"{source.folder} takes {format_memory(need)} {kind} on each rank, which has {format_memory(room)} "
+        f"{source.origin} takes {format_memory(need)} {kind} on each rank, which has {format_memory(room)} "
         f"free on {where}"
     )
-    tried = zero or load_deepspeed_json(SHARDING_JSON)["zero_optimization"]
-    more = [ranks for ranks in RANKS if ranks > len(rooms) * bool(zero)]
+    tried = zero if zero is not None else load_deepspeed_json(SHARDING_JSON)["zero_optimization"]
+    more = [ranks for ranks in RANKS if ranks > len(rooms) * (zero is not None)]
     enough = next((n for n in more if all(map(le, estimate(tried, n), free))), None)
     if enough is None:
         raise UserError(
             f"{what}; no number of ranks is enough: lower stage3_max_live_parameters in a copy of "
             f"{SHARDING_JSON} and give it as --ds, or use devices with more memory"
         )
-    option = "" if zero else f"give --ds {SHARDING_JSON}, which divides it over the ranks, and "
+    option = "" if zero is not None else f"give --ds {SHARDING_JSON}, which divides it over the ranks, and "
     raise UserError(f"{what}; {option}start {enough} or more ranks with as much free memory each")
 
 
 def _find_rooms() -> tuple[list[float], list[float]]:
-    """Return, for each rank, the free bytes of (its device, its part of the host). Of the CPU both are the
+    """Return, for each rank, the free bytes of (its device, its part of the host). On a CPU both are the
     same."""
     gc.collect()  # the model that was measured before
     host, device, free = float(find_available_memory()), dist.get_device(), None
@@ -112,7 +112,8 @@ def load_model(source: Source, zero: dict | None) -> Iterator[torch.nn.Module]:
         return
     from inheritune.engines.engine import has_finite_weights, start_frozen_engine
 
-    logger.info("the weights are divided over %d ranks (ZeRO 3)", dist.get_world_size())
+    ranks = dist.get_world_size()
+    logger.info("the weights are in shards by ZeRO 3, over %d rank%s", ranks, "s" * (ranks > 1))
     engine = start_frozen_engine(source.config, source, zero)
     try:
         if not has_finite_weights(engine):

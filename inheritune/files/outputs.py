@@ -48,9 +48,9 @@ def check_new_file(file: Path) -> None:
 
 
 def resolve_replaceable(path: str, what: str, is_own: Callable[[Path], bool]) -> Path:
-    """Return `path` resolved, a file that may be written over one of its kind: `what`, known by `is_own`.
+    """Return `path` resolved. It must be new, or hold a `what`, which `is_own` recognizes.
 
-    Raises UserError if it is another file, or cannot be written."""
+    Raises UserError if it holds something else, or cannot be written."""
     file = resolve_output(path)
     check_new_file(file)
     if file.exists() and not is_own(file):

@@ -145,6 +145,11 @@ class RunDir:
         """Return the folder of the weights kept at `step` (`keep_at`)."""
         return self.path / f"at_{step:08d}"
 
+    def kept_steps(self) -> list[int]:
+        """Return the steps whose weights are kept here, in order."""
+        found = (re.fullmatch("at_([0-9]{8,})", name) for name in list_names(self.path))
+        return sorted(int(match[1]) for match in found if match and (self.path / match[0]).is_dir())
+
     def losses(self, step: int) -> Path:
         """Return the file of per-window validation losses (nats per token, float64) at `step`."""
         return self.validation / f"step_{step}.npy"
@@ -331,13 +336,28 @@ def find_weights(experiment: Experiment, name: str, seed: int = 0) -> Path | Non
 
     A name is RUN, RUN/stage2, or RUN@10000 for weights kept at that step. RUN alone means, for a grown run,
     the stage that its DONE names. Raises UserError for an unknown run."""
-    run, stage, step = parse_weights_name(name)
-    experiment.run(run)
-    folder = RunDir.of(experiment, run, seed)
-    folder = folder.stage(int(stage)) if stage else folder
+    _, folder, step = _locate_weights(experiment, name, seed)
     if not folder.is_done():
         return None
-    return RunDir(folder.weights().parent).kept(int(step)) if step else folder.weights()
+    return folder.weights() if step is None else RunDir(folder.weights().parent).kept(step)
+
+
+def _locate_weights(experiment: Experiment, name: str, seed: int) -> tuple[RunDir, RunDir, int | None]:
+    """Return (folder of the run, that of the stage if `name` has one, the step or None)."""
+    run, stage, step = parse_weights_name(name)
+    experiment.run(run)
+    root = RunDir.of(experiment, run, seed)
+    return root, root.stage(int(stage)) if stage else root, int(step) if step else None
+
+
+def check_has_parts(experiment: Experiment, name: str) -> None:
+    """Raise UserError if `name` is a stage or step of a third-party model."""
+    run, *parts = parse_weights_name(name)
+    if any(parts) and experiment.run(run).init.external:
+        raise UserError(
+            f"'{name}': run '{run}' of {experiment.name} is a third-party model, which has no stages and no "
+            f"kept steps; give '{run}'"
+        )
 
 
 def require_weights(experiment: Experiment, name: str, seed: int = 0) -> Path:
@@ -345,21 +365,22 @@ def require_weights(experiment: Experiment, name: str, seed: int = 0) -> Path:
 
     Raises UserError, with the command to run first, if the run or stage is not finished, and for a stage or
     step that a finished run does not have."""
-    run, stage, step = parse_weights_name(name)
-    root = RunDir.of(experiment, run, seed)
-    title = f"run '{run}' of {experiment.name} (seed {seed})"
+    root, folder, step = _locate_weights(experiment, name, seed)
+    run, where = root.path.name, f"of {experiment.name} (seed {seed})"
     if (weights := find_weights(experiment, name, seed)) is None:
         if root.is_done():
             stages = ", ".join(map(str, root.stages())) or "none"
-            raise UserError(f"{title} is finished and has no stage {stage}; its stages are {stages}")
-        verb = "grow" if experiment.run(run).grow else "train"
+            part = folder.path.name.replace("stage", "stage ")
+            raise UserError(f"run '{run}' {where} is finished and has no {part}; its stages are {stages}")
+        command = f"{'grow' if experiment.run(run).grow else 'train'} {experiment.given} --run {run}"
+        command += format_seed_flag(seed)
+        raise UserError(f"run '{name}' {where} is not finished; first: python -m inheritune {command}")
+    if step is not None and not weights.is_dir():
+        kept = ", ".join(map(str, RunDir(weights.parent).kept_steps())) or "none"
         raise UserError(
-            f"run '{name}' of {experiment.name} (seed {seed}) is not finished; first: "
-            f"python -m inheritune {verb} {experiment.given} --run {run}{format_seed_flag(seed)}"
+            f"run '{run}' {where} has no weights of step {step}; the steps it kept, by keep_at while it "
+            f"trained, are: {kept}"
         )
-    if step and not weights.is_dir():
-        kept = ", ".join(map(str, sorted(experiment.run(run).keep_at))) or "no step"
-        raise UserError(f"{title} keeps no weights of step {step}; its keep_at has {kept}")
     return weights
 
 

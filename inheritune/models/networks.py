@@ -264,7 +264,12 @@ def count_parameters(config: PreTrainedConfig) -> int:
     """Return the number of trainable parameters: a tied head counted once, biases held at zero not counted.
 
     This is the count of the paper's Table 6."""
-    return sum(p.numel() for p in build_meta_model(config).parameters() if p.requires_grad)
+    return count_trained(build_meta_model(config))
+
+
+def count_trained(network: torch.nn.Module) -> int:
+    """Return what `count_parameters` does, of a model that is built already."""
+    return sum(p.numel() for p in network.parameters() if p.requires_grad)
 
 
 def count_flops_per_token(config: PreTrainedConfig, sequence_length: int) -> float:

@@ -179,11 +179,11 @@ def describe_outcome(experiment: Experiment, found: list[TableEntry]) -> str:
     reached = "reaches" if gap["high"] <= margin else "does not reach"
     method = "gradual stacking" if growths[grower].from_ == "middle" else "Inheritune"
     text = (
-        f"{mark}With {size}, {method} {reached} the reference's validation loss by the margin of {margin:g} "
-        f"nats: {gap['mean']:+.4f} nats ({gap['low']:+.4f} to {gap['high']:+.4f})"
+        f"{mark}With {size}, {method} {reached} the reference's validation loss within the margin of "
+        f"{margin:g} nats: {gap['mean']:+.4f} nats ({gap['low']:+.4f} to {gap['high']:+.4f})"
     )
     if ended_by != margin:
-        text += f", at the stage where growth ended by a margin of {ended_by:g}"
+        text += f", at the stage where growth ended with a margin of {ended_by:g}"
     for entry in found[1:]:
         if _is_control(experiment, entry.results["run"]):
             text += _compare_control(entry, chosen, margin)
@@ -216,5 +216,5 @@ def _compare_control(entry: TableEntry, chosen: TableEntry, margin: float) -> st
     shape = f"{entry.results['layers']} layers, {entry.results['steps']} steps"
     text = f"; the {escape_markdown(entry.label)} ({shape}) ends {describe_gap(gap)} it"
     if entry.results.get("difference", {"high": margin + 1})["high"] <= margin:
-        text += " and reaches the reference's loss by that margin too"
+        text += " and reaches the reference's loss within the margin too"
     return text

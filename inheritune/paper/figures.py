@@ -48,7 +48,7 @@ def figure(item: str, seed: int = 0, rehearse: bool | None = None) -> list[Path]
     layer. They are written into the seed's folder. Raises UserError if no run is finished."""
     if item in list_items():
         return _draw_paper_figure(item, seed, rehearse)
-    experiment = load_experiment(item, rehearse)
+    experiment = load_experiment(item, rehearse, list_items())
     found = list_entries(experiment, seed)
     if not found:
         raise UserError(f"no run of {experiment.name} (seed {seed}) is finished: nothing to draw")

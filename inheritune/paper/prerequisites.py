@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from inheritune.analysis.thresholds import is_measured_as_usual
+from inheritune.analysis.thresholds import has_papers_length
 from inheritune.config.experiment import Experiment
 from inheritune.files.markers import is_prepared
 from inheritune.files.rundir import RunDir, get_data_dir
@@ -158,7 +158,7 @@ def make_disk_check(item: Item, experiments: dict[str, Experiment], seed: int) -
         if verb == "analyze":
             rows = locate_attention(folder, row).read_attention()
             kept = {(r["layer"], r["head"]) for r in rows if r["kind"] == "map"}
-            return is_measured_as_usual(rows) and kept.issuperset(list_maps(experiment, row))
+            return has_papers_length(rows) and kept.issuperset(list_maps(experiment, row))
         results = folder.read_results() if folder.results.is_file() else {}
         return all(find_score(results, metric) for metric in metrics)
 

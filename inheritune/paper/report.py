@@ -35,6 +35,6 @@ def report(item: str, seed: int = 0, rehearse: bool | None = None, out: str | No
     for folder in (Path(item), REPOSITORY / item):
         if is_evidence(folder):
             return write_page(build_evidence_page(folder), given or folder / NAME)
-    experiment = load_experiment(item, rehearse)
+    experiment = load_experiment(item, rehearse, list_items())
     path = RunDir.of(experiment, NAME, seed).path
     return write_page(build_experiment_page(experiment, seed), given or path)

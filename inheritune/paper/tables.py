@@ -77,7 +77,7 @@ def table(item: str, seed: int = 0, rehearse: bool | None = None, missing: bool 
     results."""
     if item in list_items():
         return _make_paper_table(item, seed, rehearse, missing)
-    experiment = load_experiment(item, rehearse)
+    experiment = load_experiment(item, rehearse, list_items())
     if missing:
         raise UserError(
             f"table: --missing is for an item of the paper; what {experiment.name} lacks is listed by: "

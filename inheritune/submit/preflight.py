@@ -17,7 +17,7 @@ from inheritune.config.jobs import TRAINING
 from inheritune.config.units import format_memory
 from inheritune.errors import UserError
 from inheritune.files.markers import is_prepared
-from inheritune.files.rundir import RunDir, get_data_dir, parse_weights_name, require_weights
+from inheritune.files.rundir import RunDir, check_has_parts, get_data_dir, parse_weights_name, require_weights
 from inheritune.planning.workload import MFU
 from inheritune.submit.request import Request
 from inheritune.submit.runs import list_baselines
@@ -66,6 +66,7 @@ def _check_measured(request: Request, loaded: Experiment) -> None:
     name, values = request.values["experiment"], request.values
     if request.job.verb == "evaluate" and "run" in values:
         for run in values["run"].split(","):
+            check_has_parts(loaded, run)
             if not loaded.run(parse_weights_name(run)[0]).init.external:
                 require_weights(loaded, run, request.seed)
     if not is_prepared(get_data_dir(loaded)):

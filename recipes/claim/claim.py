@@ -15,13 +15,13 @@ from design import NAME, choose_seeds, count_seeds
 from evidence_rows import average_seeds, format_interval
 from rule import COMPARISONS, FEW_LAZY, LAZY_SHARE, UNDECIDED, conclude
 
-from inheritune.analysis.thresholds import LENGTH, SEQUENCES, is_measured_as_usual
+from inheritune.analysis.thresholds import LENGTH, SEQUENCES, has_papers_length
 from inheritune.cli.scripts import run_script
 from inheritune.config.experiment import Experiment, load_experiment
 from inheritune.config.values import ARGUMENTS
 from inheritune.errors import UserError
 from inheritune.files.json_files import write_json
-from inheritune.files.rundir import RunDir
+from inheritune.files.rundir import RunDir, is_finished
 from inheritune.paper.items import Column, Item, Panel, Row
 from inheritune.paper.measured import find_folder
 from inheritune.paper.prerequisites import list_missing, make_disk_check
@@ -60,16 +60,19 @@ def collect_seed(experiment: Experiment, seed: int) -> dict | None:
             return None
         cells[row.run] = measure_cell(folder.read_results(), "validation")
     rows = RunDir.of(experiment, "reference", seed).read_attention()
-    is_measured = is_measured_as_usual(rows)
+    is_measured = has_papers_length(rows)
     near_lazy = len(rows[-1]["near_lazy_layers"]) if is_measured else None
     return {"seed": seed, "cells": cells, "near_lazy": near_lazy}
 
 
 def list_left_out(experiment: Experiment, numbers: list[int]) -> list[int]:
-    """Return the seeds that are finished, and not among `numbers`."""
+    """Return the seeds whose runs are all finished, and that are not among `numbers`. Their results are not
+    read, so that no fault in them stops the verdict over others."""
     folders = RunDir.of(experiment, "inheritune", 0).path.parent.parent.glob("seed*")
     seeds = sorted(int(name) for folder in folders if (name := folder.name.removeprefix("seed")).isdecimal())
-    return [seed for seed in seeds if seed not in numbers and collect_seed(experiment, seed)]
+    runs = [row.run for row in experiment.paper]
+    others = (seed for seed in seeds if seed not in numbers)
+    return [seed for seed in others if all(is_finished(experiment, run, seed) for run in runs)]
 
 
 def compare_seeds(seeds: list[dict]) -> list[dict]:
@@ -134,7 +137,7 @@ def judge(numbers: list[int]) -> None:
     if left_out := list_left_out(experiment, numbers):
         notes.append(
             f"Finished, and left out of this table: seeds {', '.join(map(str, left_out))}. A verdict over "
-            f"chosen seeds is none."
+            f"chosen seeds is not a verdict."
         )
     title = f"{'REHEARSAL, not a result. ' if experiment.rehearsal else ''}{experiment.about}"
     rows = [_make_row(one, place < len(asked)) for place, one in enumerate(compared)]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from seed_files import read_seeds
 
-from inheritune.analysis.thresholds import MAIN_THRESHOLD, is_measured_as_usual
+from inheritune.analysis.thresholds import MAIN_THRESHOLD, has_papers_length
 from inheritune.cluster.planner import read_stages
 from inheritune.config.experiment import Experiment
 from inheritune.config.layers import parse_layers
@@ -145,11 +145,15 @@ def _collect_model(experiment: Experiment, run: str, where: Row, trained: RunDir
 
 
 def _add_attention(model: dict, experiment: Experiment, run: str, seed: int) -> None:
-    """Add the attention measures of a run at each measured step to the numbers of its first model."""
-    for weights in list_measured(experiment, run):
-        rows = get_results_dir(find_weights(experiment, weights, seed)).read_attention()
-        if not is_measured_as_usual(rows):
-            continue
+    """Add the attention measures of a run at each measured step to the numbers of its first model. Nothing is
+    added until all of these steps are analyzed."""
+    measured = {
+        weights: get_results_dir(find_weights(experiment, weights, seed)).read_attention()
+        for weights in list_measured(experiment, run)
+    }
+    if not all(map(has_papers_length, measured.values())):
+        return
+    for weights, rows in measured.items():
         step = int(weights.partition("@")[2] or experiment.train_of(experiment.run(run)).steps)
         layers = [one for one in rows if one["kind"] == "layer"]
         found = model.setdefault("attention", {}).setdefault(str(step), {})

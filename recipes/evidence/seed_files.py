@@ -73,34 +73,32 @@ def list_seed_files(folder: Path) -> list[Path]:
     return sorted(found, key=lambda file: found[file])
 
 
-def read_seeds(folder: Path, rehearsal: bool = False) -> list[dict]:
-    """Return the records of the seeds in `folder`, in the order of their numbers.
+def read_seeds(folder: Path, rehearsal: bool = False, now: dict[Path, dict] | None = None) -> list[dict]:
+    """Return the records of the seeds in `folder`, in the order of their numbers. Those in `now` stand for
+    their files, which are not written yet.
 
     Raises UserError if a file has no such numbers, those of a rehearsal where `rehearsal` is false, those of
     a seed that is counted already (a copy would shrink every interval), or measured at other points than the
     others."""
-    records: list[dict] = []
+    records = {file: _read_seed(file, rehearsal) for file in list_seed_files(folder)} | (now or {})
     weights: dict[str, Path] = {}
     points: dict[tuple, tuple[Path, dict]] = {}
-    for file in list_seed_files(folder):
-        record = _read_seed(file, rehearsal)
+    for file, record in records.items():
         for model in record["models"]:
             if weights.setdefault(model["weights"], file) != file:
                 raise UserError(
                     f"{file} has the weights of {weights[model['weights']]} ('{model['label']}'): they are "
                     f"one seed, which counts once; move the wrong file away"
                 )
-            first, expected = points.setdefault(
-                (model["run"], model["stage"], model["key"]), (file, _list_points(model))
-            )
-            if (found := _list_points(model)) != expected:
-                what = next(name for name in found if found[name] != expected[name])
-                raise UserError(
-                    f"'{model['label']}' in {file} has other {what} ({found[what]}) than in {first} "
-                    f"({expected[what]}), so the two cannot be averaged; move one of them away"
-                )
-        records.append(record)
-    return records
+            for what, found in _list_points(model).items():
+                key = (model["run"], model["stage"], model["key"], what)
+                first, expected = points.setdefault(key, (file, found))
+                if found != expected:
+                    raise UserError(
+                        f"'{model['label']}' in {file} has other {what} ({found}) than in {first} "
+                        f"({expected}), so the two cannot be averaged; move one of them away"
+                    )
+    return sorted(records.values(), key=lambda record: record["seed"])
 
 
 def _read_seed(file: Path, rehearsal: bool) -> dict:
@@ -127,10 +125,12 @@ def _read_seed(file: Path, rehearsal: bool) -> dict:
 
 
 def _list_points(model: dict) -> dict[str, list | int]:
-    """Return where a model was measured: what all seeds must share."""
-    return {
+    """Return where a model was measured: what all seeds must share. A model without attention has not been
+    analyzed yet, and its seed does not count until it is."""
+    points = {
         "steps of its curve": [int(point[0]) for point in model["curve"]],
         "validation windows": model["loss"]["n"],
-        "steps of its attention": sorted(map(int, model.get("attention", {}))),
         "layers": model["layers"],
     }
+    attention = model.get("attention")
+    return points | ({"steps of its attention": sorted(map(int, attention))} if attention else {})

@@ -35,7 +35,7 @@ from evidence_seeds import (
 )
 from seed_files import read_seeds
 
-from inheritune.analysis.thresholds import is_measured_as_usual
+from inheritune.analysis.thresholds import has_papers_length
 from inheritune.cli.scripts import read_variable, run_script
 from inheritune.cluster.planner import find_unfinished_source
 from inheritune.config.experiment import Experiment, load_experiment
@@ -76,7 +76,7 @@ def list_missing(experiment: Experiment, path: str, arms: str, seeds: list[int])
                 continue
             for weights in list_measured(experiment, name):
                 rows = get_results_dir(find_weights(experiment, weights, seed)).read_attention()
-                if not is_measured_as_usual(rows):
+                if not has_papers_length(rows):
                     # what layers cost is measured of the reference, at its end
                     only = "" if weights == "reference" else " --ranks-only"
                     found.append((0, f"{seed} analyze --model {weights} --data {path}{only}"))
@@ -86,7 +86,7 @@ def list_missing(experiment: Experiment, path: str, arms: str, seeds: list[int])
 def is_complete(record: dict) -> bool:
     """Return whether a seed has the core models, with the attention of the two that are drawn."""
     models = {run: find_model(record, run) or find_model(record, run, 1) for run in CORE}
-    return all(models.values()) and all("attention" in models[run] for run in ("reference", "inheritune"))
+    return all(models.values()) and all(models[run].get("attention") for run in ("reference", "inheritune"))
 
 
 def read_records(experiment: Experiment, folder: Path) -> tuple[list[dict], list[str]]:
@@ -167,9 +167,13 @@ def summarize(experiment: Experiment, path: str, seeds: list[int]) -> None:
     Raises UserError if no seed is complete."""
     folder = locate_results(experiment, path)
     check_seeds(experiment, path, seeds)
+    now = {}
     for seed in seeds:
         file, record = folder / "seeds" / f"seed{seed}.json", collect_seed(experiment, seed)
-        write_json(file, merge_records(read_json(file), record) if file.is_file() else record)
+        now[file] = merge_records(read_json(file), record) if file.is_file() else record
+    read_seeds(folder, experiment.rehearsal, now)  # refused before they are written
+    for file, record in now.items():
+        write_json(file, record)
     records, partial = read_records(experiment, folder)
     rows = make_rows(records, experiment.runs)
     plot_curves(records, rows, folder / "curves.png")
@@ -183,7 +187,7 @@ def summarize(experiment: Experiment, path: str, seeds: list[int]) -> None:
     judged = hypotheses.judge(records) if experiment.name == hypotheses.EXPERIMENT else []
     notes = [*judged, *notes]
     if partial:
-        notes.append(f"Not counted: seeds {', '.join(partial)}, which lack a core run.")
+        notes.append(f"Not counted: seeds {', '.join(partial)}, which lack a core run or its attention.")
     title = f"{'REHEARSAL, not a result. ' if experiment.rehearsal else ''}{experiment.about}"
     cells = [make_cells(row) for row in rows]
     flat = [dict(zip(HEADERS, row, strict=True)) for row in cells]
@@ -210,7 +214,10 @@ def main(verb: str = "", path: str = "", *rest: str) -> None:
     `check` raises what `missing` does for unknown arms, without prepared text."""
     arms, seeds = (rest[:1], rest[1:]) if verb in ("check", "missing") else ((), rest)
     if verb not in ("check", "missing", "summary") or not path or (verb != "summary" and not arms):
-        raise UserError("summary.py takes missing EXPERIMENT ARMS SEED ... or summary EXPERIMENT SEED ...")
+        raise UserError(
+            "summary.py takes missing EXPERIMENT ARMS SEED ..., summary EXPERIMENT SEED ... or check "
+            "EXPERIMENT ARMS"
+        )
     experiment = load_experiment(path)
     if verb == "check":
         select_runs(experiment, arms[0])

@@ -214,9 +214,21 @@ def test_weights_that_a_finished_run_does_not_have_are_told(again):
     path = again()
     said = refused("evaluate", path, "--run", "grown/stage9", "--tasks", "none")
     assert "'grown' of small (seed 0) is finished and has no stage 9; its stages are 1, 2" in said
-    for name, kept in (("other@7", "no step"), ("reference@7", "3")):
+    path = again(runs={"other": {**RUNS["other"], "keep_at": [5]}})  # after it was trained
+    for name, kept in (("other@5", "none"), ("reference@5", "3"), ("grown@5", "none")):
         said = refused("evaluate", path, "--run", name, "--tasks", "none")
-        assert "keeps no weights of step 7" in said and said.strip().endswith(f"its keep_at has {kept}")
+        assert "has no weights of step 5; the steps it kept" in said and said.strip().endswith(f": {kept}")
+
+
+def test_a_stage_or_step_of_a_third_party_model_is_refused(again):
+    """It would be measured as the model itself."""
+    path = again(runs={"ext": {"init": {"external": {"source": "folder"}}}})
+    for name in ("ext@7", "ext/stage2"):
+        for words in (
+            ["evaluate", path, "--run", name, "--tasks", "none"],
+            ["analyze", "--model", name, "--data", path],
+        ):
+            assert "'ext' of small is a third-party model, which has no stages" in refused(*words)
 
 
 def test_rows_on_other_windows_share_no_table(again):

@@ -14,11 +14,13 @@ import pytest
 from conftest import REPOSITORY
 from fork_server import FORKS
 from scipy import stats
+from test_tables import finish
 
 from inheritune.config.experiment import load_experiment
 from inheritune.errors import UserError
 from inheritune.files.json_files import read_json, write_json
 from inheritune.files.rundir import get_data_dir
+from inheritune.files.writing import write_text
 
 EVIDENCE = REPOSITORY / "recipes" / "evidence"
 SCALES = ("cpu", "gpu", "deep")
@@ -445,6 +447,63 @@ def test_seeds_that_must_not_be_counted_are_refused_before_they_are_trained(
     assert "11 train" in summary.list_missing(experiment, str(path), "core", [11])[0]  # which it will replace
 
 
+def test_a_seed_that_is_not_analyzed_yet_is_not_counted(summary, tmp_path):
+    """It does not stand in the way of the others. One that was measured otherwise is refused, before its
+    file is written."""
+    experiment = load_experiment(str(EVIDENCE / "cpu.yaml"))
+    folder = tmp_path / "seeds"
+    shutil.copytree(EVIDENCE / "cpu" / "seeds", folder)
+    file = folder / "seed13.json"
+    record = read_json(file)
+    del record["models"][0]["attention"]
+    write_json(file, record)
+    records, partial = summary.read_records(experiment, tmp_path)
+    assert [one["seed"] for one in records] == [11, 12] and partial == ["13"]
+    change(record, ("models", 0, "attention"), LAST)
+    with pytest.raises(UserError, match=r"has other steps of its attention \(\[3000\]\) than in"):
+        summary.read_seeds(tmp_path, now={file: record})
+    assert "attention" not in read_json(file)["models"][0]
+
+
+def test_ranks_of_other_lengths_are_measured_again(summary, own_root, tmp_path):
+    """Of the kept steps too; until then none is taken into the seed's numbers."""
+    path = tmp_path / "cpu.yaml"
+    path.write_text((EVIDENCE / "cpu.yaml").read_text())
+    experiment = load_experiment(str(path))
+    manifest = get_data_dir(experiment) / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    write_json(manifest, {"fingerprint": "this text"})
+    finish(str(path), "reference", 3.0, seed=12)
+    layer = {"kind": "layer", "max_rank": {"0.9": 2.0}, "avg_mass": {"0.9": 3.0}, "heads_near_1": 1}
+    end = {"kind": "summary", "suggested_layers": 1, "reason": "lazy"}
+    weights = summary.list_measured(experiment, "reference")
+
+    def analyze(name: str, **measured) -> None:
+        rows = [{"kind": "header", **measured}, layer, end]
+        target = summary.get_results_dir(summary.find_weights(experiment, name, 12)).attention
+        write_text(target, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def find() -> tuple[list[str], dict]:
+        model: dict = {}
+        summary._add_attention(model, experiment, "reference", 12)
+        listed = summary.list_missing(experiment, str(path), "core", [12])
+        return [line.split()[3] for line in listed if " analyze " in line], model
+
+    for name in weights:
+        analyze(name, sequences=100, length=100)
+    again, model = find()
+    assert not again and list(model["attention"]) == ["250", "500", "1000", "2000", "3000"]
+    for name in (weights[0], weights[-1]):
+        analyze(name, sequences=1, length=2)
+        assert find() == ([name], {})
+        analyze(name, sequences=100, length=100)
+
+
+MEASURED = {"max_rank": [1.0], "avg_mass": [1.0], "heads_near_1": 0, "suggested": 1}
+LAST = {"3000": MEASURED}
+"""The attention of the end alone."""
+
+
 def change(record: dict, keys: tuple, value) -> None:
     """Set what `keys` lead to in a seed's record."""
     *parents, last = keys
@@ -471,7 +530,7 @@ def change(record: dict, keys: tuple, value) -> None:
         (("models", 0, "layers"), 11, "'reference' in {file} has other layers (11) than in"),
         (("models", 1, "curve"), [], "models.1.curve: List should have at least 2 items"),
         (("models", 1, "curve"), [[0, 7.6], [3000, 3.5]], "has other steps of its curve ([0, 3000]) than in"),
-        (("models", 0, "attention"), {}, "has other steps of its attention ([]) than in"),
+        (("models", 0, "attention"), LAST, "has other steps of its attention ([3000]) than in"),
         (("growth", "smallest", "stage"), 9, "growth.smallest.stage is 9, and its stages are [1, 2, 3]"),
         (("models", 0, "weights"), None, "has the weights of"),
     ],

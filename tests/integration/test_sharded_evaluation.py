@@ -29,7 +29,7 @@ SIZES = {"layers": 24, "width": 512, "heads": 4, "positions": 32, "vocab_size": 
 """303 MB of weights, of which a block has 13 MB."""
 
 
-def write_json(folder: Path, stage: int) -> Path:
+def write_ds_json(folder: Path, stage: int) -> Path:
     """A DeepSpeed JSON at this ZeRO stage that keeps few weights gathered."""
     path = folder / f"zero{stage}.json"
     settings = {"train_micro_batch_size_per_gpu": 5, "zero_optimization": ZERO[stage]}
@@ -48,7 +48,7 @@ def write_llama(folder: Path) -> Path:
 @pytest.mark.parametrize("precision", ["fp32", "bf16_autocast"])
 def test_losses_in_shards_are_those_of_whole_copies(tmp_path, precision):
     """Window by window, on one rank and two: a run's final/, a checkpoint of it, a third party's Llama."""
-    ds = json.loads(write_json(tmp_path, 3).read_text())
+    ds = json.loads(write_ds_json(tmp_path, 3).read_text())
     path = write_lone_run(tmp_path, ds, final_windows=WINDOWS, precision=precision)
     run = RunDir.of(load_experiment(path), "reference")
     run_verb("train", path, "--run", "reference")
@@ -62,8 +62,9 @@ def test_losses_in_shards_are_those_of_whole_copies(tmp_path, precision):
     for ranks in (1, 2):
         for stage in (1, 3):
             command = ("evaluate", path, "--run", ",".join(["reference", *folders]), "--tasks", "none")
-            said = run_verb(*command, "--ds", write_json(tmp_path, stage), procs=ranks).stdout
-            assert (f"divided over {ranks} ranks" in said) == (stage == 3)
+            said = run_verb(*command, "--ds", write_ds_json(tmp_path, stage), procs=ranks).stdout
+            divided = f"in shards by ZeRO 3, over {ranks} rank" in said
+            assert divided == (stage == 3)
             for name, folder in runs.items():
                 losses.setdefault(name, []).append(read_json(folder.results)["window_losses"])
                 folder.results.unlink()
@@ -72,8 +73,16 @@ def test_losses_in_shards_are_those_of_whole_copies(tmp_path, precision):
         assert len(first) == (WINDOWS if name in folders else len(losses["own"][0]))
         for other in others:
             torch.testing.assert_close(torch.tensor(other), torch.tensor(first), rtol=0, atol=1e-6, msg=name)
-    run_verb("evaluate", path, "--run", "llama", procs=2)  # by the experiment's JSON
-    assert read_json(runs["llama"].results)["window_losses"] == losses["llama"][3]
+    for ranks in (1, 2):  # without --ds several ranks go by the experiment's JSON, a single one has a copy
+        said = run_verb("evaluate", path, "--run", "llama", procs=ranks).stdout
+        assert ("in shards by ZeRO 3" in said) == (ranks == 2)
+        torch.testing.assert_close(
+            torch.tensor(read_json(runs["llama"].results)["window_losses"]),
+            torch.tensor(losses["llama"][0]),
+            rtol=0,
+            atol=1e-6,
+        )
+        runs["llama"].results.unlink()
 
 
 def test_scores_in_shards_are_those_of_whole_copies(tmp_path, checkpoint):  # noqa: F811
@@ -81,7 +90,7 @@ def test_scores_in_shards_are_those_of_whole_copies(tmp_path, checkpoint):  # no
     path, found = write_own(tmp_path, checkpoint), {}
     for stage in (1, 3):
         out = tmp_path / f"out{stage}.json"
-        ds = write_json(tmp_path, stage)
+        ds = write_ds_json(tmp_path, stage)
         run_verb("evaluate", path, "--model", checkpoint, "--out", out, "--ds", ds, procs=2, **ALONE)
         found[stage] = scores(read_json(out))
     assert len(found[1]) == 6 and found[3].keys() == found[1].keys()
@@ -91,7 +100,7 @@ def test_scores_in_shards_are_those_of_whole_copies(tmp_path, checkpoint):  # no
 
 def test_no_rank_holds_a_whole_copy(tmp_path):
     """By how much the memory of each of two ranks rises, in whole copies."""
-    settings = json.loads(write_json(tmp_path, 3).read_text())
+    settings = json.loads(write_ds_json(tmp_path, 3).read_text())
     runs = {}
     for name, layers in (("little", 1), ("large", SIZES["layers"])):
         config = networks.build_config(Model(size="gpt2_tiny", **SIZES), layers)
@@ -104,7 +113,7 @@ def test_no_rank_holds_a_whole_copy(tmp_path):
     worker = str(REPOSITORY / "tests/support/evaluate_worker.py")
     peaks = {}
     for stage in (1, 3):
-        words = [path, str(tmp_path), str(write_json(tmp_path, stage)), *runs]
+        words = [path, str(tmp_path), str(write_ds_json(tmp_path, stage)), *runs]
         launch_locally([worker, *words], 2)
         peaks[stage] = [int((tmp_path / f"zero{stage}_{rank}").read_text()) / whole for rank in range(2)]
     assert min(peaks[1]) >= 1.0 and max(peaks[3]) < 0.8, peaks
@@ -126,6 +135,17 @@ def test_a_copy_that_does_not_fit_is_refused_with_the_way_out(tmp_path, small):
     assert re.findall(number, said) == re.findall(number, sharded) != []
     away = refused(*command, "--ds", "ds_configs/zero3_offload_all.json")  # the weights are on the host then
     assert "GB in shards on each rank" in away and re.findall(number, away) == re.findall(number, said)
+
+
+def test_what_does_not_fit_the_data_is_refused_before_weights_are_read(tmp_path, small):
+    """Those of the model are damaged, which is found only while they are read."""
+    config = config_of("llama")
+    config.vocab_size, config.max_position_embeddings = 320, 16
+    model = random_model(config)
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    model.save_pretrained(tmp_path / "short")
+    said = refused("evaluate", small, "--model", tmp_path / "short", "--tasks", "none")
+    assert "is beyond the 16 positions of" in said
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_growth_evaluates_it_on_two_ranks_as_zero_3_validates_it(raw, tmp_path):
     ds = ("--ds", experiment.train.deepspeed)
     said = run_verb("grow", path, "--run", "grown", *ds, procs=2).stdout
     command = f"$ python -m inheritune evaluate {path} --run public --seed 0 --tasks none {' '.join(ds)}"
-    assert command in said and "the weights are divided over 2 ranks (ZeRO 3)" in said
+    assert command in said and "the weights are in shards by ZeRO 3, over 2 ranks" in said
     two = read_json(public.results)
     assert len(two["window_losses"]) == 7 == read_json(grown.stage(1).results)["difference"]["n"]
 

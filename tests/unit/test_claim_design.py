@@ -155,7 +155,13 @@ def test_a_verdict_over_chosen_seeds_says_so(capsys):
     claim.main("judge", "0", "1", "2", "4", "5", "6")
     printed = capsys.readouterr().out
     assert "**The claim holds in full" in printed and "So far" not in printed
-    assert "Finished, and left out of this table: seeds 3. A verdict over chosen seeds is none." in printed
+    said = "Finished, and left out of this table: seeds 3. A verdict over chosen seeds is not a verdict."
+    assert said in printed
+    damaged = RunDir.of(load_experiment(design.NAME), "reference", 3).results
+    write_text(damaged, '{"x":')
+    claim.main("judge", "0", "1", "2", "4", "5", "6")
+    assert said in capsys.readouterr().out
+    finish_seed(3, 3.003, 3.1, 2.993, 3.5)
     claim.main("judge", *"0123456")
     printed = capsys.readouterr().out
     assert "left out" not in printed and "The claim holds in full" not in printed

@@ -120,7 +120,7 @@ def test_the_table_has_the_runs_numbers_and_says_what_is_missing(made):
     assert page.row("never run")[1] == "not run"
     words = " ".join(page.words.split())
     assert (
-        "With 2 of the reference's 4 layers, Inheritune reaches the reference's validation loss by the "
+        "With 2 of the reference's 4 layers, Inheritune reaches the reference's validation loss within the "
         "margin of 0.01 nats: -0.0200 nats" in words
     )
     assert "never run: not run." in words
@@ -153,8 +153,8 @@ def test_a_margin_that_was_changed_after_the_growth_is_named(made):
     raw["runs"]["grown"]["grow"]["margin"] = -0.5
     path.write_text(yaml.safe_dump(raw))
     words = " ".join(read(report(str(path))).words.split())
-    assert "does not reach the reference's validation loss by the margin of -0.5 nats: -0.0200" in words
-    assert "-0.0160), at the stage where growth ended by a margin of 0.01" in words
+    assert "does not reach the reference's validation loss within the margin of -0.5 nats: -0.0200" in words
+    assert "-0.0160), at the stage where growth ended with a margin of 0.01" in words
 
 
 def test_the_charts_hold_the_records_points(made):

@@ -3,9 +3,11 @@ folders in their real form, what is refused, what has to be run before."""
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -861,6 +863,16 @@ def test_scripts_are_sound_and_cover_every_item():
         check=False,
     )
     assert done.returncode == 2 and "SEED=0 PROCS=2" in done.stderr and not done.stdout
+    for word, suggestion in (("table5x", "did you mean 'table5'?"), ("qqq", "fig01, ")):
+        done = subprocess.run(
+            ["bash", RECIPES / "table6_model_configs.sh", word],
+            env={**os.environ, "REHEARSE": "1", "DRAW": "1", "VIRTUAL_ENV": sys.prefix},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 2 and "| " not in done.stdout, "nothing is drawn"
+        assert f"no experiment '{word}'" in done.stderr and suggestion in done.stderr
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", "--exclude=SC1091", *SCRIPTS, RECIPES / "paper_item.sh"], check=True)
 
