@@ -31,6 +31,7 @@ from inheritune.files.rundir import get_data_dir
 from inheritune.files.storage import check_free_space, count_free_bytes
 from inheritune.models.downloads import COMMON_FILES, download_model
 from inheritune.models.weight_files import WEIGHTS, list_weight_patterns
+from inheritune.runs.pins import read_pin
 from inheritune.runtime.log import logger
 
 BYTES_PER_TOKEN = 8
@@ -114,7 +115,8 @@ def list_repositories(experiment: Experiment) -> list[Repository]:
         for source, revision in run.sources():
             local = source in experiment.runs or Path(source).expanduser().is_dir()
             if not local and not experiment.rehearsal:  # a rehearsal has a stand-in
-                models[source, revision] = Repository("model", "model", source, revision)
+                commit = read_pin(experiment, source, revision)
+                models[source, commit] = Repository("model", "model", source, commit)
     for model in models.values():
         model.add(list_model_files(model))
     place, revision = parse_hub_model(data.tokenizer), data.tokenizer_revision

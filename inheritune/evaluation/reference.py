@@ -14,6 +14,7 @@ from inheritune.data.tokenizer_files import check_embedding, count_ids
 from inheritune.errors import UserError
 from inheritune.files.markers import is_prepared
 from inheritune.files.rundir import get_data_dir
+from inheritune.runs.pins import read_pin
 
 
 def describe_other_ids(experiment: Experiment, name: str, source: str) -> str:
@@ -37,7 +38,8 @@ def check_reference(experiment: Experiment, name: str, must_exist: bool = False)
         return
     rows = 0
     try:
-        path = find_config(external.source, external.revision, may_download=False)
+        commit = read_pin(experiment, external.source, external.revision)
+        path = find_config(external.source, commit, may_download=False)
     except UserError:
         if must_exist:
             raise

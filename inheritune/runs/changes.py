@@ -47,7 +47,12 @@ def find_changes_of_run(
 ) -> list[tuple[str, object, object]]:
     """Return the differences that make `now` another run: all but those of RESUMABLE_KEYS and `free`."""
     changes = find_differences(before, now)
-    return [c for c in changes if c[0].removeprefix("train.") not in RESUMABLE_KEYS and c[0] not in free]
+    named = ("model.revision", None)  # as pins.check_model advises; another shape is a change of its own
+    return [
+        c
+        for c in changes
+        if c[0].removeprefix("train.") not in RESUMABLE_KEYS and c[0] not in free and c[:2] != named
+    ]
 
 
 def find_changes_since(

@@ -10,8 +10,10 @@ import math
 import numpy as np
 
 from inheritune.errors import UserError
-from inheritune.files.advice import check_unchanged, format_seed_flag
-from inheritune.files.rundir import WINDOW_LOSSES, is_finished
+from inheritune.files.advice import check_unchanged, describe_other_origin, format_seed_flag
+from inheritune.files.json_files import read_json
+from inheritune.files.markers import INHERITED
+from inheritune.files.rundir import WINDOW_LOSSES, RunDir, is_finished
 from inheritune.runs.job import Job
 
 Z95 = 1.959963984540054
@@ -43,8 +45,8 @@ def compare_with_reference(job: Job, losses: np.ndarray, results: dict) -> dict:
 
     `paper_rule` is the paper's own rule: the last value is at or below the reference's last.
 
-    Raises UserError if the two were measured on other data, windows or precision, and if the weights of a
-    third-party reference were written anew since."""
+    Raises UserError if the two were measured on other data, windows or precision, if the weights of a
+    third-party reference were written anew since, and if the job's start was cut from others of it."""
     name = job.experiment.reference_of(job.run)
     if not name or not is_finished(job.experiment, name, job.seed):
         return {}
@@ -53,6 +55,8 @@ def compare_with_reference(job: Job, losses: np.ndarray, results: dict) -> dict:
     measured = reference.read_results(to_renew=True)
     if is_external:
         check_unchanged(measured, reference.results)
+        stage = job.stage or results.get("stage")
+        _check_same_source(job.root.stage(stage) if stage else job.root, measured, name)
     for key in ("data_fingerprint", "precision", "windows"):
         if measured.get(key, results[key]) != results[key]:  # older versions did not record the windows
             again = f"python -m inheritune evaluate {job.experiment.given} --run {name}"
@@ -72,3 +76,18 @@ def compare_with_reference(job: Job, losses: np.ndarray, results: dict) -> dict:
         "difference": difference,
         "paper_rule": difference["mean"] <= 0,
     }
+
+
+def _check_same_source(run_dir: RunDir, measured: dict, name: str) -> None:
+    """Raise UserError if the start in `run_dir` was cut from the third-party model that `measured`, the
+    results of run `name`, are of, but from another commit, or from files of other sizes or times."""
+    start = run_dir.init / INHERITED
+    manifest = read_json(start) if start.is_file() else {}
+    for origin in (manifest, manifest.get("reference") or {}):  # a later stage adds blocks of the reference
+        if not measured.get("model") or origin.get("source") != measured["model"]:
+            continue
+        stamps = {file: [s["bytes"], s["mtime_ns"]] for file, s in origin.get("source_files", {}).items()}
+        known = measured.get("files") or {}
+        is_other = any(known[file] != stamps[file] for file in stamps.keys() & known.keys())
+        if is_other or (origin.get("revision") and origin["revision"] != measured["weights"]):
+            raise UserError(describe_other_origin(run_dir.path, name))

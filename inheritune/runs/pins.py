@@ -8,6 +8,7 @@ from pathlib import Path
 
 from inheritune.config.experiment import Experiment
 from inheritune.config.source_shape import find_commit
+from inheritune.errors import UserError
 from inheritune.files.json_files import read_json, write_json
 from inheritune.files.lock import Lock
 from inheritune.files.rundir import get_seed_dir
@@ -41,5 +42,28 @@ def pin_revision(experiment: Experiment, source: str, revision: str | None) -> s
         return pins.get(source, commit)
 
 
+def read_pin(experiment: Experiment, source: str, revision: str | None) -> str | None:
+    """Return `pin_revision` if the model has been used; else `revision`. Nothing is recorded."""
+    return revision or _read_pins(locate_pins(experiment)).get(source)
+
+
+def check_model(experiment: Experiment) -> None:
+    """Raise UserError if the experiment's `model` is read from a Hub id at another commit than its runs
+    read that at."""
+    model = experiment.model
+    if not model.from_ or model.revision or experiment.rehearsal:
+        return
+    pinned, now = pin_revision(experiment, model.from_, None), find_commit(model.from_)
+    if pinned and now and pinned != now:
+        raise UserError(
+            f"{model.from_}, which the experiment's model is read from, is at commit {now} now, and its runs "
+            f"read {pinned} ({locate_pins(experiment)}); add 'revision: {pinned}' to 'model'"
+        )
+
+
 def _read_pins(file: Path) -> dict[str, str]:
-    return read_json(file) if file.is_file() else {}
+    """Return {Hub id: commit}. Raises UserError if the file holds anything else."""
+    pins = read_json(file) if file.is_file() else {}
+    if not isinstance(pins, dict) or not all(isinstance(pin, str) and pin for pin in pins.values()):
+        raise UserError(f"{file} does not give a commit for each Hub id; restore it, or delete it")
+    return pins

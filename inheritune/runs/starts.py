@@ -15,6 +15,7 @@ from inheritune.models.sources import open_source
 from inheritune.models.surgery import extend_model, halve_width, inherit, write_random
 from inheritune.runs.chosen_blocks import choose_blocks, locate_source
 from inheritune.runs.job import Job
+from inheritune.runs.pins import check_model
 from inheritune.runtime import signals
 
 
@@ -23,6 +24,7 @@ def prepare_start(job: Job) -> Path:
     Only rank 0 calls this."""
     copied = job.run.init.copied
     if copied is None and not job.continues_stage:
+        check_model(job.experiment)
         return make_random_start(job, job.depths()[0] if job.stage else job.experiment.layers_of(job.run))
     folder = job.dir.init
     if (folder / INHERITED).is_file():

@@ -196,6 +196,17 @@ def test_a_branch_that_moves_does_not_mix_two_models(moving, tmp_path):
     assert read_json(locate_pins(load_experiment(path))) == {"someone/moving": OLD}
     run_verb("table", path)
 
+    # a random start has the config that `model` names
+    said = refused("train", path, "--run", "random")
+    assert (
+        f"is at commit {NEW} now, and its runs read {OLD}" in said and f"'revision: {OLD}' to 'model'" in said
+    )
+    raw["model"]["revision"] = OLD
+    path = write_experiment(tmp_path, raw)
+    run_verb("train", path, "--run", "random")
+    run_verb("grow", path, "--run", "grown")
+    run_verb("table", path)
+
 
 def test_an_analysis_of_another_commit_chooses_no_layers(moving, tmp_path):
     raw, move_main = moving
@@ -211,6 +222,42 @@ def test_an_analysis_of_another_commit_chooses_no_layers(moving, tmp_path):
     assert f"not on someone/moving@{NEW}, and is left as it is" in refused(*measured)
     run_verb(*cut, "--revision", OLD)  # the commit that main was
     assert read_json(tmp_path / "cut" / "inherited.json")["revision"] == OLD
+
+
+@pytest.mark.parametrize("measured_before", [True, False])
+def test_a_cut_is_not_compared_with_other_weights_than_it_was_cut_from(raw, tmp_path, measured_before):
+    """By the commands that the refusals name: the reference is measured again, then the cut."""
+    raw["runs"]["cut"] = {
+        "init": {"inherit": {"source": raw["model"]["from"], "layers": "0:2"}},
+        "compare": "public",
+    }
+    raw["paper"].append({"run": "cut", "label": "cut"})
+    path = write_experiment(tmp_path, raw)
+    run_verb("prepare", path)
+    if measured_before:
+        run_verb("evaluate", path, "--run", "public", "--tasks", "none")
+    run_verb("train", path, "--run", "cut")
+    shutil.rmtree(raw["model"]["from"])
+    write_source(Path(raw["model"]["from"]), seed=5)
+    run_verb("evaluate", path, "--run", "public", "--tasks", "none")
+    other = "was started from weights of run 'public', which has other weights by now"
+    for call in (("table", path), ("report", path), ("evaluate", path, "--run", "cut", "--tasks", "none")):
+        assert other in refused(*call)
+
+
+def test_two_commits_are_not_compared_where_the_record_of_the_first_is_gone(moving, tmp_path):
+    raw, move_main = moving
+    path = write_experiment(tmp_path, raw)
+    move_main(OLD)
+    run_verb("prepare", path)
+    run_verb("evaluate", path, "--run", "public", "--tasks", "none")
+    pins = locate_pins(load_experiment(path))
+    for odd in ([], {"someone/moving": 5}, {"someone/moving": ""}):
+        pins.write_text(json.dumps(odd))
+        assert f"{pins} does not give a commit for each Hub id" in refused("grow", path, "--run", "grown")
+    pins.unlink()
+    move_main(NEW)
+    assert "which has other weights by now" in refused("grow", path, "--run", "grown")
 
 
 def test_stages_are_cut_from_one_model(raw, tmp_path):
