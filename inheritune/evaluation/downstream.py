@@ -8,6 +8,7 @@ imported where it is used, because the import takes seconds.
 import contextlib
 import inspect
 import io
+import itertools
 import json
 import logging
 import math
@@ -79,6 +80,7 @@ def load_tasks(chosen: dict[str, Task], task_files: str | None, allow_code: bool
             explain_data_errors(name),
         ):
             found = manager.load(task.task)
+        _check_group(name, task, found)
         for leaf in found["tasks"].values():
             _check_leaf(name, task, leaf)
             leaf.set_config("num_fewshot", task.shots)
@@ -99,6 +101,18 @@ def _make_manager(chosen: dict[str, Task], task_files: str | None) -> Any:
     return TaskManager(include_path=folders)  # its 14,000 tasks take half a minute to list from a slow disk
 
 
+def _check_group(name: str, task: Task, found: dict) -> None:
+    """Raise UserError if `found` is a group of tasks that has no mean of a metric of `name`."""
+    if task.task not in found["groups"]:
+        return
+    means = [mean.metric for mean in found["groups"][task.task].aggregate_metric_list or []]
+    if unknown := [metric for metric in task.metrics if metric not in means]:
+        raise UserError(
+            f"task {name}: group '{task.task}' of lm-eval has no mean of '{unknown[0]}' over its tasks "
+            f"(aggregate_metric_list); add it to the group's file, or name its tasks instead"
+        )
+
+
 def _check_leaf(name: str, task: Task, leaf: Any) -> None:
     """Raise UserError if one of lm-eval's tasks of `name` lacks a metric or cannot have `task.shots`."""
     unknown = [metric for metric in task.metrics if metric not in leaf.aggregation()]
@@ -110,6 +124,13 @@ def _check_leaf(name: str, task: Task, leaf: Any) -> None:
         return
     if leaf.get_config("num_fewshot") == 0:
         raise UserError(f"task {name} takes no few-shot examples ({leaf.task_name}); set its shots to 0")
+    # the sampler takes one more where a document may be its own example
+    spare = leaf.config.fewshot_split is not None and leaf.config.fewshot_split == leaf.config.test_split
+    if task.shots + spare > (known := len(list(leaf.fewshot_docs()))):
+        raise UserError(
+            f"task {name} has {known} documents to take few-shot examples from ({leaf.task_name}), too few "
+            f"for {task.shots} shots; set fewer"
+        )
     if dist.get_world_size() > 1 and type(leaf.sampler).__name__ != "FirstNSampler":  # MMLU takes the first n
         raise UserError(
             f"lm-eval draws the few-shot examples of {name} on each rank by itself, so "
@@ -130,14 +151,18 @@ def hash_content(found: dict) -> str:
     """Return a hash of what the scores of lm-eval's task or group depend on beside the weights: the settings
     and templates of its tasks, and the documents that they read."""
     digest = xxhash.xxh3_128()
+    for name, group in sorted(found["groups"].items()):
+        digest.update(f"{name} {group.aggregate_metric_list}".encode())
     for name, leaf in sorted(found["tasks"].items()):
         settings = leaf.dump_config()
         digest.update(f"{name} {json.dumps(settings, sort_keys=True, default=_describe_value)}".encode())
         splits = {settings.get("test_split") or settings.get("validation_split")}
         splits |= {settings.get("fewshot_split")} if settings.get("num_fewshot") else set()
-        for split in sorted(filter(None, splits)):
-            for document in leaf.dataset[split]:
-                digest.update(repr(document).encode())
+        read = [leaf.dataset[split] for split in sorted(filter(None, splits))]
+        if settings.get("num_fewshot") and not settings.get("fewshot_split"):
+            read.append(leaf.fewshot_docs())  # of another split
+        for document in itertools.chain.from_iterable(read):
+            digest.update(repr(document).encode())
     return digest.hexdigest()
 
 

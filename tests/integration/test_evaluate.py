@@ -304,6 +304,21 @@ def test_metrics_and_shots_that_a_task_has_not_are_refused(tmp_path):
 
     with pytest.raises(UserError, match="task x has no metric 'f1'; valid names: acc, acc_norm"):
         load("x", task="rehearsal_choice", metrics=["f1"])
+    with pytest.raises(
+        UserError, match=r"task x has \d+ documents to take few-shot examples from .* 99 shots"
+    ):
+        load("x", task="rehearsal_choice", metrics=["acc"], shots=99)
+    own = tmp_path / "own"
+    own.mkdir()
+    group = {"group": "pair", "task": ["rehearsal_choice"], "metadata": {"version": 3}}
+    (own / "choice.yaml").write_text(yaml.safe_dump({"include": f"{files}/choice.yaml"}))
+    for means in ([], [{"metric": "acc_norm"}]):
+        (own / "pair.yaml").write_text(yaml.safe_dump(group | {"aggregate_metric_list": means}))
+        with pytest.raises(UserError, match="task x: group 'pair' of lm-eval has no mean of 'acc'"):
+            load_tasks(
+                parse_section(Evaluate, {"tasks": {"x": {"task": "pair", "metrics": ["acc"]}}}, "h").tasks,
+                str(own),
+            )
     with pytest.raises(UserError, match="unknown task 'arc_esy'; did you mean 'arc_easy'?"):
         parse_section(Evaluate, {"tasks": ["arc_esy"]}, "here")
     with pytest.raises(UserError, match="give a list of names"):
@@ -358,6 +373,30 @@ def test_a_score_of_other_documents_or_templates_is_not_kept(tmp_path):
     assert is_kept()
     task["doc_to_text"] = "Q: {{question}}"
     assert not is_kept()
+
+
+def test_a_score_follows_its_examples_and_its_groups_weights(tmp_path):
+    """lm-eval takes examples from the training split where the task's file names no other."""
+    examples = tmp_path / "train.jsonl"
+    for file in (examples, tmp_path / "documents.jsonl"):
+        shutil.copy(TASK_FILES / "rehearsal" / "test.jsonl", file)
+    _, task = write_local_task(tmp_path, tmp_path / "documents.jsonl")
+    task["dataset_kwargs"]["data_files"]["train"] = str(examples)
+    (tmp_path / "own" / "mine.yaml").write_text(yaml.safe_dump(task | {"training_split": "train"}))
+    group = {"group": "two", "task": ["mine"], "metadata": {"version": 1}}
+
+    def hash_tasks(is_weighted: bool = True) -> list[str]:
+        group["aggregate_metric_list"] = [{"metric": "acc", "weight_by_size": is_weighted}]
+        (tmp_path / "own" / "two.yaml").write_text(yaml.safe_dump(group))
+        raw = {name: {"task": name, "metrics": ["acc"], "shots": 2} for name in ("mine", "two")}
+        chosen = parse_section(Evaluate, {"tasks": raw}, "here").tasks
+        return [hash_content(found) for found in load_tasks(chosen, str(tmp_path / "own")).values()]
+
+    before = hash_tasks()
+    assert before == hash_tasks()
+    assert [now == then for now, then in zip(hash_tasks(False), before, strict=True)] == [True, False]
+    examples.write_text("".join(examples.read_text().splitlines(keepends=True)[:-1]))
+    assert [now == then for now, then in zip(hash_tasks(), before, strict=True)] == [False, False]
 
 
 def test_the_spelling_of_a_special_token_is_text_as_in_prepare(tmp_path):
