@@ -43,6 +43,12 @@ def find_local_files(pattern: str, split: str | None = None) -> list[str]:
         found = glob.glob(
             given if os.path.isabs(given) else os.path.join(glob.escape(base), given), recursive=True
         )
+        for name in found:
+            if os.path.islink(name) and not os.path.exists(os.path.realpath(name)):
+                raise UserError(
+                    f"data.files: {name}, which '{pattern}' matches, is a link to {os.readlink(name)}, which "
+                    f"does not exist; restore it, or remove the link"
+                )
         if names := sorted(name for name in found if os.path.isfile(name)):
             return names
     brackets = (

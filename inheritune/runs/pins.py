@@ -4,6 +4,7 @@ The branch main of a model may move between two runs, or between two stages of o
 two models then, and the reference of a third. So the commit of the first use is recorded beside the runs.
 """
 
+import logging
 from pathlib import Path
 
 from inheritune.config.experiment import Experiment
@@ -13,7 +14,8 @@ from inheritune.files.json_files import read_json, write_json
 from inheritune.files.lock import Lock
 from inheritune.files.rundir import get_seed_dir
 from inheritune.runtime import signals
-from inheritune.runtime.log import logger
+
+logger = logging.getLogger("inheritune")
 
 
 def locate_pins(experiment: Experiment) -> Path:

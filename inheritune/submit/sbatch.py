@@ -96,6 +96,10 @@ def make_submission(
     pattern = "%x-%A_%a.out" if shape.array else "%x-%j.out"
     log = f"{site.root}/runs/{names.LOGS}/{pattern}"
     own_name = read_option(request.options, "--job-name", "-J")
+    if own_name and "/" in own_name:  # Slurm starts no job whose log it cannot open
+        raise UserError(
+            f"--job-name {own_name!r} has a slash, and the name of the job's log holds it: leave it out"
+        )
     own_log = os.path.abspath(read_option(request.options, "--output", "-o") or log)
     on_cpus = rehearsal or not shape.gpus
     partition, constraint = _choose_partition(site, on_cpus)

@@ -234,10 +234,10 @@ def _print_queued(job: str, submission: Submission, keys: tuple[Key, ...], site:
     """Print a queued job: its id, log, how to watch and how to stop it."""
     log = submission.log.replace("%x", submission.name)
     log = log.replace("%j", job).replace("%A", job).replace("%a", "*")
-    folder, _, name = log.rpartition("/")
+    quoted = "*".join(shlex.quote(part) if part else "" for part in log.split("*"))  # the tasks of an array
     print(f"submitted job {job}")
     print(f"log:    {log} (once the job has started)")
-    print(f"watch:  squeue -j {job}; tail -F {shlex.quote(folder)}/{name}")
+    print(f"watch:  squeue -j {job}; tail -F {quoted}")
     stop = ""
     if keys and keys[0].verb == "train" and len(keys) == 1:
         key = keys[0]

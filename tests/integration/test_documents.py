@@ -111,6 +111,15 @@ def test_a_file_of_two_groups_is_refused(tmp_path):
         Corpus(experiment(files={"x": ["a.txt"], "y": ["b.txt"]}).data, tmp_path)
 
 
+def test_a_link_to_a_file_that_is_gone_is_named(tmp_path, monkeypatch):
+    """It was once left out without a word."""
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").symlink_to("gone.txt")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"b\.txt, which '\*\.txt' matches, is a link to gone\.txt"):
+        raws("*.txt")
+
+
 def test_brackets_in_the_working_folder_and_in_a_name(tmp_path, monkeypatch):
     for folder in (tmp_path / "x[1]", tmp_path / "x1"):
         folder.mkdir()

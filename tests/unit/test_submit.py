@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from inheritune.config.experiment import load_experiment
 from inheritune.config.jobs import find_job, format_shape, load_jobs
 from inheritune.errors import UserError
 from inheritune.paper.prerequisites import Step
+from inheritune.submit import submission as submissions
 from inheritune.submit.interfaces import choose_interface
 from inheritune.submit.job_context import JobContext
 from inheritune.submit.job_end import Facts, decide_ending
@@ -72,6 +74,14 @@ def refusal(job: str, *words: str, site: Site = SITE, **environment) -> str:
         line(job, *words, site=site, **environment)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def test_the_name_of_a_job_is_a_word_of_the_lines_to_paste(capsys):
+    assert "--job-name 'a/b' has a slash" in refusal("grow", "small", "grown", "--", "--job-name=a/b")
+    request = read_request("grow", ["small", "grown", "--", "--job-name=a;b $(touch x)"])
+    submissions._print_queued("7", make_submission(request, SITE, {}), (), SITE)
+    watch = next(row for row in capsys.readouterr().out.splitlines() if row.startswith("watch:"))
+    assert shlex.split(watch)[-1].endswith("/a;b $(touch x)-7_*.out") and shlex.split(watch)[-2] == "-F"
 
 
 # --- jobs.yaml and its scripts ------------------------------------------------------------------------------
