@@ -129,7 +129,7 @@ def find_config(source: str, revision: str | None = None, may_download: bool = T
 
 def find_commit(source: str, revision: str | None = None) -> str | None:
     """Return the commit of a Hub id at `revision` (None: as the cache's main is now); None for a folder or a
-    file, and for a model that is not to be had."""
+    file, and for a model that is neither cached nor on the Hub."""
     if resolve_path(source).exists():
         return None
     try:

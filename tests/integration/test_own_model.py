@@ -143,7 +143,9 @@ def test_from_init_to_export(written, source, tmp_path, capsys):
     # the same command again does nothing; another model in the source's place is noticed
     run_verb("grow", path, "--run", "inheritune")
     write_json(public.results, read_json(public.results) | {"weights": "others"})
-    assert "compares with weights of run 'reference'" in refused("table", path)
+    assert "was started from weights of run 'reference', which has other weights by now" in refused(
+        "table", path
+    )
 
 
 def assert_cuts_are_shown(experiment, page: str, folder) -> None:
