@@ -284,9 +284,8 @@ def _open_tokenizer(
     if tokenizer is None and foreign and loaded.rehearsal:
         tokenizer = downstream.open_tokenizer(tokens.folder / "tokenizer")
     if tokenizer is None and has_tasks:
-        raise UserError(
-            f"{source.folder} holds no tokenizer, which the tasks need; put it there or give --tasks none"
-        )
+        way = "put its files there, or give --tasks none"
+        raise UserError(f"{source.folder} holds no tokenizer, which the tasks need; {way}")
     if tokenizer is None and foreign:
         logger.warning(
             "%s holds no tokenizer: its token ids are taken to be those of the experiment's data",
