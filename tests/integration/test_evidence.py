@@ -425,18 +425,24 @@ def test_a_loss_that_is_not_reached_has_no_tokens(summary):
     assert summary.count_tokens([first, second], 2.9) == 1500  # the stage before took 1000
 
 
+def copy_experiment(folder):
+    """(path, experiment) of a copy of cpu.yaml in `folder`, whose text counts as prepared."""
+    path = folder / "cpu.yaml"
+    path.write_text((EVIDENCE / "cpu.yaml").read_text())
+    experiment = load_experiment(str(path))
+    manifest = get_data_dir(experiment) / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    write_json(manifest, {"fingerprint": "this text"})
+    return path, experiment
+
+
 @pytest.mark.parametrize(
     "seeds, why", [([0], "chose the scale"), ([102], "chose the scale"), ([12], "of another text or version")]
 )
 def test_seeds_that_must_not_be_counted_are_refused_before_they_are_trained(
     seeds, why, summary, own_root, tmp_path
 ):
-    path = tmp_path / "cpu.yaml"
-    path.write_text((EVIDENCE / "cpu.yaml").read_text())
-    experiment = load_experiment(str(path))
-    manifest = get_data_dir(experiment) / "manifest.json"
-    manifest.parent.mkdir(parents=True)
-    write_json(manifest, {"fingerprint": "this text"})
+    path, experiment = copy_experiment(tmp_path)
     ours = read_json(EVIDENCE / "cpu/seeds/seed11.json")
     ours |= {"key": summary.make_experiment_key(experiment), "text": "this text"}
     write_json(tmp_path / "cpu/seeds/seed11.json", ours)
@@ -467,12 +473,7 @@ def test_a_seed_that_is_not_analyzed_yet_is_not_counted(summary, tmp_path):
 
 def test_ranks_of_other_lengths_are_measured_again(summary, own_root, tmp_path):
     """Of the kept steps too; until then none is taken into the seed's numbers."""
-    path = tmp_path / "cpu.yaml"
-    path.write_text((EVIDENCE / "cpu.yaml").read_text())
-    experiment = load_experiment(str(path))
-    manifest = get_data_dir(experiment) / "manifest.json"
-    manifest.parent.mkdir(parents=True)
-    write_json(manifest, {"fingerprint": "this text"})
+    path, experiment = copy_experiment(tmp_path)
     finish(str(path), "reference", 3.0, seed=12)
     layer = {"kind": "layer", "max_rank": {"0.9": 2.0}, "avg_mass": {"0.9": 3.0}, "heads_near_1": 1}
     end = {"kind": "summary", "suggested_layers": 1, "reason": "lazy"}

@@ -126,8 +126,7 @@ def test_its_numbers_are_those_of_the_weights_that_are_there(raw, tmp_path):
     run_verb("analyze", "public", path, "--sequences", "2", "--length", "8", "--ranks-only")
     before = read_json(public.results)["validation"]["mean"]
     run_verb("table", path)
-    shutil.rmtree(source)
-    write_source(Path(source), seed=5)
+    rewrite(source)
     again = f"python -m inheritune evaluate {Path(path).name} --run public"
     for call in (("table", path), ("report", path), ("grow", path, "--run", "grown")):
         assert f"{public.results} was measured before the weights in {source} were rewritten" in (
@@ -166,6 +165,12 @@ def moving(raw, tmp_path, monkeypatch):
     raw = json.loads(json.dumps(raw).replace(raw["model"]["from"], "someone/moving"))
     raw["runs"]["grown"]["grow"]["max_layers"] = 2
     return raw, (cache / "refs" / "main").write_text
+
+
+def rewrite(source: str) -> None:
+    """Write other weights in the place of a model, as another export of it does."""
+    shutil.rmtree(source)
+    write_source(Path(source), seed=5)
 
 
 def grow_further(raw: dict, tmp_path) -> str:
@@ -237,8 +242,7 @@ def test_a_cut_is_not_compared_with_other_weights_than_it_was_cut_from(raw, tmp_
     if measured_before:
         run_verb("evaluate", path, "--run", "public", "--tasks", "none")
     run_verb("train", path, "--run", "cut")
-    shutil.rmtree(raw["model"]["from"])
-    write_source(Path(raw["model"]["from"]), seed=5)
+    rewrite(raw["model"]["from"])
     run_verb("evaluate", path, "--run", "public", "--tasks", "none")
     other = "was started from weights of run 'public', which has other weights by now"
     for call in (("table", path), ("report", path), ("evaluate", path, "--run", "cut", "--tasks", "none")):
@@ -267,8 +271,7 @@ def test_stages_are_cut_from_one_model(raw, tmp_path):
     run_verb("prepare", path)
     run_verb("grow", path, "--run", "grown")
     source = raw["model"]["from"]
-    shutil.rmtree(source)
-    write_source(Path(source), seed=5)
+    rewrite(source)
     measure = ("evaluate", path, "--run", "grown/stage1", "--tasks", "none")
     assert f"was measured before the weights in {source} were rewritten" in refused(*measure)
     run_verb("evaluate", path, "--run", "public", "--tasks", "none")
