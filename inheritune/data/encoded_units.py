@@ -140,17 +140,21 @@ class EncodedUnits:
         return self._facts[unit.number]
 
     def has_enough(self) -> bool:
-        """Return whether the units up to the first missing one hold `max_tokens`.
+        """Return whether the units up to the first missing one hold `max_tokens`, and all documents of the
+        batch in which these end: small files share one, also with those of the next unit of their group.
 
         In a mixture, or where duplicates are left out, all units are needed."""
         data, tokens = self.corpus.data, 0
         if not data.max_tokens or data.shares or data.deduplicate:
             return False
         for unit in self.units:
-            facts = self.read_facts(unit)
-            tokens += facts["tokens"] if facts else 0
-            if facts is None or tokens >= data.max_tokens:
-                break
+            facts, names = self.read_facts(unit), self.groups[unit.group]
+            if facts is None:
+                return False
+            tokens += facts["tokens"]
+            ends_batch = unit.stop == len(names) or not names[unit.stop - 1].endswith(ONE_DOCUMENT)
+            if tokens >= data.max_tokens and ends_batch:
+                return True
         return tokens >= data.max_tokens
 
     def list_missing(self) -> list[Unit]:

@@ -63,6 +63,19 @@ def test_parts_give_the_bytes_of_one_process(tmp_path, monkeypatch, caplog, data
     assert "part 3 of 3 of" in caplog.text and "not complete yet: part 1; the part that ends" in caplog.text
 
 
+def test_a_part_with_enough_tokens_waits_for_the_documents_of_their_last_batch(tmp_path, monkeypatch, caplog):
+    """Small files share a batch beyond the end of their unit: the join failed while another part wrote the
+    next unit."""
+    caplog.set_level("INFO")
+    chosen = experiment(files=["small/*.txt"], **{**FIRST_SHARD, "shard_tokens": 50}, max_tokens=120)
+    expected = contents(prepare(chosen, 1))
+    monkeypatch.setenv("INHERITUNE_ROOT", str(tmp_path / "root2"))
+    folder = prepare(chosen, 1, "1/2")
+    assert "part 1 of 2 of" in caplog.text and "not complete yet: part 2" in caplog.text
+    assert not (folder / "manifest.json").exists()
+    assert contents(prepare(chosen, 1, "2/2")) == expected
+
+
 def start_part(chosen, part: str) -> subprocess.Popen:
     code = (
         "import logging, sys; from inheritune.config.experiment import Experiment\n"
