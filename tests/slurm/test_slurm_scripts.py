@@ -250,23 +250,34 @@ def test_baselines_of_baselines_wait(slurm, own_root, capsys):  # noqa: F811
     assert f"--dependency=afterok:JOB_{number['stacking_half']} " in slurm.run("bash", script, "--dry-run")
 
 
+@pytest.mark.slow
 def test_a_paper_script_submits_where_no_folder_is_set(tmp_path, monkeypatch):
-    """By default runs and data belong to the checkout: here a copy of it."""
+    """By default runs and data belong to the checkout: here a copy of it. The first job that the cluster does
+    not take ends the script, which then goes on where it ended."""
+    code, extra = tmp_path / "code", tmp_path / "extra.conf"
     for path in list_code():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(REPOSITORY / path, tmp_path / path)
+        (code / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / path, code / path)
+    extra.write_text("MaxArraySize=5\n")
     for name in ("INHERITUNE_ROOT", "HF_HOME", "SCRATCH"):
         monkeypatch.delenv(name, raising=False)
-    ask = {"PYTHONPATH": tmp_path, "REHEARSE": 1, "SUBMIT": 1, "VIRTUAL_ENV": sys.prefix}
-    with cluster() as here:
+    ask = {"PYTHONPATH": code, "REHEARSE": 1, "SUBMIT": 1, "VIRTUAL_ENV": sys.prefix}
+    script = f"bash {shlex.quote(str(code))}/recipes/table5_val_loss.sh; echo ends with $?"
+    with cluster(LAB_EXTRA=extra) as here:
         here.run("scontrol", "update", "nodename=ALL", "state=drain", "reason=test")  # nothing starts
-        said = here.run("bash", tmp_path / "recipes" / "table5_val_loss.sh", **ask)
+        said = here.run("bash", "-c", script, **ask)
         jobs = re.findall(r"^submitted job (\d+)$", said, re.MULTILINE)
         queued = dict(line.split() for line in here.run("squeue", "-h", "-o", "%A %E").splitlines())
         (record,) = here.records(jobs[1])
-    assert said.endswith("When these jobs are done, run this again: it then only draws.")
-    assert queued.keys() == set(jobs) and record["StdOut"].startswith(f"{tmp_path}/runs/logs/")
+        again = here.run("bash", "-c", f"ARRAY=1-4%1 {script}", **ask)
+        then = here.run("squeue", "-h", "-o", "%A").split()
+    assert "(MaxArraySize=5); use ARRAY=1-4%1" in said and said.endswith("\nends with 1")
+    assert f"queued so far: {' '.join(jobs)} (scancel {' '.join(jobs)} cancels them)" in said
+    assert queued.keys() == set(jobs) and record["StdOut"].startswith(f"{code}/runs/logs/")
     assert [queued[job] for job in jobs[:2]] == ["(null)", f"afterok:{jobs[0]}(unfulfilled)"]
+    assert again.endswith("When these jobs are done, run this again: it then only draws.\nends with 0")
+    assert re.findall(r"not submitted: job (\d+) \(PENDING\) does this already", again) == jobs
+    assert set(then) == {*jobs, *re.findall(r"^submitted job (\d+)$", again, re.MULTILINE)}
 
 
 def test_a_module_that_is_loaded_again_does_not_hide_the_environment(slurm, tmp_path):  # noqa: F811
