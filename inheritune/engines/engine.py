@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,6 +99,36 @@ def start_frozen_engine(hf_config: Any, weights: Source, zero: dict) -> Any:
     model.requires_grad_(False)  # autocast would keep a rounded copy of each trained weight
     engine, *_ = deepspeed.initialize(model=model.eval(), config=config)
     return engine
+
+
+@contextmanager
+def validating(model: Any) -> Iterator[None]:
+    """Let `model`, an engine or a module, be in evaluation mode for a while.
+
+    ZeRO 3 records which module uses which weights in its first pass, and from that what may be released when.
+    If that pass is a validation, no weight seems to be needed once its forward is over. DeepSpeed 0.19.8
+    records anew at the first backward, but caches (`lru_cache`) what it concluded: all later steps would
+    gather each weight twice, however many may stay gathered. So what such a validation left is dropped."""
+    training = model.training
+    offload = getattr(getattr(model, "optimizer", None), "parameter_offload", None)
+    is_first = training and offload is not None and not offload.param_coordinator.is_complete_trace()
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+    if is_first:
+        _drop_trace(offload)
+
+
+def _drop_trace(offload: Any) -> None:
+    """Let ZeRO 3 record anew which module uses which weights, with an empty cache: its keys hold the object
+    that records, of which this is a copy."""
+    coordinator = copy.copy(offload.param_coordinator)
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
+    offload.param_coordinator = coordinator
+    offload.partition_all_parameters()
 
 
 def drop_secondary_copies(engine: Any) -> None:

@@ -10,7 +10,12 @@ from inheritune.planning.states import ZERO_DEFAULTS, read_offloads
 STAGE_SLOWDOWN = (1.0, 1.01, 1.06, 1.25)
 """Rough factors on the time of a step, by ZeRO stage. Only the order of these and the factors below matters,
 because the cheapest change that fits is proposed."""
-SMALL_BUCKETS = ("reduce_bucket_size", "stage3_max_live_parameters", "stage3_prefetch_bucket_size")
+SMALL_BUCKETS = (
+    "reduce_bucket_size",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_prefetch_bucket_size",
+)
 ON_HOST = {"device": "cpu", "pin_memory": True}
 
 Change = tuple[float, dict[str, Any]]

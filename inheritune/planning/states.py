@@ -16,6 +16,7 @@ ZERO_DEFAULTS = {
     "stage3_prefetch_bucket_size": 5e7,
     "stage3_param_persistence_threshold": 1e5,
     "stage3_max_live_parameters": 1e9,
+    "stage3_max_reuse_distance": 1e9,
 }
 """DeepSpeed's own values of the keys used here, for a JSON that does not set them."""
 ALLREDUCE_ELEMENTS = 5e8
@@ -216,7 +217,9 @@ def count_sharded_weights(setup: Setup) -> tuple[float, float]:
     persistent = zero["stage3_param_persistence_threshold"]
     kept = sum(t.numel for t in setup.tensors if t.numel <= persistent) if gathers else 0
     sharded = 0 if setup.weights_away else sum(-(-t.numel // setup.ranks) for t in setup.tensors)
-    at_once = max(zero["stage3_max_live_parameters"], setup.largest + zero["stage3_prefetch_bucket_size"])
+    # fetched ahead up to the first; kept from forward to backward, if used again within the second
+    at_once = max(zero["stage3_max_live_parameters"], zero["stage3_max_reuse_distance"])
+    at_once = max(at_once, setup.largest + zero["stage3_prefetch_bucket_size"])
     return element * (kept + sharded), element * min(setup.whole - kept, at_once) if gathers else 0
 
 

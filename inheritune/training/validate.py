@@ -12,6 +12,7 @@ import torch
 import xxhash
 
 from inheritune.data.batches import Tokens
+from inheritune.engines.engine import validating
 from inheritune.errors import UserError
 from inheritune.models.sizes import EVAL_BATCH
 from inheritune.runtime.dist import get_rank, get_world_size, sum_over_ranks
@@ -71,22 +72,20 @@ def window_losses(
     ends and None is returned. Batch j goes to rank j mod W. A rank without a batch repeats one, since under
     ZeRO 3 all ranks must run the same number of forwards. `model` is an engine or a module; its mode is
     restored."""
-    training = model.training
-    model.eval()
     means = torch.zeros(len(starts), dtype=torch.float64, device=device)
     n_batches = math.ceil(len(starts) / EVAL_BATCH)
     rounds = make_progress_bar(range(math.ceil(n_batches / get_world_size())), "validating", "batch")
-    for turn in rounds:
-        batch = turn * get_world_size() + get_rank()
-        chosen = slice(min(batch, n_batches - 1) * EVAL_BATCH, (min(batch, n_batches - 1) + 1) * EVAL_BATCH)
-        windows = torch.from_numpy(
-            np.stack([tokens.read_window(int(s), length + 1) for s in starts[chosen]])
-        ).to(device)
-        logits = model(input_ids=windows[:, :-1], use_cache=False).logits  # (8, T, V)
-        if batch < n_batches:
-            means[chosen] = losses.token_losses(logits, windows[:, 1:]).double().mean(dim=1)
-        if stop is not None and stop():
-            model.train(training)
-            return None
-    model.train(training)
+    with validating(model):
+        for turn in rounds:
+            batch = turn * get_world_size() + get_rank()
+            first = min(batch, n_batches - 1) * EVAL_BATCH
+            chosen = slice(first, first + EVAL_BATCH)
+            windows = torch.from_numpy(
+                np.stack([tokens.read_window(int(s), length + 1) for s in starts[chosen]])
+            ).to(device)
+            logits = model(input_ids=windows[:, :-1], use_cache=False).logits  # (8, T, V)
+            if batch < n_batches:
+                means[chosen] = losses.token_losses(logits, windows[:, 1:]).double().mean(dim=1)
+            if stop is not None and stop():
+                return None
     return sum_over_ranks(means).cpu().numpy()

@@ -1,6 +1,7 @@
 """At ZeRO 3 weights are gathered in bf16 where autocast rounds them anyway: half the bytes, the same bits."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,14 @@ from inheritune.files.rundir import RunDir, get_data_dir
 from inheritune.models.deepspeed_files import read_deepspeed
 from inheritune.models.extents import read_tensor
 from inheritune.models.networks import build_model, clear_dropout, find_training_attention
+from inheritune.models.sources import open_source
 
 SHAPES = {
     "gpt2": {"size": "gpt2_tiny", "heads": 2},
     "llama": {"size": "llama_tiny", "heads": 2, "mlp_width": 44},
 }
 ZERO = {"stage": 3, "stage3_param_persistence_threshold": 0}
+NONE_STAYS = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
 OTHERS = {
     "checkpointing": ({}, {"activation_checkpointing": True}),
     "persistent": ({"stage3_param_persistence_threshold": 2000}, {}),
@@ -86,6 +89,22 @@ def test_half_the_bytes_are_gathered_for_the_same_bits(tmp_path, monkeypatch, sh
             left = gathered[name]["torch.float32"]
             saved = gathered[twin]["torch.float32"] - left
             assert saved == 2 * gathered[name]["torch.bfloat16"] > left / 2, name
+
+
+def test_a_step_gathers_each_weight_once_where_all_may_stay(tmp_path, monkeypatch):
+    """In each of its two micro steps, though a validation came first, and in a run that goes on.
+    A later validation leaves the weights gathered. Where none may stay, backward gathers them again."""
+    monkeypatch.setenv("INHERITUNE_ROOT", str(tmp_path))
+    jsons = {"fp32": ({}, {}), "resumed": ({}, {}), "none": (NONE_STAYS, {})}
+    runs, gathered = train(tmp_path, "gpt2", jsons)
+    weights = open_source(str(runs["fp32"].final))
+    whole = sum(4 * 2 * -(-math.prod(weights.shape(name)) // 2) for name in weights.names())  # on two ranks
+    steps = {name: gathered[f"{name} by step"] for name in jsons}
+    assert len(steps["fp32"]) > 4 and set(steps["fp32"][1:]) == {whole, 2 * whole}
+    assert len(steps["resumed"]) > 1 and set(steps["resumed"][1:]) <= {whole, 2 * whole}
+    assert min(steps["none"]) > 3 * whole
+    assert record(runs["fp32"]) == record(runs["resumed"]) == record(runs["none"])
+    assert hash_folder(runs["fp32"].final) == hash_folder(runs["none"].final)
 
 
 @pytest.mark.parametrize(

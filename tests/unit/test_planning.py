@@ -294,6 +294,18 @@ def test_flash_attention_and_offload_save_what_they_should():
     assert there["component"]["moments"] == there["component"]["masters"] == 0
 
 
+def test_weights_that_stay_until_backward_are_planned():
+    """What a forward may keep for its backward is live, however little is fetched ahead."""
+    model, train = Model(size="gpt2_medium"), Train(steps=1, batch_tokens=8192, lr=1e-3, warmup_steps=0)
+    settings = load_deepspeed_json("ds_configs/zero3_small_gpu.json")
+    live = []
+    for kept in (5e7, 2e8):
+        change = {"zero_optimization.stage3_max_reuse_distance": kept}
+        its = proposals.apply_change(settings, change)
+        live.append(memory.estimate_memory(model, 24, its, train, 2, 1024)["component"]["live weights"])
+    assert live[0] < live[1] == 4 * 2e8
+
+
 def test_a_save_of_xl_in_the_background_costs_below_half_a_percent():
     """By hand: GPT-2 XL at ZeRO 2 on 8 GPUs, 16 bytes a parameter of which rank 0 writes 4 + 12 / 8."""
     experiment = load_experiment("gpt2_xl_owt")
