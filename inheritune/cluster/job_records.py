@@ -3,7 +3,6 @@
 The queue knows a job by its name only. The record says which run it works on, so that the same work is not
 queued twice, and which options it was submitted with, so that it can be submitted again as it was."""
 
-import os
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -19,6 +18,8 @@ from inheritune.files.json_files import read_json, write_json
 from inheritune.files.storage import find_root
 
 RECORD = "submission.json"
+SWITCHES = ("dry_run", "no_snapshot", "rehearse", "help")
+"""Flags without a value that are about submitting, not about the verb."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,14 @@ class Key:
     seed: int = 0
     rehearsal: bool = False
     detail: str = ""
-    """What else tells two pieces of work apart, such as the tasks of an evaluation."""
+    """What else tells two pieces of work apart, such as the tasks of an evaluation; of a preparation the
+    data's folder, which several experiments may share."""
 
     def meets(self, other: "Key") -> bool:
         """Return whether both would write the same."""
-        same = ("verb", "experiment", "run", "seed", "rehearsal", "detail")
+        same = ["verb", "experiment", "run", "seed", "rehearsal", "detail"]
+        if self.verb == "prepare" and self.detail and other.detail:
+            same = ["verb", "detail"]
         is_same = all(getattr(self, name) == getattr(other, name) for name in same)
         return is_same and (None in (self.stage, other.stage) or self.stage == other.stage)
 
@@ -70,6 +74,8 @@ class Record:
     """The options after the two dashes."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """The variables that shaped it, for `retry`."""
+    folder: str = ""
+    """The folder that it was submitted from, from which relative paths count."""
     code: str = ""
     """The snapshot that it runs; empty for the live checkout."""
     restarts: int = 0
@@ -114,20 +120,39 @@ def make_keys(verb: str, experiment: str, runs: Iterable[str], **details: Any) -
 def read_keys(job: str, command: str) -> tuple[Key, ...]:
     """Return what a queued job does: from its record, or from its `command`.
 
-    A script of the paper that plain sbatch queued has no record before it starts."""
+    A script that trains or grows one run, and that plain sbatch queued, has no record before it starts."""
     if record := read_record(job):
         return choose_keys(record, job)
     script, *words = command.split() or [""]
     spec = load_jobs().get(Path(script).stem)
-    if (
-        not spec
-        or not spec.experiment
-        or not spec.run
-        or os.path.basename(os.path.dirname(script)) != "slurm"
-    ):
+    if not spec or spec.verb not in ("train", "grow") or Path(script).parent.name != "slurm":
         return ()
-    seed = words[words.index("--seed") + 1] if "--seed" in words[:-1] else "0"
-    return make_keys(spec.verb, spec.experiment, [spec.run], stage=spec.stage, seed=int(seed or 0))
+    places, flags = _split_words(words)
+    experiment, run = [*filter(None, (spec.experiment, spec.run)), *places, "", ""][:2]
+    stage, seed = flags.get("stage", spec.stage), flags.get("seed", 0)
+    with suppress(ValueError):  # a mistake, of which the job ends by itself
+        details = {
+            "stage": int(stage) if stage else None,
+            "seed": int(seed),
+            "rehearsal": "rehearse" in flags,
+        }
+        return make_keys(spec.verb, experiment, [run], **details) if run else ()
+    return ()
+
+
+def _split_words(words: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Return (arguments by position, {flag: value}) of a job's words. A flag has a value."""
+    places, flags, rest = [], {}, list(words)
+    while rest:
+        word = rest.pop(0)
+        flag, equals, value = word.partition("=")
+        if not word.startswith("--"):
+            places.append(word)
+        elif equals or flag[2:].replace("-", "_") in SWITCHES or not rest:
+            flags[flag[2:]] = value
+        else:
+            flags[flag[2:]] = rest.pop(0)
+    return places, flags
 
 
 def choose_keys(record: Record, job: str) -> tuple[Key, ...]:

@@ -17,7 +17,7 @@ STATE = "state"
 
 SQUEUE = ["squeue", "-h", "-r", "-o", "%i|%A|%T|%N|%r|%E|%o"]
 """Array tasks one by one: job (123_4), its own number, state, nodes, reason for waiting, dependency,
-command."""
+command. The command is last, because it may hold anything, a line break too."""
 JOB_NAME = re.compile(r"[0-9]+(_[0-9]+)?")
 
 
@@ -58,9 +58,9 @@ def has_slurm(queue: dict[str, QueuedJob] | None) -> bool:
     return shutil.which("sbatch") is not None and queue is not None
 
 
-def read_queue(everybody: bool = False) -> dict[str, QueuedJob] | None:
+def read_queue(everybody: bool = False, timeout_s: float = 5) -> dict[str, QueuedJob] | None:
     """Return {number or name: job} of the user's jobs in the queue; None where there is no Slurm or it does
-    not answer.
+    not answer within `timeout_s` seconds.
 
     `everybody`: also those of other users who work in the same $INHERITUNE_ROOT, where Slurm shows them."""
     folder = find_root() / "runs" / names.JOBS
@@ -68,13 +68,16 @@ def read_queue(everybody: bool = False) -> dict[str, QueuedJob] | None:
     whose = ["-a"] if everybody else ["--me"]
     try:
         done = subprocess.run(
-            [*SQUEUE, *whose], capture_output=True, text=True, errors="replace", timeout=5, check=True
+            [*SQUEUE, *whose], capture_output=True, text=True, errors="replace", timeout=timeout_s, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None
     found = {}
     for line in done.stdout.splitlines():
-        name, number, state, nodes, reason, dependency, command = line.split("|", 6)
+        fields = line.split("|", 6)
+        if len(fields) < 7 or not JOB_NAME.fullmatch(fields[0]):  # the rest of a command, or a notice
+            continue
+        name, number, state, nodes, reason, dependency, command = fields
         if everybody and name.partition("_")[0] not in recorded:
             continue
         where = nodes or f"({reason})"

@@ -5,7 +5,7 @@ import re
 
 from tabulate import tabulate
 
-from inheritune.cluster.job_records import Key, Record, make_keys, read_keys, read_record
+from inheritune.cluster.job_records import Key, Record, find_record, make_keys, read_keys, read_record
 from inheritune.cluster.slurm_queue import QueuedJob, read_queue
 from inheritune.errors import UserError
 from inheritune.submit.request import KINDS, drop_option, find_spec, read_option, read_request
@@ -93,8 +93,12 @@ def retry(job: str) -> None:
     is still queued, or cannot run."""
     record = read_record(job)
     if record is None:
-        raise UserError(f"runs/jobs/{job} has no record of a submission; submit the script itself")
-    queued = [name for name, other in (read_queue() or {}).items() if name == other.name]
+        has = "a damaged record" if find_record(job).is_file() else "no record"
+        raise UserError(f"runs/jobs/{job} has {has} of a submission; submit the script itself")
+    queue = read_queue(timeout_s=60)
+    if queue is None:
+        raise UserError(f"squeue does not answer, so it is not known whether job {job} is queued; try again")
+    queued = [name for name, other in queue.items() if name == other.name]
     arrays = {name.partition("_")[0] for name in queued}
     if job in queued or job in arrays:
         raise UserError(f"job {job} is still queued; cancel it first with: scancel {job}")
@@ -108,5 +112,13 @@ def retry(job: str) -> None:
         environment["ARRAY"] = job.partition("_")[2] or tasks
         options = drop_option(options, "--array", "-a")
     words = [*record.words, *(["--", *options] if options else [])]
+    if record.folder:  # paths count from there
+        try:
+            os.chdir(record.folder)
+        except OSError as error:
+            raise UserError(
+                f"job {job} was submitted from {record.folder}, which cannot be entered ({error.strerror}); "
+                "submit the script itself"
+            ) from None
     request = read_request(record.job, words, record.script)
     submit_request(request, read_site(environment), environment)

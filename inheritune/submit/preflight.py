@@ -105,6 +105,9 @@ def _check_run(request: Request, loaded: Experiment, run: str) -> None:
         )
     if verb == "train" and spec.init.external:
         raise UserError(f"run '{run}' of {loaded.name} is a third-party model, which is only evaluated")
+    stop = RunDir.of(loaded, run, request.seed).stop
+    if stop.exists() and not request.waits:
+        raise UserError(f"run '{run}' would stop at once: {stop} exists; delete it to continue")
     needs = verb == "train" and not request.waits  # a growth makes what it lacks
     options: dict[str, Any] = {"stage": request.stage, "seed": request.seed, "ds": request.values.get("ds")}
     _check_quietly(name, run, rehearse=loaded.rehearsal, needs=False, **options)
@@ -123,10 +126,11 @@ def _check_quietly(name: str, run: str | None, **options: Any) -> None:
             print(line)
 
 
-def check_folders(submission: Submission) -> None:
-    """Make the folder of the logs. Raises UserError if a job could not write its log or its record."""
-    root = Path(os.path.dirname(os.path.dirname(os.path.dirname(submission.log))))
-    for folder in (root / "runs" / names.LOGS, root / "runs" / names.JOBS):
+def check_folders(submission: Submission, root: Path) -> None:
+    """Make the folders of the log and the record below `root`. Raises UserError if a job could not write
+    them."""
+    logs = Path(submission.log).parent
+    for folder in (root / "runs" / names.JOBS, *([] if "%" in str(logs) else [logs])):
         probe = folder / f".probe-{os.getpid()}"
         try:
             folder.mkdir(parents=True, exist_ok=True)

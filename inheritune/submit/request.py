@@ -1,24 +1,37 @@
 """What the user asks for: a job of slurm/jobs.yaml, its arguments, and sbatch options after two dashes."""
 
+import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from inheritune.cluster.job_records import SWITCHES
 from inheritune.config.jobs import JobSpec, load_jobs
+from inheritune.config.paths import REPOSITORY
 from inheritune.config.values import ARGUMENTS
 from inheritune.errors import UserError, suggest_name
 
-SWITCHES = ("dry_run", "no_snapshot", "rehearse", "help")
-"""Flags without a value that are about submitting, not about the verb."""
 VERB_SWITCHES = ("allow_task_code",)
 # fmt: off
 VALUED = (
     "--array", "-a", "--dependency", "-d", "--output", "-o", "--job-name", "-J", "--time", "-t",
-    "--begin", "-b", "--nodes", "-N", "--gpus-per-node", "--gpus", "-G",
+    "--begin", "-b", "--nodes", "-N", "--gpus-per-node", "--gpus", "-G", "--chdir", "-D",
 )
 # fmt: on
 """Options of sbatch that are read here. Each has a value, which may be a word of its own."""
+NO_JOB = {
+    "--help": "-h",
+    "--usage": "",
+    "--version": "-V",
+    "--test-only": "",
+    "--quiet": "-Q",
+    "--wait": "-W",
+    "--parsable": "",
+}
+"""Options of sbatch that queue no job, hide its number, or return only at its end: {name: short name}."""
+FLAGS = "HIOVWQhks"
+"""sbatch's short options without a value of their own."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +113,13 @@ class Request:
         is_over_runs = self.kind.array == "runs" and "run" not in self.values
         return not (is_over_runs or "parts" in self.values)
 
+    @property
+    def names_files(self) -> bool:
+        """Whether an argument is a path outside the repository that counts from this folder."""
+        paths = [Path(text) for text in self.values.values()]
+        mine = [path for path in paths if path.suffix and not path.is_absolute() and path.exists()]
+        return any(not path.resolve().is_relative_to(REPOSITORY) for path in mine)
+
     def flags(self, *left_out: str) -> list[str]:
         """Return the flags of the verb as words, in the order of its table."""
         found: list[str] = []
@@ -126,6 +146,7 @@ def read_request(job: str, argv: list[str], script: str | None = None) -> Reques
     if missing and "help" not in reader.switches:
         raise UserError(f"{job} needs {missing[0].upper()}; {reader.usage}")
     options = tuple(argv[len(own) + 1 :])
+    check_options(options)
     path, switches = script or str(spec.script), frozenset(reader.switches)
     return Request(spec, path, tuple(reader.words), reader.values, options, switches)
 
@@ -178,6 +199,29 @@ class _Reader:
         if not text:
             raise UserError(f"{self.job}: {flag} needs a value")
         self.values[name] = check_value(self.job, name, text)
+
+
+def check_options(options: Sequence[str]) -> None:
+    """Raise UserError for options of sbatch that do not queue one job, and for spellings that are not read
+    here: shortened names, and short options joined in one word."""
+    for name, _, words in _split_options(options):
+        if problem := _explain_option(name, words[0]):
+            raise UserError(f"after the two dashes: {problem}")
+
+
+def _explain_option(name: str, word: str) -> str:
+    """Return what is wrong with an option of sbatch, and what to do; empty if nothing is."""
+    if word == ":":
+        return "':' asks for a job of unlike parts, and all nodes of these jobs are alike; leave it out"
+    if name in NO_JOB or (name and name in NO_JOB.values()):
+        return f"{name} is no option for a job that is queued and recorded; leave it out"
+    known = [n for n in (*VALUED, *NO_JOB) if n.startswith("--")]
+    full = [n for n in known if n.startswith(name)] if name.startswith("--") and name not in known else []
+    if full and len(name) > 2:
+        return f"{name} is a shortened option of sbatch; write it out, as {' or '.join(full)}"
+    if word.startswith("-") and word[1:2] in FLAGS and word[2:]:
+        return f"{word} joins several options of sbatch; write them apart, as {word[:2]} -{word[2:]}"
+    return ""
 
 
 def find_spec(job: str) -> JobSpec:
@@ -233,17 +277,22 @@ def format_local(spec: JobSpec) -> str:
 
 
 def make_again(request: Request, environment: Mapping[str, str]) -> str:
-    """Return the line to paste that asks for the same again, with the shape and without dependencies."""
-    names = ("REHEARSE", "SITE", "GPUS", "NODES", "TASKS", "ARRAY")
+    """Return the line to paste that asks for the same again, with the shape and without dependencies.
+
+    Where a relative path is in it, it goes to this folder first."""
+    names, words = ("REHEARSE", "SITE", "GPUS", "NODES", "TASKS", "ARRAY"), [*request.words]
     shape = [f"{name}={shlex.quote(environment[name])}" for name in names if environment.get(name)]
     if "rehearse" in request.switches and not environment.get("REHEARSE"):
         shape.append("REHEARSE=1")
+    if "no_snapshot" in request.switches:
+        words.append("--no-snapshot")
     usual = load_jobs()[request.job.name].gpus
     if request.job.gpus != usual and not environment.get("GPUS"):
         shape.append(f"GPUS={request.job.gpus}")
     kept = drop_option(request.options, "--dependency", "-d")
-    line = ["bash", request.script, *request.words, *(["--", *kept] if kept else [])]
-    return " ".join([*shape, shlex.join(line)])
+    line = ["bash", request.script, *words, *(["--", *kept] if kept else [])]
+    moved = [f"cd {shlex.quote(os.getcwd())} &&"] if request.names_files else []
+    return " ".join([*moved, *shape, shlex.join(line)])
 
 
 def is_set(environment: Mapping[str, str], name: str) -> bool:

@@ -95,6 +95,7 @@ def make_submission(
     name = name_job(Path(request.script), request.words, rehearsal)
     pattern = "%x-%A_%a.out" if shape.array else "%x-%j.out"
     log = f"{site.root}/runs/{names.LOGS}/{pattern}"
+    check_paths(request, site)
     own_name = read_option(request.options, "--job-name", "-J")
     if own_name and "/" in own_name:  # Slurm starts no job whose log it cannot open
         raise UserError(
@@ -122,6 +123,20 @@ def make_submission(
     check_option_shape(request.options)
     shape = _adopt_size(shape, request.options)
     return Submission(own_name or name, shape, tuple(options), own_log, ("bash", request.script, *words))
+
+
+def check_paths(request: Request, site: Site) -> None:
+    """Raise UserError for a folder that Slurm would read otherwise than it is written."""
+    if "%" in site.root:
+        raise UserError(
+            f"INHERITUNE_ROOT is {site.root}, and Slurm would replace what follows the % in the name of the "
+            "job's log; use a folder without it"
+        )
+    if request.names_files and (folder := read_option(request.options, "--chdir", "-D")):
+        raise UserError(
+            f"the job would look for {request.values['experiment']} in {folder} (--chdir); leave that out, "
+            "or give whole paths"
+        )
 
 
 def make_shape(

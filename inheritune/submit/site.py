@@ -76,7 +76,10 @@ class Site:
         0 where sinfo names none."""
         total = 0
         for line in self.nodes.splitlines():
-            name, nodes, *_, gres = line.split("|")
+            fields = line.split("|")
+            if len(fields) < 3:  # a notice
+                continue
+            name, nodes, *_, gres = fields
             is_wanted = name.rstrip("*") in partition.split(",") if partition else name.endswith("*")
             if is_wanted and nodes.isdecimal():
                 total += int(nodes) * count_gres(gres, self.get("GPU_TYPE"))

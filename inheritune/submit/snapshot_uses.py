@@ -5,7 +5,8 @@
     runs/code/<hash>.used-NODE+PID        a submission that has not asked sbatch yet
 
 A snapshot stays while one of its marks does. A mark goes when Slurm no longer knows its job, so that it can
-neither run nor be requeued. Marks of another cluster or user stay: their queue cannot be read here."""
+neither run nor be requeued, or its submission has ended without one. Marks of another cluster, node or user
+stay: their queue or process cannot be seen here."""
 
 import os
 import shutil
@@ -13,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from inheritune.config import names
-from inheritune.files.processes import get_node_name
+from inheritune.files.processes import find_process_state, get_node_name, identify_machine
 from inheritune.files.storage import find_root, list_names
 from inheritune.submit.slurm_commands import ask_slurm, read_cluster
 
@@ -75,16 +76,24 @@ def remove_unused(kept: str) -> int:
 
 
 def _is_stale(mark: Path, cluster: str, queued: set[str]) -> bool:
-    """Return whether a mark is this user's, and its job is one of this cluster that Slurm has forgotten."""
+    """Return whether a mark is this user's, and its job is one of this cluster that Slurm has forgotten, or
+    its submission ended before it had one."""
     user = mark.name.partition(USED)[2]
     with suppress(OSError):
         return (
             user not in queued
-            and user.rpartition(".")[0] == cluster
-            and "+" not in user
+            and (user.rpartition(".")[0] == cluster if "+" not in user else _has_ended(user))
             and mark.stat().st_uid == os.getuid()
         )
     return False
+
+
+def _has_ended(process: str) -> bool:
+    """Return whether NODE+PID was a process of this node, and is none now."""
+    node, _, pid = process.rpartition("+")
+    if node != get_node_name() or not pid.isdecimal():
+        return False
+    return find_process_state(identify_machine(), int(pid)) == "dead"
 
 
 def _remove(code: Path, marks: set[str]) -> bool:

@@ -1,24 +1,37 @@
 """`submit`: check a job, queue it unless the same work is queued already, and keep a record of it."""
 
 import os
+import re
 import shlex
+import signal
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from inheritune.cluster.job_records import Key, Record, list_indices, make_keys, read_keys, write_record
+from inheritune.cluster.job_records import (
+    Key,
+    Record,
+    find_record,
+    list_indices,
+    make_keys,
+    read_keys,
+    read_record,
+    write_record,
+)
 from inheritune.cluster.slurm_queue import QueuedJob, read_queue
 from inheritune.config import names
-from inheritune.config.experiment import Experiment
+from inheritune.config.experiment import Experiment, load_experiment
 from inheritune.config.paths import REPOSITORY, find_checkout
 from inheritune.errors import UserError
-from inheritune.files.rundir import get_seed_dir
+from inheritune.files.rundir import get_data_dir, get_seed_dir
 from inheritune.submit.preflight import check_baselines, check_folders, check_request, describe_cost
 from inheritune.submit.request import (
     Request,
     describe_job,
     format_local,
+    is_set,
     make_again,
     read_option,
     read_request,
@@ -42,6 +55,7 @@ REPLAYED = (
     "DEEPSPEED_TIMEOUT",
 )
 """Variables that shape a job, kept in its record."""
+HELD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -83,8 +97,15 @@ def submit_request(request: Request, site: Site, environment: Mapping[str, str])
     if is_whole and loaded and (waiting := list_waiting(loaded)):
         return _submit_in_order(request, loaded, site, environment, waiting)
     submission = make_submission(request, site, environment, len(runs) or 1)
-    print(describe_cost(request, loaded, submission.shape, site))
     keys, own = list_keys(request, rehearsal, runs, submission), list_own_files(request, loaded)
+    if runs and submission.shape.array and not own_array:
+        busy = find_busy(request, keys, environment)
+        free = [str(number) for number in range(1, len(runs) + 1) if number not in busy]
+        if not free:
+            return [Queued(job.partition("_")[0], False) for job in busy.values()]
+        submission = make_submission(request, site, environment, len(runs), ",".join(free) if busy else None)
+        keys = list_keys(request, rehearsal, runs, submission)
+    print(describe_cost(request, loaded, submission.shape, site))
     if request.job.verb == "baselines" and loaded:
         check_baselines(request, loaded, [key.run for key in keys])
     return [queue_job(request, submission, site, environment, keys, own)]
@@ -101,31 +122,60 @@ def _submit_in_order(
     others as one array."""
     runs, rehearsal = list_runs(loaded, "baselines"), is_rehearsal(request, environment)
     check_baselines(request, loaded, runs)
-    alone = ",".join(str(n) for n in range(1, len(runs) + 1) if n not in waiting)
-    submission = make_submission(request, site, environment, len(runs), alone)
-    print(describe_cost(request, loaded, submission.shape, site))
-    keys, own = list_keys(request, rehearsal, runs, submission), list_own_files(request, loaded)
-    first = queue_job(request, submission, site, environment, keys, own)
-    if not first.is_new and first.job:  # they are queued already
-        return [first]
-    queued = [first]
-    ids: dict[int, str] = {}
+    all_tasks = make_submission(request, site, environment, len(runs))
+    keys, own = list_keys(request, rehearsal, runs, all_tasks), list_own_files(request, loaded)
+    tasks = find_busy(request, keys, environment)
+    queued = [Queued(task.partition("_")[0], False) for task in tasks.values()]
+    if alone := [number for number in range(1, len(runs) + 1) if number not in (*waiting, *tasks)]:
+        submission = make_submission(request, site, environment, len(runs), ",".join(map(str, alone)))
+        print(describe_cost(request, loaded, submission.shape, site))
+        keys = list_keys(request, rehearsal, runs, submission)
+        first = queue_job(request, submission, site, environment, keys, own)
+        queued.insert(0, first)
+        tasks |= {number: f"{first.job or 'JOB'}_{number}" for number in alone}
     for number, sources in waiting.items():
-        waits = ",".join(f"afterok:{ids.get(source, first.job or 'JOB')}_{source}" for source in sources)
+        if number in tasks:
+            continue
+        waits = ",".join(f"afterok:{tasks.get(source, f'JOB_{source}')}" for source in sources)
         behind = replace(request, options=(*request.options, f"--dependency={waits}"))
         submission = make_submission(behind, site, environment, len(runs), str(number))
         keys = list_keys(request, rehearsal, runs, submission)
         queued.append(queue_job(behind, submission, site, environment, keys, own))
         if queued[-1].job:
-            ids[number] = queued[-1].job
+            tasks[number] = f"{queued[-1].job}_{number}"
     return queued
+
+
+def find_busy(request: Request, keys: tuple[Key, ...], environment: Mapping[str, str]) -> dict[int, str]:
+    """Return {task: job or task of the queue that does its work already} of an array with work `keys`, and
+    print each; none in a dry run, or with FORCE=1."""
+    if "dry_run" in request.switches or is_set(environment, "FORCE"):
+        return {}
+    queue, busy = read_whole_queue(), {}
+    for number, key in enumerate(keys, 1):
+        if found := find_queued((key,), queue):
+            busy[number] = found[0].name
+            print(_describe_queued(*found))
+    return busy
+
+
+def _describe_queued(job: QueuedJob, key: Key) -> str:
+    """Return that `job` does the work `key` already."""
+    return (
+        f"not submitted: job {job.name} ({job.state}) does this already ({key.describe()}); FORCE=1 submits "
+        "another"
+    )
 
 
 def list_keys(request: Request, rehearsal: bool, runs: list[str], submission: Submission) -> tuple[Key, ...]:
     """Return what the job works on; of an array over `runs`, the work of its tasks."""
     values, verb = request.values, request.job.verb
     chosen = [values["model"]] if verb == "analyze" else values.get("run", "").split(",")
-    detail = " ".join(request.flags("run", "seed")) if verb in ("analyze", "evaluate") else ""
+    detail = " ".join(request.flags("run", "seed")) if verb == "evaluate" else ""
+    if verb == "analyze":  # whatever else it is asked for, it writes the same file
+        detail = values.get("out", "")
+    if verb == "prepare":
+        detail = get_data_dir(load_experiment(values["experiment"], rehearsal or None)).name
     if runs and submission.shape.array:
         indices = list_indices(submission.shape.array)
         chosen = [runs[index - 1] for index in indices if 0 < index <= len(runs)]
@@ -133,9 +183,29 @@ def list_keys(request: Request, rehearsal: bool, runs: list[str], submission: Su
     return make_keys(verb, values["experiment"], chosen, **details)
 
 
+def read_whole_queue() -> dict[str, QueuedJob]:
+    """Return the queued jobs of this user, and of others who work in the same folder.
+
+    Raises UserError where squeue does not answer: then nobody knows whether some work is queued already."""
+    of_all, own = (read_queue(everybody, timeout_s=60) for everybody in (True, False))
+    if of_all is None or own is None:
+        raise UserError(
+            "squeue does not answer, so it is not known whether this work is queued already; try again, or "
+            "submit without looking, with FORCE=1"
+        )
+    return of_all | own
+
+
 def find_queued(keys: tuple[Key, ...], queue: dict[str, QueuedJob]) -> tuple[QueuedJob, Key] | None:
-    """Return the first queued job that does some of the same work, and which."""
+    """Return the first queued job that does some of the same work, and which.
+
+    Raises UserError if the record of a queued job cannot be read: that job may do it too."""
     for job in queue.values():
+        if (record := find_record(job.name)).is_file() and read_record(job.name) is None:
+            raise UserError(
+                f"{record} of queued job {job.name} is damaged, so it is not known what that job does; "
+                f"cancel it (scancel {job.name}), or submit in spite of it, with FORCE=1"
+            )
         for other in read_keys(job.name, job.command):
             if found := next((key for key in keys if key.meets(other)), None):
                 return job, found
@@ -160,26 +230,21 @@ def queue_job(
         print(submission.line(site))
         print(f"dry run: nothing was submitted; its log would be {log}")
         return Queued("", False)
-    queue = {**(read_queue(everybody=True) or {}), **(read_queue() or {})}
-    found = find_queued(keys, queue)
-    if found and environment.get("FORCE", "0") != "1":
-        other, key = found
-        print(
-            f"not submitted: job {other.name} ({other.state}) does this already ({key.describe()}); FORCE=1 "
-            "submits another"
-        )
-        return Queued(other.name.partition("_")[0], False)
-    check_folders(submission)
+    if not is_set(environment, "FORCE") and (found := find_queued(keys, read_whole_queue())):
+        print(_describe_queued(*found))
+        return Queued(found[0].name.partition("_")[0], False)
+    check_folders(submission, Path(site.root))
     record = Record(
         request.job.name,
         request.script,
-        request.words,
+        (*request.words, *(f"--{name.replace('_', '-')}" for name in sorted(request.switches))),
         submission.options,
         submission.command,
         make_again(request, environment),
         keys,
         request.options,
         {n: v for n, v in environment.items() if n in REPLAYED or n.startswith("SITE_")},
+        os.getcwd(),
     )
     if "no_snapshot" not in request.switches:
         submission, record = _use_snapshot(submission, record, own)
@@ -216,18 +281,35 @@ def send(words: list[str], record: Record, site: Site, environment: Mapping[str,
     if record.code:
         # the job imports the snapshot, not the checkout that the environment was installed from
         shown |= {"INHERITUNE_REPOSITORY": str(find_checkout())}
-    done = subprocess.run([*words, "--parsable"], capture_output=True, text=True, check=False, env=shown)
-    if done.returncode:
-        said = " ".join(done.stderr.split()) or f"it ended with code {done.returncode}"
-        raise UserError(f"sbatch refused the job: {said.removeprefix('sbatch: error: ')}")
-    job, _, cluster = done.stdout.strip().splitlines()[-1].partition(";")
-    try:
-        mark_use(record.code, job, cluster)
-        write_record(job, record)
-    except (OSError, UserError) as error:
-        ask_slurm("scancel", job, tries=1)
-        raise UserError(f"job {job} was cancelled, since its record cannot be written: {error}") from None
+    with _hold_signals():
+        done = subprocess.run([*words, "--parsable"], capture_output=True, text=True, check=False, env=shown)
+        if done.returncode:
+            said = " ".join(done.stderr.split()) or f"it ended with code {done.returncode}"
+            raise UserError(f"sbatch refused the job: {said.removeprefix('sbatch: error: ')}")
+        answer = re.search(r"^([0-9]+)(?:;(\S+))?$", done.stdout, re.MULTILINE)  # a site may add lines
+        if not answer:
+            raise UserError(
+                "sbatch ended without an error and without a job's number (it said "
+                f"{done.stdout.strip()!r}); squeue --me shows whether the job is queued"
+            )
+        job, cluster = answer[1], answer[2] or ""
+        try:
+            mark_use(record.code, job, cluster)
+            write_record(job, record)
+        except (OSError, UserError) as error:
+            ask_slurm("scancel", job, tries=1)
+            raise UserError(f"job {job} was cancelled, since its record cannot be written: {error}") from None
     return job
+
+
+@contextmanager
+def _hold_signals() -> Iterator[None]:
+    """Let Ctrl-C and its like wait: a job that is queued without its record would be queued again."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _print_queued(job: str, submission: Submission, keys: tuple[Key, ...], site: Site) -> None:

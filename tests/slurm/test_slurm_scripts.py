@@ -23,7 +23,7 @@ from slurm_cluster import (  # noqa: F401
 )
 
 from inheritune.cli.verbs import Verbs
-from inheritune.cluster.job_records import Record, make_keys, write_record
+from inheritune.cluster.job_records import Record, find_record, make_keys, write_record
 from inheritune.cluster.status import status
 from inheritune.config.experiment import load_experiment
 from inheritune.errors import UserError
@@ -337,6 +337,80 @@ def test_a_second_submission_is_told(slurm, tmp_path, capsys):  # noqa: F811
         f"not submitted: job {job} (PENDING) does this already (train a/3, seed 0)" in capsys.readouterr().out
     )
     assert slurm.submit(COUNTING, tmp_path / "a", 3, "--", "--hold", FORCE=1) != job
+
+
+def test_what_is_queued_is_known_before_more_is(slurm, small, own_root, tmp_path):  # noqa: F811
+    """A squeue that fails, a damaged record, a STOP file, an answer of sbatch with more lines or none."""
+    script, run = REPOSITORY / "slurm" / "train.sh", RunDir.of(load_experiment(small), "reference")
+    train = ["bash", script, small, "reference"]
+    (tmp_path / "bin").mkdir()
+
+    def run_with(name: str, body: str, *words, **environment) -> str:
+        stub = tmp_path / "bin" / name
+        stub.write_text(f"#!/bin/bash\n{body}\n")
+        stub.chmod(0o755)
+        path = f"{tmp_path}/bin:{os.environ['PATH']}"
+        said = slurm.run(
+            "bash", "-c", f"{shlex.join(map(str, words))}; echo ends with $?", PATH=path, **environment
+        )
+        stub.unlink()
+        return said
+
+    real = shutil.which("sbatch")
+    said = run_with("sbatch", f'{real} "$@"; echo Thank you', *train, "--", "--hold")
+    job = re.search(r"^submitted job (\d+)$", said, re.MULTILINE)[1]
+    said = run_with("squeue", "exit 1", *train)
+    assert said.startswith("inheritune: squeue does not answer") or "\ninheritune: squeue does not" in said
+    assert said.endswith("ends with 2") and "FORCE=1" in said
+    said = run_with("squeue", "exit 1", "python", "-m", "inheritune", "retry", job)
+    assert f"not known whether job {job} is queued" in said and said.endswith("ends with 2")
+    said = run_with("sbatch", "echo Thank you", *train, FORCE=1)
+    assert "without a job's number (it said 'Thank you')" in said and said.endswith("ends with 2")
+    record = find_record(job)
+    kept = record.read_bytes()
+    record.write_bytes(kept[:100])
+    assert f"{record} of queued job {job} is damaged" in slurm.run(*train, check=False)
+    record.write_bytes(kept)
+    assert f"not submitted: job {job}" in slurm.run(*train)
+    run.stop.parent.mkdir(parents=True)
+    run.stop.touch()
+    assert f"{run.stop} exists; delete it to continue" in slurm.run(*train, check=False)
+    assert slurm.run("squeue", "-h", "-o", "%A").split() == [job]
+
+
+def test_a_retry_asks_for_the_same_from_any_folder(slurm, small, own_root, tmp_path, monkeypatch):  # noqa: F811
+    """Also for a rehearsal, and with the file of the folder that the job was submitted from."""
+    write_tokens(get_data_dir(load_experiment(small, rehearse=True)))
+    script = REPOSITORY / "slurm" / "train.sh"
+    ask = ["bash", script, Path(small).name, "reference", "--rehearse", "--no-snapshot", "--", "--hold"]
+    job = re.search(r"^submitted job (\d+)$", slurm.run(*ask, cwd=Path(small).parent), re.MULTILINE)[1]
+    slurm.run("scancel", job)
+    slurm.wait(job)
+    said = slurm.run("python", "-m", "inheritune", "retry", job, cwd=tmp_path)
+    again = re.search(r"^submitted job (\d+)$", said, re.MULTILINE)[1]
+    (first,), (second,) = slurm.records(job), slurm.records(again)
+    same = ("NumCPUs", "TimeLimit", "WorkDir", "JobName")
+    assert [first[key] for key in same] == [second[key] for key in same]
+    assert "TresPerNode" not in second and "runs/code" not in said and "--rehearse" in said
+
+
+def test_the_rest_of_some_baselines_is_queued(slurm, own_root, capsys):  # noqa: F811
+    script = REPOSITORY / "slurm" / "gpt2_medium_baselines.sh"
+    waiting = ["--", "--hold", "--dependency=singleton"]
+    names = list_baselines(load_experiment("gpt2_medium_owt"))
+    alone = slurm.run("bash", REPOSITORY / "slurm" / "train.sh", "gpt2_medium_owt", names[0], *waiting)
+    one = re.search(r"^submitted job (\d+)$", alone, re.MULTILINE)[1]
+    said = slurm.run("bash", script, *waiting)
+    assert f"not submitted: job {one} (PENDING) does this already (train gpt2_medium_owt/{names[0]}," in said
+    tasks = [line.split() for line in slurm.run("squeue", "-h", "-r", "-o", "%A %K").splitlines()]
+    assert len(tasks) == len(names) and sorted(int(k) for _, k in tasks if k != "N/A") == list(
+        range(2, len(names) + 1)
+    )
+    lost = next(job for job in slurm.run("squeue", "-h", "-r", "-o", "%i").split() if job != one)
+    slurm.run("scancel", lost)
+    slurm.until(lambda: len(slurm.run("squeue", "-h", "-r").splitlines()) == len(names) - 1)
+    slurm.run("bash", script, *waiting)
+    assert len(slurm.run("squeue", "-h", "-r").splitlines()) == len(names)
 
 
 @pytest.mark.slow

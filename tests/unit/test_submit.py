@@ -18,6 +18,7 @@ import golden
 import job_stubs
 
 from inheritune.cluster.job_records import Key, Record, make_keys, read_keys, read_record, write_record
+from inheritune.cluster.slurm_queue import read_queue
 from inheritune.config.experiment import load_experiment
 from inheritune.config.jobs import find_job, format_shape, load_jobs
 from inheritune.errors import UserError
@@ -179,6 +180,13 @@ def test_on_a_cluster_a_verb_uses_the_folders_of_the_site(tmp_path, monkeypatch)
         ("gpt2_xl_stage1", ["gpt2_xl_owt"], "takes no further argument 'gpt2_xl_owt'"),
         ("gpt2_xl_stage1", ["--stage", "2"], "has no flag --stage"),
         ("trian", ["a", "b"], "no job 'trian'"),
+        ("train", ["a", "b", "--", "--version"], "--version is no option for a job that is queued"),
+        ("train", ["a", "b", "--", "-Q"], "-Q is no option for a job that is queued"),
+        ("train", ["a", "b", "--", "--wait"], "--wait is no option for a job that is queued"),
+        ("train", ["a", "b", "--", "--nodes=1", ":", "--nodes=2"], "':' asks for a job of unlike parts"),
+        ("train", ["a", "b", "--", "--depend=afterok:1"], "--depend is a shortened option of sbatch; write"),
+        ("train", ["a", "b", "--", "--hold", "--job=a/b"], "write it out, as --job-name"),
+        ("train", ["a", "b", "--", "-Ht2"], "-Ht2 joins several options of sbatch; write them apart"),
     ],
 )
 def test_a_mistake_in_the_words_is_one_sentence(job, words, says):
@@ -252,6 +260,37 @@ def test_the_users_own_options_are_read_in_each_spelling():
     assert (asked.name, asked.log, asked.shape.gpus, asked.shape.nodes) == ("mine", "/logs/%x-%j", 6, 3)
     tasks = make_submission(read_request("evaluate", ["small", "--", "--array", "2,3"]), SITE, {}, 5)
     assert tasks.shape.array == "2,3" and tasks.log.endswith("/%x-%A_%a.out")
+
+
+def test_usual_spellings_of_options_are_not_refused():
+    words = [
+        "-vv",
+        "-H",
+        "-t",
+        "2:00:00",
+        "-p",
+        "gpu",
+        "--nodelist",
+        "n[1-2]",
+        "--comment=a : b",
+        "--exclusive",
+    ]
+    assert read_request("train", ["a", "b", "--", *words]).options == tuple(words)
+
+
+def test_a_folder_that_slurm_reads_otherwise_is_refused(tmp_path, monkeypatch):
+    """Slurm fills %x in the folder of a log too, and --chdir moves a job away from a relative path."""
+    percent = replace(SITE, values={**SITE.values, "INHERITUNE_ROOT": "/scratch/100%x"})
+    assert "INHERITUNE_ROOT is /scratch/100%x" in refusal("train", "small", "reference", site=percent)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").touch()
+    away = ["--", "--chdir=/"]
+    assert "would look for mine.yaml in / (--chdir)" in refusal("train", "mine.yaml", "reference", *away)
+    assert "--chdir=/" in line("train", str(tmp_path / "mine.yaml"), "reference", *away)
+    request = read_request("train", ["mine.yaml", "reference", "--rehearse", "--no-snapshot"])
+    again = make_again(request, {})
+    assert again.startswith(f"cd {tmp_path} && REHEARSE=1 bash ")
+    assert again.endswith("/slurm/train.sh mine.yaml reference --no-snapshot")
 
 
 def test_a_total_of_gpus_is_for_jobs_that_train():
@@ -338,6 +377,31 @@ def test_the_cost_is_one_line():
 
 
 # --- lines to paste and resubmission ------------------------------------------------------------------------
+
+
+def test_the_work_of_a_preparation_is_its_data_of_an_analysis_its_file(own_root):
+    def find_keys(job, *words):
+        request = read_request(job, list(words))
+        return submissions.list_keys(request, False, [], make_submission(request, SITE, {}))
+
+    (one,), (other,) = (find_keys("prepare", f"gpt2_{size}_owt") for size in ("medium", "large"))
+    assert one.meets(other) and not one.meets(find_keys("prepare", "gpt2_medium_fineweb")[0])
+    (one,), (other,) = (find_keys("analyze", "m", "small", *more) for more in ([], ["--sequences", "256"]))
+    assert one.meets(other) and not one.meets(find_keys("analyze", "m", "small", "--out", "x")[0])
+
+
+def test_a_line_that_is_no_row_ends_nothing(monkeypatch, tmp_path):
+    """Of a job whose command has a line break, or a notice of a site."""
+    rows = "7|7|RUNNING|n1||(null)|/x/other.sh two\nlines\n8_1|8|PENDING||Priority|(null)|/y.sh"
+    (tmp_path / "squeue").write_text(f"#!/bin/bash\ncat <<'E'\nnotice\n{rows}\nE\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert {name: job.command for name, job in read_queue().items()} == {
+        "7": "/x/other.sh two",
+        "8_1": "/y.sh",
+        "8": "/y.sh",
+    }
+    assert replace(SITE, nodes=f"a notice\n{SITE.nodes}").count_gpus("") == 16
 
 
 def test_a_line_to_paste_keeps_the_shape():
@@ -463,6 +527,14 @@ def test_keys_tell_work_apart(own_root):
     command = f"{REPOSITORY}/slurm/gpt2_xl_stage1.sh --seed 3"
     assert read_keys("13", command) == make_keys("train", "gpt2_xl_owt", ["inheritune"], stage=1, seed=3)
     assert read_keys("13", "/home/me/gpt2_xl_stage1.sh") == () == read_keys("13", "")
+    assert read_keys("13", command.replace("--seed 3", "--seed=4"))[0].seed == 4
+    assert read_keys("13", command.replace("--seed 3", "--seed one")) == ()
+    plain = f"{REPOSITORY}/slurm/train.sh /w/small.yaml grown --rehearse --stage=2"
+    assert read_keys("13", plain) == (Key("train", "small", "grown", 2, rehearsal=True),)
+    assert read_keys("13", f"{REPOSITORY}/slurm/train.sh small") == ()
+    # experiments may share their data
+    one, other = (Key("prepare", name, detail="openwebtext-1") for name in ("medium", "large"))
+    assert one.meets(other) and not one.meets(replace(other, detail="openwebtext-2"))
 
 
 def test_baselines_that_start_from_baselines_wait():
