@@ -127,6 +127,11 @@ def find_config(source: str, revision: str | None = None, may_download: bool = T
         ) from None
 
 
+def is_commit(revision: str | None) -> bool:
+    """Return whether a revision is a whole commit, which cannot move as a branch or a tag can."""
+    return bool(re.fullmatch("[0-9a-f]{40}", revision or ""))
+
+
 def find_commit(source: str, revision: str | None = None) -> str | None:
     """Return the commit of a Hub id at `revision` (None: as the cache's main is now); None for a folder or a
     file, and for a model that is neither cached nor on the Hub."""

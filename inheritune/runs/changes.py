@@ -10,6 +10,7 @@ from typing import Any
 from inheritune.config.experiment import Experiment
 from inheritune.config.reading import read_yaml
 from inheritune.config.sections import RESUMABLE_KEYS, Train
+from inheritune.config.source_shape import is_commit
 from inheritune.errors import UserError
 from inheritune.files.json_files import read_json
 from inheritune.files.rundir import RunDir
@@ -47,12 +48,18 @@ def find_changes_of_run(
 ) -> list[tuple[str, object, object]]:
     """Return the differences that make `now` another run: all but those of RESUMABLE_KEYS and `free`."""
     changes = find_differences(before, now)
-    named = ("model.revision", None)  # as pins.check_model advises; another shape is a change of its own
     return [
         c
         for c in changes
-        if c[0].removeprefix("train.") not in RESUMABLE_KEYS and c[0] not in free and c[:2] != named
+        if c[0].removeprefix("train.") not in RESUMABLE_KEYS and c[0] not in free and not _names_commit(c)
     ]
+
+
+def _names_commit(change: tuple[str, object, object]) -> bool:
+    """Return whether a change gives the model's commit in place of a branch, as pins.check_model advises.
+    Another shape is a change of its own."""
+    key, before, now = change
+    return key == "model.revision" and not is_commit(str(before)) and is_commit(str(now))
 
 
 def find_changes_since(

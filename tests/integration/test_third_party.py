@@ -153,7 +153,7 @@ OLD, NEW = "a" * 40, "b" * 40
 @pytest.fixture
 def moving(raw, tmp_path, monkeypatch):
     """A Hub's cache with two commits of a model, and an experiment that gives no revision of it; what moves
-    the branch main to one of them."""
+    a branch, main if not another, to one of them."""
     cache = tmp_path / "home" / "hub" / "models--someone--moving"
     for seed, commit in enumerate((OLD, NEW), 1):
         write_source(cache / "snapshots" / commit, seed)
@@ -164,7 +164,16 @@ def moving(raw, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     raw = json.loads(json.dumps(raw).replace(raw["model"]["from"], "someone/moving"))
     raw["runs"]["grown"]["grow"]["max_layers"] = 2
-    return raw, (cache / "refs" / "main").write_text
+    return raw, lambda commit, branch="main": (cache / "refs" / branch).write_text(commit)
+
+
+def name_branch(raw, branch: str):
+    """The part `raw` of an experiment with this branch wherever it reads the model."""
+    if not isinstance(raw, dict):
+        return raw
+    named = {key: name_branch(value, branch) for key, value in raw.items()}
+    is_model = "someone/moving" in (raw.get("source"), raw.get("from"))
+    return named | {"revision": branch} if is_model else named
 
 
 def rewrite(source: str) -> None:
@@ -181,14 +190,20 @@ def grow_further(raw: dict, tmp_path) -> str:
     return path
 
 
-def test_a_branch_that_moves_does_not_mix_two_models(moving, tmp_path):
-    """The experiment stays with the commit of its first use, for all that it reads of the model."""
-    raw, move_main = moving
-    move_main(OLD)
+@pytest.mark.parametrize("branch", ["main", "v2"])
+def test_a_branch_that_moves_does_not_mix_two_models(moving, tmp_path, branch):
+    """The experiment stays with the commit of its first use, for all that it reads of the model: of main,
+    which is not named, or of another branch, which is."""
+    raw, move_branch = moving
+    name = "someone/moving"
+    if branch != "main":
+        raw, name = name_branch(raw, branch), f"someone/moving@{branch}"
+        raw["data"]["tokenizer_revision"] = branch
+    move_branch(OLD, branch)
     path = write_experiment(tmp_path, raw)
     run_verb("prepare", path)
     run_verb("grow", path, "--run", "grown")
-    move_main(NEW)
+    move_branch(NEW, branch)
     path = grow_further(raw, tmp_path)
     run_verb("grow", path, "--run", "grown")
     run_verb("evaluate", path, "--run", "public", "--tasks", "none")
@@ -198,7 +213,7 @@ def test_a_branch_that_moves_does_not_mix_two_models(moving, tmp_path):
     assert [start["revision"] for start in starts] == [OLD, OLD]
     assert run["public"].read_results()["weights"] == OLD
     assert run["public"].read_attention()[0]["revision"] == OLD
-    assert read_json(locate_pins(load_experiment(path))) == {"someone/moving": OLD}
+    assert read_json(locate_pins(load_experiment(path))) == {name: OLD}
     run_verb("table", path)
 
     # a random start has the config that `model` names
