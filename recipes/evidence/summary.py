@@ -110,7 +110,8 @@ def format_command(experiment: Experiment, path: str, records: list[dict], rows:
     shown = [run for run in experiment.runs if run in {row["run"] for row in rows}]
     arms = {CORE: "", tuple(experiment.runs): "ARMS=all "}.get(tuple(shown), f'ARMS="{" ".join(shown)}" ')
     seeds = " ".join(str(record["seed"]) for record in records)
-    return f'SCALE={Path(path).stem} {arms}SEEDS="{seeds}" bash recipes/evidence.sh'
+    small = "REHEARSE=1 " if experiment.rehearsal else ""
+    return f'{small}SCALE={Path(path).stem} {arms}SEEDS="{seeds}" bash recipes/evidence.sh'
 
 
 def describe_machines(made_by: list[dict]) -> str:

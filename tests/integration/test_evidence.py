@@ -68,7 +68,7 @@ def test_the_script_in_small(own_root, summary):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found, table = read_json(folder / "evidence.json"), (folder / "table.md").read_text()
     assert found["rehearsal"] and found["seeds"] == [1, 2] and "REHEARSAL" in table
-    assert found["command"] == 'SCALE=cpu SEEDS="1 2" bash recipes/evidence.sh'
+    assert found["command"] == 'REHEARSE=1 SCALE=cpu SEEDS="1 2" bash recipes/evidence.sh'
     results = {
         run: np.array(
             [read_json(runs / f"seed{seed}/{run}/results.json")["validation"]["mean"] for seed in (1, 2)]
