@@ -249,12 +249,13 @@ def queue_job(
     if "no_snapshot" not in request.switches:
         submission, record = _use_snapshot(submission, record, own)
     print(submission.line(site))
-    try:
-        job = send(submission.words(record.code, record.again), record, site, environment)
-    except UserError:
-        drop_use(record.code)
-        raise
-    _print_queued(job, submission, keys, site)
+    with _hold_signals():
+        try:
+            job = send(submission.words(record.code, record.again), record, site, environment)
+        except UserError:
+            drop_use(record.code)
+            raise
+        _print_queued(job, submission, keys, site)
     if removed := remove_unused(record.code):
         print(f"removed {removed} snapshot(s) of runs/{names.CODE} that no job can run any more")
     return Queued(job)
@@ -281,35 +282,42 @@ def send(words: list[str], record: Record, site: Site, environment: Mapping[str,
     if record.code:
         # the job imports the snapshot, not the checkout that the environment was installed from
         shown |= {"INHERITUNE_REPOSITORY": str(find_checkout())}
-    with _hold_signals():
-        done = subprocess.run([*words, "--parsable"], capture_output=True, text=True, check=False, env=shown)
-        if done.returncode:
-            said = " ".join(done.stderr.split()) or f"it ended with code {done.returncode}"
-            raise UserError(f"sbatch refused the job: {said.removeprefix('sbatch: error: ')}")
-        answer = re.search(r"^([0-9]+)(?:;(\S+))?$", done.stdout, re.MULTILINE)  # a site may add lines
-        if not answer:
-            raise UserError(
-                "sbatch ended without an error and without a job's number (it said "
-                f"{done.stdout.strip()!r}); squeue --me shows whether the job is queued"
-            )
-        job, cluster = answer[1], answer[2] or ""
-        try:
-            mark_use(record.code, job, cluster)
-            write_record(job, record)
-        except (OSError, UserError) as error:
-            ask_slurm("scancel", job, tries=1)
-            raise UserError(f"job {job} was cancelled, since its record cannot be written: {error}") from None
+    words = [*words, "--parsable"]
+    done = subprocess.run(  # in a session of its own, which the terminal's Ctrl-C does not reach
+        words, capture_output=True, text=True, check=False, env=shown, start_new_session=True
+    )
+    if done.returncode:
+        said = " ".join(done.stderr.split()) or f"it ended with code {done.returncode}"
+        raise UserError(f"sbatch refused the job: {said.removeprefix('sbatch: error: ')}")
+    answer = re.search(r"^([0-9]+)(?:;(\S+))?$", done.stdout, re.MULTILINE)  # a site may add lines
+    if not answer:
+        raise UserError(
+            "sbatch ended without an error and without a job's number (it said "
+            f"{done.stdout.strip()!r}); squeue --me shows whether the job is queued"
+        )
+    job, cluster = answer[1], answer[2] or ""
+    try:
+        mark_use(record.code, job, cluster)
+        write_record(job, record)
+    except (OSError, UserError) as error:
+        ask_slurm("scancel", job, tries=1)
+        raise UserError(f"job {job} was cancelled, since its record cannot be written: {error}") from None
     return job
 
 
 @contextmanager
 def _hold_signals() -> Iterator[None]:
-    """Let Ctrl-C and its like wait: a job that is queued without its record would be queued again."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+    """Let Ctrl-C and its like wait: a job that is queued without its record, or a word of it, would be queued
+    again."""
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda held, _: came.append(held)) for number in HELD}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def _print_queued(job: str, submission: Submission, keys: tuple[Key, ...], site: Site) -> None:

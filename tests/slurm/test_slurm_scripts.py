@@ -372,10 +372,16 @@ def test_what_is_queued_is_known_before_more_is(slurm, small, own_root, tmp_path
     assert f"{record} of queued job {job} is damaged" in slurm.run(*train, check=False)
     record.write_bytes(kept)
     assert f"not submitted: job {job}" in slurm.run(*train)
+    # Ctrl-C between sbatch's answer and the record
+    other = [*train, "--seed", "1"]
+    said = run_with("sbatch", f'n=$({real} "$@"); kill -INT $PPID; sleep 1; echo $n', *other, "--", "--hold")
+    assert "submitted job" in said, said
+    second = re.search(r"^submitted job (\d+)$", said, re.MULTILINE)[1]
+    assert said.endswith("ends with 130") and f"not submitted: job {second}" in slurm.run(*other)
     run.stop.parent.mkdir(parents=True)
     run.stop.touch()
     assert f"{run.stop} exists; delete it to continue" in slurm.run(*train, check=False)
-    assert slurm.run("squeue", "-h", "-o", "%A").split() == [job]
+    assert set(slurm.run("squeue", "-h", "-o", "%A").split()) == {job, second}
 
 
 def test_a_retry_asks_for_the_same_from_any_folder(slurm, small, own_root, tmp_path, monkeypatch):  # noqa: F811
