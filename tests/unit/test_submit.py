@@ -22,6 +22,7 @@ from inheritune.cluster.slurm_queue import read_queue
 from inheritune.config.experiment import load_experiment
 from inheritune.config.jobs import find_job, format_shape, load_jobs
 from inheritune.errors import UserError
+from inheritune.files.processes import get_node_name
 from inheritune.paper.prerequisites import Step
 from inheritune.submit import submission as submissions
 from inheritune.submit.interfaces import choose_interface
@@ -29,7 +30,7 @@ from inheritune.submit.job_context import JobContext
 from inheritune.submit.job_end import Facts, decide_ending
 from inheritune.submit.job_start import _choose_part, check_tasks
 from inheritune.submit.paper_jobs import format_dependency, plan_jobs
-from inheritune.submit.preflight import check_request, describe_cost
+from inheritune.submit.preflight import check_folders, check_request, describe_cost
 from inheritune.submit.recovery import describe_options
 from inheritune.submit.request import (
     describe_job,
@@ -50,6 +51,7 @@ from inheritune.submit.slurm_commands import (
     rewrite_dependency,
     strip_options,
 )
+from inheritune.submit.snapshot_uses import _has_ended
 
 SITE = Site(
     {"SITE_GPUS_PER_NODE": "8", "SITE_TIME": "1440", "INHERITUNE_ROOT": "/scratch"},
@@ -291,6 +293,21 @@ def test_a_folder_that_slurm_reads_otherwise_is_refused(tmp_path, monkeypatch):
     again = make_again(request, {})
     assert again.startswith(f"cd {tmp_path} && REHEARSE=1 bash ")
     assert again.endswith("/slurm/train.sh mine.yaml reference --no-snapshot")
+
+
+def test_the_folders_of_records_and_of_an_own_log_are_looked_at(tmp_path):
+    words = ["small", "reference", "--", "-o", "/proc/nowhere/mine.out"]
+    with pytest.raises(UserError, match="/proc/nowhere cannot be written"):
+        check_folders(make_submission(read_request("train", words), SITE, {}), tmp_path)
+    assert (tmp_path / "runs" / "jobs").is_dir() and not (tmp_path / "runs" / "logs").exists()
+
+
+def test_a_submission_that_ended_without_a_job_uses_no_snapshot():
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    node = get_node_name()
+    assert _has_ended(f"{node}+{ended.pid}") and not _has_ended(f"{node}+{os.getpid()}")
+    assert not _has_ended(f"other+{ended.pid}") and not _has_ended(f"{node}+x")
 
 
 def test_a_total_of_gpus_is_for_jobs_that_train():
