@@ -184,7 +184,7 @@ def list_keys(request: Request, rehearsal: bool, runs: list[str], submission: Su
 
 
 def read_whole_queue() -> dict[str, QueuedJob]:
-    """Return the queued jobs of this user, and of others who work in the same folder.
+    """Return the queued jobs of this user, and of other users who work in the same folder.
 
     Raises UserError where squeue does not answer: then nobody knows whether some work is queued already."""
     of_all, own = (read_queue(everybody, timeout_s=60) for everybody in (True, False))

@@ -14,10 +14,12 @@ from test_own_model import TEXTS, experiment_of, write_source
 from inheritune.config.experiment import load_experiment
 from inheritune.config.layers import AutoLayers
 from inheritune.engines.deepspeed_json import load_deepspeed_json
+from inheritune.errors import UserError
 from inheritune.files.json_files import read_json, read_jsonl
 from inheritune.files.rundir import RunDir, get_analysis_dir
 from inheritune.models.choice import pick_layers
-from inheritune.runs.pins import locate_pins
+from inheritune.runs.changes import find_changes_of_run
+from inheritune.runs.pins import check_model, locate_pins, pin_revision, read_pin
 
 pytestmark = pytest.mark.slow
 
@@ -190,20 +192,32 @@ def grow_further(raw: dict, tmp_path) -> str:
     return path
 
 
-@pytest.mark.parametrize("branch", ["main", "v2"])
-def test_a_branch_that_moves_does_not_mix_two_models(moving, tmp_path, branch):
-    """The experiment stays with the commit of its first use, for all that it reads of the model: of main,
-    which is not named, or of another branch, which is."""
+def test_a_branch_given_as_revision_stays_at_the_commit_of_its_first_use(moving, tmp_path):
     raw, move_branch = moving
-    name = "someone/moving"
-    if branch != "main":
-        raw, name = name_branch(raw, branch), f"someone/moving@{branch}"
-        raw["data"]["tokenizer_revision"] = branch
-    move_branch(OLD, branch)
+    raw = name_branch(raw, "v2")
+    move_branch(OLD, "v2")
+    experiment = load_experiment(write_experiment(tmp_path, raw))
+    assert read_pin(experiment, "someone/moving", "v2") == "v2"
+    assert pin_revision(experiment, "someone/moving", "v2") == OLD
+    check_model(experiment)
+    move_branch(NEW, "v2")
+    assert {pin(experiment, "someone/moving", "v2") for pin in (pin_revision, read_pin)} == {OLD}
+    assert pin_revision(experiment, "someone/moving", NEW) == NEW
+    assert read_json(locate_pins(experiment)) == {"someone/moving@v2": OLD}
+    with pytest.raises(UserError, match=f"someone/moving@v2, .* is at commit {NEW} now.* read {OLD}"):
+        check_model(experiment)
+    assert find_changes_of_run({"model": {"revision": "v2"}}, {"model": {"revision": OLD}}) == []
+    assert find_changes_of_run({"model": {"revision": OLD}}, {"model": {"revision": NEW}})
+
+
+def test_a_branch_that_moves_does_not_mix_two_models(moving, tmp_path):
+    """The experiment stays with the commit of its first use, for all that it reads of the model."""
+    raw, move_branch = moving
+    move_branch(OLD)
     path = write_experiment(tmp_path, raw)
     run_verb("prepare", path)
     run_verb("grow", path, "--run", "grown")
-    move_branch(NEW, branch)
+    move_branch(NEW)
     path = grow_further(raw, tmp_path)
     run_verb("grow", path, "--run", "grown")
     run_verb("evaluate", path, "--run", "public", "--tasks", "none")
@@ -213,7 +227,7 @@ def test_a_branch_that_moves_does_not_mix_two_models(moving, tmp_path, branch):
     assert [start["revision"] for start in starts] == [OLD, OLD]
     assert run["public"].read_results()["weights"] == OLD
     assert run["public"].read_attention()[0]["revision"] == OLD
-    assert read_json(locate_pins(load_experiment(path))) == {name: OLD}
+    assert read_json(locate_pins(load_experiment(path))) == {"someone/moving": OLD}
     run_verb("table", path)
 
     # a random start has the config that `model` names

@@ -642,10 +642,12 @@ def test_prepare_rehearses_for_real(slurm, small, own_root):  # noqa: F811
 def test_a_job_whose_run_has_a_stop_file_says_so_last(slurm, small, own_root):  # noqa: F811
     """The slots behind it are cancelled, and what waits for its success does not start."""
     run = RunDir.of(load_experiment(small), "grown")
+    grow = [REPOSITORY / "slurm" / "grow.sh", small, "grown", "--", "--hold"]
+    job = slurm.submit(*grow, GPUS=1, ARRAY="1-3%1")
+    behind = slurm.submit(COUNTING, own_root / "b", 2, "--", f"--dependency=afterok:{job}")
     run.path.mkdir(parents=True)
     run.stop.touch()
-    job = slurm.submit(REPOSITORY / "slurm" / "grow.sh", small, "grown", GPUS=1, ARRAY="1-3%1")
-    behind = slurm.submit(COUNTING, own_root / "b", 2, "--", f"--dependency=afterok:{job}")
+    slurm.run("scontrol", "release", job)
     assert slurm.wait(job, behind, timeout=120)[-1]["JobState"] == "CANCELLED"
     ended = {(record["JobState"], record["ExitCode"]) for record in slurm.records(job)}
     assert ended == {("FAILED", "3:0"), ("CANCELLED", "0:0")} and not run.is_done(), slurm.logs()
@@ -822,7 +824,9 @@ def test_a_killed_task_fails_the_job_with_its_cause(slurm, tmp_path):  # noqa: F
     last = slurm.log(job).splitlines()[-1]
     assert record["JobState"] == "FAILED" and record["ExitCode"] == "137:0"
     assert "killed by signal 9 (out of memory?) on one of the nodes 127.0.0." in last
-    assert last.endswith(f"resumes from the last checkpoint: GPUS=4 bash {COUNTING} {tmp_path}/a 50")
+    assert last.endswith(
+        f"resumes from the last checkpoint: GPUS=4 bash {COUNTING} {tmp_path}/a 50 --no-snapshot"
+    )
 
 
 def test_a_run_without_done_is_not_finished(slurm, tmp_path):  # noqa: F811
