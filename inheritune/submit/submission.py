@@ -16,11 +16,10 @@ from inheritune.cluster.job_records import (
     find_record,
     list_indices,
     make_keys,
-    read_keys,
     read_record,
     write_record,
 )
-from inheritune.cluster.slurm_queue import QueuedJob, read_queue
+from inheritune.cluster.slurm_queue import QueuedJob, list_queued_work, read_queue
 from inheritune.config import names
 from inheritune.config.experiment import Experiment, load_experiment
 from inheritune.config.paths import REPOSITORY, find_checkout
@@ -98,12 +97,12 @@ def submit_request(request: Request, site: Site, environment: Mapping[str, str])
         return _submit_in_order(request, loaded, site, environment, waiting)
     submission = make_submission(request, site, environment, len(runs) or 1)
     keys, own = list_keys(request, rehearsal, runs, submission), list_own_files(request, loaded)
-    if runs and submission.shape.array and not own_array:
-        busy = find_busy(request, keys, environment)
+    takes_all = runs and submission.shape.array and not own_array
+    if busy := find_busy(request, keys, environment) if takes_all else {}:
         free = [str(number) for number in range(1, len(runs) + 1) if number not in busy]
         if not free:
             return [Queued(job.partition("_")[0], False) for job in busy.values()]
-        submission = make_submission(request, site, environment, len(runs), ",".join(free) if busy else None)
+        submission = make_submission(request, site, environment, len(runs), ",".join(free))
         keys = list_keys(request, rehearsal, runs, submission)
     print(describe_cost(request, loaded, submission.shape, site))
     if request.job.verb == "baselines" and loaded:
@@ -151,9 +150,9 @@ def find_busy(request: Request, keys: tuple[Key, ...], environment: Mapping[str,
     print each; none in a dry run, or with FORCE=1."""
     if "dry_run" in request.switches or is_set(environment, "FORCE"):
         return {}
-    queue, busy = read_whole_queue(), {}
+    work, busy = read_queued_work(), {}
     for number, key in enumerate(keys, 1):
-        if found := find_queued((key,), queue):
+        if found := find_queued((key,), work):
             busy[number] = found[0].name
             print(_describe_queued(*found))
     return busy
@@ -183,33 +182,30 @@ def list_keys(request: Request, rehearsal: bool, runs: list[str], submission: Su
     return make_keys(verb, values["experiment"], chosen, **details)
 
 
-def read_whole_queue() -> dict[str, QueuedJob]:
-    """Return the queued jobs of this user, and of other users who work in the same folder.
+def read_queued_work() -> list[tuple[Key, QueuedJob]]:
+    """Return (work, job) of the queued jobs of this user, and of other users who work in the same folder.
 
-    Raises UserError where squeue does not answer: then nobody knows whether some work is queued already."""
+    Raises UserError where nobody knows whether some work is queued already: squeue does not answer, or the
+    record of a queued job cannot be read."""
     of_all, own = (read_queue(everybody, timeout_s=60) for everybody in (True, False))
     if of_all is None or own is None:
         raise UserError(
             "squeue does not answer, so it is not known whether this work is queued already; try again, or "
             "submit without looking, with FORCE=1"
         )
-    return of_all | own
-
-
-def find_queued(keys: tuple[Key, ...], queue: dict[str, QueuedJob]) -> tuple[QueuedJob, Key] | None:
-    """Return the first queued job that does some of the same work, and which.
-
-    Raises UserError if the record of a queued job cannot be read: that job may do it too."""
-    for job in queue.values():
-        if (record := find_record(job.name)).is_file() and read_record(job.name) is None:
+    queue = of_all | own
+    for name in dict.fromkeys(job.name.partition("_")[0] for job in queue.values()):
+        if (record := find_record(name)).is_file() and read_record(name) is None:
             raise UserError(
-                f"{record} of queued job {job.name} is damaged, so it is not known what that job does; "
-                f"cancel it (scancel {job.name}), or submit in spite of it, with FORCE=1"
+                f"{record} of queued job {name} is damaged, so it is not known what that job does; "
+                f"cancel it (scancel {name}), or submit in spite of it, with FORCE=1"
             )
-        for other in read_keys(job.name, job.command):
-            if found := next((key for key in keys if key.meets(other)), None):
-                return job, found
-    return None
+    return list_queued_work(queue)
+
+
+def find_queued(keys: tuple[Key, ...], work: list[tuple[Key, QueuedJob]]) -> tuple[QueuedJob, Key] | None:
+    """Return the first queued job that does some of the same work, and which."""
+    return next(((job, key) for other, job in work for key in keys if key.meets(other)), None)
 
 
 def queue_job(
@@ -230,7 +226,7 @@ def queue_job(
         print(submission.line(site))
         print(f"dry run: nothing was submitted; its log would be {log}")
         return Queued("", False)
-    if not is_set(environment, "FORCE") and (found := find_queued(keys, read_whole_queue())):
+    if not is_set(environment, "FORCE") and (found := find_queued(keys, read_queued_work())):
         print(_describe_queued(*found))
         return Queued(found[0].name.partition("_")[0], False)
     check_folders(submission, Path(site.root))
