@@ -8,12 +8,12 @@ local files.
 import fnmatch
 import glob
 import logging
-import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from inheritune.config.sections import Source
+from inheritune.config.source_shape import is_commit
 from inheritune.data.local_files import choose_split, format_hint
 from inheritune.errors import UserError, summarize_error
 from inheritune.files.hub import translate_hub_errors
@@ -27,7 +27,7 @@ LISTED_NAMES = 30
 
 def get_pin(source: Source) -> tuple[str, str]:
     """Return (repository, commit) of a Hub data set. Raises UserError if `data.revision` is not a commit."""
-    if source.repo is None or not re.fullmatch("[0-9a-f]{40}", source.revision or ""):
+    if source.repo is None or not is_commit(source.revision):
         raise UserError(
             f"data.revision: '{source.revision}' is not a commit of {source.repo}; write the 40 digits that "
             f"the Hub shows under 'Files and versions', so that the data cannot change under the experiment"

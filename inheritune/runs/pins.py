@@ -36,7 +36,7 @@ def pin_revision(experiment: Experiment, source: str, revision: str | None) -> s
     if known := _read_pins(file).get(name):
         return known
     commit = find_commit(source, revision)
-    if commit is None or not is_commit(commit):
+    if not is_commit(commit):
         return revision
     with Lock(file, signals.get_stop_signal):
         pins = _read_pins(file)
