@@ -56,12 +56,22 @@ PY
     fi
     echo "Setting up $venv (once; 2 to 4 minutes, about 2 GB) ..."
     [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
+    forget_half_installed "$venv"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${pins[@]/#/--constraint=}" --editable "$repository${extra:+[$extra]}"
     touch "$ready"
     echo "to use it in a shell: source $(printf %q "$venv")/bin/activate"
   fi
   # shellcheck disable=SC1091
   source "$venv/bin/activate"
+}
+
+# A package that pip was stopped in counts as installed for pip, though files of it are missing: forget_half_installed VENV.
+# pip writes INSTALLER after all of them.
+forget_half_installed() {
+  local info
+  for info in "$1"/lib/python*/site-packages/*.dist-info; do
+    [ -e "$info/INSTALLER" ] || rm -rf "$info"
+  done
 }
 
 # Stop if there is a GPU that the installed torch cannot use: training would run on the CPU without a word.

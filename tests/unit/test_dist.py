@@ -60,6 +60,28 @@ def test_the_scripts_ask_for_the_device_before_they_train(gpu_machine):
     assert "this machine has a GPU (driver 550.54" in one_sentence(done)
 
 
+def test_a_set_up_that_was_stopped_installs_again_what_it_was_at(tmp_path):
+    """By pip itself: what it installed is kept, and without the mark of its end it is installed again."""
+    command = ["python", "-m", "venv", str(tmp_path / "venv")]
+    subprocess.run(command, check=True)
+    (info,) = (tmp_path / "venv").glob("lib/python*/site-packages/pip-*.dist-info")
+    half = info.with_name("half-1.0.dist-info")
+    half.mkdir()
+    (half / "METADATA").write_text("Metadata-Version: 2.1\nName: half\nVersion: 1.0\n")
+    listed = [tmp_path / "venv" / "bin" / "python", "-m", "pip", "list", "--format=freeze"]
+    before = subprocess.run(listed, capture_output=True, text=True, check=True).stdout
+    forget = [
+        "bash",
+        "-c",
+        'source recipes/setup.sh; forget_half_installed "$1"',
+        "_",
+        str(tmp_path / "venv"),
+    ]
+    subprocess.run(forget, check=True, cwd=REPOSITORY)
+    after = subprocess.run(listed, capture_output=True, text=True, check=True).stdout
+    assert "half==1.0" in before and "half==1.0" not in after and "pip==" in after
+
+
 def test_first_failing_process_ends_the_others_with_its_code(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     assert launch.launch_verb(["train", "quickstart", "--run", "nothing"], 2) == 2
