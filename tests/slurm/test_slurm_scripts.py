@@ -902,6 +902,11 @@ def test_on_a_full_disk_nothing_is_queued_and_a_job_leaves_its_cause_with_slurm(
 # --- arrays of slots ----------------------------------------------------------------------------------------
 
 
+def find_node(slurm, job) -> str:  # noqa: F811
+    """The node that a job on one node ran on: not the first one, while that still ends another job."""
+    return re.search(r" on 1 node\(s\) (127\.0\.0\.[23]),", slurm.log(job))[1]
+
+
 def states(slurm, job) -> dict[str, str]:  # noqa: F811
     return {record["ArrayTaskId"]: record["JobState"] for record in slurm.records(job)}
 
@@ -950,7 +955,7 @@ def test_a_mistake_stops_the_rest_of_the_array(slurm, tmp_path):  # noqa: F811
     assert set(states(slurm, job).values()) == {"FAILED", "CANCELLED"}, slurm.logs()
     assert slurm.records(behind)[0]["JobState"] == "CANCELLED"
     last = slurm.log(f"{job}_1").splitlines()[-1]
-    assert "FAILED (code 2): 127.0.0.2 rank 0: the loss is not a number; " in last
+    assert f"FAILED (code 2): {find_node(slurm, f'{job}_1')} rank 0: the loss is not a number; " in last
     assert (
         f"; job(s) {behind} waited for its success and will not start; fix that, then submit again: " in last
     )
@@ -964,10 +969,9 @@ def test_the_same_crash_twice_stops_the_array_and_another_slot_is_told_why(slurm
     ).values()
     assert "the rest of the array was cancelled" not in slurm.log(f"{job}_1")
     assert "the rest of the array was cancelled" in slurm.log(f"{job}_2")
+    cause = f"{find_node(slurm, f'{job}_2')} rank 0: the loss is not a number"  # of the newest failure
     slurm.run("scontrol", "requeue", f"{job}_1")  # as a slot that starts in spite of all
-    slurm.until(
-        lambda: "this array was stopped: 127.0.0.2 rank 0: the loss is not a number" in slurm.log(f"{job}_1")
-    )
+    slurm.until(lambda: f"this array was stopped: {cause}" in slurm.log(f"{job}_1"))
     slurm.wait(job)
 
 
