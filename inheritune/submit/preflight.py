@@ -3,6 +3,7 @@
 A job that cannot run is refused here, in seconds, instead of after hours in the queue."""
 
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
@@ -14,13 +15,15 @@ from inheritune.cluster.planner import find_unfinished_source
 from inheritune.config import names
 from inheritune.config.experiment import Experiment, load_experiment
 from inheritune.config.jobs import TRAINING
+from inheritune.config.paths import REPOSITORY
 from inheritune.config.units import format_memory
 from inheritune.errors import UserError
+from inheritune.files.advice import format_seed_flag
 from inheritune.files.markers import is_prepared
 from inheritune.files.rundir import RunDir, check_has_parts, get_data_dir, parse_weights_name, require_weights
 from inheritune.planning.workload import MFU
 from inheritune.submit.request import Request
-from inheritune.submit.runs import list_baselines
+from inheritune.submit.runs import list_baselines, list_unmeasured
 from inheritune.submit.sbatch import Shape, Submission
 from inheritune.submit.site import Site
 
@@ -73,9 +76,10 @@ def _check_measured(request: Request, loaded: Experiment) -> None:
         check(name, next(iter(loaded.runs)), rehearse=loaded.rehearsal)  # which says how to prepare it
 
 
-def check_baselines(request: Request, loaded: Experiment, runs: list[str]) -> None:
+def check_baselines(request: Request, loaded: Experiment, runs: list[str], is_whole: bool = False) -> None:
     """Raise UserError if the tasks of an array over `runs` could not start, unless the job waits for another:
-    the data is not prepared, or some start from a run that none of the baselines makes."""
+    the data is not prepared, some start from a run that none of the baselines makes, or an analysis that
+    chooses their layers is lacking. The whole of them, `is_whole`, is queued behind that analysis."""
     own = list_baselines(loaded)
     if request.waits:
         return
@@ -91,6 +95,22 @@ def check_baselines(request: Request, loaded: Experiment, runs: list[str]) -> No
             raise UserError(
                 f"{len(lacking)} of these runs cannot start: '{run}' needs '{source}', which is not trained; "
                 f"train it first, wait for its job with -- --dependency=afterok:JOB{others}"
+            )
+        if not is_whole:
+            _check_choices(request, loaded, runs)
+
+
+def _check_choices(request: Request, loaded: Experiment, runs: list[str]) -> None:
+    """Raise UserError, with the job that makes it, if an analysis that chooses the layers of one of `runs` is
+    lacking."""
+    own = list_baselines(loaded)
+    for number, model in list_unmeasured(loaded, request.seed).items():
+        if own[number - 1] in runs:
+            words = ["bash", str(REPOSITORY / "slurm" / "analyze.sh"), model, request.values["experiment"]]
+            small = "REHEARSE=1 " if loaded.rehearsal else ""
+            raise UserError(
+                f"run '{own[number - 1]}' cannot start: an analysis of '{model}' chooses its layers, and "
+                f"there is none; first: {small}{shlex.join(words)}{format_seed_flag(request.seed)}"
             )
 
 

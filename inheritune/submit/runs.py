@@ -1,8 +1,11 @@
 """Which runs of an experiment the tasks of an array work on."""
 
+from inheritune.cluster.planner import find_unfinished_source
 from inheritune.config.experiment import Experiment
 from inheritune.errors import UserError
 from inheritune.files.rundir import RunDir
+from inheritune.runs.chosen_blocks import check_choice, find_choice, find_measured_run
+from inheritune.runs.job import Job
 
 
 def list_runs(experiment: Experiment, verb: str) -> list[str]:
@@ -35,6 +38,25 @@ def list_waiting(experiment: Experiment) -> dict[int, list[int]]:
         for name, number in numbers.items()
     }
     return {number: needed for number, needed in sources.items() if needed}
+
+
+def list_unmeasured(experiment: Experiment, seed: int) -> dict[int, str]:
+    """Return {number of a baseline, counted from 1: run whose analysis chooses its blocks} of those whose
+    analysis is not there, or was made of other weights."""
+    found = {}
+    for number, name in enumerate(list_baselines(experiment), 1):
+        job = Job(experiment, name, seed)
+        chosen = None if job.dir.is_done() else find_choice(job)
+        if chosen is None or (run := find_measured_run(experiment, chosen[0])) is None:
+            continue
+        try:
+            if not find_unfinished_source(experiment, job.run, seed):
+                check_choice(job)
+                continue
+        except UserError:
+            pass
+        found[number] = run
+    return found
 
 
 def is_finished(experiment: Experiment, run: str, seed: int) -> bool:

@@ -24,18 +24,20 @@ from inheritune.config import names
 from inheritune.config.experiment import Experiment, load_experiment
 from inheritune.config.paths import REPOSITORY, find_checkout
 from inheritune.errors import UserError
+from inheritune.files.advice import format_seed_flag
 from inheritune.files.rundir import get_data_dir, get_seed_dir
 from inheritune.submit.preflight import check_baselines, check_folders, check_request, describe_cost
 from inheritune.submit.request import (
     Request,
     describe_job,
+    drop_option,
     format_local,
     is_set,
     make_again,
     read_option,
     read_request,
 )
-from inheritune.submit.runs import list_runs, list_waiting
+from inheritune.submit.runs import list_runs, list_unmeasured, list_waiting
 from inheritune.submit.sbatch import Submission, is_rehearsal, make_submission
 from inheritune.submit.site import Site, check_image, read_site
 from inheritune.submit.slurm_commands import ask_slurm, is_alive, strip_options
@@ -93,8 +95,10 @@ def submit_request(request: Request, site: Site, environment: Mapping[str, str])
         runs = list_runs(loaded, request.job.verb)
     own_array = environment.get("ARRAY") or read_option(request.options, "--array", "-a")
     is_whole = request.job.verb == "baselines" and not own_array
-    if is_whole and loaded and (waiting := list_waiting(loaded)):
-        return _submit_in_order(request, loaded, site, environment, waiting)
+    if is_whole and loaded:
+        waiting, unmeasured = list_waiting(loaded), list_unmeasured(loaded, request.seed)
+        if waiting or unmeasured:
+            return _submit_in_order(request, loaded, site, environment, waiting, unmeasured)
     submission = make_submission(request, site, environment, len(runs) or 1)
     keys, own = list_keys(request, rehearsal, runs, submission), list_own_files(request, loaded)
     takes_all = runs and submission.shape.array and not own_array
@@ -104,9 +108,9 @@ def submit_request(request: Request, site: Site, environment: Mapping[str, str])
             return [Queued(job.partition("_")[0], False) for job in busy.values()]
         submission = make_submission(request, site, environment, len(runs), ",".join(free))
         keys = list_keys(request, rehearsal, runs, submission)
-    print(describe_cost(request, loaded, submission.shape, site))
     if request.job.verb == "baselines" and loaded:
         check_baselines(request, loaded, [key.run for key in keys])
+    print(describe_cost(request, loaded, submission.shape, site))
     return [queue_job(request, submission, site, environment, keys, own)]
 
 
@@ -116,26 +120,33 @@ def _submit_in_order(
     site: Site,
     environment: Mapping[str, str],
     waiting: dict[int, list[int]],
+    unmeasured: dict[int, str],
 ) -> list[Queued]:
-    """Queue the baselines that start from others of them behind these, each in a job of its own, and all
-    others as one array."""
+    """Queue the baselines that start from others of them behind these, and those whose blocks an analysis
+    chooses behind that analysis, each in a job of its own, and all others as one array."""
     runs, rehearsal = list_runs(loaded, "baselines"), is_rehearsal(request, environment)
-    check_baselines(request, loaded, runs)
+    check_baselines(request, loaded, runs, is_whole=True)
     all_tasks = make_submission(request, site, environment, len(runs))
     keys, own = list_keys(request, rehearsal, runs, all_tasks), list_own_files(request, loaded)
     tasks = find_busy(request, keys, environment)
     queued = [Queued(task.partition("_")[0], False) for task in tasks.values()]
-    if alone := [number for number in range(1, len(runs) + 1) if number not in (*waiting, *tasks)]:
+    behind_others = {*waiting, *unmeasured}
+    if alone := [number for number in range(1, len(runs) + 1) if number not in {*behind_others, *tasks}]:
         submission = make_submission(request, site, environment, len(runs), ",".join(map(str, alone)))
         print(describe_cost(request, loaded, submission.shape, site))
         keys = list_keys(request, rehearsal, runs, submission)
         first = queue_job(request, submission, site, environment, keys, own)
         queued.insert(0, first)
         tasks |= {number: f"{first.job or 'JOB'}_{number}" for number in alone}
-    for number, sources in waiting.items():
-        if number in tasks:
-            continue
-        waits = ",".join(f"afterok:{tasks.get(source, f'JOB_{source}')}" for source in sources)
+    todo = [number for number in sorted(behind_others) if number not in tasks]
+    models = dict.fromkeys(unmeasured[number] for number in todo if number in unmeasured)
+    analyses = {model: _queue_analysis(request, model, site, environment) for model in models}
+    queued += analyses.values()
+    for number in todo:
+        behind_of = [tasks.get(source, f"JOB_{source}") for source in waiting.get(number, [])]
+        if number in unmeasured:
+            behind_of.append(analyses[unmeasured[number]].job or "JOB")
+        waits = ",".join(f"afterok:{job}" for job in behind_of)
         behind = replace(request, options=(*request.options, f"--dependency={waits}"))
         submission = make_submission(behind, site, environment, len(runs), str(number))
         keys = list_keys(request, rehearsal, runs, submission)
@@ -143,6 +154,22 @@ def _submit_in_order(
         if queued[-1].job:
             tasks[number] = f"{queued[-1].job}_{number}"
     return queued
+
+
+def _queue_analysis(request: Request, model: str, site: Site, environment: Mapping[str, str]) -> Queued:
+    """Queue the analysis of run `model` that baselines need, behind what they wait for; its shape is its own,
+    not theirs."""
+    shape = ("--array", "-a", "--nodes", "-N", "--gpus-per-node", "--gpus", "-G", "--job-name", "-J")
+    words = [model, request.values["experiment"], *format_seed_flag(request.seed).split()]
+    options = (*drop_option(request.options, *shape),)
+    analysis = replace(read_request("analyze", words), options=options, switches=request.switches)
+    own = {name: text for name, text in environment.items() if name not in ("GPUS", "NODES", "TASKS")}
+    rehearsal = is_rehearsal(request, environment)
+    loaded = load_experiment(request.values["experiment"], rehearsal or None)
+    submission = make_submission(analysis, site, own)
+    print(describe_cost(analysis, loaded, submission.shape, site))
+    keys = list_keys(analysis, rehearsal, [], submission)
+    return queue_job(analysis, submission, site, own, keys, list_own_files(analysis, loaded))
 
 
 def find_busy(request: Request, keys: tuple[Key, ...], environment: Mapping[str, str]) -> dict[int, str]:

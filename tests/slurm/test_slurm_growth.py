@@ -231,6 +231,32 @@ def test_an_array_grows_from_nothing_in_an_image(slurm, own_root, tmp_path):  # 
 
 
 @pytest.mark.slow
+def test_baselines_wait_for_the_analysis_that_chooses_their_layers(slurm, own_root, tmp_path):  # noqa: F811
+    """A script queues it behind the array; a part of its array, or one task again, is refused without it."""
+    raw = experiment_dict()
+    raw["model"]["positions"] = 128  # analyze takes sequences of 100 tokens
+    chosen = {"init": {"inherit": {"source": "reference", "layers": "auto:2:influence"}}}
+    raw["runs"] |= {"random": {"init": "random", "layers": 2}, "influence": chosen}
+    path = write_experiment(tmp_path, raw)
+    loaded = load_experiment(path)
+    write_tokens(get_data_dir(loaded), val_tokens=10_000)  # and 100 of them
+    script, site = SLURM / "baselines.sh", {**TWO_NODES, **FORKS.on_path(anyway=True)}
+    slurm.wait(slurm.submit(SLURM / "train.sh", path, "reference", "--no-snapshot", **site), timeout=200)
+    refused = slurm.run("bash", script, path, check=False, ARRAY="2", **site)
+    remedy = f"bash {SLURM}/analyze.sh reference {path}"
+    assert refused.startswith("inheritune: run 'influence' cannot start: an analysis of 'reference' chooses")
+    assert f"first: {remedy}" in refused and not slurm.run("squeue", "-h")
+    printed = slurm.run("bash", script, path, "--no-snapshot", **site)
+    array, analysis, behind = re.findall(r"^submitted job (\d+)$", printed, re.MULTILINE)
+    slurm.wait(array, analysis, behind, timeout=200)
+    assert RunDir.of(loaded, "influence").is_done() and RunDir.of(loaded, "random").is_done(), slurm.logs()
+    layers = read_json(RunDir.of(loaded, "influence").init / "inherited.json")["layers"]
+    rows = read_jsonl(RunDir.of(loaded, "reference").attention)
+    influence = [row["influence"] for row in rows if row["kind"] == "layer"]
+    assert layers == sorted(sorted(range(4), key=lambda i: -influence[i])[:2])
+
+
+@pytest.mark.slow
 def test_the_first_job_on_an_empty_site_tells_both_ways_on(slurm, own_root):  # noqa: F811
     printed = slurm.run(
         "sbatch", "--parsable", f"--output={own_root.parent}/log", SLURM / "gpt2_medium_stage1.sh"

@@ -207,13 +207,21 @@ def test_mistakes_at_submission_are_one_sentence(slurm, small, own_root):  # noq
 
 
 def test_baselines_of_baselines_wait(slurm, own_root, capsys):  # noqa: F811
-    """Each other run is a task of one array."""
+    """Each other run is a task of one array. The run whose layers an analysis chooses waits for that."""
     script = REPOSITORY / "slurm" / "gpt2_medium_baselines.sh"
     waiting = ["--", "--hold", "--dependency=singleton"]
     printed = slurm.run("bash", script, *waiting)
-    first, *behind = re.findall(r"^submitted job (\d+)$", printed, re.MULTILINE)
+    first, analysis, *behind = re.findall(r"^submitted job (\d+)$", printed, re.MULTILINE)
     names = list_baselines(load_experiment("gpt2_medium_owt"))
     number = {name: position for position, name in enumerate(names, 1)}
+    (measuring,) = slurm.records(analysis)
+    assert measuring["JobName"] == "analyze-reference-gpt2_medium_owt"
+    assert measuring["Dependency"] == "singleton(unfulfilled)"
+    (chosen,) = (
+        job for job in behind if slurm.records(job)[0]["Dependency"] == f"afterok:{analysis}(unfulfilled)"
+    )
+    assert slurm.records(chosen)[0]["ArrayTaskId"] == str(number["influence"])
+    behind.remove(chosen)
     waits = {"stacking": "stacking_half", "inheritune_18_200k_50k": "reference_200k_50k"}
     waits["inheritune_clip"] = "reference_clip"
     for job, (run, source) in zip(behind, waits.items(), strict=True):
@@ -221,7 +229,7 @@ def test_baselines_of_baselines_wait(slurm, own_root, capsys):  # noqa: F811
         assert record["ArrayTaskId"] == str(number[run])
         assert record["Dependency"].startswith(f"afterok:{first}_{number[source]}(")
     alone = sorted(int(line) for line in slurm.run("squeue", "-h", "-r", "-j", first, "-o", "%K").split())
-    assert alone == sorted(set(number.values()) - {number[run] for run in waits})
+    assert alone == sorted(set(number.values()) - {number[run] for run in (*waits, "influence")})
     assert f"not submitted: job {first}" in slurm.run("bash", script, *waiting)
     with slurm.login():  # of an array over runs, one task
         status("gpt2_medium_owt")
@@ -233,10 +241,11 @@ def test_baselines_of_baselines_wait(slurm, own_root, capsys):  # noqa: F811
             f"cancelled job {first}_{number['stacking_half']} (PENDING: train gpt2_medium_owt/"
         )
         assert line.endswith(f"; job(s) {behind[0]}_{number['stacking']} waited for it")
-        assert len(slurm.run("squeue", "-h", "-r").splitlines()) == len(names) - 1
+        assert len(slurm.run("squeue", "-h", "-r").splitlines()) == len(names)
         cancel("gpt2_medium_owt")
-        assert sorted(re.findall(r"cancelled job (\S+)", capsys.readouterr().out)) == [first, *behind]
-        slurm.wait(first, *behind)
+        ended = sorted([first, analysis, chosen, *behind])
+        assert sorted(re.findall(r"cancelled job (\S+)", capsys.readouterr().out)) == ended
+        slurm.wait(*ended)
         # what it waited for is gone, and so is that reason to trust that it has what it needs
         with pytest.raises(UserError, match="its data is not prepared"):
             retry(behind[0])
@@ -409,14 +418,15 @@ def test_the_rest_of_some_baselines_is_queued(slurm, own_root, capsys):  # noqa:
     said = slurm.run("bash", script, *waiting)
     assert f"not submitted: job {one} (PENDING) does this already (train gpt2_medium_owt/{names[0]}," in said
     tasks = [line.split() for line in slurm.run("squeue", "-h", "-r", "-o", "%A %K").splitlines()]
-    assert len(tasks) == len(names) and sorted(int(k) for _, k in tasks if k != "N/A") == list(
-        range(2, len(names) + 1)
-    )
+    others = list(range(2, len(names) + 1))
+    assert sorted(int(k) for _, k in tasks if k != "N/A") == others
+    # the first, and the analysis that chooses the layers of one of them
+    assert len(tasks) == len(others) + 2
     lost = next(job for job in slurm.run("squeue", "-h", "-r", "-o", "%i").split() if job != one)
     slurm.run("scancel", lost)
-    slurm.until(lambda: len(slurm.run("squeue", "-h", "-r").splitlines()) == len(names) - 1)
+    slurm.until(lambda: len(slurm.run("squeue", "-h", "-r").splitlines()) == len(names))
     slurm.run("bash", script, *waiting)
-    assert len(slurm.run("squeue", "-h", "-r").splitlines()) == len(names)
+    assert len(slurm.run("squeue", "-h", "-r").splitlines()) == len(names) + 1
 
 
 @pytest.mark.slow
