@@ -11,7 +11,6 @@ import io
 import itertools
 import json
 import logging
-import math
 import os
 import re
 import sys
@@ -28,6 +27,7 @@ from inheritune.config.sections import Evaluate, Task
 from inheritune.data.tokenizer import PROBE
 from inheritune.errors import UserError, is_machine_limit, suggest_name, summarize_error
 from inheritune.evaluation.even_forwards import EvenForwards
+from inheritune.evaluation.task_metrics import explain_metric_errors, find_keys, read_score
 from inheritune.evaluation.taskcode import TASK_FILES, guard_templates, refuse_task_code
 from inheritune.files.hub import translate_hub_errors
 from inheritune.runtime import dist
@@ -80,7 +80,7 @@ def load_tasks(chosen: dict[str, Task], task_files: str | None, allow_code: bool
             explain_data_errors(name),
         ):
             found = manager.load(task.task)
-        _check_group(name, task, found)
+        find_keys(name, task, found)
         for leaf in found["tasks"].values():
             _check_leaf(name, task, leaf)
             leaf.set_config("num_fewshot", task.shots)
@@ -101,25 +101,8 @@ def _make_manager(chosen: dict[str, Task], task_files: str | None) -> Any:
     return TaskManager(include_path=folders)  # its 14,000 tasks take half a minute to list from a slow disk
 
 
-def _check_group(name: str, task: Task, found: dict) -> None:
-    """Raise UserError if `found` is a group of tasks that has no mean of a metric of `name`."""
-    if task.task not in found["groups"]:
-        return
-    means = [mean.metric for mean in found["groups"][task.task].aggregate_metric_list or []]
-    if unknown := [metric for metric in task.metrics if metric not in means]:
-        raise UserError(
-            f"task {name}: group '{task.task}' of lm-eval has no mean of '{unknown[0]}' over its tasks "
-            f"(aggregate_metric_list); add it to the group's file, or name its tasks instead"
-        )
-
-
 def _check_leaf(name: str, task: Task, leaf: Any) -> None:
-    """Raise UserError if one of lm-eval's tasks of `name` lacks a metric or cannot have `task.shots`."""
-    unknown = [metric for metric in task.metrics if metric not in leaf.aggregation()]
-    if unknown:
-        raise UserError(
-            f"task {name} has no metric '{unknown[0]}'; {suggest_name(unknown[0], leaf.aggregation())}"
-        )
+    """Raise UserError if one of lm-eval's tasks of `name` cannot have `task.shots`."""
     if not task.shots:
         return
     if leaf.get_config("num_fewshot") == 0:
@@ -349,7 +332,8 @@ def score_task(model: Any, task: Task, found: dict) -> dict | None:
     # The bootstrap of a perplexity's error would fork this process, whose threads may then hold locks for
     # ever. The same numbers come from one process, in a minute or two for LAMBADA.
     os.environ["DISABLE_MULTIPROC"] = "1"
-    with silence_libraries(), explain_template_errors(task.task, dist.NodeError):
+    explained = explain_template_errors(task.task, dist.NodeError), explain_metric_errors(task.task)
+    with silence_libraries(), explained[0], explained[1]:
         answer = evaluate(model, found, log_samples=False)
     if answer is None:
         return None
@@ -362,33 +346,5 @@ def score_task(model: Any, task: Task, found: dict) -> dict | None:
         "lm_eval": version("lm-eval"),
         "content": hash_content(found),
     }
-    for metric in task.metrics:
-        key = next(key for key in values if key.partition(",")[0] == metric)
-        stderr = values[key.replace(metric, f"{metric}_stderr", 1)]
-        row[metric] = {"score": float(values[key]), "stderr": parse_stderr(stderr)}
-    return row
-
-
-def check_scores(name: str, row: dict, task: Task) -> None:
-    """Raise UserError if a score of the row is nan or infinite, which JSON cannot hold."""
-    for metric in task.metrics:
-        if not math.isfinite(row[metric]["score"]):
-            raise UserError(
-                f"{metric} of task {name} is {row[metric]['score']}: the model's weights or the task's data "
-                f"are damaged; the tasks before it are saved, --tasks scores others"
-            )
-
-
-def parse_stderr(stderr: float | str) -> float | None:
-    """Return lm-eval's standard error, or None where it has none: N/A, nan of a single document, inf of a
-    perplexity's bootstrap."""
-    return float(stderr) if stderr != "N/A" and math.isfinite(float(stderr)) else None
-
-
-def describe_scores(name: str, row: dict, task: Task) -> str:
-    """Describe the scores of a task in one line."""
-    parts = [
-        f"{m} {row[m]['score']:.4f}" + (f" +- {row[m]['stderr']:.4f}" if row[m]["stderr"] else "")
-        for m in task.metrics
-    ]
-    return f"{name}: {', '.join(parts)}, {row['n']} documents, {row['shots']} shots"
+    keys = find_keys(task.task, task, found)
+    return row | {metric: read_score(values, key) for metric, key in keys.items()}

@@ -20,7 +20,7 @@ from inheritune.data.tokenizer_comparison import encode_with, has_same_ids
 from inheritune.data.tokenizer_files import TOKENIZER_FILES
 from inheritune.engines.deepspeed_json import resolve_precision
 from inheritune.errors import Stopped, UserError
-from inheritune.evaluation import downstream, loading
+from inheritune.evaluation import downstream, loading, task_metrics
 from inheritune.evaluation.reference import describe_other_ids
 from inheritune.evaluation.taskcode import refuse_task_code
 from inheritune.files.json_files import read_json, write_json
@@ -338,14 +338,14 @@ def _score_tasks(
             )
         start_time = time.monotonic()
         row = downstream.score_task(model, task, benchmarks[name])
-        dist.run_on_rank0(downstream.check_scores, name, row, task)
+        dist.run_on_rank0(task_metrics.check_scores, name, row, task)
         if row:  # rank 0
             results["tasks"][name] = row | settings
         if target:
             dist.run_on_rank0(merge_results, target, results, settings["checkpoint"], name)
         if row:
             dt = time.monotonic() - start_time
-            line = downstream.describe_scores(name, row, task)
+            line = task_metrics.describe_scores(name, row, task)
             logger.info("%s (%d of %d, %.0f s)", line, number + 1, len(unscored), dt)
 
 

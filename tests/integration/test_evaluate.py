@@ -21,7 +21,7 @@ from lm_eval_command import lm_eval_command, lm_eval_results
 from made_up_runs import write_settings
 from tiny_models import random_model
 from tiny_tokenizers import write_chat_tokenizer
-from transformers import GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from inheritune.config.catalog import TASKS
 from inheritune.config.experiment import load_experiment
@@ -294,6 +294,92 @@ def test_fetch_takes_the_data_of_the_tasks_and_evaluate_needs_no_internet_afterw
     run_verb("evaluate", path, "--run", "theirs", **{**home, **ALONE, "HF_ENDPOINT": "http://127.0.0.1:9"})
     rows = results_of(path)["tasks"]
     assert rows["fetched"]["acc"] == rows["choice"]["acc"] and rows["fetched"]["n"] == 16
+
+
+def filtered(task: str, documents: Path, *names: str) -> dict:
+    """A task of generated text whose filters each take another part of it: the first letter, the whole."""
+    patterns = {"first": "^(.)", "whole": "(?s)^(.*)$"}
+    chains = [
+        [{"function": "regex", "regex_pattern": patterns[name]}, {"function": "take_first"}] for name in names
+    ]
+    return {
+        "task": task,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(documents)}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{text}}",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["@@"], "max_gen_toks": 3, "do_sample": False},
+        "filter_list": [{"name": name, "filter": chain} for name, chain in zip(names, chains, strict=True)],
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+
+
+def test_each_filter_of_a_task_has_a_score_of_its_own(tmp_path, checkpoint):
+    """Which one is meant has to be said. The answers are those of the model, so the scores are known."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    tokenizer, lines = AutoTokenizer.from_pretrained(checkpoint), []
+    for text in ("def first(", "import os", "the second layer", "class Run"):
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        said = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+        lines.append({"text": text, "answer": tokenizer.decode(said)})
+    lines[0]["answer"] = lines[0]["answer"][:1]  # right by its first letter only
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    files = {
+        "both": filtered("both", documents, "first", "whole"),
+        "other": filtered("other", documents, "whole"),
+        "pair": {
+            "group": "pair",
+            "task": ["both", "other"],
+            "aggregate_metric_list": [{"metric": "exact_match"}],
+            "metadata": {"version": 1},
+        },
+    }
+
+    def own(task: str, metric: str) -> str:
+        return write_own(tmp_path, checkpoint, {"asked": {"task": task, "metrics": [metric]}}, **files)
+
+    said = refused("evaluate", own("both", "exact_match"), "--run", "theirs", **ALONE)
+    names = "'exact_match,first', 'exact_match,whole'"
+    assert f"exact_match by 2 filters, each with a score of its own; name one in metrics: {names}" in said
+    said = refused("evaluate", own("both", "exact_match,hole"), "--run", "theirs", **ALONE)
+    assert "task asked has no filter 'hole' of exact_match; did you mean 'whole'?" in said
+    said = refused("evaluate", own("pair", "exact_match,first"), "--run", "theirs", **ALONE)
+    assert "which 'other' lacks: it would leave that task out" in said
+    asked = {"both": "exact_match,whole", "other": "exact_match", "pair": "exact_match,whole"}
+    command = lm_eval_command(checkpoint, ["pair"], tmp_path / "own", tmp_path / "theirs", "--device", "cpu")
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    theirs = lm_eval_results(tmp_path / "theirs")["results"]
+    assert theirs["both"]["exact_match,first"] != theirs["both"]["exact_match,whole"]
+    for task, metric in [*asked.items(), ("both", "exact_match,first")]:
+        path = own(task, metric)
+        said = run_verb("evaluate", path, "--run", "theirs", **ALONE)
+        score = theirs[task][metric if "," in metric else f"{metric},whole"]
+        assert results_of(path)["tasks"]["asked"][metric]["score"] == pytest.approx(score)
+        assert f"{metric} {score:.4f}" in said.stdout + said.stderr
+
+
+def test_a_metric_that_the_documents_do_not_allow_is_told(tmp_path, checkpoint):
+    """The binary F1 of three choices: its library refuses after all forwards."""
+    documents = tmp_path / "documents.jsonl"
+    rows = [{"text": f"number {n}", "answer": n % 3} for n in range(6)]
+    documents.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "three",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(documents)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": ["one", "two", "three"],
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}, {"metric": "f1"}],
+    }
+    path = write_own(tmp_path, checkpoint, {"three": {"task": "three", "metrics": ["acc"]}}, three=task)
+    said = refused("evaluate", path, "--run", "theirs", **ALONE)
+    assert "a metric of task three cannot be computed of its documents" in said and "average" in said
 
 
 def test_metrics_and_shots_that_a_task_has_not_are_refused(tmp_path):

@@ -402,7 +402,7 @@ def test_damaged_weights_have_no_validation_loss(tmp_path, small):
 
 def test_a_score_that_is_not_finite_is_refused_by_its_name():
     from inheritune.config.sections import Task
-    from inheritune.evaluation.downstream import check_scores, parse_stderr
+    from inheritune.evaluation.task_metrics import check_scores, parse_stderr
 
     task = Task(task="lambada", metrics=["perplexity", "acc"])
     row = {"perplexity": {"score": float("inf"), "stderr": None}, "acc": {"score": 0.0, "stderr": None}}
