@@ -1,7 +1,34 @@
 """Chats as text: a list of messages, rendered by the chat template of the tokenizer."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
 from typing import Any
+
+DATE = datetime(2024, 7, 26)
+"""The date for templates that ask for today's, so that the same chats give the same text on every day. Llama
+3.1's template falls back to it."""
+_DIRECTIVES = (
+    "a",
+    "A",
+    "b",
+    "B",
+    "c",
+    "d",
+    "f",
+    "H",
+    "I",
+    "j",
+    "m",
+    "M",
+    "p",
+    "S",
+    "y",
+    "Y",
+    "-d",
+    "-m",
+    "-H",
+    "-I",
+)
 
 
 class ChatText(str):
@@ -11,10 +38,19 @@ class ChatText(str):
 class ChatTemplate:
     """A tokenizer's chat template, rendered by transformers."""
 
-    def __init__(self, template: str, special: dict[str, str], spelled: Iterable[str]):
-        """`special` are the named special tokens, such as eos_token, that the template may use; `spelled` are
-        all special tokens."""
-        self.template, self.special, self.spelled = template, special, tuple(spelled)
+    def __init__(
+        self,
+        template: str,
+        special: dict[str, str],
+        spelled: Mapping[str, bool],
+        normalize: Callable[[str], str] | None = None,
+    ):
+        """`special` are the named special tokens, such as eos_token, that the template may use. `spelled` are
+        all special tokens, and whether the tokenizer looks for them after it has applied `normalize` to a
+        text."""
+        self.template, self.special, self.spelled = fix_date(template), special, tuple(spelled)
+        self.normalize = normalize or str
+        self.normal = [self.normalize(token) for token, is_normalized in spelled.items() if is_normalized]
 
     def render(self, messages: list) -> ChatText:
         """Return the text of a chat, as transformers' `apply_chat_template` does without a generation prompt.
@@ -24,7 +60,7 @@ class ChatTemplate:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        if any(token in text for text in _list_texts(messages) for token in self.spelled):
+        if any(self._spells_token(text) for text in _list_texts(messages)):
             raise ValueError("chat that spells a special token")
         chat = [_drop_missing(message) for message in messages]
         if any(isinstance(message, dict) and _is_empty(message) for message in chat):
@@ -38,6 +74,24 @@ class ChatTemplate:
         if any(isinstance(content, list | dict) and str(content) in rendered[0] for content in contents):
             raise ValueError("chat whose content is a list, which the template prints as Python does")
         return ChatText(rendered[0])
+
+    def _spells_token(self, text: str) -> bool:
+        """Return whether a text holds the spelling of a special token, as it is or after normalization."""
+        if any(token in text for token in self.spelled):
+            return True
+        normal = self.normalize(text) if self.normal else ""
+        return any(token in normal for token in self.normal)
+
+
+def fix_date(template: str) -> str:
+    """Return a template in whose text today is DATE: a macro stands for `strftime_now`, which transformers
+    gives to templates."""
+    if "strftime_now" not in template:
+        return template
+    replaced = "".join(f" | replace('%{one}', '{DATE.strftime('%' + one)}')" for one in _DIRECTIVES)
+    # an empty expression, since a line break right after a block is dropped
+    macro = f"{{% macro strftime_now(format) -%}}{{{{ format{replaced} }}}}{{%- endmacro %}}"
+    return macro + "{{ '' }}" + template
 
 
 def _list_texts(value: Any) -> Iterator[str]:
@@ -66,15 +120,20 @@ def _drop_missing(message: Any) -> Any:
     return {key: value for key, value in message.items() if value is not None or key in ("role", "content")}
 
 
-def read_chat_template(config: dict, jinja: str | None, spelled: Iterable[str]) -> ChatTemplate | None:
+def read_chat_template(
+    config: dict,
+    jinja: str | None,
+    spelled: Mapping[str, bool],
+    normalize: Callable[[str], str] | None = None,
+) -> ChatTemplate | None:
     """Return the template of a tokenizer: the text of its chat_template.jinja, else the default one in its
-    tokenizer_config.json; None if it has neither."""
+    tokenizer_config.json; None if it has neither. The rest is as for ChatTemplate."""
     template = jinja if jinja is not None else config.get("chat_template")
     if isinstance(template, list):  # several, as transformers 4 stored them
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default")
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if not isinstance(template, str):
         return None
     tokens = {key: value for key, value in config.items() if key.endswith("_token") and value}
     special = {key: v["content"] if isinstance(v, dict) else v for key, v in tokens.items()}
-    return ChatTemplate(template, {k: v for k, v in special.items() if isinstance(v, str)}, spelled)
+    named = {key: value for key, value in special.items() if isinstance(value, str)}
+    return ChatTemplate(template, named, spelled, normalize)

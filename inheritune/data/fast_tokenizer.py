@@ -78,9 +78,13 @@ class FastTokenizer(Tokenizer):
             )
         self.name, self.vocab_size = name, max(self._backend.get_vocab().values()) + 1
         self.end_of_text = end_id
-        special = [t.content for t in self._backend.get_added_tokens_decoder().values() if t.special]
+        added = self._backend.get_added_tokens_decoder().values()
+        special = {token.content: token.normalized for token in added if token.special}
         jinja = self._files.get("chat_template.jinja")
-        self.chat_template = read_chat_template(config, jinja.decode() if jinja else None, special)
+        normalizer = self._backend.normalizer
+        self.chat_template = read_chat_template(
+            config, jinja.decode() if jinja else None, special, normalizer and normalizer.normalize_str
+        )
 
     @cached_property
     def _chat_backend(self) -> Any:

@@ -220,3 +220,42 @@ def test_chats_become_the_ids_of_the_chat_template(tmp_path, gpt2_bpe):
         with pytest.raises(UserError, match=f"'messages' holds chats .*'{tokenizer}' has no chat template"):
             prepare(chosen, 1)
         assert not get_data_dir(chosen).exists()
+
+
+def test_a_template_that_asks_for_the_date_gets_the_same_every_day(tmp_path):
+    """As Llama 3.1's, whose text would else hold the day of `prepare`; it falls back to the same date."""
+    (tmp_path / "hf").mkdir()
+    write_chat_tokenizer(tmp_path / "hf")
+    llama = (
+        "{%- if strftime_now is defined %}{% set today = strftime_now('%d %b %Y %H:%M') %}"
+        "{%- else %}{% set today = '26 Jul 2024' %}{% endif %}"
+        "{{- today }}{% for m in messages %}{{ ', ' + m['content'] }}{% endfor %}"
+    )
+    (tmp_path / "hf" / "chat_template.jinja").write_text(llama)
+    encoder = load_tokenizer(experiment(files=["-"], tokenizer="hf").data)
+    text = encoder.chat_template.render([{"role": "user", "content": "Hello"}])
+    assert text == "26 Jul 2024 00:00, Hello"
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_a_spelling_that_the_tokenizer_turns_into_a_special_token_is_found(tmp_path, normalized):
+    """Full-width brackets become plain ones by NFKC, before tokens that are `normalized` are looked for."""
+    (tmp_path / "hf").mkdir()
+    write_chat_tokenizer(tmp_path / "hf")
+    for name, changes in (
+        ("tokenizer.json", {"normalizer": {"type": "NFKC"}}),
+        ("tokenizer_config.json", {}),
+    ):
+        file = tmp_path / "hf" / name
+        text = file.read_text().replace('"normalized": false', f'"normalized": {json.dumps(normalized)}')
+        file.write_text(json.dumps(json.loads(text) | changes))
+    encoder = load_tokenizer(experiment(files=["-"], tokenizer="hf").data)
+    refused = 0
+    for text in ("\uff1c|end|\uff1e, in full width", "<|end|>", "plain"):
+        try:
+            rendered = encoder.chat_template.render([{"role": "user", "content": text}])
+        except ValueError:
+            refused += 1
+        else:
+            assert encoder.encode_batch([rendered])[0].tolist().count(302) == 1
+    assert refused == 1 + normalized
