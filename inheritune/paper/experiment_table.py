@@ -4,6 +4,7 @@ A grown run gives one row per stage.
 """
 
 from dataclasses import dataclass, replace
+from statistics import median
 
 import numpy as np
 
@@ -155,18 +156,19 @@ def _format_difference(results: dict, reference: str) -> str:
 
 def read_speed(folder: RunDir) -> float | None:
     """Return the median tokens/s of the logged steps, or None."""
-    rates = sorted(row["tokens_per_s"] for row in read_jsonl(folder.metrics) if row.get("tokens_per_s"))
-    return rates[len(rates) // 2] if rates else None
+    rates = [row["tokens_per_s"] for row in read_jsonl(folder.metrics) if row.get("tokens_per_s")]
+    return median(rates) if rates else None
 
 
 def describe_outcome(experiment: Experiment, found: list[TableEntry]) -> str:
-    """Return the result in words: the first grown run's chosen stage against the reference, the random
-    starts, and the reference trained on."""
+    """Return the result in words: the chosen stage of the first grown run that has one against the reference,
+    the random starts, and the reference trained on."""
     growths = {row.run: grow for row in experiment.paper if (grow := experiment.run(row.run).grow)}
-    grower = next(iter(growths), "")
-    grown = [entry for entry in found if entry.results["run"] == grower]
-    if not grown:
+    finished = {entry.results["run"] for entry in found}
+    grower = next((run for run in growths if run in finished), None)
+    if grower is None:
         return "No grown run is finished yet."
+    grown = [entry for entry in found if entry.results["run"] == grower]
     folder = RunDir(grown[-1].folder.path.parent)
     decision = folder.chosen().path if folder.is_done() else grown[-1].folder.path
     chosen = next(entry for entry in grown if entry.folder.path == decision)
@@ -178,6 +180,8 @@ def describe_outcome(experiment: Experiment, found: list[TableEntry]) -> str:
         return f"{mark}With {size}, Inheritune was not compared with the reference: its noise is unknown."
     reached = "reaches" if gap["high"] <= margin else "does not reach"
     method = "gradual stacking" if growths[grower].from_ == "middle" else "Inheritune"
+    if grower != next(iter(growths)):
+        method += f" (run '{grower}')"
     text = (
         f"{mark}With {size}, {method} {reached} the reference's validation loss within the margin of "
         f"{margin:g} nats: {gap['mean']:+.4f} nats ({gap['low']:+.4f} to {gap['high']:+.4f})"

@@ -363,6 +363,12 @@ def test_an_experiments_own_table_has_scores_and_baselines(capsys):
     assert [cell.strip() for cell in lines["full size, random start"][-2:]] == ["25.46", "30.00±1.00"]
     assert [cell.strip() for cell in lines["stacking"][-2:]] == ["25.46", "not run"]
     assert "No grown run is finished yet." in page
+    gap = {"mean": -0.2, "low": -0.21, "high": -0.19, "n": 4096}
+    finish(
+        "gpt2_medium_owt", "inheritune_everything", 2.6, stage=1, difference=gap, compared_with="reference"
+    )
+    tables.table("gpt2_medium_owt")
+    assert "Inheritune (run 'inheritune_everything') reaches the reference's" in capsys.readouterr().out
     finish(
         "gpt2_medium_owt",
         "hybrid",
