@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import hypotheses
+import reference_layers
 from evidence_plots import plot_attention, plot_curves, plot_worth
 from evidence_rows import (
     HEADERS,
@@ -89,20 +90,14 @@ def is_complete(record: dict) -> bool:
     return all(models.values()) and all(models[run].get("attention") for run in ("reference", "inheritune"))
 
 
-def read_records(experiment: Experiment, folder: Path) -> tuple[list[dict], list[str]]:
-    """Return (the complete records in `folder`, the seeds of the others), with models of the current
-    experiment only.
-
-    Raises UserError if no record is complete."""
+def read_records(experiment: Experiment, folder: Path) -> tuple[list[dict], list[dict]]:
+    """Return (the complete records in `folder`, the others), with models of the current experiment only."""
     keys = {name: make_run_key(run) for name, run in experiment.runs.items()}
     records = read_seeds(folder, experiment.rehearsal)
     for record in records:
         record["models"] = [model for model in record["models"] if model["key"] == keys.get(model["run"])]
-    partial = [str(record["seed"]) for record in records if not is_complete(record)]
-    records = [record for record in records if is_complete(record)]
-    if not records:
-        raise UserError(f"no seed has all of {', '.join(CORE)} and their attention: run recipes/evidence.sh")
-    return records, partial
+    complete = [record for record in records if is_complete(record)]
+    return complete, [record for record in records if not is_complete(record)]
 
 
 def format_command(experiment: Experiment, path: str, records: list[dict], rows: list[dict]) -> str:
@@ -162,10 +157,25 @@ def make_notes(
     return [*notes, origin]
 
 
+def judge_layers(experiment: Experiment, folder: Path, records: list[dict]) -> list[str]:
+    """Write what the reference's layers are like in the seeds that have it, and return the sentences on the
+    hypotheses; nothing for an experiment without hypotheses."""
+    measured = reference_layers.select_measured(records) if experiment.name == hypotheses.EXPERIMENT else []
+    if not measured:
+        return []
+    measured.sort(key=lambda record: record["seed"])
+    origin = describe_machines([one for record in measured for one in record["made_by"]])
+    small = "REHEARSE=1 " if experiment.rehearsal else ""
+    seeds = " ".join(str(record["seed"]) for record in measured)
+    command = f'{small}SCALE=deep ARMS=reference SEEDS="{seeds}" bash recipes/evidence.sh'
+    return reference_layers.write_layers(folder, measured, f"{origin}; {command}")
+
+
 def summarize(experiment: Experiment, path: str, seeds: list[int]) -> None:
     """Collect `seeds`, and write table and plots of all seeds in the folder of results.
 
-    Raises UserError if no seed is complete."""
+    Where no seed is complete, only what their references say of the hypotheses. Raises UserError if there is
+    none of that either."""
     folder = locate_results(experiment, path)
     check_seeds(experiment, path, seeds)
     now = {}
@@ -176,6 +186,15 @@ def summarize(experiment: Experiment, path: str, seeds: list[int]) -> None:
     for file, record in now.items():
         write_json(file, record)
     records, partial = read_records(experiment, folder)
+    judged = judge_layers(experiment, folder, [*records, *partial])
+    if not records:
+        lacking = (
+            f"no seed has all of {', '.join(CORE)} and their attention, so there is no table of the runs"
+        )
+        if not judged:
+            raise UserError(f"{lacking}: run recipes/evidence.sh")
+        print(f"{lacking} yet; the reference's layers: {folder / 'layers.md'}")
+        return
     rows = make_rows(records, experiment.runs)
     plot_curves(records, rows, folder / "curves.png")
     plot_attention(records, folder / "attention.png")
@@ -185,10 +204,10 @@ def summarize(experiment: Experiment, path: str, seeds: list[int]) -> None:
     gaps = compare_starts(records)
     origin = f"{describe_machines(made_by)}; {command}"
     notes = make_notes(experiment, records, rows, gaps, add_p_values(rows, gaps), origin)
-    judged = hypotheses.judge(records) if experiment.name == hypotheses.EXPERIMENT else []
     notes = [*judged, *notes]
     if partial:
-        notes.append(f"Not counted: seeds {', '.join(partial)}, which lack a core run or its attention.")
+        seeds_left = ", ".join(str(record["seed"]) for record in partial)
+        notes.append(f"Not counted: seeds {seeds_left}, which lack a core run or its attention.")
     title = f"{'REHEARSAL, not a result. ' if experiment.rehearsal else ''}{experiment.about}"
     cells = [make_cells(row) for row in rows]
     flat = [dict(zip(HEADERS, row, strict=True)) for row in cells]

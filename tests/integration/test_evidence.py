@@ -125,6 +125,35 @@ def test_the_deep_scale_in_small(own_root):
     assert all(said in (folder / "table.md").read_text() for said in found["hypotheses"])
 
 
+def test_what_is_reported_of_the_deep_references_is_what_their_files_say(tmp_path):
+    """No seed has the other runs yet: the hypotheses are judged on the references, and there is no table."""
+    shutil.copy(EVIDENCE / "deep.yaml", tmp_path)
+    shutil.copytree(EVIDENCE / "deep" / "seeds", tmp_path / "deep" / "seeds")
+    command = [sys.executable, EVIDENCE / "summary.py", "summary", tmp_path / "deep.yaml"]
+    own = {**os.environ, "PYTHON_PACKAGES": "anywhere"}
+    done = subprocess.run(command, env=own, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in ("layers.md", "layers.csv", "layers.tex"):
+        assert (tmp_path / "deep" / name).read_text() == (EVIDENCE / "deep" / name).read_text()
+    assert not (tmp_path / "deep" / "evidence.json").exists()
+    pages = [REPOSITORY / "docs" / "evidence.md", EVIDENCE / "README.md"]
+    text = " ".join(" ".join(page.read_text() for page in pages).split())
+    for file in (EVIDENCE / "deep" / "seeds").glob("*.json"):
+        record = read_json(file)
+        (reference,) = (model for model in record["models"] if model["run"] == "reference")
+        last = max(reference["attention"].items(), key=lambda one: int(one[0]))[1]
+        lazy = [layer + 1 for layer, rank in enumerate(last["max_rank"]) if rank < 1.5]
+        rho = stats.spearmanr(last["max_rank"], last["cost"])
+        said = [
+            f"layer {lazy[0]} ({last['max_rank'][lazy[0] - 1]:.2f})",
+            f"{last['without_lazy']:.2f} nats",
+            f"{rho.statistic:+.2f}, p {rho.pvalue:.2f}",
+            f"{reference['loss']['mean']:.3f}",
+            f"rises by {min(last['cost'][12:]):.2f} to {max(last['cost'][12:]):.2f} nats",
+        ]
+        assert len(lazy) == 1 and all(one in text for one in said), said
+
+
 def lazy_record(seed: int, ranks, cost=None, removed=None, **losses) -> dict:
     """A seed's record with the attention of its reference."""
     record = made_up(seed, **{"reference": 3.0, "random": 3.2} | losses)
@@ -464,7 +493,7 @@ def test_a_seed_that_is_not_analyzed_yet_is_not_counted(summary, tmp_path):
     del record["models"][0]["attention"]
     write_json(file, record)
     records, partial = summary.read_records(experiment, tmp_path)
-    assert [one["seed"] for one in records] == [11, 12] and partial == ["13"]
+    assert [one["seed"] for one in records] == [11, 12] and [one["seed"] for one in partial] == [13]
     change(record, ("models", 0, "attention"), LAST)
     with pytest.raises(UserError, match=r"has other steps of its attention \(\[3000\]\) than in"):
         summary.read_seeds(tmp_path, now={file: record})
