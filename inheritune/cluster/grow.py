@@ -21,7 +21,7 @@ from inheritune.files.rundir import RunDir, get_data_dir, is_finished
 from inheritune.runs.changes import FREE_BETWEEN_STAGES, UNRESOLVED, check_kind, find_changes_since
 from inheritune.runs.job import Job
 from inheritune.runs.shapes import check_sources
-from inheritune.runtime import launcher, signals
+from inheritune.runtime import job_reports, launcher, signals
 from inheritune.runtime.signals import get_stop_signal
 
 
@@ -76,7 +76,7 @@ def grow(
             raise Stopped(f"{run}: stopped before {action.title()}; the same command continues from there")
         if done_before and slot:
             raise Stopped(f"{run}: {done_before.title()} is done; next comes {action.title()}")
-        _run_action(action, experiment, seed, procs, ds, loaded.rehearsal)
+        _run_action(action, run, experiment, seed, procs, ds, loaded.rehearsal)
         done_before = action
     print(describe_verdict(read_verdict(folder, len(depths)), loaded, run, reference))
 
@@ -160,11 +160,12 @@ def _suggest_growing_on(folder: RunDir, depths: list[int]) -> str:
 
 
 def _run_action(
-    action: Action, experiment: str, seed: int, procs: int, ds: str | None, rehearsal: bool
+    action: Action, run: str, experiment: str, seed: int, procs: int, ds: str | None, rehearsal: bool
 ) -> None:
-    """Run one action to its end.
+    """Run one action of the growth of `run` to its end.
 
-    If it fails, having printed its reason, raises SystemExit with its exit code."""
+    Raises Stopped if it was stopped with work left, also where it only waited for another job. If it fails,
+    having printed its reason, raises SystemExit with its exit code."""
     verb = [action.verb, experiment]
     if action.run:
         verb += ["--run", action.run, "--seed", str(seed)]
@@ -177,7 +178,12 @@ def _run_action(
     verb += ["--rehearse"] if rehearsal else []
     print(f"$ python -m inheritune {' '.join(verb)}", flush=True)
     has_ranks = action.verb in launcher.JOINING
-    code = launch.launch_verb(verb, procs if has_ranks else 1, as_step=has_ranks)
+    with job_reports.collect_reports() as told:
+        code = launch.launch_verb(verb, procs if has_ranks else 1, as_step=has_ranks)
+        stop = None if code else job_reports.find_stop(told)
+    if stop:
+        said = f"{run}: stopped within {action.title()}; the same command continues from there"
+        raise Stopped(said, again=stop == "more")
     if code in (-signal.SIGINT, -signal.SIGUSR1, signals.INTERRUPTED) and get_stop_signal():
         raise Stopped(
             f"{action.title()} was stopped before it had begun; the same grow command continues from there"

@@ -59,6 +59,7 @@ VARIABLES: dict[str, Variable] = {
     "INHERITUNE_AGAIN": Variable("the line that submits a job again"),
     "INHERITUNE_SUBMITTED": Variable("1 in a job that `submit` queued, which has a record", FLAG, 0),
     "INHERITUNE_LEAD": Variable("the time between a job's signal and its time limit", SECONDS, math.inf),
+    "INHERITUNE_TOLD": Variable("the folder in which the runs that `grow` starts report a stop"),
     "INHERITUNE_STOP": Variable("a STOP file that stops this run too, set by `grow` for the runs it starts"),
     # set by Slurm
     "SLURM_JOB_ID": Variable("the job's number"),

@@ -160,6 +160,25 @@ def test_a_second_one_ends_a_process_that_is_inside_a_library():
 
 
 @pytest.mark.slow
+def test_a_growth_that_waits_for_its_reference_can_be_stopped(tmp_path, monkeypatch):
+    """Another job trains the reference; the signal reaches the waiting child alone, as when a node fails."""
+    path, root, reference = make(tmp_path, stage=1, steps=20_000)
+    monkeypatch.setenv("INHERITUNE_ROOT", str(root))
+    raw = experiment_dict()
+    raw["train"] |= {"steps": 20_000, "checkpoint_every": 20_000, "eval_every": 20_000}
+    path = write_experiment(tmp_path, raw)
+    other = Program("train", path, "--run", "reference").until(begun(reference))
+    growth = Program("grow", path, "--run", "grown")
+    assert any("is being written by" in line for line in growth.process.stdout)
+    (child,) = psutil.Process(growth.process.pid).children()
+    child.terminate()
+    code, out, err = growth.ended()
+    assert code == 0 and "Traceback" not in err, out + err
+    assert "inheritune: grown: stopped within train reference; the same command continues from there" in out
+    other.press(signal.SIGTERM).ended()
+
+
+@pytest.mark.slow
 def test_a_growth_stops_within_a_stage_and_says_so_once(tmp_path, monkeypatch):
     path, root, reference = make(tmp_path, stage=1, steps=2000)
     monkeypatch.setenv("INHERITUNE_ROOT", str(root))
