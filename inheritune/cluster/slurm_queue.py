@@ -41,10 +41,19 @@ class QueuedJob:
 
     def describe_waiting(self) -> str:
         """Return why the job waits, as a cell: Slurm's reason, or what it depends on."""
-        state = "held" if "JobHeld" in self.where else self.state
+        state = "held" if self.is_held else self.state
         depends = re.sub(r"\((?:unfulfilled|failed)\)", "", self.dependency)
-        reason = f"({depends})" if depends and self.where == "(Dependency)" else self.where
+        reason = f"({depends})" if depends and self.where == "(Dependency)" else self.explain_where()
         return f"{self.name} {state} {reason}".rstrip()
+
+    def explain_where(self) -> str:
+        """Return the job's nodes, or why it waits, with what lets a held job start."""
+        return f"{self.where}: scontrol release {self.name}" if self.is_held else self.where
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the user, the site or Slurm, after starts that failed, holds the job back."""
+        return self.state == "PENDING" and "held" in self.where.lower()
 
     @property
     def is_lost(self) -> bool:

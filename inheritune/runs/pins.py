@@ -77,6 +77,11 @@ def check_model(experiment: Experiment) -> None:
 def _read_pins(file: Path) -> dict[str, str]:
     """Return {Hub id: commit}. Raises UserError if the file holds anything else."""
     pins = read_json(file) if file.is_file() else {}
-    if not isinstance(pins, dict) or not all(isinstance(pin, str) and pin for pin in pins.values()):
-        raise UserError(f"{file} does not give a commit for each Hub id; restore it, or delete it")
+    if not isinstance(pins, dict) or not all(
+        isinstance(pin, str) and is_commit(pin) for pin in pins.values()
+    ):
+        raise UserError(
+            f"{file} does not give a commit for each Hub id; restore it, or delete this file: the next start "
+            f"records the commits that are in the cache"
+        )
     return pins

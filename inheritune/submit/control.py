@@ -38,7 +38,7 @@ def print_queue() -> None:
         row = job.name.partition("_")[0] if job.state == "PENDING" else job.name
         script = os.path.basename(job.command.split(" ")[0])
         submitted = record.submitted if record else ""
-        rows.setdefault(row, [job.name, job.state, job.where, job.dependency, script, submitted])
+        rows.setdefault(row, [job.name, job.state, job.explain_where(), job.dependency, script, submitted])
         works.setdefault(row, {}).update(dict.fromkeys(keys))
     for row, found in works.items():
         if found:

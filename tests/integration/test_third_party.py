@@ -285,7 +285,7 @@ def test_two_commits_are_not_compared_where_the_record_of_the_first_is_gone(movi
     run_verb("prepare", path)
     run_verb("evaluate", path, "--run", "public", "--tasks", "none")
     pins = locate_pins(load_experiment(path))
-    for odd in ([], {"someone/moving": 5}, {"someone/moving": ""}):
+    for odd in ([], {"someone/moving": 5}, {"someone/moving": ""}, {"someone/moving": "main"}):
         pins.write_text(json.dumps(odd))
         assert f"{pins} does not give a commit for each Hub id" in refused("grow", path, "--run", "grown")
     pins.unlink()

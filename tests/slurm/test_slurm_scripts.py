@@ -457,7 +457,9 @@ def test_jobs_are_known_by_what_they_do(slurm, small, own_root, capsys):  # noqa
         assert "train small/grown stage 1, seed 0" in rows[behind] and f"afterok:{job}" in rows[behind]
         status(small)
         said = capsys.readouterr().out
-        assert re.search(rf"^reference +queued.* {job} held \(JobHeldUser\)$", said, re.MULTILINE), said
+        assert re.search(
+            rf"^reference +queued.* {job} held \(JobHeldUser\): scontrol release {job}$", said, re.MULTILINE
+        ), said
         # a command that is pasted must not queue the same a second time
         assert "reference: next" not in said and "grown: next" not in said
         submit("train", [small, "reference"])
