@@ -47,6 +47,8 @@ class Kind:
     """Whether the tasks of its array take turns on one run."""
     single: bool = False
     """Whether it runs as one process."""
+    cpu_tasks: int = 2
+    """Processes where it runs on CPUs and TASKS is not set."""
     local: str = ""
     """What does the same without Slurm."""
 
@@ -58,9 +60,9 @@ KINDS = {
     "baselines": Kind(("experiment",), ("seed", "ds"), "runs", local=f"train {_TRAIN}"),
     "evaluate": Kind(
         ("experiment",),
-        ("run", "seed", "tasks", "model", "out", "allow_task_code"),
+        ("run", "seed", "ds", "tasks", "model", "out", "allow_task_code"),
         "runs",
-        single=True,
+        cpu_tasks=1,
         local="evaluate EXPERIMENT --run RUN [--procs N]",
     ),
     "analyze": Kind(

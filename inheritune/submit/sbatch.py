@@ -8,6 +8,7 @@ from pathlib import Path
 
 from inheritune.cluster.job_records import list_indices
 from inheritune.config import names
+from inheritune.config.jobs import TRAINING
 from inheritune.errors import UserError
 from inheritune.submit.request import Request, drop_option, is_set, name_job, read_option
 from inheritune.submit.site import Site, read_minutes
@@ -145,11 +146,11 @@ def make_shape(
     """Return what the job asks for. Raises UserError for GPUs that the site lacks or that no nodes share
     equally."""
     gpus = _read_count(environment, "GPUS", request.job.gpus)
-    if request.kind.single:  # one process: it could not use more
+    if request.job.verb not in TRAINING:  # GPUS of a paper's table is for the jobs that train
         gpus = min(gpus, request.job.gpus)
     array = choose_array(request, environment, n_runs)
     if rehearsal or gpus == 0:
-        tasks = _read_count(environment, "TASKS", 1 if request.kind.single else 2)
+        tasks = _read_count(environment, "TASKS", request.kind.cpu_tasks)
         wide = request.job.verb == "prepare" and not rehearsal
         cpus = _read_count(environment, "CPUS", 16 if wide else 1) if request.job.verb == "prepare" else 1
         return Shape(

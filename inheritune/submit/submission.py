@@ -197,7 +197,7 @@ def list_keys(request: Request, rehearsal: bool, runs: list[str], submission: Su
     """Return what the job works on; of an array over `runs`, the work of its tasks."""
     values, verb = request.values, request.job.verb
     chosen = [values["model"]] if verb == "analyze" else values.get("run", "").split(",")
-    detail = " ".join(request.flags("run", "seed")) if verb == "evaluate" else ""
+    detail = " ".join(request.flags("run", "seed", "ds")) if verb == "evaluate" else ""
     if verb == "analyze":  # whatever else it is asked for, it writes the same file
         detail = values.get("out", "")
     if verb == "prepare":

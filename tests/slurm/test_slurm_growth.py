@@ -257,6 +257,30 @@ def test_baselines_wait_for_the_analysis_that_chooses_their_layers(slurm, own_ro
 
 
 @pytest.mark.slow
+def test_two_nodes_evaluate_a_model_in_shards(slurm, own_root, tmp_path):  # noqa: F811
+    """A model that one GPU cannot hold: the options of sbatch give the job more, and its scores stay."""
+    raw = experiment_dict()
+    raw["model"]["positions"] = 96
+    choice = {"task": "rehearsal_choice", "metrics": ["acc"], "shots": 0}
+    raw["evaluate"] = {"tasks": {"choice": choice}, "task_files": "recipes/lm_eval/rehearsal", "batch": 4}
+    path = write_experiment(tmp_path, raw)
+    loaded = load_experiment(path)
+    write_tokens(get_data_dir(loaded))
+    run_verb("train", path, "--run", "reference")
+    words = [path, "--run", "reference", "--ds", REPOSITORY / "ds_configs" / "zero3.json", "--no-snapshot"]
+    more = ["--", "--nodes=2", "--gpus-per-node=1"]
+    site = {**TWO_NODES, **FORKS.on_path(anyway=True)}
+    slurm.wait(slurm.submit(SLURM / "evaluate.sh", *words, *more, **site), timeout=200)
+    results = RunDir.of(loaded, "reference").read_results()
+    logs = slurm.logs()
+    assert "2 node(s)" in logs and "2 task(s)" in logs and "choice" in results.get("tasks", {}), logs
+    alone = tmp_path / "alone.json"
+    run_verb("evaluate", path, "--model", RunDir.of(loaded, "reference").final, "--out", alone)
+    ours, theirs = results["tasks"]["choice"], read_json(alone)["tasks"]["choice"]
+    assert ours["acc"] == theirs["acc"] and ours["n"] == theirs["n"] == 16
+
+
+@pytest.mark.slow
 def test_the_first_job_on_an_empty_site_tells_both_ways_on(slurm, own_root):  # noqa: F811
     printed = slurm.run(
         "sbatch", "--parsable", f"--output={own_root.parent}/log", SLURM / "gpt2_medium_stage1.sh"
