@@ -70,10 +70,10 @@ def grow(
         if action.verb == "finish":
             write_json(folder.done, action.verdict)
             break
-        if action == done_before:
-            _refuse_repetition(loaded, run, seed, action)
         if get_stop_signal():
             raise Stopped(f"{run}: stopped before {action.title()}; the same command continues from there")
+        if action == done_before:
+            raise RuntimeError(f"{action.title()} finished without an error but left no result")
         if done_before and slot:
             raise Stopped(f"{run}: {done_before.title()} is done; next comes {action.title()}")
         _run_action(action, run, experiment, seed, procs, ds, loaded.rehearsal)
@@ -92,15 +92,6 @@ def _check_growth(experiment: Experiment, run: str) -> tuple[Grow, list[int], st
     if not reference:
         raise UserError(f"run '{run}' grows until it reaches a reference: give it 'compare: RUN'")
     return spec.grow, spec.depths(experiment.model.layers), reference
-
-
-def _refuse_repetition(experiment: Experiment, run: str, seed: int, action: Action) -> None:
-    """Raise Stopped if `action` was stopped before its end, else RuntimeError: it has left no result."""
-    trained = RunDir.of(experiment, action.run or run, seed)
-    trained = trained.stage(action.stage) if action.stage else trained
-    if get_stop_signal() or trained.stopped.is_file():
-        raise Stopped(f"{run}: stopped within {action.title()}; the same command continues from there")
-    raise RuntimeError(f"{action.title()} finished without an error but left no result")
 
 
 def describe_verdict(verdict: dict, experiment: Experiment, run: str, reference: str) -> str:

@@ -13,9 +13,6 @@ from inheritune.files.processes import get_node_name
 from inheritune.files.storage import find_root
 from inheritune.runtime.ranks import get_rank
 
-STOPS = ("stopped", "more")
-"""Files that tell of a stop with work left."""
-
 
 def report_run(folder: Path) -> None:
     """Record for `status` which run folder this job works on ($INHERITUNE_JOB/run, relative to
@@ -40,9 +37,7 @@ def report_stopped(stop: Stopped) -> None:
 @contextmanager
 def collect_reports() -> Iterator[Path]:
     """Yield the folder in which ranks that start within it report: the job's, or a temporary one."""
-    if folder := os.environ.get("INHERITUNE_JOB"):
-        for name in STOPS:  # of an earlier start of the job
-            (Path(folder) / name).unlink(missing_ok=True)
+    if folder := os.environ.get("INHERITUNE_JOB"):  # from which the job's start has removed older ones
         yield Path(folder)
         return
     with TemporaryDirectory(prefix="inheritune-") as told:
@@ -56,7 +51,7 @@ def collect_reports() -> Iterator[Path]:
 def find_stop(folder: Path) -> str | None:
     """Return how a rank stopped with work left: "more" if the same command may go on, "stopped" if the user
     asked for it, None if it did not."""
-    return next((name for name in STOPS if (folder / name).is_file()), None)
+    return next((name for name in ("stopped", "more") if (folder / name).is_file()), None)
 
 
 def report_failure(sentence: str, code: int = 1) -> None:
