@@ -15,13 +15,13 @@ from inheritune.cluster.planner import find_unfinished_source
 from inheritune.config import names
 from inheritune.config.experiment import Experiment, load_experiment
 from inheritune.config.jobs import TRAINING
-from inheritune.config.paths import REPOSITORY
 from inheritune.config.units import format_memory
 from inheritune.errors import UserError
 from inheritune.files.advice import format_seed_flag
 from inheritune.files.markers import is_prepared
 from inheritune.files.rundir import RunDir, check_has_parts, get_data_dir, parse_weights_name, require_weights
 from inheritune.planning.workload import MFU
+from inheritune.runtime import launcher
 from inheritune.submit.request import Request
 from inheritune.submit.runs import list_baselines, list_unmeasured
 from inheritune.submit.sbatch import Shape, Submission
@@ -106,11 +106,11 @@ def _check_choices(request: Request, loaded: Experiment, runs: list[str]) -> Non
     own = list_baselines(loaded)
     for number, model in list_unmeasured(loaded, request.seed).items():
         if own[number - 1] in runs:
-            words = ["bash", str(REPOSITORY / "slurm" / "analyze.sh"), model, request.values["experiment"]]
+            words = f"{launcher.format_script('analyze')} {shlex.join((model, request.values['experiment']))}"
             small = "REHEARSE=1 " if loaded.rehearsal else ""
             raise UserError(
                 f"run '{own[number - 1]}' cannot start: an analysis of '{model}' chooses its layers, and "
-                f"there is none; first: {small}{shlex.join(words)}{format_seed_flag(request.seed)}"
+                f"there is none; first: {small}{words}{format_seed_flag(request.seed)}"
             )
 
 

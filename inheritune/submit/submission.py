@@ -140,7 +140,7 @@ def _submit_in_order(
         tasks |= {number: f"{first.job or 'JOB'}_{number}" for number in alone}
     todo = [number for number in sorted(behind_others) if number not in tasks]
     models = dict.fromkeys(unmeasured[number] for number in todo if number in unmeasured)
-    analyses = {model: _queue_analysis(request, model, site, environment) for model in models}
+    analyses = {model: _queue_analysis(request, loaded, model, site, environment) for model in models}
     queued += analyses.values()
     for number in todo:
         behind_of = [tasks.get(source, f"JOB_{source}") for source in waiting.get(number, [])]
@@ -156,19 +156,19 @@ def _submit_in_order(
     return queued
 
 
-def _queue_analysis(request: Request, model: str, site: Site, environment: Mapping[str, str]) -> Queued:
+def _queue_analysis(
+    request: Request, loaded: Experiment, model: str, site: Site, environment: Mapping[str, str]
+) -> Queued:
     """Queue the analysis of run `model` that baselines need, behind what they wait for; its shape is its own,
     not theirs."""
     shape = ("--array", "-a", "--nodes", "-N", "--gpus-per-node", "--gpus", "-G", "--job-name", "-J")
     words = [model, request.values["experiment"], *format_seed_flag(request.seed).split()]
-    options = (*drop_option(request.options, *shape),)
+    options = tuple(drop_option(request.options, *shape))
     analysis = replace(read_request("analyze", words), options=options, switches=request.switches)
     own = {name: text for name, text in environment.items() if name not in ("GPUS", "NODES", "TASKS")}
-    rehearsal = is_rehearsal(request, environment)
-    loaded = load_experiment(request.values["experiment"], rehearsal or None)
     submission = make_submission(analysis, site, own)
     print(describe_cost(analysis, loaded, submission.shape, site))
-    keys = list_keys(analysis, rehearsal, [], submission)
+    keys = list_keys(analysis, is_rehearsal(request, environment), [], submission)
     return queue_job(analysis, submission, site, own, keys, list_own_files(analysis, loaded))
 
 
