@@ -7,28 +7,7 @@ from typing import Any
 DATE = datetime(2024, 7, 26)
 """The date for templates that ask for today's, so that the same chats give the same text on every day. Llama
 3.1's template falls back to it."""
-_DIRECTIVES = (
-    "a",
-    "A",
-    "b",
-    "B",
-    "c",
-    "d",
-    "f",
-    "H",
-    "I",
-    "j",
-    "m",
-    "M",
-    "p",
-    "S",
-    "y",
-    "Y",
-    "-d",
-    "-m",
-    "-H",
-    "-I",
-)
+_DIRECTIVES = (*"aAbBcdfHIjmMpSyY", "-d", "-m", "-H", "-I")
 
 
 class ChatText(str):

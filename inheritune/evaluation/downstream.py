@@ -332,8 +332,11 @@ def score_task(model: Any, task: Task, found: dict) -> dict | None:
     # The bootstrap of a perplexity's error would fork this process, whose threads may then hold locks for
     # ever. The same numbers come from one process, in a minute or two for LAMBADA.
     os.environ["DISABLE_MULTIPROC"] = "1"
-    explained = explain_template_errors(task.task, dist.NodeError), explain_metric_errors(task.task)
-    with silence_libraries(), explained[0], explained[1]:
+    with (
+        silence_libraries(),
+        explain_template_errors(task.task, dist.NodeError),
+        explain_metric_errors(task.task),
+    ):
         answer = evaluate(model, found, log_samples=False)
     if answer is None:
         return None
