@@ -91,14 +91,18 @@ def table(item: str, seed: int = 0, rehearse: bool | None = None, missing: bool 
             f"no table yet: run '{first}' of {experiment.name} (seed {seed}) is not finished; {way} it first"
         )
     title = f"{'REHEARSAL ' if experiment.rehearsal else ''}{experiment.name}, seed {seed}"
-    note = make_note(experiment, found)
+    write_experiment_table(RunDir.of(experiment, "table", seed).path, title, experiment, found)
+    return None
+
+
+def write_experiment_table(
+    stem: Path, title: str, experiment: Experiment, found: list[TableEntry], *notes: str
+) -> None:
+    """Print the table of an experiment's finished rows and write it to `stem`, with `notes` below its own."""
     columns, cells = add_scores(experiment, found, make_rows(found))
     records = [dict(zip(columns, row, strict=True)) for row in cells]
-    stem = RunDir.of(experiment, "table", seed).path
-    write_table(
-        stem, title, columns, cells, [note, *list_notes(found), describe_outcome(experiment, found)], records
-    )
-    return None
+    own = [make_note(experiment, found), *list_notes(found), describe_outcome(experiment, found)]
+    write_table(stem, title, columns, cells, [*own, *notes], records)
 
 
 def make_note(experiment: Experiment, found: list[TableEntry]) -> str:

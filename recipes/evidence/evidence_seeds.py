@@ -112,17 +112,22 @@ def collect_seed(experiment: Experiment, seed: int) -> dict:
             starts += read_json(trained.provenance)["starts"]
         first = next(model for model in models if model["run"] == row.run)
         _add_attention(first, experiment, row.run, seed)
-    keys = ("git_commit", "python", "versions", "machine")
-    starts = [{key: start[key] for key in keys} for start in starts]
     return {
         "seed": seed,
         "key": make_experiment_key(experiment),
         "text": read_fingerprint(experiment),
         "rehearsal": experiment.rehearsal,
-        "made_by": [one for index, one in enumerate(starts) if one not in starts[:index]],
+        "made_by": list_makers(starts),
         "models": models,
         "growth": growth,
     }
+
+
+def list_makers(starts: list[dict]) -> list[dict]:
+    """Return the different {git_commit, python, versions, machine} of the starts in provenance files."""
+    keys = ("git_commit", "python", "versions", "machine")
+    makers = [{key: start[key] for key in keys} for start in starts]
+    return [one for index, one in enumerate(makers) if one not in makers[:index]]
 
 
 def _collect_model(experiment: Experiment, run: str, where: Row, trained: RunDir, seed: int) -> dict:

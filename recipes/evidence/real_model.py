@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from evidence_seeds import locate_results
+from evidence_seeds import list_makers, locate_results
 from summary import describe_machines
 
 from inheritune.cli.scripts import run_script
@@ -26,15 +26,8 @@ from inheritune.errors import UserError
 from inheritune.files.json_files import read_json, write_json
 from inheritune.files.rundir import WINDOW_LOSSES, RunDir
 from inheritune.files.writing import write_text
-from inheritune.paper.experiment_table import (
-    RESULT_COLUMNS,
-    TableEntry,
-    describe_outcome,
-    list_entries,
-    list_notes,
-    make_rows,
-)
-from inheritune.paper.table_files import write_table
+from inheritune.paper.experiment_table import TableEntry, list_entries
+from inheritune.paper.tables import write_experiment_table
 from inheritune.paper.training_costs import read_validation_curve
 from inheritune.paper.worth_plot import plot_worth
 
@@ -115,24 +108,14 @@ def collect(experiment: Experiment, path: str) -> None:
     out, reference = locate_results(experiment, path), RunDir.of(experiment, "reference")
     analysis, ranks = read_analysis(reference), read_analysis(RunDir(Path(RANKS).resolve()))
     trained = [entry for entry in entries if entry.results.get("steps") is not None]
-    keys = ("git_commit", "python", "versions", "machine")
-    starts = [start for entry in trained for start in read_json(entry.folder.provenance)["starts"]]
-    made_by = [{key: start[key] for key in keys} for start in starts]
+    made_by = list_makers(
+        [start for entry in trained for start in read_json(entry.folder.provenance)["starts"]]
+    )
     origin = f"{describe_machines(made_by)}; bash recipes/real_model.sh"
-    cells = make_rows(entries)
-    notes = [
-        "One seed. Intervals are 95% over the validation windows, differences are paired by window; they do "
-        "not cover the choice of seeds.",
-        *list_notes(entries),
-        describe_outcome(experiment, entries),
-        origin,
-    ]
-    flat = [dict(zip(RESULT_COLUMNS, row, strict=True)) for row in cells]
-    write_table(out / "table", experiment.about, list(RESULT_COLUMNS), cells, notes, flat)
+    write_experiment_table(out / "table", experiment.about, experiment, entries, origin)
     plot_worth(analysis, out / "layer_worth.png", "SmolLM2-135M-Instruct")
-    distinct = [one for index, one in enumerate(made_by) if one not in made_by[:index]]
     models = [describe_model(entry) for entry in entries]
-    numbers = {"made_by": distinct, "analysis": analysis, "ranks": ranks, "models": models}
+    numbers = {"made_by": made_by, "analysis": analysis, "ranks": ranks, "models": models}
     write_json(out / "real_model.json", numbers)
     print(f"table, plot and numbers: {out}")
 

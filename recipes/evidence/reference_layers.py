@@ -19,11 +19,10 @@ FIELDS = (("max_rank", "MaxRank", ".2f"), ("avg_mass", "AvgMass", ".1f"), ("cost
 
 def select_measured(records: list[dict]) -> list[dict]:
     """Return the seeds whose reference has been analyzed, with costs, at its end."""
-    references = [find_model(record, "reference") or {} for record in records]
     return [
         record
-        for record, model in zip(records, references, strict=True)
-        if model.get("attention") and select_attention(record).get("cost")
+        for record in records
+        if (find_model(record, "reference") or {}).get("attention") and select_attention(record).get("cost")
     ]
 
 

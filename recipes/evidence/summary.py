@@ -100,9 +100,9 @@ def read_records(experiment: Experiment, folder: Path) -> tuple[list[dict], list
     return complete, [record for record in records if not is_complete(record)]
 
 
-def format_command(experiment: Experiment, path: str, records: list[dict], rows: list[dict]) -> str:
-    """Return the command that makes the reported numbers."""
-    shown = [run for run in experiment.runs if run in {row["run"] for row in rows}]
+def format_command(experiment: Experiment, path: str, records: list[dict], runs: set[str]) -> str:
+    """Return the command that makes the reported numbers, those of `runs`."""
+    shown = [run for run in experiment.runs if run in runs]
     arms = {CORE: "", tuple(experiment.runs): "ARMS=all "}.get(tuple(shown), f'ARMS="{" ".join(shown)}" ')
     seeds = " ".join(str(record["seed"]) for record in records)
     small = "REHEARSE=1 " if experiment.rehearsal else ""
@@ -157,7 +157,7 @@ def make_notes(
     return [*notes, origin]
 
 
-def judge_layers(experiment: Experiment, folder: Path, records: list[dict]) -> list[str]:
+def judge_layers(experiment: Experiment, path: str, folder: Path, records: list[dict]) -> list[str]:
     """Write what the reference's layers are like in the seeds that have it, and return the sentences on the
     hypotheses; nothing for an experiment without hypotheses."""
     measured = reference_layers.select_measured(records) if experiment.name == hypotheses.EXPERIMENT else []
@@ -165,9 +165,7 @@ def judge_layers(experiment: Experiment, folder: Path, records: list[dict]) -> l
         return []
     measured.sort(key=lambda record: record["seed"])
     origin = describe_machines([one for record in measured for one in record["made_by"]])
-    small = "REHEARSE=1 " if experiment.rehearsal else ""
-    seeds = " ".join(str(record["seed"]) for record in measured)
-    command = f'{small}SCALE=deep ARMS=reference SEEDS="{seeds}" bash recipes/evidence.sh'
+    command = format_command(experiment, path, measured, {"reference"})
     return reference_layers.write_layers(folder, measured, f"{origin}; {command}")
 
 
@@ -186,7 +184,7 @@ def summarize(experiment: Experiment, path: str, seeds: list[int]) -> None:
     for file, record in now.items():
         write_json(file, record)
     records, partial = read_records(experiment, folder)
-    judged = judge_layers(experiment, folder, [*records, *partial])
+    judged = judge_layers(experiment, path, folder, [*records, *partial])
     if not records:
         lacking = (
             f"no seed has all of {', '.join(CORE)} and their attention, so there is no table of the runs"
@@ -200,7 +198,7 @@ def summarize(experiment: Experiment, path: str, seeds: list[int]) -> None:
     plot_attention(records, folder / "attention.png")
     worth = plot_worth(records, folder / "rank_worth.png")
     made_by = [one for record in records for one in record["made_by"]]
-    command = format_command(experiment, path, records, rows)
+    command = format_command(experiment, path, records, {row["run"] for row in rows})
     gaps = compare_starts(records)
     origin = f"{describe_machines(made_by)}; {command}"
     notes = make_notes(experiment, records, rows, gaps, add_p_values(rows, gaps), origin)
