@@ -12,23 +12,17 @@ if [ $# -lt 2 ] || [ $# -gt 3 ]; then
   sed -n '2,9p' "${BASH_SOURCE[0]}" >&2
   exit 2
 fi
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-model=$1 text=$2 out=${3:-mine.yaml} from=$PWD
-cd "$here"
+model=$1 text=$2 out=${3:-mine.yaml}
 # shellcheck source=recipes/setup.sh
-source recipes/setup.sh
-refuse_login_node --cpus-per-task=4 --time=04:00:00
-# shellcheck disable=SC2119 # no further requirements
-setup_environment
-cd "$from"
-export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+setup_for_caller --cpus-per-task=4 --time=04:00:00
 
 run_step init --model "$model" --text "$text" --out "$out" ${STEPS:+--steps "$STEPS"}
 run_step check "$out"
 run_step plan "$out"
 run_step prepare "$out"
 name=$(basename "${out%.*}")
-runs=${INHERITUNE_ROOT:-$here}/runs/$name/seed0
+runs=${INHERITUNE_ROOT:-$repository}/runs/$name/seed0
 [ -f "$runs/reference/attention.jsonl" ] || run_step analyze --model reference --data "$out" --sequences "${SEQUENCES:-16}"
 run_step grow "$out" --run inheritune --procs "${PROCS:-1}"
 run_step train "$out" --run random,distilled,cost,influence,window --procs "${PROCS:-1}"

@@ -107,6 +107,14 @@ print_times() {
   printf '  %s\n' "${times[@]}"
 }
 
+# For a script that works in the folder of its caller: stop on a login node, then make this checkout's package importable there.
+# setup_for_caller SRUN_OPTIONS ...
+setup_for_caller() {
+  refuse_login_node "$@"
+  setup_environment
+  export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
+}
+
 on_login_node() { [ -z "${SLURM_JOB_ID:-}" ] && command -v srun > /dev/null && sinfo -h > /dev/null 2>&1; }
 
 # Stop on a login node, since training belongs on a compute node: refuse_login_node SRUN_OPTIONS ...
