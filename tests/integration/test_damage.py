@@ -24,6 +24,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import REPOSITORY, experiment_dict, write_experiment
+from markdown_rows import split_row
 from tabulate import tabulate
 from tiny_models import config_of, random_model
 
@@ -431,7 +432,7 @@ def test_damage(world, tmp_path, what, scene, pattern, damage):
 def committed() -> dict[tuple[str, str], dict[str, str]]:
     """The cells of damage.md."""
     own = TABLE.read_text().partition(READERS)[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in own.splitlines() if "|" in line]
+    rows = [split_row(line) for line in own.splitlines() if "|" in line]
     heads, *cells = [row for row in rows if not row[0].startswith(":") and not row[0].startswith("-")]
     return {(row[0], row[1]): dict(zip(heads[2:], row[2:], strict=True)) for row in cells}
 

@@ -159,14 +159,19 @@ def test_a_second_one_ends_a_process_that_is_inside_a_library():
     assert process.wait(60) == DIED and process.stderr.read() == ""
 
 
+def make_growth(tmp_path, monkeypatch, steps: int) -> tuple[str, RunDir]:
+    """A growth whose runs take `steps` steps and save nothing before their end; its reference."""
+    _, root, reference = make(tmp_path, stage=1, steps=steps)
+    monkeypatch.setenv("INHERITUNE_ROOT", str(root))
+    raw = experiment_dict()
+    raw["train"] |= {"steps": steps, "checkpoint_every": steps, "eval_every": steps}
+    return write_experiment(tmp_path, raw), reference
+
+
 @pytest.mark.slow
 def test_a_growth_that_waits_for_its_reference_can_be_stopped(tmp_path, monkeypatch):
     """Another job trains the reference; the signal reaches the waiting child alone, as when a node fails."""
-    path, root, reference = make(tmp_path, stage=1, steps=20_000)
-    monkeypatch.setenv("INHERITUNE_ROOT", str(root))
-    raw = experiment_dict()
-    raw["train"] |= {"steps": 20_000, "checkpoint_every": 20_000, "eval_every": 20_000}
-    path = write_experiment(tmp_path, raw)
+    path, reference = make_growth(tmp_path, monkeypatch, steps=20_000)
     other = Program("train", path, "--run", "reference").until(begun(reference))
     growth = Program("grow", path, "--run", "grown")
     assert any("is being written by" in line for line in growth.process.stdout)
@@ -180,11 +185,7 @@ def test_a_growth_that_waits_for_its_reference_can_be_stopped(tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_a_growth_stops_within_a_stage_and_says_so_once(tmp_path, monkeypatch):
-    path, root, reference = make(tmp_path, stage=1, steps=2000)
-    monkeypatch.setenv("INHERITUNE_ROOT", str(root))
-    raw = experiment_dict()
-    raw["train"] |= {"steps": 2000, "checkpoint_every": 2000, "eval_every": 2000}
-    path = write_experiment(tmp_path, raw)
+    path, reference = make_growth(tmp_path, monkeypatch, steps=2000)
     code, out, err = (
         Program("grow", path, "--run", "grown", "--procs", 2).until(begun(reference)).press().ended()
     )

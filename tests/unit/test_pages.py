@@ -9,6 +9,7 @@ import computed_mfu
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from markdown_rows import split_row
 from scipy import stats
 
 from inheritune.analysis.report import describe_rows
@@ -70,7 +71,7 @@ def test_numbers_of_the_evidence_page_are_those_of_its_json():
     rows = {cells[0]: cells for row in made["rows"] if row["loss"]["n"] > 1 for cells in [format_row(row)]}
     page = (REPOSITORY / "docs" / "evidence.md").read_text(encoding="utf-8")
     _, _, *lines = re.findall(r"^\|.*\|$", page, re.MULTILINE)
-    shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    shown = [split_row(line) for line in lines]
     assert len(shown) == 8 and shown == [rows[cells[0]] for cells in shown]
     assert f"These are 8 of the {len(made['rows'])} rows" in page
     slope = made["rank_worth"]["slope"]
@@ -157,13 +158,13 @@ def test_numbers_of_the_real_model_are_those_that_its_runs_left():
     printed = describe_rows(made["analysis"]).splitlines()
     assert len(printed) > 40 and all(line.rstrip() in page for line in printed)
     table = [
-        [cell.strip() for cell in line.strip("|").split("|")]
+        split_row(line)
         for line in (folder / "table.md").read_text(encoding="utf-8").splitlines()
         if line.startswith("| ")
     ][1:]
     rows = {row[0]: [row[0], row[1], row[4], row[5], row[6]] for row in table}
     shown = [
-        [cell.strip() for cell in line.strip("|").split("|")]
+        split_row(line)
         for line in page[page.index("## Heal") : page.index("## What it does not say")].splitlines()
         if line.startswith("| ")
     ][2:]

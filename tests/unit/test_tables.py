@@ -15,6 +15,7 @@ import paper_index
 import pytest
 from conftest import experiment_dict, run_verb, write_experiment
 from made_up_runs import write_settings
+from markdown_rows import split_row
 from matplotlib.figure import Figure
 
 from inheritune.config.experiment import load_experiment
@@ -279,7 +280,7 @@ def test_an_experiments_table_has_the_cuts_cost_and_the_controls(capsys):
     finish("gpt2_large_owt", "inheritune", 2.66, stage=1, difference=gap)
     tables.table("gpt2_large_owt")
     lines = capsys.readouterr().out.splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    cells = [split_row(line) for line in lines if line.startswith("| ")]
     place = cells[0].index("loss before training")
     assert {row[0]: row[place] for row in cells[1:]} == {
         "full size, random start": "3.6500",
